@@ -1,0 +1,166 @@
+"""Encoded rows in memory, and the batches that TorchRec's pipelines move to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class MTBatch(Pipelineable):
+    """A batch of B rows for T tasks.  TorchRec's own ``Batch`` has the first three fields and works wherever this does.
+
+    Args:
+        dense_features: (B, D) float32; D may be 0.
+        sparse_features: KeyedJaggedTensor of F features and B rows.
+        labels: (B, T) float32, one column per task in the model's order; NaN is a missing label.
+        weights: (B, T) float32 sample weights, or None for equal ones.
+        mask: (B, T) bool, False where a label must not count, or None.
+    """
+
+    dense_features: torch.Tensor
+    sparse_features: KeyedJaggedTensor
+    labels: torch.Tensor
+    weights: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def to(
+        self, device: torch.device, non_blocking: bool = False, data_copy_stream: torch.Stream | None = None
+    ) -> MTBatch:
+        """The batch on `device`.  `data_copy_stream` is accepted because some TorchRec pipelines pass it."""
+
+        def move(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(device, non_blocking=non_blocking)
+
+        return MTBatch(
+            self.dense_features.to(device, non_blocking=non_blocking),
+            self.sparse_features.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            move(self.weights),
+            move(self.mask),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Mark every tensor as used on `stream`."""
+        self.sparse_features.record_stream(stream)
+        for tensor in (self.dense_features, self.labels, self.weights, self.mask):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def pin_memory(self) -> MTBatch:
+        """The batch in page-locked memory."""
+        return MTBatch(
+            self.dense_features.pin_memory(),
+            self.sparse_features.pin_memory(),
+            self.labels.pin_memory(),
+            None if self.weights is None else self.weights.pin_memory(),
+            None if self.mask is None else self.mask.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Bag:
+    """A jagged feature of N rows: row i holds ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: torch.Tensor
+    offsets: torch.Tensor
+
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and lengths of the rows in `index`.
+
+        Example:
+            >>> bag = Bag(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 2, 3]))
+            >>> bag.take(torch.tensor([2, 0]))
+            (tensor([7, 5, 6]), tensor([1, 2]))
+        """
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts
+        shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+        return self.values[shift + torch.arange(len(shift))], lengths
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """N rows ready for the model.
+
+    Args:
+        dense: (N, D) float32.
+        keys: the sparse features, in the order of the KeyedJaggedTensor.
+        ids: (N, len(id features)) int64, the features of exactly one value, in the order of `keys`.
+        bags: the other sparse features.
+        labels: (N, T) float32, NaN where missing or masked out.
+        weights: (N, T) float32, or None.
+    """
+
+    dense: torch.Tensor
+    keys: tuple[str, ...]
+    ids: torch.Tensor
+    labels: torch.Tensor
+    bags: dict[str, Bag] = field(default_factory=dict)
+    weights: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+    def batch(self, index: torch.Tensor) -> MTBatch:
+        """The rows in `index` (B,) as one batch."""
+        ids = self.ids[index].T
+        if not self.bags:
+            values, lengths = ids.reshape(-1), torch.ones(ids.numel(), dtype=torch.int64)
+        else:
+            ones = torch.ones(len(index), dtype=torch.int64)
+            column, parts = iter(ids), []
+            for key in self.keys:
+                parts.append(self.bags[key].take(index) if key in self.bags else (next(column), ones))
+            values = torch.cat([v for v, _ in parts])
+            lengths = torch.cat([n for _, n in parts])
+        return MTBatch(
+            dense_features=self.dense[index],
+            sparse_features=KeyedJaggedTensor(keys=list(self.keys), values=values, lengths=lengths),
+            labels=self.labels[index],
+            weights=None if self.weights is None else self.weights[index],
+        )
+
+
+def global_batches(
+    num_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Row numbers of every step of one pass, for one rank.
+
+    The ranks cut each global batch of ``batch_size · world_size`` rows among them, so one pass has the same global
+    batches on any number of ranks that gives the same product, every rank takes the same number of steps, and each row
+    is seen once.
+
+    Args:
+        seed: numbers that seed the shuffle (such as seed and epoch); None keeps the order of the rows.
+
+    Returns:
+        One (b,) int64 tensor per step.  In the last step b may differ by one between ranks, down to 0.
+
+    Example:
+        >>> [b.tolist() for b in global_batches(5, 2, rank=1, world_size=2)]
+        [[1, 3], []]
+    """
+    if seed is None:
+        order = torch.arange(num_rows)
+    else:
+        mixed = 0
+        for part in seed:
+            mixed = (mixed * 1_000_003 + part) % (1 << 62)
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(mixed))
+    step = batch_size * world_size
+    return [order[start : start + step][rank::world_size] for start in range(0, num_rows, step)]
+
+
+def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor]) -> Iterator[MTBatch]:
+    """The batches of `indices`.  A rank with no row left gets one row without labels, so that all ranks stay in step."""
+    for index in indices:
+        if len(index):
+            yield rows.batch(index)
+        else:
+            batch = rows.batch(torch.zeros(1, dtype=torch.int64))
+            yield replace(batch, labels=torch.full_like(batch.labels, float("nan")))

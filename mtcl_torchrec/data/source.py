@@ -1,0 +1,192 @@
+"""Rows from files: Parquet or CSV, only the columns asked for, split by time where the user has one log."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from mtcl_torchrec.config import DataConfig
+from mtcl_torchrec.schema import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data frame that still knows which file each row came from.
+
+    `frame.index` counts the rows of all files from 0 and stays with a row through sorting and splitting.
+    """
+
+    frame: pd.DataFrame
+    files: tuple[str, ...] = ()
+    starts: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def locate(self, position: int) -> str:
+        """Where the row at `position` of the frame stands: file and row, counted from 0.
+
+        Example:
+            >>> rows = Rows(pd.DataFrame({"a": [1, 2, 3]}), files=("x.csv", "y.csv"), starts=(0, 2))
+            >>> rows.locate(2)
+            'y.csv, row 0'
+        """
+        row = int(self.frame.index[position])
+        if not self.files:
+            return f"row {row}"
+        part = bisect.bisect_right(self.starts, row) - 1
+        return f"{self.files[part]}, row {row - self.starts[part]}"
+
+    def take(self, mask: np.ndarray) -> Rows:
+        """The rows where `mask` is true."""
+        return Rows(self.frame[mask], self.files, self.starts)
+
+    @property
+    def name(self) -> str:
+        """The files, for a message."""
+        return ", ".join(self.files) or "the data frame"
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Every Parquet or CSV file that the paths, folders and patterns name, sorted within each.
+
+    Raises:
+        DataError: a path names nothing, or a file of another kind.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if Path(path).is_dir():
+            found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".parquet", ".csv"))
+        elif Path(path).is_file():
+            found = [Path(path)]
+        else:
+            found = sorted(Path(p) for p in glob.glob(path))
+        if not found:
+            raise DataError(f"no Parquet or CSV file at {path}")
+        for file in found:
+            if file.suffix.lower() not in (".parquet", ".csv"):
+                raise DataError(f"{file}: expected a file that ends in .parquet or .csv")
+        files += found
+    return files
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a file, without reading its rows."""
+    return _schema_of(path).names
+
+
+def _schema_of(path: Path) -> pa.Schema:
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pa.parquet.read_schema(path)
+        with pa.csv.open_csv(path) as reader:
+            return reader.schema
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def read_rows(paths: Sequence[str], columns: Sequence[str] | None = None) -> Rows:
+    """Read the named columns of every file, in order.  Other columns are never decoded.
+
+    Raises:
+        DataError: a file is missing, broken or empty, or lacks a column (the nearest name is suggested).
+    """
+    frames, names, starts, total = [], [], [], 0
+    for path in find_files(paths):
+        if columns is not None:
+            there = column_names(path)
+            for column in columns:
+                if column not in there:
+                    raise DataError(f"{path}: no column {column!r}{nearest(column, there)}")
+        wanted = None if columns is None else list(columns)
+        try:
+            if path.suffix.lower() == ".parquet":
+                table = pa.parquet.read_table(path, columns=wanted)
+            else:
+                options = pa.csv.ConvertOptions(include_columns=wanted or [])
+                table = pa.csv.read_csv(path, convert_options=options)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        frames.append(_to_pandas(table))
+        names.append(str(path))
+        starts.append(total)
+        total += table.num_rows
+    frame = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+    if total == 0:
+        raise DataError(f"{', '.join(names)}: no rows")
+    return Rows(frame, tuple(names), tuple(starts))
+
+
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    """Integers with missing values stay integers (pandas' nullable kind) instead of turning into floats."""
+    nullable = {
+        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype(),
+    }  # fmt: skip
+    with_missing = {f.name: nullable[f.type] for f in table.schema if f.type in nullable and table[f.name].null_count}
+    frame = table.to_pandas()
+    for name, dtype in with_missing.items():
+        frame[name] = pd.array(table[name].to_pylist(), dtype=dtype)
+    return frame
+
+
+def time_values(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """The time column as int64 or float64; timestamps become nanoseconds.
+
+    Raises:
+        DataError: the column holds a missing value or no time.
+    """
+    times = frame[column]
+    if times.isna().any():
+        row = times.index[int(np.argmax(times.isna().to_numpy()))]
+        raise DataError(f"row {row}: time column {column!r} is missing")
+    if pd.api.types.is_numeric_dtype(times):
+        return times.to_numpy(dtype=np.int64 if pd.api.types.is_integer_dtype(times) else np.float64)
+    try:
+        return pd.to_datetime(times, utc=True).astype("datetime64[ns, UTC]").astype("int64").to_numpy()
+    except (ValueError, TypeError):
+        raise DataError(f"time column {column!r} holds neither numbers nor timestamps") from None
+
+
+def split_by_time(rows: Rows, time: str, val_fraction: float, test_fraction: float) -> dict[str, Rows]:
+    """Earliest rows train, the next validate, the latest test; rows of one moment stay together.
+
+    Example:
+        >>> rows = Rows(pd.DataFrame({"t": range(10)}))
+        >>> {k: len(v) for k, v in split_by_time(rows, "t", 0.2, 0.2).items()}
+        {'train': 6, 'val': 2, 'test': 2}
+    """
+    times = time_values(rows.frame, time)
+    ordered = np.sort(times)
+    n = len(ordered)
+    val_from = ordered[min(n - 1, round(n * (1 - val_fraction - test_fraction)))]
+    test_from = ordered[min(n - 1, round(n * (1 - test_fraction)))]
+    if test_fraction == 0:
+        parts = {"train": times < val_from, "val": times >= val_from}
+    else:
+        parts = {
+            "train": times < val_from,
+            "val": (times >= val_from) & (times < test_from),
+            "test": times >= test_from,
+        }
+    for name, mask in parts.items():
+        if not mask.any():
+            raise DataError(f"splitting {rows.name} by {time!r} leaves no row for {name}: too few distinct times")
+    return {name: rows.take(mask) for name, mask in parts.items()}
+
+
+def read_splits(data: DataConfig, columns: Sequence[str], time: str | None) -> dict[str, Rows]:
+    """The rows of each split that `data` names: train, val, and test where there is one."""
+    if data.log is not None:
+        assert time is not None
+        return split_by_time(read_rows(data.log, columns), time, data.val_fraction, data.test_fraction)
+    named = {"train": data.train, "val": data.val, "test": data.test}
+    return {split: read_rows(paths, columns) for split, paths in named.items() if paths is not None}

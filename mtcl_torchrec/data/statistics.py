@@ -1,0 +1,286 @@
+"""Features from a raw log: how often, and how often with which outcome, a user, an item or a pair was seen before.
+
+For a training row, only training rows with a *strictly earlier* time count, so no row sees its own label, a later one, or
+one of the same moment.  For every later row (validation, test, serving) the statistics stand frozen at the end of the
+training split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mtcl_torchrec.schema import DataError, Feature, Group
+
+Progress = Callable[[str], None]
+
+
+def _quiet(_: str) -> None:
+    return None
+
+
+def earlier_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each row, the sum of `values` over rows of the same group with a strictly earlier time.
+
+    Args:
+        group: (N,) integers.
+        time: (N,) numbers.
+        values: (N, V) float64.
+
+    Returns:
+        (N, V) float64.
+
+    Example:
+        >>> earlier_sums(np.array([0, 0, 1, 0]), np.array([1, 2, 2, 2]), np.array([[1.0], [1], [1], [1]])).ravel()
+        array([0., 1., 0., 1.])
+    """
+    order = np.lexsort((time, group))
+    g, t, v = group[order], time[order], values[order]
+    before = np.cumsum(v, axis=0) - v
+    position = np.arange(len(g))
+    new_group = np.r_[True, g[1:] != g[:-1]]
+    new_moment = new_group | np.r_[True, t[1:] != t[:-1]]
+    moment_start = np.maximum.accumulate(np.where(new_moment, position, 0))
+    group_start = np.maximum.accumulate(np.where(new_group, position, 0))
+    result = np.empty_like(before)
+    result[order] = before[moment_start] - before[group_start]
+    return result
+
+
+def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndarray:
+    """1.0 where the user's next row comes within `window`, 0.0 where not, NaN where the data ends too early to tell.
+
+    Only the rows given are looked at: call it once per split and no label knows of another split.
+
+    Args:
+        user: (N,) keys; the rows of one user are one sequence.
+        time: (N,) in any order, in the unit of `window`.
+
+    Example:
+        >>> returns_within(np.array([7, 7, 7, 8]), np.array([0, 5, 100, 0]), window=10)
+        array([ 1.,  0., nan,  0.])
+    """
+    codes = pd.factorize(user)[0]
+    order = np.lexsort((time, codes))
+    u, t = codes[order], np.asarray(time)[order]
+    gap = np.full(len(t), np.inf)
+    if len(t) > 1:
+        gap[:-1] = np.where(u[1:] == u[:-1], t[1:] - t[:-1], np.inf)
+    label = (gap <= window).astype(np.float64)
+    label[(label == 0) & (t + window > t.max(initial=0))] = np.nan
+    result = np.empty(len(t))
+    result[order] = label
+    return result
+
+
+class _KeyIndex:
+    """Numbers the distinct values of one key (one or several columns) that the training split has."""
+
+    def __init__(self, columns: Sequence[str], levels: list[pd.Index], combined: np.ndarray) -> None:
+        self.columns, self.levels, self.combined = list(columns), levels, combined
+
+    @classmethod
+    def fit(cls, columns: Sequence[str], frame: pd.DataFrame) -> _KeyIndex:
+        levels = [pd.Index(frame[c].dropna().unique()) for c in columns]
+        index = cls(columns, levels, np.empty(0, np.int64))
+        index.combined = np.unique(index._combine(frame))
+        index.combined = index.combined[index.combined >= 0]
+        return index
+
+    def _combine(self, frame: pd.DataFrame) -> np.ndarray:
+        code = np.zeros(len(frame), np.int64)
+        known = np.ones(len(frame), bool)
+        for column, level in zip(self.columns, self.levels, strict=True):
+            here = level.get_indexer(pd.Index(frame[column]))
+            known &= here >= 0
+            code = code * len(level) + here
+        return np.where(known, code, -1)
+
+    def lookup(self, frame: pd.DataFrame) -> np.ndarray:
+        """(N,) number of each row's key, -1 where training has never seen it."""
+        code = self._combine(frame)
+        at = np.searchsorted(self.combined, code)
+        at = np.minimum(at, max(len(self.combined) - 1, 0))
+        found = (code >= 0) & (len(self.combined) > 0)
+        found &= self.combined[at] == code if len(self.combined) else False
+        return np.where(found, at, -1)
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each key: its columns' values, in numbering order."""
+        rest, parts = self.combined.copy(), {}
+        for column, level in reversed(list(zip(self.columns, self.levels, strict=True))):
+            parts[column] = level.take(rest % len(level))
+            rest //= len(level)
+        return pd.DataFrame({c: parts[c] for c in self.columns})
+
+
+@dataclass
+class _Totals:
+    index: _KeyIndex
+    counts: np.ndarray  # (K,)
+    present: np.ndarray  # (K, O) rows in which the outcome is known
+    sums: np.ndarray  # (K, O)
+
+
+class CausalStatistics:
+    """Counts and smoothed outcome rates for each key, causal on the training split and frozen after it.
+
+    For a key k and an outcome o, over the rows before time t:
+    ``rate = (sum_k,o + smoothing · prior_o) / (n_k,o + smoothing)`` where ``prior_o`` is the rate of o over *all*
+    rows before t.  Produces, for each key, one count and one rate per outcome, as columns such as
+    ``count(user_id,tag)`` and ``rate(is_click|user_id,tag)``.  A rate with no earlier row at all is missing (NaN).
+
+    Args:
+        keys: each one a list of columns.
+        outcomes: numeric columns; a missing value (NaN) counts neither as a hit nor as a miss.
+        time: the time column.
+        smoothing: pseudo-count of the prior.
+
+    Raises:
+        DataError: an outcome is not numeric.
+
+    Example:
+        >>> log = pd.DataFrame({"user": ["a", "a", "b", "a"], "t": [1, 2, 3, 4], "click": [1, 0, 0, 1]})
+        >>> statistics = CausalStatistics([["user"]], ["click"], time="t", smoothing=1.0)
+        >>> statistics.fit_transform(log)["count(user)"].tolist()
+        [0.0, 1.0, 0.0, 2.0]
+        >>> statistics.transform(pd.DataFrame({"user": ["a", "z"]})).round(3).values.tolist()
+        [[3.0, 0.625], [0.0, 0.5]]
+    """
+
+    def __init__(
+        self, keys: Sequence[Sequence[str]], outcomes: Sequence[str], *, time: str, smoothing: float = 20.0
+    ) -> None:
+        self.keys = [list(key) for key in keys]
+        self.outcomes = list(outcomes)
+        self.time = time
+        self.smoothing = smoothing
+        self._totals: list[_Totals] = []
+        self._prior = np.full(len(self.outcomes), np.nan)
+        self._is_rate = np.zeros(len(self.outcomes), bool)
+
+    def columns(self) -> list[str]:
+        """Names of the columns produced, in order."""
+        names = []
+        for key in self.keys:
+            of = ",".join(key)
+            names += [f"count({of})"] + [f"rate({o}|{of})" for o in self.outcomes]
+        return names
+
+    def features(self, groups: dict[str, Group]) -> tuple[Feature, ...]:
+        """The produced columns as dense features; a pair belongs to the groups of both its columns."""
+        features = []
+        for key in self.keys:
+            group = tuple(dict.fromkeys(groups[c] for c in key))
+            of = ",".join(key)
+            features.append(Feature(name=f"count({of})", group=group, kind="dense", transform="log"))
+            for outcome, is_rate in zip(self.outcomes, self._is_rate, strict=True):
+                transform = "logit" if is_rate else "log"
+                features.append(
+                    Feature(name=f"rate({outcome}|{of})", group=group, kind="dense", transform=transform)
+                )
+        return tuple(features)
+
+    def fit_transform(self, frame: pd.DataFrame, progress: Progress = _quiet) -> pd.DataFrame:
+        """Learn the totals of the training split and return its causal columns.
+
+        Args:
+            frame: the training rows, in any order, with the key, outcome and time columns.
+            progress: called with the name of each key when it is done.
+
+        Returns:
+            (N, len(columns())) float64, with the frame's index.
+        """
+        values, present = self._outcome_values(frame)
+        time = frame[self.time].to_numpy()
+        self._is_rate = np.array([bool(((v >= 0) & (v <= 1)).all()) for v in values.T], bool)
+        everything = earlier_sums(np.zeros(len(frame), np.int64), time, np.c_[present, values])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            prior = everything[:, present.shape[1] :] / everything[:, : present.shape[1]]
+            self._prior = values.sum(0) / present.sum(0)
+        self._totals, columns = [], []
+        ones = np.ones((len(frame), 1))
+        for key in self.keys:
+            index = _KeyIndex.fit(key, frame)
+            group = index.lookup(frame)
+            known = group >= 0
+            sums = earlier_sums(group, time, np.c_[ones, present, values])
+            sums[~known] = 0
+            columns.append(self._columns_of(sums, prior))
+            size = len(index.combined)
+            total = np.stack(
+                [np.bincount(group[known], weights=c[known], minlength=size) for c in np.c_[ones, present, values].T], 1
+            )
+            width = present.shape[1]
+            self._totals.append(_Totals(index, total[:, 0], total[:, 1 : 1 + width], total[:, 1 + width :]))
+            progress(" × ".join(key))
+        return self._as_frame(columns, frame)
+
+    def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frozen columns for rows that come after the training split; needs the key columns only."""
+        if len(self._totals) != len(self.keys):
+            raise RuntimeError("fit_transform the training split first")
+        columns = []
+        for totals in self._totals:
+            at = totals.index.lookup(frame)
+            stacked = np.c_[totals.counts, totals.present, totals.sums]
+            sums = stacked[at] if len(stacked) else np.zeros((len(frame), stacked.shape[1]))
+            sums = np.where((at >= 0)[:, None], sums, 0.0)
+            columns.append(self._columns_of(sums, np.broadcast_to(self._prior, (len(frame), len(self.outcomes)))))
+        return self._as_frame(columns, frame)
+
+    def _columns_of(self, sums: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        width = len(self.outcomes)
+        count, present, total = sums[:, :1], sums[:, 1 : 1 + width], sums[:, 1 + width :]
+        return np.c_[count, (total + self.smoothing * prior) / (present + self.smoothing)]
+
+    def _as_frame(self, columns: list[np.ndarray], frame: pd.DataFrame) -> pd.DataFrame:
+        data = np.concatenate(columns, axis=1) if columns else np.empty((len(frame), 0))
+        return pd.DataFrame(data, columns=self.columns(), index=frame.index)
+
+    def _outcome_values(self, frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Outcomes (N, O) with 0 where missing, and 1.0 where present."""
+        values = np.zeros((len(frame), len(self.outcomes)))
+        for i, outcome in enumerate(self.outcomes):
+            column = frame[outcome]
+            if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+                raise DataError(f"statistics.outcomes: column {outcome!r} is not numeric")
+            values[:, i] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        present = ~np.isnan(values)
+        return np.where(present, values, 0.0), present.astype(np.float64)
+
+    def save(self, folder: Path) -> None:
+        """Write the totals as Parquet files and what describes them as JSON."""
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "keys": self.keys, "outcomes": self.outcomes, "time": self.time, "smoothing": self.smoothing,
+            "prior": [None if np.isnan(p) else float(p) for p in self._prior],
+            "is_rate": self._is_rate.tolist(),
+        }  # fmt: skip
+        (folder / "statistics.json").write_text(json.dumps(about, indent=1))
+        for i, totals in enumerate(self._totals):
+            frame = totals.index.frame()
+            numbers = np.c_[totals.counts, totals.present, totals.sums]
+            names = ["count", *(f"present:{o}" for o in self.outcomes), *(f"sum:{o}" for o in self.outcomes)]
+            pd.concat([frame, pd.DataFrame(numbers, columns=names)], axis=1).to_parquet(folder / f"totals_{i}.parquet")
+
+    @classmethod
+    def load(cls, folder: Path) -> CausalStatistics:
+        """Read what `save` wrote."""
+        about = json.loads((folder / "statistics.json").read_text())
+        self = cls(about["keys"], about["outcomes"], time=about["time"], smoothing=about["smoothing"])
+        self._prior = np.array([np.nan if p is None else p for p in about["prior"]])
+        self._is_rate = np.array(about["is_rate"], bool)
+        width = len(self.outcomes)
+        for i, key in enumerate(self.keys):
+            frame = pd.read_parquet(folder / f"totals_{i}.parquet")
+            index = _KeyIndex.fit(key, frame)
+            numbers = np.empty((len(frame), 1 + 2 * width))
+            numbers[index.lookup(frame)] = frame.iloc[:, len(key) :].to_numpy(dtype=np.float64)
+            self._totals.append(_Totals(index, numbers[:, 0], numbers[:, 1 : 1 + width], numbers[:, 1 + width :]))
+        return self

@@ -1,0 +1,1 @@
+"""The modules of the model, in the order data meets them."""

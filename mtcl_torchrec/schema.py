@@ -1,0 +1,285 @@
+"""What the data is: features in groups (user, item, context), the tasks to predict, and who is who.
+
+A `Schema` is built in Python or read from the `schema:` part of a run's YAML.  Nothing here touches
+data or tensors; every other room of the package is told by these objects what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+Group = Literal["user", "item", "context"]
+GROUPS: tuple[Group, ...] = ("user", "item", "context")
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+GroupSet = Annotated[tuple[Group, ...], BeforeValidator(_as_tuple)]
+
+
+class DataError(ValueError):
+    """The data does not fit the schema; the message names the column, row or label."""
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names the key and, if there is one, the nearest right one."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A hint for a mistyped name.
+
+    Example:
+        >>> nearest("is_clik", ["is_click", "long_view"])
+        " (did you mean 'is_click'?)"
+    """
+    found = difflib.get_close_matches(name, [str(c) for c in candidates], n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+class _Declared(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Feature(_Declared):
+    """One input column.
+
+    Args:
+        name: name of the feature, and of its column unless `column` says otherwise.
+        group: whose property it is: ``"user"``, ``"item"`` or ``"context"``.  A feature of a pair
+            (how this user likes this tag) belongs to several groups, and a task restricted by
+            `Task.inputs` sees it only if it may see all of them.
+        kind: ``"id"`` (one categorical value a row), ``"bag"`` (a list of them: a Parquet list
+            column, or a string split at `separator`) or ``"dense"`` (a number).
+        vocabulary_size: rows of the embedding table, row 0 (unknown or missing) included.  May be left out
+            where ``encoding="vocabulary"``: the training split decides.
+        embedding_dim: width of the embedding.
+        pooling: how the embeddings of a bag become one vector.
+        encoding: how a value becomes a row: ``"index"`` (it already is an integer in
+            [0, vocabulary_size)), ``"vocabulary"`` (values of the training split are numbered
+            from 1, any other takes row 0) or ``"hash"`` (into 1 … vocabulary_size - 1).
+        min_count: values rarer than this in the training split take row 0 (`vocabulary` only).
+        table: features that name the same table share its rows; the default is a table of its own.
+        transform: of a dense feature before it is standardised: ``"none"``, ``"log"``
+            (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
+        clip: a standardised dense value is cut at ± this many standard deviations.
+
+    Example:
+        >>> Feature(name="city", group="user", kind="id", vocabulary_size=1000).rows_from
+        'city'
+    """
+
+    name: str
+    group: Annotated[GroupSet, Field(min_length=1)]
+    kind: Literal["id", "bag", "dense"] = "id"
+    column: str | None = None
+    vocabulary_size: PositiveInt | None = None
+    embedding_dim: PositiveInt = 16
+    pooling: Literal["sum", "mean"] = "mean"
+    encoding: Literal["index", "vocabulary", "hash"] = "vocabulary"
+    min_count: PositiveInt = 1
+    separator: str = "|"
+    table: str | None = None
+    transform: Literal["none", "log", "logit"] = "none"
+    clip: Annotated[float, Field(gt=0)] = 5.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Feature:
+        if self.kind == "dense":
+            embedding_only = self.model_fields_set & {
+                "vocabulary_size", "embedding_dim", "pooling", "encoding", "min_count", "table", "separator",
+            }  # fmt: skip
+            if embedding_only:
+                raise ValueError(f"feature {self.name!r} is dense and has no {sorted(embedding_only)[0]}")
+        else:
+            if self.model_fields_set & {"transform", "clip"}:
+                raise ValueError(f"feature {self.name!r} is no dense feature: transform and clip do nothing")
+            if self.encoding != "vocabulary" and self.vocabulary_size is None:
+                raise ValueError(f"feature {self.name!r}: encoding {self.encoding!r} needs vocabulary_size")
+            if self.vocabulary_size is not None and self.vocabulary_size < 2:
+                raise ValueError(f"feature {self.name!r}: vocabulary_size must be at least 2 (row 0 is 'unknown')")
+        return self
+
+    @property
+    def rows_from(self) -> str:
+        """The column this feature is read from."""
+        return self.column or self.name
+
+    @property
+    def table_name(self) -> str:
+        """The embedding table this feature looks up."""
+        return self.table or self.name
+
+
+class Task(_Declared):
+    """One event or quantity to predict.
+
+    Make one with `Task.binary`, `Task.multiclass` or `Task.regression`.
+
+    Args:
+        name: name of the task; its prediction's key in the model's output.
+        kind: decides the head and the loss: BCE with logits, cross-entropy, or MSE / Huber.
+        label: label column; the default is `name`.  Binary labels are 0 or 1, classes are integers in
+            [0, num_classes).  A missing label (NaN) trains nothing and is counted nowhere.
+        weight: wᵢ in L = Σ wᵢ Lᵢ + λR.
+        num_classes: of a multiclass task.
+        item_class: sparse feature that holds the candidate item's own class.  The fused score takes
+            the predicted probability of that class.
+        mask: a column; the task's label counts only where it is true (``long_view`` only where
+            ``is_click``).
+        sample_weight: a column of non-negative weights for this task's loss.
+        inputs: feature groups that the task may see; the rest is zero on its way through the
+            trunk.  The default is all of them.
+        loss: of a regression task.
+        huber_delta: where Huber's loss turns from square to linear, in standard deviations of the label.
+        mean, std: of a regression task's label: the head predicts the standardised label.  Training
+            from files takes them from the training split when they are left out.
+
+    Example:
+        >>> Task.binary("click", weight=2.0).label_column
+        'click'
+        >>> Task.multiclass("category", num_classes=18).kind
+        'multiclass'
+    """
+
+    name: str
+    kind: Literal["binary", "multiclass", "regression"]
+    label: str | None = None
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    item_class: str | None = None
+    mask: str | None = None
+    sample_weight: str | None = None
+    inputs: Annotated[GroupSet, Field(min_length=1)] = GROUPS
+    loss: Literal["mse", "huber"] = "mse"
+    huber_delta: Annotated[float, Field(gt=0)] = 1.0
+    mean: float | None = None
+    std: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        if (self.kind == "multiclass") != (self.num_classes is not None):
+            raise ValueError(f"task {self.name!r}: num_classes belongs to multiclass tasks, which need it")
+        if self.kind != "multiclass" and self.item_class is not None:
+            raise ValueError(f"task {self.name!r}: item_class belongs to multiclass tasks")
+        if self.kind != "regression" and self.model_fields_set & {"loss", "huber_delta", "mean", "std"}:
+            raise ValueError(f"task {self.name!r}: loss, huber_delta, mean and std belong to regression tasks")
+        if self.name == "score":
+            raise ValueError("'score' is the key of the fused score and cannot name a task")
+        if "." in self.name or not self.name:
+            raise ValueError(f"task name {self.name!r}: give it at least one character and no dot")
+        return self
+
+    @classmethod
+    def binary(cls, name: str, **options: Any) -> Task:
+        """A yes/no event, predicted as its probability."""
+        return cls(name=name, kind="binary", **options)
+
+    @classmethod
+    def multiclass(cls, name: str, num_classes: int, **options: Any) -> Task:
+        """One of `num_classes` classes, predicted as a probability for each."""
+        return cls(name=name, kind="multiclass", num_classes=num_classes, **options)
+
+    @classmethod
+    def regression(cls, name: str, **options: Any) -> Task:
+        """A number, predicted in the label's own unit."""
+        return cls(name=name, kind="regression", **options)
+
+    @property
+    def label_column(self) -> str:
+        """The column this task's label is read from."""
+        return self.label or self.name
+
+    @property
+    def out_features(self) -> int:
+        """Logits of the task's head."""
+        return self.num_classes or 1
+
+
+class Schema(_Declared):
+    """Features, tasks, and the columns that name the user, the item and the time.
+
+    Args:
+        features: the input columns.
+        tasks: what is predicted.
+        user: column that names the user (metrics within a user, `recommend --user`).
+        item: column that names the item.
+        time: column of the event's time; a number or a timestamp.
+
+    Example:
+        >>> schema = Schema(
+        ...     features=[Feature(name="user_id", group="user"), Feature(name="price", group="item", kind="dense")],
+        ...     tasks=[Task.binary("buy")],
+        ...     user="user_id",
+        ... )
+        >>> [f.name for f in schema.sparse_features], [f.name for f in schema.dense_features]
+        (['user_id'], ['price'])
+    """
+
+    features: Annotated[tuple[Feature, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schema:
+        check_unique("feature", [f.name for f in self.features])
+        check_unique("task", [t.name for t in self.tasks])
+        sparse = {f.name: f for f in self.sparse_features}
+        for task in self.tasks:
+            if task.item_class is not None and task.item_class not in sparse:
+                raise ValueError(
+                    f"task {task.name!r}: item_class {task.item_class!r} is no id feature{nearest(task.item_class, sparse)}"
+                )
+        for table, features in self.tables().items():
+            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count"):
+                if len({getattr(f, field) for f in features}) > 1:
+                    names = " and ".join(f.name for f in features)
+                    raise ValueError(f"features {names} share table {table!r} and must agree on {field}")
+        return self
+
+    @property
+    def sparse_features(self) -> tuple[Feature, ...]:
+        """Features looked up in embedding tables, in declaration order."""
+        return tuple(f for f in self.features if f.kind != "dense")
+
+    @property
+    def dense_features(self) -> tuple[Feature, ...]:
+        """Numeric features, in declaration order."""
+        return tuple(f for f in self.features if f.kind == "dense")
+
+    def tables(self) -> dict[str, list[Feature]]:
+        """Embedding table name -> features that look it up."""
+        tables: dict[str, list[Feature]] = {}
+        for feature in self.sparse_features:
+            tables.setdefault(feature.table_name, []).append(feature)
+        return tables
+
+    def label_columns(self) -> list[str]:
+        """Every column that the tasks read, once."""
+        columns: list[str] = []
+        for task in self.tasks:
+            columns += [c for c in (task.label_column, task.mask, task.sample_weight) if c]
+        return list(dict.fromkeys(columns))
+
+
+def check_unique(what: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a name occurs twice.
+
+    Example:
+        >>> check_unique("task", ["click", "click"])
+        Traceback (most recent call last):
+            ...
+        ValueError: task 'click' is declared twice
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{what} {name!r} is declared twice")
+        seen.add(name)

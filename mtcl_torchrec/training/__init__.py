@@ -1,0 +1,1 @@
+"""Training: sharding, optimizers, the loop, checkpoints."""
