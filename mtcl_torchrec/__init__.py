@@ -1,0 +1,35 @@
+"""Multi-task collaborative learning for recommenders, as a plugin to TorchRec."""
+
+try:
+    import fbgemm_gpu  # noqa: F401
+    import torchrec  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "mtcl_torchrec is a plugin to TorchRec and needs torch, torchrec and FBGEMM builds that match each other "
+        "(torch 2.13 with torchrec 1.8 and FBGEMM 1.8; torch 2.11 with 1.6).  "
+        f"On this machine they do not import: {error}"
+    ) from error
+
+from mtcl_torchrec.data.batch import MTBatch
+from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.fusion import WeightedMean
+from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask
+from mtcl_torchrec.schema import ConfigError, DataError, Feature, Schema, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MTCL",
+    "PLE",
+    "ConfigError",
+    "DataError",
+    "Feature",
+    "MMoE",
+    "MTBatch",
+    "MTCLTrain",
+    "Schema",
+    "SharedBottom",
+    "SingleTask",
+    "Task",
+    "WeightedMean",
+]

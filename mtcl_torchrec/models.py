@@ -1,0 +1,300 @@
+"""`MTCL` and `MTCLTrain`: the two classes that a TorchRec pipeline needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, embedding_dims, visible_columns
+from mtcl_torchrec.modules.experts import BatchedExperts
+from mtcl_torchrec.modules.heads import in_unit_interval, prediction
+from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
+from mtcl_torchrec.schema import Group, Task, check_unique, nearest
+
+
+class MultiTaskTower(nn.Module):
+    """Everything between the pooled embeddings and the logits: interaction, trunk, towers, heads.
+
+    It holds no embedding table, so TorchRec's pipelines treat it as one leaf and it may branch as it likes.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        dense_in_features: int,
+        trunk: nn.Module,
+        tasks: Sequence[Task],
+        *,
+        interaction: Callable[[int], nn.Module] | None,
+        tower_layers: Sequence[int],
+        input_dropout: float,
+        tower_dropout: float,
+        feature_groups: Mapping[str, Sequence[Group]] | None,
+        dense_groups: Sequence[Sequence[Group]] | None,
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.dense_in_features = dense_in_features
+        width = sum(dims.values()) + dense_in_features
+        self.concat = PooledConcat(list(dims))
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.interaction = interaction(width) if interaction else nn.Identity()
+        build = getattr(trunk, "build", None)
+        if build is not None:
+            build(width, len(self.tasks))
+        self.trunk = trunk
+        # Tasks that may see the same inputs go through the trunk together.
+        self._views: list[tuple[str, list[int]]] = []
+        for number, task in enumerate(self.tasks):
+            name = "sees_" + "_".join(sorted(task.inputs))
+            if not hasattr(self, name):
+                visible = visible_columns(task.inputs, dims, dense_in_features, feature_groups, dense_groups)
+                self.register_buffer(name, visible, persistent=False)
+                self._views.append((name, []))
+            next(numbers for view, numbers in self._views if view == name).append(number)
+        hidden = int(trunk.out_features)  # type: ignore[arg-type]
+        self.towers: nn.Module | None = None
+        if tower_layers:
+            self.towers = BatchedExperts(
+                hidden, tower_layers, len(self.tasks), reads=range(len(self.tasks)), dropout=tower_dropout
+            )
+            hidden = tower_layers[-1]
+        self.heads = nn.ModuleDict({task.name: nn.Linear(hidden, task.out_features) for task in self.tasks})
+
+    def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> Logits:
+        """Logits by task: (B,), or (B, num_classes) for a multiclass task.
+
+        Args:
+            dense_features: (B, D) float.
+            pooled: what the embedding-bag collection returned.
+        """
+        if dense_features.shape[1] != self.dense_in_features:
+            raise ValueError(
+                f"dense_features have {dense_features.shape[1]} columns, the model was built with "
+                f"dense_in_features={self.dense_in_features}"
+            )
+        x = self.input_dropout(self.concat(dense_features, pooled))
+        shared: list[torch.Tensor | None] = [None] * len(self.tasks)
+        for name, numbers in self._views:
+            seen = x if len(self._views) == 1 and len(self.tasks[0].inputs) == 3 else x * getattr(self, name)
+            representations = self.trunk(self.interaction(seen), numbers)
+            for place, number in enumerate(numbers):
+                shared[number] = representations[:, place]
+        h = torch.stack([r for r in shared if r is not None])
+        if self.towers is not None:
+            h = self.towers(h)
+        logits = {}
+        for number, task in enumerate(self.tasks):
+            out = self.heads[task.name](h[number])
+            logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
+        return logits
+
+
+class FusedOutput(nn.Module):
+    """Logits to predictions, and predictions to the fused score."""
+
+    def __init__(self, tasks: Sequence[Task], fused_score: nn.Module | None, item_classes: Mapping[str, str]) -> None:
+        super().__init__()
+        self.tasks = {task.name: task for task in tasks}
+        self.fused_score = fused_score
+        self.item_classes = dict(item_classes)
+
+    def forward(self, logits: Logits, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        """Each task's prediction, and ``"score"`` (B,) in [0, 1] where there is a fused score.
+
+        Args:
+            logits: what the tower returned.
+            sparse_features: the candidates, for the class of each in a multiclass task.
+        """
+        out = {name: prediction(task, logits[name].float()) for name, task in self.tasks.items()}
+        if self.fused_score is not None:
+            parts = self.parts(out, sparse_features)
+            out["score"] = self.fused_score(parts)
+        return out
+
+    def parts(
+        self, predictions: Mapping[str, torch.Tensor], sparse_features: KeyedJaggedTensor
+    ) -> dict[str, torch.Tensor]:
+        """What each task contributes to the score: (B,) in [0, 1] by task."""
+        parts = {}
+        for name, task in self.tasks.items():
+            feature = self.item_classes.get(name)
+            item_class = None if feature is None else _single_value(sparse_features, feature)
+            parts[name] = in_unit_interval(task, predictions[name], item_class)
+        return parts
+
+
+def _single_value(sparse_features: KeyedJaggedTensor, feature: str) -> torch.Tensor:
+    """The first value of a feature in each row (B,), -1 where it has none."""
+    jagged = sparse_features[feature]
+    offsets, lengths = jagged.offsets(), jagged.lengths()
+    padded = torch.cat([jagged.values(), jagged.values().new_full((1,), -1)])
+    return torch.where(lengths > 0, padded[offsets[:-1]], -1)
+
+
+class MTCL(nn.Module):
+    """Multi-task collaborative learning on top of an embedding-bag collection.
+
+    Embeddings and dense features go through an optional interaction (such as ``LowRankCrossNet``), a shared trunk, a tower and a
+    head per task; the predictions are fused into one score that ranks.
+
+    Args:
+        embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device.
+        dense_in_features: D, number of dense features; 0 where there are none.
+        trunk: `SharedBottom`, `MMoE`, `PLE`, `SingleTask`, or a module of the signature in `mtcl_torchrec.modules.trunks`.
+        tasks: what is predicted, in the order of the label columns.
+        fused_score: `WeightedMean`, or a module of the signature in `mtcl_torchrec.modules.fusion`; without one there is
+            no ``"score"``.
+        interaction: function of the input width that makes a module (B, width) → (B, width), put before the trunk.
+        tower_layers: widths of each task's tower; may be empty.
+        input_dropout: on embeddings and dense features.
+        tower_dropout: after each activation in a tower.
+        feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs`.
+        dense_groups: groups of each dense column; likewise.
+
+    Raises:
+        ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
+
+    Example:
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> from mtcl_torchrec import MMoE, WeightedMean
+        >>> tables = [EmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8, feature_names=["user", "item"])]
+        >>> model = MTCL(
+        ...     embedding_bag_collection=EmbeddingBagCollection(tables=tables),
+        ...     dense_in_features=2,
+        ...     trunk=MMoE(num_experts=4, expert_layers=[16, 8]),
+        ...     tasks=[Task.binary("click"), Task.binary("like")],
+        ...     fused_score=WeightedMean({"click": 1.0, "like": 5.0}),
+        ... )
+        >>> ids = KeyedJaggedTensor(["user", "item"], values=torch.arange(6), lengths=torch.ones(6, dtype=torch.int64))
+        >>> out = model(torch.randn(3, 2), ids)
+        >>> {name: tuple(value.shape) for name, value in out.items()}
+        {'click': (3,), 'like': (3,), 'score': (3,)}
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: nn.Module,
+        dense_in_features: int,
+        trunk: nn.Module,
+        tasks: Sequence[Task],
+        fused_score: nn.Module | None = None,
+        *,
+        interaction: Callable[[int], nn.Module] | None = None,
+        tower_layers: Sequence[int] = (32,),
+        input_dropout: float = 0.0,
+        tower_dropout: float = 0.0,
+        feature_groups: Mapping[str, Sequence[Group]] | None = None,
+        dense_groups: Sequence[Sequence[Group]] | None = None,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("a model needs at least one task")
+        names = [task.name for task in tasks]
+        check_unique("task", names)
+        for name in getattr(fused_score, "tasks", ()):
+            if name not in names:
+                raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
+        dims = embedding_dims(embedding_bag_collection)
+        self.tasks = tuple(tasks)
+        self.embedding_bag_collection = embedding_bag_collection
+        self.tower = MultiTaskTower(
+            dims,
+            dense_in_features,
+            trunk,
+            tasks,
+            interaction=interaction,
+            tower_layers=tower_layers,
+            input_dropout=input_dropout,
+            tower_dropout=tower_dropout,
+            feature_groups=feature_groups,
+            dense_groups=dense_groups,
+        )
+        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, dims, fused_score))
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        """Predictions and the fused score of B rows.
+
+        Args:
+            dense_features: (B, D) float.
+            sparse_features: KeyedJaggedTensor of B rows.
+
+        Returns:
+            task name -> (B,) probability or value, (B, num_classes) probabilities for a multiclass task; and ``"score"``
+            (B,) in [0, 1].
+        """
+        pooled = self.embedding_bag_collection(sparse_features)
+        logits = self.tower(dense_features, pooled)
+        return self.output(logits, sparse_features)
+
+
+def _item_classes(tasks: Sequence[Task], dims: Mapping[str, int], fused_score: nn.Module | None) -> dict[str, str]:
+    """The sparse feature that holds the item's own class, for each multiclass task that has one."""
+    features = {name.split("@")[0] for name in dims}
+    found = {}
+    for task in tasks:
+        if task.kind != "multiclass":
+            continue
+        if task.item_class is not None and task.item_class not in features:
+            raise ValueError(
+                f"task {task.name!r}: item_class {task.item_class!r} is no sparse feature{nearest(task.item_class, features)}"
+            )
+        feature = task.item_class or (task.name if task.name in features else None)
+        if feature is not None:
+            found[task.name] = feature
+        elif task.name in getattr(fused_score, "tasks", ()):
+            warnings.warn(
+                f"multiclass task {task.name!r} enters the fused score as the probability of its most probable class; "
+                "name the sparse feature that holds the item's own class with Task.multiclass(..., item_class=...)",
+                stacklevel=3,
+            )
+    return found
+
+
+class MTCLTrain(nn.Module):
+    """`MTCL` with its loss, in the form TorchRec's train pipelines call: ``forward(batch) -> (loss, (loss, logits, labels))``.
+
+    Args:
+        model: the model.
+        l2_embedding: λ of λR, R being the mean squared norm of a row's pooled embeddings.
+        process_group: the ranks that share a global batch; None is the default group.
+
+    Example:
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> from torchrec.datasets.utils import Batch
+        >>> from mtcl_torchrec import SharedBottom
+        >>> tables = [EmbeddingBagConfig(name="t", num_embeddings=100, embedding_dim=8, feature_names=["user"])]
+        >>> ebc = EmbeddingBagCollection(tables=tables)
+        >>> train = MTCLTrain(MTCL(ebc, 0, SharedBottom([8]), [Task.binary("click"), Task.regression("seconds")]))
+        >>> users = KeyedJaggedTensor(["user"], values=torch.arange(3), lengths=torch.ones(3, dtype=torch.int64))
+        >>> labels = torch.tensor([[1.0, 12.5], [0.0, float("nan")], [1.0, 3.0]])  # NaN: not known, trains nothing
+        >>> loss, (_, logits, _) = train(Batch(torch.empty(3, 0), users, labels))
+        >>> loss.shape, logits["click"].shape
+        (torch.Size([]), torch.Size([3]))
+    """
+
+    def __init__(
+        self, model: MTCL, *, l2_embedding: float = 0.0, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = MultiTaskLoss(model.tasks, l2_embedding=l2_embedding, process_group=process_group)
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
+        """The loss of a batch.
+
+        Args:
+            batch: TorchRec's ``Batch`` or an `MTBatch`.
+
+        Returns:
+            ``(loss, (loss, logits, labels))``; the second part is detached, logits by task name.
+        """
+        pooled = self.model.embedding_bag_collection(batch.sparse_features)
+        logits = self.model.tower(batch.dense_features, pooled)
+        return self.loss(logits, pooled, batch)

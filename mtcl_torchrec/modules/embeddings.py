@@ -1,0 +1,127 @@
+"""From an embedding-bag collection's output to one input matrix, in an order that no sharding plan changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from mtcl_torchrec.schema import GROUPS, Group, Schema
+
+Pooled = KeyedTensor | torch.Tensor | tuple
+
+
+def build_embedding_bag_collection(
+    schema: Schema, num_embeddings: Callable[[str], int], device: torch.device | str = "meta"
+) -> EmbeddingBagCollection:
+    """The EmbeddingBagCollection of a schema's sparse features.
+
+    Args:
+        schema: declares features and tables.
+        num_embeddings: table name -> its number of rows.
+        device: ``"meta"`` for a model that `DistributedModelParallel` will materialise.
+    """
+    poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+    tables = [
+        EmbeddingBagConfig(
+            name=table,
+            num_embeddings=num_embeddings(table),
+            embedding_dim=features[0].embedding_dim,
+            feature_names=[f.name for f in features],
+            pooling=poolings[features[0].pooling],
+        )
+        for table, features in schema.tables().items()
+    ]
+    return EmbeddingBagCollection(tables=tables, device=torch.device(device))
+
+
+def embedding_dims(embedding_bag_collection: nn.Module) -> dict[str, int]:
+    """Width of each pooled embedding, by its key in the KeyedTensor, in table order.
+
+    Raises:
+        TypeError: the module has no ``embedding_bag_configs()``.
+
+    Example:
+        >>> tables = [EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["a", "b"])]
+        >>> embedding_dims(EmbeddingBagCollection(tables=tables))
+        {'a': 4, 'b': 4}
+    """
+    configs = getattr(embedding_bag_collection, "embedding_bag_configs", None)
+    if configs is None:
+        raise TypeError(
+            f"{type(embedding_bag_collection).__name__} has no embedding_bag_configs(); "
+            "expected a TorchRec EmbeddingBagCollection or a module like it"
+        )
+    tables = configs()
+    names = get_embedding_names_by_table(tables)
+    return {name: t.embedding_dim for t, of in zip(tables, names, strict=True) for name in of}
+
+
+class PooledConcat(nn.Module):
+    """Concatenates pooled embeddings by key and appends the dense features.
+
+    A KeyedTensor's own ``values()`` follow the sharding plan, so a model that feeds them to a layer is another model on
+    another number of ranks.
+
+    Args:
+        keys: the pooled embeddings, in the order wanted.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        super().__init__()
+        self.keys = tuple(keys)
+
+    def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> torch.Tensor:
+        """(B, Σ dims + D) from a KeyedTensor (or a tuple that starts with one, or a ready (B, Σ dims) tensor) and
+        (B, D) dense features."""
+        if isinstance(pooled, tuple):
+            pooled = pooled[0]
+        if isinstance(pooled, torch.Tensor):
+            parts = [pooled]
+        else:
+            parts = [pooled[key] for key in self.keys]
+        return torch.cat([*parts, dense_features.to(parts[0].dtype if parts else dense_features.dtype)], dim=1)
+
+
+def visible_columns(
+    inputs: Sequence[Group],
+    dims: Mapping[str, int],
+    dense_in_features: int,
+    feature_groups: Mapping[str, Sequence[Group]] | None,
+    dense_groups: Sequence[Sequence[Group]] | None,
+) -> torch.Tensor:
+    """Which columns of the concatenated input a task with these `inputs` may see: (Σ dims + D,) of 0.0 and 1.0.
+
+    A column that belongs to several groups is seen only by a task that may see all of them.
+
+    Raises:
+        ValueError: the task is restricted and some column's group is not told.
+
+    Example:
+        >>> visible_columns(["user"], {"u": 2, "i": 1}, 1, {"u": ["user"], "i": ["item"]}, [["user", "item"]])
+        tensor([1., 1., 0., 0.])
+    """
+    width = sum(dims.values()) + dense_in_features
+    if set(inputs) >= set(GROUPS):
+        return torch.ones(width)
+    of_feature = feature_groups or {}
+    columns: list[float] = []
+    for name, dim in dims.items():
+        groups = of_feature.get(name, of_feature.get(name.split("@")[0]))
+        if groups is None:
+            raise ValueError(
+                f"a task is restricted to inputs={tuple(inputs)}, so feature_groups must name the group of {name!r}"
+            )
+        columns += [float(set(groups) <= set(inputs))] * dim
+    if dense_in_features:
+        if dense_groups is None or len(dense_groups) != dense_in_features:
+            raise ValueError(
+                f"a task is restricted to inputs={tuple(inputs)}, so dense_groups must name the groups of each of the "
+                f"{dense_in_features} dense columns"
+            )
+        columns += [float(set(groups) <= set(inputs)) for groups in dense_groups]
+    return torch.tensor(columns)

@@ -1,0 +1,104 @@
+"""Many small MLPs of one shape, computed together instead of in a loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Norm = Literal["layer", "rms", "none"]
+
+
+class BatchedExperts(nn.Module):
+    """E multi-layer perceptrons: each layer is linear → norm → SiLU → dropout.
+
+    Where all experts read the same input, the first layer of all of them is one matrix product; every other layer is one
+    batched product.  The result is that of a loop over E separate networks.
+
+    Args:
+        in_features: D, width of an input stream.
+        layers: widths of the layers, the last one H.
+        num_experts: E.
+        reads: which input stream each expert reads; None where there is one stream for all.
+        norm: ``"layer"`` (LayerNorm), ``"rms"`` (RMSNorm) or ``"none"``, with scales of each expert's own.
+        dropout: after each activation.
+
+    Example:
+        >>> BatchedExperts(8, [16, 4], num_experts=3)(torch.randn(5, 8)).shape
+        torch.Size([3, 5, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        layers: Sequence[int],
+        num_experts: int,
+        *,
+        reads: Sequence[int] | None = None,
+        norm: Norm = "layer",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not layers or min(layers) < 1 or in_features < 1 or num_experts < 1:
+            raise ValueError(f"experts need widths of at least 1: {in_features=}, {layers=}, {num_experts=}")
+        if norm not in ("layer", "rms", "none"):
+            raise ValueError(f"norm is 'layer', 'rms' or 'none', not {norm!r}")
+        if reads is not None and len(reads) != num_experts:
+            raise ValueError(f"{num_experts} experts, but reads names {len(reads)} streams")
+        self.num_experts, self.out_features = num_experts, layers[-1]
+        self.norm, self.dropout = norm, dropout
+        self.reads = None if reads is None else list(reads)
+        widths = [in_features, *layers]
+        # Stored as (E, out, in): its (E·out, in) view is the one matrix of the shared first layer.
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(num_experts, o, i)) for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in layers)
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(num_experts, o)) for o in layers if norm != "none")
+        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(num_experts, o)) for o in layers if norm == "layer")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert as `torch.nn.Linear` starts: uniform within ±1/√fan_in."""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor, only: Sequence[int] | None = None) -> torch.Tensor:
+        """Outputs (E, B, H) of all experts, or of those in `only`, in that order.
+
+        Args:
+            x: (B, D) where all experts read one stream, else (S, B, D).
+        """
+        chosen = None if only is None or list(only) == list(range(self.num_experts)) else list(only)
+
+        def of(parameter: torch.Tensor) -> torch.Tensor:
+            return parameter if chosen is None else parameter[chosen]
+
+        weight, bias = of(self.weights[0]), of(self.biases[0])
+        if self.reads is None:
+            h = F.linear(x, weight.flatten(0, 1), bias.flatten())
+            h = h.view(len(x), *bias.shape).transpose(0, 1)
+        else:
+            reads = self.reads if chosen is None else [self.reads[e] for e in chosen]
+            streams = x if reads == list(range(len(x))) else x[reads]
+            h = torch.baddbmm(bias.unsqueeze(1), streams, weight.transpose(1, 2))
+        h = self._activate(h, 0, of)
+        for layer in range(1, len(self.weights)):
+            weight, bias = of(self.weights[layer]), of(self.biases[layer])
+            h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
+            h = self._activate(h, layer, of)
+        return h
+
+    def _activate(self, h: torch.Tensor, layer: int, of) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        width = (h.shape[-1],)
+        if self.norm == "layer":
+            h = torch.addcmul(of(self.shifts[layer]).unsqueeze(1), F.layer_norm(h, width), of(self.scales[layer]).unsqueeze(1))
+        elif self.norm == "rms":
+            h = F.rms_norm(h, width, eps=1e-6) * of(self.scales[layer]).unsqueeze(1)
+        return F.dropout(F.silu(h), self.dropout, self.training)
