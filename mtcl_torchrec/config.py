@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from mtcl_torchrec.schema import ConfigError, Group, Schema, nearest
+from mtcl_torchrec.schema import ConfigError, Group, Schema, check_unique, nearest
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,11 +28,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]
+Paths = Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Part):
@@ -55,6 +55,8 @@ class DataConfig(_Part):
             raise ValueError("give either 'train' and 'val' (and 'test'), or one 'log' to be split by time")
         if self.train is not None and self.val is None:
             raise ValueError("'train' needs 'val': early stopping and the choice of the best epoch use it")
+        if self.log is not None and (self.val is not None or self.test is not None):
+            raise ValueError("'log' is split by time: it takes no 'val' and no 'test' beside it")
         if self.log is not None and self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing to train on")
         if self.log is not None and self.val_fraction == 0:
@@ -70,12 +72,22 @@ class StatisticsConfig(_Part):
         groups: feature group of each column that a key uses and the schema does not declare.
         outcomes: numeric columns (0/1 events, or a quantity such as watch time) whose mean is taken.
         smoothing: pseudo-count that pulls a rate towards the overall rate of its time.
+        prepared: folder in which ``mtcl prepare`` stored the statistics whose columns the data already has.
     """
 
-    keys: list[Annotated[list[str], BeforeValidator(_as_list)]] = Field(default_factory=list)
+    keys: list[Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]] = Field(default_factory=list)
     groups: dict[str, Group] = Field(default_factory=dict)
     outcomes: list[str] = Field(default_factory=list)
     smoothing: PositiveFloat = 20.0
+    prepared: str | None = None
+
+    @model_validator(mode="after")
+    def _each_once(self) -> StatisticsConfig:
+        check_unique("outcome", self.outcomes)
+        check_unique("key", [",".join(key) for key in self.keys])
+        for key in self.keys:
+            check_unique(f"in key {key}, column", key)
+        return self
 
 
 class TrunkConfig(_Part):
@@ -113,10 +125,19 @@ class ModelConfig(_Part):
 
 
 class TableOptimizerConfig(_Part):
-    """Optimizer of the embedding tables, fused into backward wherever the table is sharded."""
+    """Optimizer of the embedding tables, fused into backward wherever the table is sharded.
+
+    Args:
+        kind: ``adam`` is fused on CUDA only; on the CPU it updates all rows in every step.
+        lr: learning rate.
+        lr_of: table -> learning rate of its own; large tables overfit where small ones still learn.
+        eps: added to the denominator of the adaptive kinds.
+        init_scale: tables start uniform in ± this; the default is 1/√rows.
+    """
 
     kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     lr: PositiveFloat = 0.02
+    lr_of: dict[str, PositiveFloat] = Field(default_factory=dict)
     eps: PositiveFloat = 1e-8
     init_scale: PositiveFloat | None = None
 
@@ -147,7 +168,7 @@ class TrainingConfig(_Part):
         warmup_steps: the learning rates rise linearly from 0 over this many steps.
         decay: how the learning rates fall from then to the last step of the last epoch.
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
-        l2_embedding, l2_dense: the λR of the loss: λ·mean‖pooled embeddings‖² and λ·Σ‖dense weights‖².
+        l2_embedding: λ of the loss's λR, R being the mean of ‖pooled embeddings‖² over rows.
         pipeline: TorchRec's train pipeline; ``auto`` takes ``sparse_dist`` and falls back to ``base``.
         sharding: how tables are cut; ``auto`` leaves it to the planner.
     """
@@ -160,7 +181,6 @@ class TrainingConfig(_Part):
     decay: Literal["none", "linear", "cosine"] = "linear"
     averaging: Fraction = 0.0
     l2_embedding: NonNegativeFloat = 0.0
-    l2_dense: NonNegativeFloat = 0.0
     seed: NonNegativeInt = 0
     pipeline: Literal["auto", "sparse_dist", "base"] = "auto"
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
@@ -212,6 +232,10 @@ class RunConfig(_Part):
         for name in self.fusion.weights if self.fusion else ():
             if name not in tasks:
                 raise ValueError(f"fusion.weights: no task {name!r}{nearest(name, tasks)}")
+        tables = self.data_schema.tables()
+        for name in self.optimizers.tables.lr_of:
+            if name not in tables:
+                raise ValueError(f"optimizers.tables.lr_of: no table {name!r}{nearest(name, tables)}")
         if self.statistics.keys and self.data_schema.time is None:
             raise ValueError("statistics need schema.time: they count strictly earlier rows only")
         if self.data.log is not None and self.data_schema.time is None:
@@ -240,7 +264,7 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
     where = f"{name}: " if name else ""
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except Exception as error:  # PyYAML's constructors raise what they like, such as ValueError
         raise ConfigError(f"{where}no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}expected keys such as data, schema, model; found {type(raw).__name__}")
@@ -253,13 +277,25 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
             paths = getattr(run.data, split)
             if paths is not None:
                 setattr(run.data, split, [str(folder / p) for p in paths])
+        if run.statistics.prepared is not None:
+            run.statistics.prepared = str(folder / run.statistics.prepared)
     return run
 
 
 def dump_run(run: RunConfig) -> str:
     """The run as YAML that `parse_run` reads back to the same run."""
+    _mark_changed(run)
     raw = run.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _mark_changed(part: BaseModel) -> bool:
+    """Count a part of which a value was assigned later as set, so that it is dumped too."""
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, BaseModel) and _mark_changed(value):
+            part.model_fields_set.add(name)
+    return bool(part.model_fields_set)
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -274,9 +310,15 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"missing key {path!r}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = "" if item["type"] == "value_error" else f" (given: {item['input']!r})"
+            given = "" if item["type"] == "value_error" else f" (given: {_short(item['input'])})"
             lines.append(f"{path}: {message}{given}" if path else f"{message}{given}")
     return lines
+
+
+def _short(value: Any) -> str:
+    """A value for a message, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:

@@ -43,7 +43,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 class _Declared(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Feature(_Declared):
@@ -68,6 +68,7 @@ class Feature(_Declared):
         transform: of a dense feature before it is standardised: ``"none"``, ``"log"``
             (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
         clip: a standardised dense value is cut at ± this many standard deviations.
+        mark_missing: whether a dense feature that is missing in some training rows gets a second column that says so.
 
     Example:
         >>> Feature(name="city", group="user", kind="id", vocabulary_size=1000).rows_from
@@ -83,10 +84,11 @@ class Feature(_Declared):
     pooling: Literal["sum", "mean"] = "mean"
     encoding: Literal["index", "vocabulary", "hash"] = "vocabulary"
     min_count: PositiveInt = 1
-    separator: str = "|"
+    separator: Annotated[str, Field(min_length=1)] = "|"
     table: str | None = None
     transform: Literal["none", "log", "logit"] = "none"
     clip: Annotated[float, Field(gt=0)] = 5.0
+    mark_missing: bool = True
 
     @model_validator(mode="after")
     def _consistent(self) -> Feature:
@@ -97,8 +99,10 @@ class Feature(_Declared):
             if embedding_only:
                 raise ValueError(f"feature {self.name!r} is dense and has no {sorted(embedding_only)[0]}")
         else:
-            if self.model_fields_set & {"transform", "clip"}:
-                raise ValueError(f"feature {self.name!r} is no dense feature: transform and clip do nothing")
+            if self.model_fields_set & {"transform", "clip", "mark_missing"}:
+                raise ValueError(
+                    f"feature {self.name!r} is no dense feature: transform, clip and mark_missing do nothing"
+                )
             if self.encoding != "vocabulary" and self.vocabulary_size is None:
                 raise ValueError(f"feature {self.name!r}: encoding {self.encoding!r} needs vocabulary_size")
             if self.vocabulary_size is not None and self.vocabulary_size < 2:
@@ -235,7 +239,8 @@ class Schema(_Declared):
         for task in self.tasks:
             if task.item_class is not None and task.item_class not in sparse:
                 raise ValueError(
-                    f"task {task.name!r}: item_class {task.item_class!r} is no id feature{nearest(task.item_class, sparse)}"
+                    f"task {task.name!r}: item_class {task.item_class!r} is no id feature"
+                    f"{nearest(task.item_class, sparse)}"
                 )
         for table, features in self.tables().items():
             for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count"):

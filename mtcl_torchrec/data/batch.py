@@ -157,7 +157,7 @@ def global_batches(
 
 
 def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor]) -> Iterator[MTBatch]:
-    """The batches of `indices`.  A rank with no row left gets one row without labels, so that all ranks stay in step."""
+    """The batches of `indices`.  A rank with no row left gets one row without labels: all ranks stay in step."""
     for index in indices:
         if len(index):
             yield rows.batch(index)

@@ -1,10 +1,13 @@
-"""Columns to tensors: vocabularies, hashing, standardised numbers, labels.  Learnt on the training split, stored with the model."""
+"""Columns to tensors: vocabularies, hashing, numbers, labels.  Learnt on the training split, stored with the model."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,15 +15,18 @@ import torch
 
 from mtcl_torchrec.data.batch import Bag, EncodedRows
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.schema import DataError, Feature, Group, Schema, Task
+from mtcl_torchrec.schema import DataError, Feature, Group, Schema, Task, nearest
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class FeatureEncoder:
     """Turns rows of a schema's columns into `EncodedRows`.
 
     Sparse features become row numbers of embedding tables; 0 is the row of unknown and missing values.  Dense features
-    are transformed, standardised with the training split's mean and standard deviation and clipped; a missing value becomes
-    0 (the mean), and features that were missing anywhere in the training split get a second column that marks it.
+    are transformed, standardised with the training split's mean and standard deviation and clipped; a missing value
+    becomes 0 (the mean), and features that were missing anywhere in the training split get a second column that marks
+    it.
 
     Example:
         >>> schema = Schema(
@@ -83,32 +89,35 @@ class FeatureEncoder:
         """
         for table, features in self.schema.tables().items():
             if features[0].encoding == "vocabulary":
-                self._vocabularies[table] = self._build_vocabulary(table, features, rows.frame)
+                self._vocabularies[table] = self._build_vocabulary(table, features, rows)
         for feature in self.schema.dense_features:
             values = _transformed(feature, rows)
-            missing = bool(np.isnan(values).any())
+            missing = feature.mark_missing and bool(np.isnan(values).any())
             if np.isnan(values).all():
                 raise DataError(f"{rows.name}: dense column {feature.rows_from!r} holds no value at all")
-            std = float(np.nanstd(values))
-            self._dense[feature.name] = (float(np.nanmean(values)), std if std > 0 else 1.0, missing)
+            self._dense[feature.name] = (*_mean_and_std(values), missing)
         for task in self.schema.tasks:
             if task.kind == "regression":
-                label = _numbers(rows, task.label_column, f"label of task {task.name!r}")
+                label = _label(rows, task)
                 if np.isnan(label).all():
                     raise DataError(f"{rows.name}: label column {task.label_column!r} holds no value at all")
-                std = float(np.nanstd(label))
+                mean, std = _mean_and_std(label)
                 self._label_scale[task.name] = (
-                    task.mean if task.mean is not None else float(np.nanmean(label)),
-                    task.std if task.std is not None else (std if std > 0 else 1.0),
+                    task.mean if task.mean is not None else mean,
+                    task.std if task.std is not None else std,
                 )
         return self
 
-    def _build_vocabulary(self, table: str, features: Sequence[Feature], frame: pd.DataFrame) -> pd.Index:
+    def _build_vocabulary(self, table: str, features: Sequence[Feature], rows: Rows) -> pd.Index:
         parts = []
         for feature in features:
-            column = frame[feature.rows_from]
+            column = _column(rows, feature.rows_from)
             parts.append(_split_bag(feature, column)[0] if feature.kind == "bag" else _canonical(column))
+        if len({pd.api.types.is_numeric_dtype(part) for part in parts if part.notna().any()}) > 1:
+            parts = [_text(part) for part in parts]
         values = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+        if pd.api.types.infer_dtype(values, skipna=True).startswith("mixed"):
+            values = _text(values)
         counts = values.dropna().value_counts()
         known = counts.index[counts.to_numpy() >= features[0].min_count]
         known = pd.Index(sorted(known)) if not known.empty else known
@@ -136,17 +145,16 @@ class FeatureEncoder:
         features = {f.name: f for f in self.schema.sparse_features}
         for key in self.keys:
             feature = features[key]
-            if feature.rows_from not in rows.frame:
-                raise DataError(f"{rows.name}: no column {feature.rows_from!r}")
+            column = _column(rows, feature.rows_from)
             if feature.kind == "id":
-                ids.append(self._row_numbers(feature, _canonical(rows.frame[feature.rows_from]), rows))
+                ids.append(self._row_numbers(feature, _canonical(column), rows))
             else:
-                values, lengths = _split_bag(feature, rows.frame[feature.rows_from])
+                values, lengths = _split_bag(feature, column)
                 owner = np.repeat(np.arange(len(rows)), lengths)
                 numbers = self._row_numbers(feature, values, rows, owner)
                 offsets = np.r_[0, np.cumsum(lengths)]
                 bags[key] = Bag(torch.from_numpy(numbers), torch.from_numpy(offsets.astype(np.int64)))
-        dense = [column for feature in self.schema.dense_features for column in self._dense_columns(feature, rows)]
+        dense = [c for f in self.schema.dense_features for c in self._dense_columns(f, rows)]
         labels, weights = self._labels(rows) if with_labels else (self._no_labels(len(rows)), None)
         return EncodedRows(
             dense=torch.from_numpy(np.stack(dense, 1)) if dense else torch.empty(len(rows), 0),
@@ -166,16 +174,17 @@ class FeatureEncoder:
             vocabulary = self._vocabularies[feature.table_name]
             return vocabulary.get_indexer(pd.Index(_like(values, vocabulary))).astype(np.int64) + 1
         if feature.encoding == "hash":
-            hashed = pd.util.hash_array(values.astype(str).to_numpy(dtype=object)) % np.uint64(size - 1)
+            hashed = pd.util.hash_array(_text(values).to_numpy(dtype=object)) % np.uint64(size - 1)
             return np.where(missing, 0, hashed.astype(np.int64) + 1)
-        numbers = pd.to_numeric(values, errors="coerce").astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
+        plain = pd.to_numeric(values, errors="coerce").astype("Float64")
+        numbers = plain.to_numpy(dtype=np.float64, na_value=np.nan)
         wrong = ~missing & ~((numbers >= 0) & (numbers < size) & (numbers == np.floor(numbers)))
         if wrong.any():
             at = int(np.argmax(wrong))
             row = at if owner is None else int(owner[at])
             raise DataError(
-                f"{rows.locate(row)}: {feature.rows_from} = {values.iloc[at]!r} lies outside its table of {size:,} rows "
-                f"(encoding 'index' takes integers from 0 to {size - 1:,})"
+                f"{rows.locate(row)}: {feature.rows_from} = {_shown(values, at)} lies outside its table of {size:,} "
+                f"rows (encoding 'index' takes integers from 0 to {size - 1:,})"
             )
         return np.where(missing, 0, numbers).astype(np.int64)
 
@@ -189,26 +198,14 @@ class FeatureEncoder:
     def _labels(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         labels, weights = [], []
         for task in self.schema.tasks:
-            label = _numbers(rows, task.label_column, f"label of task {task.name!r}").astype(np.float32)
-            present = ~np.isnan(label)
-            if task.kind == "binary":
-                _refuse(rows, present & (label != 0) & (label != 1), task.label_column,
-                        f"a label of binary task {task.name!r} is 0 or 1")  # fmt: skip
-            elif task.kind == "multiclass":
-                fits = (label >= 0) & (label < task.out_features) & (label == np.floor(label))
-                _refuse(rows, present & ~fits, task.label_column,
-                        f"a label of multiclass task {task.name!r} is an integer from 0 to {task.out_features - 1}")  # fmt: skip
-            elif not np.isfinite(label[present]).all():
-                _refuse(rows, np.isinf(label), task.label_column, "a regression label is finite")
-            if task.mask is not None:
-                shown = _numbers(rows, task.mask, f"mask of task {task.name!r}")
-                label = np.where(np.nan_to_num(shown) != 0, label, np.nan).astype(np.float32)
-            labels.append(label)
+            labels.append(_label(rows, task).astype(np.float32))
             weight = np.ones(len(rows), np.float32)
             if task.sample_weight is not None:
-                weight = _numbers(rows, task.sample_weight, f"sample weight of task {task.name!r}").astype(np.float32)
-                _refuse(rows, ~((weight >= 0) & np.isfinite(weight)), task.sample_weight,
+                what = f"sample weight of task {task.name!r}"
+                given = _numbers(rows, task.sample_weight, what)
+                _refuse(rows, ~((given >= 0) & (given <= _FLOAT32_MAX)), task.sample_weight,
                         "a sample weight is a number of at least 0")  # fmt: skip
+                weight = given.astype(np.float32)
             weights.append(weight)
         any_weight = any(task.sample_weight for task in self.schema.tasks)
         return (
@@ -246,45 +243,110 @@ class FeatureEncoder:
         return self
 
 
+def _column(rows: Rows, column: str) -> pd.Series:
+    if column not in rows.frame:
+        raise DataError(f"{rows.name}: no column {column!r}{nearest(column, map(str, rows.frame.columns))}")
+    return rows.frame[column]
+
+
 def _canonical(values: pd.Series) -> pd.Series:
-    """Ids that a reader turned into floats because some are missing, as integers again."""
-    if pd.api.types.is_float_dtype(values) and not isinstance(values.dtype, pd.Float64Dtype):
+    """Ids in their own kind again: a reader turns them into floats or objects where some are missing."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        categories, codes = values.cat.categories, values.cat.codes.to_numpy()
+        if pd.api.types.is_integer_dtype(categories):
+            categories = categories.astype("Int64")
+        taken = categories.take(codes, allow_fill=True, fill_value=None)
+        values = pd.Series(taken, index=values.index)
+    if values.dtype == object:
+        kinds: dict[str, Any] = {"integer": "Int64", "boolean": "boolean", "decimal": "float64"}
+        kind = kinds.get(pd.api.types.infer_dtype(values, skipna=True))
+        with contextlib.suppress(OverflowError):  # beyond 64 bits: left as they are
+            values = values.astype(kind) if kind else values
+    if pd.api.types.is_float_dtype(values):
         present = values.dropna()
-        if (present == np.floor(present)).all():
+        if ((present == np.floor(present)) & (present.abs() < 2**63)).all():
             return values.astype("Int64")
     return values
+
+
+def _text(values: pd.Series) -> pd.Series:
+    """Values as text, the same for 5, 5.0 and "5"; missing ones stay missing."""
+    if isinstance(values.dtype, pd.StringDtype):
+        return values
+    if pd.api.types.is_integer_dtype(values):
+        return values.astype(str).astype(object).where(values.notna())
+    return values.astype(object).map(
+        lambda x: str(int(x)) if isinstance(x, float) and x.is_integer() else str(x),
+        na_action="ignore",
+    )
 
 
 def _like(values: pd.Series, vocabulary: pd.Index) -> pd.Series:
     """Values in the vocabulary's kind, so that "12" finds 12 and 12 finds "12"."""
     if pd.api.types.is_numeric_dtype(vocabulary.dtype):
-        return values if pd.api.types.is_numeric_dtype(values) else pd.to_numeric(values, errors="coerce")
-    return values.astype(str).where(values.notna()) if pd.api.types.is_numeric_dtype(values) else values
+        if pd.api.types.is_numeric_dtype(values):
+            return values
+        # Without the missing ones: beside them large integers would become inexact floats.
+        present = pd.to_numeric(values[values.notna()], errors="coerce")
+        return present.convert_dtypes().reindex(values.index)
+    textual = pd.api.types.infer_dtype(vocabulary) == "string"
+    return _text(values) if textual else values
 
 
 def _split_bag(feature: Feature, column: pd.Series) -> tuple[pd.Series, np.ndarray]:
     """All values of a bag column one after the other, and how many each row has."""
-    if isinstance(column.dtype, pd.StringDtype) or (column.map(type) == str).any():
-        lists = column.str.split(feature.separator)
-        lists = lists.map(lambda parts: [p for p in parts if p], na_action="ignore")
+
+    def parts(row: Any) -> list[Any]:
+        if isinstance(row, str):
+            return [part for part in row.split(feature.separator) if part]
+        if isinstance(row, np.ndarray):
+            return row.tolist()
+        if isinstance(row, (list, tuple)):
+            return list(row)
+        # A file in which no row has two values is read as plain numbers: bags of one.
+        return [] if pd.isna(row) else [row]
+
+    lists = [parts(row) for row in _canonical(column).tolist()]
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    values = list(chain.from_iterable(lists))
+    return _canonical(pd.Series(values, dtype=None if values else object)), lengths
+
+
+def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
+    """Of the values that are present; a constant has no spread, whatever its rounding error."""
+    mean, std = float(np.nanmean(values)), float(np.nanstd(values))
+    rounding = np.count_nonzero(~np.isnan(values)) * np.finfo(np.float64).eps * abs(mean)
+    return mean, std if std > max(rounding, np.finfo(np.float64).tiny) else 1.0
+
+
+def _label(rows: Rows, task: Task) -> np.ndarray:
+    """(N,) float64, NaN where missing or masked out; what counts is checked."""
+    label = _numbers(rows, task.label_column, f"label of task {task.name!r}")
+    if task.mask is not None:
+        shown = _numbers(rows, task.mask, f"mask of task {task.name!r}")
+        label = np.where(np.nan_to_num(shown) != 0, label, np.nan)
+    present = ~np.isnan(label)
+    if task.kind == "binary":
+        fits, rule = (label == 0) | (label == 1), f"a label of binary task {task.name!r} is 0 or 1"
+    elif task.kind == "multiclass":
+        fits = (label >= 0) & (label < task.out_features) & (label == np.floor(label))
+        rule = f"a label of multiclass task {task.name!r} is an integer from 0 to {task.out_features - 1}"
     else:
-        lists = column
-    lengths = lists.map(lambda x: len(x) if isinstance(x, (list, tuple, np.ndarray)) else 0).to_numpy(dtype=np.int64)
-    filled = lists[lengths > 0]
-    values = filled.explode().reset_index(drop=True) if len(filled) else pd.Series([], dtype=object)
-    return _canonical(values.infer_objects()), lengths
+        fits, rule = np.abs(label) <= _FLOAT32_MAX, "a regression label is finite"
+    _refuse(rows, present & ~fits, task.label_column, rule)
+    return label
 
 
 def _numbers(rows: Rows, column: str, what: str) -> np.ndarray:
-    if column not in rows.frame:
-        raise DataError(f"{rows.name}: no column {column!r} ({what})")
-    values = rows.frame[column]
-    if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)):
+    values = _canonical(_column(rows, column))
+    if not pd.api.types.is_numeric_dtype(values):
+        if pd.api.types.is_datetime64_any_dtype(values) or values.dtype.kind == "m":
+            raise DataError(f"{rows.name}: column {column!r} holds times, no numbers ({what})")
         numeric = pd.to_numeric(values, errors="coerce")
         wrong = (numeric.isna() & values.notna()).to_numpy(dtype=bool)
         if wrong.any():
             at = int(np.argmax(wrong))
-            raise DataError(f"{rows.locate(at)}: {column} = {values.iloc[at]!r} is no number ({what})")
+            raise DataError(f"{rows.locate(at)}: {column} = {_shown(values, at)} is no number ({what})")
         values = numeric
     return values.to_numpy(dtype=np.float64, na_value=np.nan)
 
@@ -301,7 +363,13 @@ def _transformed(feature: Feature, rows: Rows) -> np.ndarray:
     return values
 
 
+def _shown(values: pd.Series, at: int) -> str:
+    """A value for a message, as its file has it: 7 and not np.int64(7)."""
+    value = values.iloc[at]
+    return repr(value.item() if isinstance(value, np.generic) else value)
+
+
 def _refuse(rows: Rows, wrong: np.ndarray, column: str, rule: str) -> None:
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise DataError(f"{rows.locate(at)}: {column} = {rows.frame[column].iloc[at]!r}; {rule}")
+        raise DataError(f"{rows.locate(at)}: {column} = {_shown(rows.frame[column], at)}; {rule}")

@@ -17,6 +17,8 @@ import pyarrow.parquet
 from mtcl_torchrec.config import DataConfig
 from mtcl_torchrec.schema import DataError, nearest
 
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -40,9 +42,9 @@ class Rows:
             >>> rows.locate(2)
             'y.csv, row 0'
         """
-        row = int(self.frame.index[position])
         if not self.files:
-            return f"row {row}"
+            return f"row {self.frame.index[position]}"
+        row = int(self.frame.index[position])
         part = bisect.bisect_right(self.starts, row) - 1
         return f"{self.files[part]}, row {row - self.starts[part]}"
 
@@ -65,7 +67,8 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if Path(path).is_dir():
-            found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".parquet", ".csv"))
+            kinds = (".parquet", ".csv")
+            found = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in kinds and p.is_file())
         elif Path(path).is_file():
             found = [Path(path)]
         else:
@@ -81,16 +84,12 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 def column_names(path: Path) -> list[str]:
     """The columns of a file, without reading its rows."""
-    return _schema_of(path).names
-
-
-def _schema_of(path: Path) -> pa.Schema:
     try:
         if path.suffix.lower() == ".parquet":
-            return pa.parquet.read_schema(path)
+            return list(pa.parquet.read_schema(path).names)
         with pa.csv.open_csv(path) as reader:
-            return reader.schema
-    except (pa.ArrowInvalid, OSError) as error:
+            return list(reader.schema.names)
+    except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
@@ -100,54 +99,101 @@ def read_rows(paths: Sequence[str], columns: Sequence[str] | None = None) -> Row
     Raises:
         DataError: a file is missing, broken or empty, or lacks a column (the nearest name is suggested).
     """
-    frames, names, starts, total = [], [], [], 0
+    tables, names, starts, total = [], [], [], 0
+    wanted = None if columns is None else list(dict.fromkeys(columns))
     for path in find_files(paths):
-        if columns is not None:
-            there = column_names(path)
-            for column in columns:
-                if column not in there:
-                    raise DataError(f"{path}: no column {column!r}{nearest(column, there)}")
-        wanted = None if columns is None else list(columns)
+        there = column_names(path)
+        for column in there if wanted is None else wanted:
+            if column not in there:
+                raise DataError(f"{path}: no column {column!r}{nearest(column, there)}")
+            if there.count(column) > 1:
+                raise DataError(f"{path}: {there.count(column)} columns are named {column!r}")
         try:
-            if path.suffix.lower() == ".parquet":
-                table = pa.parquet.read_table(path, columns=wanted)
-            else:
-                options = pa.csv.ConvertOptions(include_columns=wanted or [])
-                table = pa.csv.read_csv(path, convert_options=options)
-        except (pa.ArrowInvalid, OSError) as error:
+            table = _read_table(path, wanted)
+        except _UNREADABLE as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-        frames.append(_to_pandas(table))
+        tables.append(table)
         names.append(str(path))
         starts.append(total)
         total += table.num_rows
-    frame = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
     if total == 0:
-        raise DataError(f"{', '.join(names)}: no rows")
-    return Rows(frame, tuple(names), tuple(starts))
+        raise DataError(f"{', '.join(names) or 'no file'}: no rows")
+    try:
+        table = pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"{', '.join(names)}: columns differ in kind ({error})") from None
+    return Rows(_to_pandas(table), tuple(names), tuple(starts))
+
+
+def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
+    if path.suffix.lower() == ".parquet":
+        table = pa.parquet.read_table(path, columns=columns)
+    else:
+        options = pa.csv.ConvertOptions(
+            include_columns=columns or [], strings_can_be_null=True, quoted_strings_can_be_null=False
+        )
+        table = pa.csv.read_csv(path, convert_options=options)
+        for field in table.schema:
+            if pa.types.is_binary(field.type):
+                raise DataError(f"{path}: column {field.name!r} is no UTF-8 text")
+        table = table if columns is None else table.select(columns)
+    # Dictionaries differ between files, and decimals become Python objects: plain values instead.
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
+        elif pa.types.is_decimal(field.type):
+            table = table.set_column(i, field.name, table[i].cast(pa.float64()))
+    return table.replace_schema_metadata(None)
+
+
+def _of_one_kind(tables: list[pa.Table]) -> list[pa.Table]:
+    """A column that is text in one file and something else in another becomes text in all."""
+    texts = {
+        field.name: field.type
+        for table in tables
+        for field in table.schema
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+    }
+    uniform = []
+    for table in tables:
+        for i, field in enumerate(table.schema):
+            if field.name in texts and field.type != texts[field.name]:
+                table = table.set_column(i, field.name, table[i].cast(texts[field.name]))
+        uniform.append(table)
+    return uniform
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """Integers with missing values stay integers (pandas' nullable kind) instead of turning into floats."""
+    """Integers and booleans with missing values stay what they are (pandas' nullable kinds)."""
     nullable = {
-        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype(),
+        pa.bool_(): pd.BooleanDtype(),
+        pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(),
+        pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype(),
+        pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(),
+        pa.uint32(): pd.UInt32Dtype(), pa.uint64(): pd.UInt64Dtype(),
     }  # fmt: skip
-    with_missing = {f.name: nullable[f.type] for f in table.schema if f.type in nullable and table[f.name].null_count}
-    frame = table.to_pandas()
-    for name, dtype in with_missing.items():
-        frame[name] = pd.array(table[name].to_pylist(), dtype=dtype)
+    frame = table.to_pandas(ignore_metadata=True)
+    for field in table.schema:
+        if field.type in nullable and table[field.name].null_count:
+            frame[field.name] = table[field.name].to_pandas(types_mapper=nullable.get)
     return frame
 
 
-def time_values(frame: pd.DataFrame, column: str) -> np.ndarray:
+def time_values(frame: pd.DataFrame, column: str, rows: Rows | None = None) -> np.ndarray:
     """The time column as int64 or float64; timestamps become nanoseconds.
+
+    Args:
+        frame: holds the column.
+        column: its name.
+        rows: what the frame belongs to, so that an error can name the file.
 
     Raises:
         DataError: the column holds a missing value or no time.
     """
     times = frame[column]
     if times.isna().any():
-        row = times.index[int(np.argmax(times.isna().to_numpy()))]
-        raise DataError(f"row {row}: time column {column!r} is missing")
+        where = (rows or Rows(frame)).locate(int(np.argmax(times.isna().to_numpy())))
+        raise DataError(f"{where}: time {column!r} is missing")
     if pd.api.types.is_numeric_dtype(times):
         return times.to_numpy(dtype=np.int64 if pd.api.types.is_integer_dtype(times) else np.float64)
     try:
@@ -164,7 +210,7 @@ def split_by_time(rows: Rows, time: str, val_fraction: float, test_fraction: flo
         >>> {k: len(v) for k, v in split_by_time(rows, "t", 0.2, 0.2).items()}
         {'train': 6, 'val': 2, 'test': 2}
     """
-    times = time_values(rows.frame, time)
+    times = time_values(rows.frame, time, rows)
     ordered = np.sort(times)
     n = len(ordered)
     val_from = ordered[min(n - 1, round(n * (1 - val_fraction - test_fraction)))]

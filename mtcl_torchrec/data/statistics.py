@@ -1,13 +1,14 @@
 """Features from a raw log: how often, and how often with which outcome, a user, an item or a pair was seen before.
 
-For a training row, only training rows with a *strictly earlier* time count, so no row sees its own label, a later one, or
-one of the same moment.  For every later row (validation, test, serving) the statistics stand frozen at the end of the
-training split.
+For a training row, only training rows with a *strictly earlier* time count, so no row sees its own label, a later
+one, or one of the same moment.  For every later row (validation, test, serving) the statistics stand frozen at the
+end of the training split.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.data.source import time_values
 from mtcl_torchrec.schema import DataError, Feature, Group
 
 Progress = Callable[[str], None]
@@ -41,14 +43,19 @@ def earlier_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.
     """
     order = np.lexsort((time, group))
     g, t, v = group[order], time[order], values[order]
-    before = np.cumsum(v, axis=0) - v
     position = np.arange(len(g))
-    new_group = np.r_[True, g[1:] != g[:-1]]
-    new_moment = new_group | np.r_[True, t[1:] != t[:-1]]
+    new_group = np.ones(len(g), bool)
+    new_group[1:] = g[1:] != g[:-1]
+    new_moment = new_group.copy()
+    new_moment[1:] |= t[1:] != t[:-1]
     moment_start = np.maximum.accumulate(np.where(new_moment, position, 0))
-    group_start = np.maximum.accumulate(np.where(new_group, position, 0))
+    # Summed within each group, and shifted instead of "sum minus own value": a sum then depends on
+    # the earlier rows of its group to the last bit and on nothing else.
+    before = np.zeros_like(v)
+    before[1:] = pd.DataFrame(v).groupby(g).cumsum().to_numpy()[:-1]
+    before[new_group] = 0
     result = np.empty_like(before)
-    result[order] = before[moment_start] - before[group_start]
+    result[order] = before[moment_start]
     return result
 
 
@@ -58,7 +65,7 @@ def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndar
     Only the rows given are looked at: call it once per split and no label knows of another split.
 
     Args:
-        user: (N,) keys; the rows of one user are one sequence.
+        user: (N,) keys; the rows of one user are one sequence.  A missing user's label is NaN.
         time: (N,) in any order, in the unit of `window`.
 
     Example:
@@ -66,13 +73,20 @@ def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndar
         array([ 1.,  0., nan,  0.])
     """
     codes = pd.factorize(user)[0]
+    time = np.asarray(time)
+    # Small or unsigned integers would overflow in a difference.
+    time = time.astype(np.int64 if time.dtype.kind in "biu" else np.float64)
+    if np.isnan(time).any():
+        raise DataError(f"row {int(np.argmax(np.isnan(time)))}: the time is missing")
     order = np.lexsort((time, codes))
-    u, t = codes[order], np.asarray(time)[order]
+    u, t = codes[order], time[order]
     gap = np.full(len(t), np.inf)
     if len(t) > 1:
         gap[:-1] = np.where(u[1:] == u[:-1], t[1:] - t[:-1], np.inf)
     label = (gap <= window).astype(np.float64)
-    label[(label == 0) & (t + window > t.max(initial=0))] = np.nan
+    if len(t):
+        label[(label == 0) & (t + window > t.max())] = np.nan
+    label[u < 0] = np.nan
     result = np.empty(len(t))
     result[order] = label
     return result
@@ -86,7 +100,12 @@ class _KeyIndex:
 
     @classmethod
     def fit(cls, columns: Sequence[str], frame: pd.DataFrame) -> _KeyIndex:
+        for column in columns:
+            if pd.api.types.infer_dtype(frame[column], skipna=True).startswith("mixed"):
+                raise DataError(f"statistics.keys: column {column!r} must hold one kind of single values")
         levels = [pd.Index(frame[c].dropna().unique()) for c in columns]
+        if math.prod(map(len, levels)) > np.iinfo(np.int64).max:
+            raise DataError(f"statistics.keys: {' × '.join(columns)} has too many combinations")
         index = cls(columns, levels, np.empty(0, np.int64))
         index.combined = np.unique(index._combine(frame))
         index.combined = index.combined[index.combined >= 0]
@@ -175,15 +194,14 @@ class CausalStatistics:
     def features(self, groups: dict[str, Group]) -> tuple[Feature, ...]:
         """The produced columns as dense features; a pair belongs to the groups of both its columns."""
         features = []
+        options = {"kind": "dense", "mark_missing": False}  # a count of 0 says that there was nothing before
         for key in self.keys:
             group = tuple(dict.fromkeys(groups[c] for c in key))
             of = ",".join(key)
-            features.append(Feature(name=f"count({of})", group=group, kind="dense", transform="log"))
+            features.append(Feature(name=f"count({of})", group=group, transform="log", **options))
             for outcome, is_rate in zip(self.outcomes, self._is_rate, strict=True):
                 transform = "logit" if is_rate else "log"
-                features.append(
-                    Feature(name=f"rate({outcome}|{of})", group=group, kind="dense", transform=transform)
-                )
+                features.append(Feature(name=f"rate({outcome}|{of})", group=group, transform=transform, **options))
         return tuple(features)
 
     def fit_transform(self, frame: pd.DataFrame, progress: Progress = _quiet) -> pd.DataFrame:
@@ -197,7 +215,7 @@ class CausalStatistics:
             (N, len(columns())) float64, with the frame's index.
         """
         values, present = self._outcome_values(frame)
-        time = frame[self.time].to_numpy()
+        time = time_values(frame, self.time)
         self._is_rate = np.array([bool(((v >= 0) & (v <= 1)).all()) for v in values.T], bool)
         everything = earlier_sums(np.zeros(len(frame), np.int64), time, np.c_[present, values])
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -248,9 +266,15 @@ class CausalStatistics:
         values = np.zeros((len(frame), len(self.outcomes)))
         for i, outcome in enumerate(self.outcomes):
             column = frame[outcome]
-            if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+            if column.isna().all():
+                values[:, i] = np.nan
+                continue
+            kind = pd.api.types.infer_dtype(column, skipna=True)
+            if not (pd.api.types.is_numeric_dtype(column) or kind in ("boolean", "decimal")):
                 raise DataError(f"statistics.outcomes: column {outcome!r} is not numeric")
             values[:, i] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+            if np.isinf(values[:, i]).any():
+                raise DataError(f"statistics.outcomes: column {outcome!r} holds an infinite value")
         present = ~np.isnan(values)
         return np.where(present, values, 0.0), present.astype(np.float64)
 
@@ -266,8 +290,12 @@ class CausalStatistics:
         for i, totals in enumerate(self._totals):
             frame = totals.index.frame()
             numbers = np.c_[totals.counts, totals.present, totals.sums]
-            names = ["count", *(f"present:{o}" for o in self.outcomes), *(f"sum:{o}" for o in self.outcomes)]
-            pd.concat([frame, pd.DataFrame(numbers, columns=names)], axis=1).to_parquet(folder / f"totals_{i}.parquet")
+            names = ["count", *(f"present:{o}" for o in self.outcomes)]
+            names += [f"sum:{o}" for o in self.outcomes]
+            # A key's column may be called "count" too.
+            frame.columns = pd.Index([f"key:{column}" for column in frame.columns])
+            table = pd.concat([frame, pd.DataFrame(numbers, columns=names)], axis=1)
+            table.to_parquet(folder / f"totals_{i}.parquet")
 
     @classmethod
     def load(cls, folder: Path) -> CausalStatistics:
@@ -279,8 +307,10 @@ class CausalStatistics:
         width = len(self.outcomes)
         for i, key in enumerate(self.keys):
             frame = pd.read_parquet(folder / f"totals_{i}.parquet")
-            index = _KeyIndex.fit(key, frame)
+            frame.columns = pd.Index([*key, *frame.columns[len(key) :]])
+            of_key = frame.iloc[:, : len(key)]
+            index = _KeyIndex.fit(key, of_key)
             numbers = np.empty((len(frame), 1 + 2 * width))
-            numbers[index.lookup(frame)] = frame.iloc[:, len(key) :].to_numpy(dtype=np.float64)
+            numbers[index.lookup(of_key)] = frame.iloc[:, len(key) :].to_numpy(dtype=np.float64)
             self._totals.append(_Totals(index, numbers[:, 0], numbers[:, 1 : 1 + width], numbers[:, 1 + width :]))
         return self

@@ -95,8 +95,9 @@ class ExpertLevel(nn.Module):
             logits = torch.bmm(x[[self.gate_reads[g] for g in gates]], weight.transpose(1, 2))
         hidden = self.hidden[gates][:, experts].unsqueeze(1)  # type: ignore[index]
         if self.training and self.gate_dropout > 0:
-            dropped = hidden | (torch.rand_like(logits) < self.gate_dropout)
-            hidden = torch.where(dropped.all(-1, keepdim=True), hidden, dropped)
+            draw = torch.rand_like(logits).masked_fill(hidden, -1.0)
+            luckiest = draw == draw.amax(-1, keepdim=True)  # stays where all would go
+            hidden = hidden | ((draw < self.gate_dropout) & ~luckiest)
         return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
 
 

@@ -1,0 +1,264 @@
+"""The command line: `mtcl ...` and `python -m mtcl_torchrec ...`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from mtcl_torchrec.config import RunConfig, dump_run, load_run, parse_run
+from mtcl_torchrec.data import kuairand
+from mtcl_torchrec.data.draft import draft_run
+from mtcl_torchrec.data.preprocessing import Preprocessor
+from mtcl_torchrec.data.source import read_rows, read_splits
+from mtcl_torchrec.evaluation.report import print_evaluation
+from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.run import FinishedRun, RunResult, evaluate_rows, train_run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Multi-task collaborative learning on TorchRec: predict many events of a recommender at once, fuse the predictions "
+        "into one score in [0, 1], rank by it.\n\n"
+        "Start with **mtcl demo**, or with **mtcl init my_log.parquet > run.yaml** and **mtcl train run.yaml**.\n\n"
+        "Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec train run.yaml**."
+    ),
+)
+Device = Annotated[str, typer.Option(help="auto takes CUDA where the machine has it; or cpu, cuda.")]
+
+
+def _console() -> Console:
+    """A console wide enough for the tables when the output is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
+def _first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run directory; a fresh one under runs/ by default.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Fewer or more epochs than the demo's own.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another random seed.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
+
+    Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same impressions,
+    and the top 10 videos of one user.  Takes a few minutes on two cores.
+    """
+    console = _console()
+    folder = out or _fresh_folder("kuairand")
+    if _first_rank():
+        kuairand.write(folder / "data")
+    run = parse_run(kuairand.example_run(), name="the demo's run", folder=folder)
+    if epochs is not None:
+        run.training.epochs = epochs
+    if seed is not None:
+        run.training.seed = seed
+    result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
+    if not _first_rank():
+        return
+    _show(result, console)
+    recommender = Recommender.load(folder)
+    seen = recommender.catalogue.seen
+    user = int(seen.loc[seen["user_id"] != 0, "user_id"].value_counts().index[0])
+    _print_recommendations(recommender, user, {}, 10, False, console)
+    console.print(
+        f"\nThe run is in {folder}.  Next:\n"
+        f"  mtcl recommend {folder} --user 42 --context hour=20 --top 10\n"
+        f"  mtcl evaluate {folder} --data {folder}/data/test.parquet\n"
+        f"  tensorboard --logdir {folder}/tensorboard",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command()
+def train(
+    run_yaml: Annotated[Path, typer.Argument(help="The run: data, schema, model, optimizers, training, fusion.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; a fresh one under runs/ by default.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train what a YAML file describes; keep the best epoch; evaluate it on the validation and test split.
+
+    The run directory holds the weights (torch.distributed.checkpoint), all that preprocessing learnt, metrics.json, and
+    TensorBoard scalars.  `mtcl init` writes a first YAML for a file of yours.
+    """
+    console = _console()
+    run = load_run(run_yaml)
+    folder = out or _fresh_folder(run.name)
+    result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
+    if _first_rank():
+        _show(result, console)
+        console.print(f"\nThe run is in {folder}.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
+    data: Annotated[list[str], typer.Option(help="Parquet or CSV with inputs and labels; may be repeated.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 8192,
+) -> None:
+    """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
+    run = FinishedRun.load(run_dir)
+    columns = run.preprocessor.columns(statistics=False)
+    raw = read_rows(data, columns)
+    rows = run.preprocessor.encode(raw)
+    result = evaluate_rows(run.model, run.preprocessor, raw, rows, run.catalogue, batch_size=batch_size)
+    print_evaluation(result, ", ".join(data), _console())
+
+
+@app.command()
+def recommend(
+    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
+    user: Annotated[str, typer.Option(help="The user's id, as in the log.  An unknown one has no history.")],
+    context: Annotated[
+        list[str] | None,
+        typer.Option(help="column=value, such as hour=20; may be repeated.  The rest takes its usual value."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
+) -> None:
+    """Rank the run's items for one user: the fused score, and each task's prediction behind it."""
+    given: dict[str, Any] = {}
+    for pair in context or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
+        given[name.strip()] = value.strip()
+    _print_recommendations(Recommender.load(run_dir), user, given, top, seen, _console())
+
+
+@app.command()
+def init(
+    files: Annotated[list[str], typer.Argument(help="A log of events: Parquet or CSV, files or a folder.")],
+    user: Annotated[str | None, typer.Option(help="The user column, where the guess is wrong.")] = None,
+    item: Annotated[str | None, typer.Option(help="The item column.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time column.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A 0/1 column to predict; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write; the screen by default.")] = None,
+) -> None:
+    """Write a commented YAML for a file of yours, guessed from its columns.
+
+    `mtcl init my_log.parquet > run.yaml`, read it, then `mtcl train run.yaml`.
+    """
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already; nothing was written")
+    # Paths in a YAML start at its own folder.
+    paths = files if out is None else [os.path.relpath(f, out.resolve().parent) for f in files]
+    text = draft_run(files, written_as=paths, user=user, item=item, time=time, labels=label or [])
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="utf-8")
+        _console().print(f"wrote {out}; read it, then: mtcl train {out}", highlight=False)
+
+
+@app.command()
+def prepare(
+    run_yaml: Annotated[Path, typer.Argument(help="A run with a `statistics` part.")],
+    out: Annotated[Path, typer.Option(help="Folder for the prepared files.")],
+) -> None:
+    """Compute the run's causal counts and rates once, and write them beside the data.
+
+    Writes train / val / test as Parquet with the new columns, the statistics themselves, and a run.yaml that uses both:
+    `mtcl train OUT/run.yaml` then gives the same model as the original YAML without counting again.
+    """
+    console = _console()
+    run = load_run(run_yaml)
+    if not run.statistics.keys:
+        raise ConfigError(f"{run_yaml}: nothing to prepare, the run has no statistics.keys")
+    if run.statistics.prepared is not None:
+        raise ConfigError(f"{run_yaml}: its data is prepared already ({run.statistics.prepared})")
+    if (out / "run.yaml").exists():
+        raise ConfigError(f"{out} holds prepared files already; choose another folder")
+    preprocessor = Preprocessor(run.data_schema, run.statistics)
+    splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
+    out.mkdir(parents=True, exist_ok=True)
+    prepared = {"train": preprocessor.fit_statistics(splits["train"], lambda key: console.print(f"  counted per {key}"))}
+    prepared |= {name: preprocessor.with_statistics(rows) for name, rows in splits.items() if name != "train"}
+    for name, rows in prepared.items():
+        rows.frame.to_parquet(out / f"{name}.parquet", index=False)
+        console.print(f"{name}: {len(rows):,} rows, {rows.frame.shape[1]} columns", highlight=False)
+    assert preprocessor.statistics is not None
+    preprocessor.statistics.save(out / "statistics")
+    raw = yaml.safe_load(dump_run(run))
+    raw["data"] = {name: f"{name}.parquet" for name in prepared}
+    raw["statistics"]["prepared"] = "statistics"
+    (out / "run.yaml").write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    console.print(f"wrote {out}; train with: mtcl train {out}/run.yaml", highlight=False, soft_wrap=True)
+
+
+def _fresh_folder(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on where that one holds a run."""
+    number = 1
+    while True:
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not (folder / "run.yaml").exists():
+            return folder
+        number += 1
+
+
+def _show(result: RunResult, console: Console) -> None:
+    kept = f"epoch {result.history.best_epoch} of {len(result.history.epochs)}"
+    for split, evaluation in result.evaluations.items():
+        if split == "test" or len(result.evaluations) == 1:
+            console.print()
+            print_evaluation(evaluation, f"{split} split, {kept}", console)
+
+
+def _print_recommendations(
+    recommender: Recommender, user: str | int, context: dict[str, Any], top: int, seen: bool, console: Console
+) -> None:
+    ranked = recommender.recommend(user, context, k=top, seen=seen)
+    known = recommender.catalogue.known_user(str(user)) is not None
+    usual = {**recommender.catalogue.context, **context}
+    about = ", ".join(f"{k}={v}" for k, v in usual.items())
+    console.print()
+    if not known:
+        console.print(f"User {user} is not in the log: ranked without history.", highlight=False)
+    table = Table(title=f"Top {len(ranked)} for user {user}" + (f" ({about})" if about else ""), title_justify="left")
+    table.add_column("#", justify="right")
+    for column in ranked.columns:
+        table.add_column(str(column), justify="right")
+    for place, row in enumerate(ranked.itertuples(index=False), start=1):
+        table.add_row(str(place), *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+    console.print(table)
+
+
+def _quieten_libraries() -> None:
+    """TorchRec, torch and FBGEMM warn about themselves; none of it is the user's to mend."""
+    for name in ("torchrec", "torch.fx", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|fbgemm).*")
+
+
+def main() -> None:
+    """Run the command line; a mistake in data or configuration is one clear line and exit status 2."""
+    _quieten_libraries()
+    try:
+        app()
+    except (ConfigError, DataError, FileExistsError, FloatingPointError) as error:
+        for line in str(error).splitlines():
+            typer.echo(f"mtcl: {line}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

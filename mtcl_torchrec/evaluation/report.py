@@ -1,0 +1,120 @@
+"""Evaluate a model on a split and show it as tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, task_metrics
+from mtcl_torchrec.schema import Schema, Task
+
+
+BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}
+
+
+@dataclass
+class Evaluation:
+    """Metrics of one split.
+
+    Args:
+        kinds: task name -> kind of the task.
+        tasks: task name -> its metrics.
+        ranking: ranking rule -> {"auc <task>", "gauc <task>"}; the fused score and what it is compared with.
+        rows: number of rows.
+    """
+
+    kinds: dict[str, str]
+    tasks: dict[str, Metrics]
+    ranking: dict[str, Metrics]
+    rows: int
+
+
+def evaluate_predictions(
+    schema: Schema,
+    tasks: tuple[Task, ...],
+    predictions: dict[str, np.ndarray],
+    labels: np.ndarray,
+    users: np.ndarray | None,
+    popularity: np.ndarray | None,
+) -> Evaluation:
+    """Metrics of each task, and of the fused score beside popularity as rankings of the same impressions.
+
+    Args:
+        predictions: what `predict` returned.
+        labels: (N, T) in the order of `tasks`.
+        users: (N,) keys for GAUC, missing (NaN) where the user is not known.
+        popularity: (N,) how popular each row's item was in the training split.
+    """
+    by_task = {t.name: task_metrics(t, labels[:, i], predictions[t.name], users) for i, t in enumerate(tasks)}
+    rules = {"fused score": predictions.get("score"), "popularity": popularity}
+    ranking: dict[str, Metrics] = {}
+    for rule, scores in rules.items():
+        if scores is None:
+            continue
+        ranking[rule] = {}
+        for i, task in enumerate(tasks):
+            if task.kind != "binary":
+                continue
+            present = ~np.isnan(labels[:, i])
+            y, s = labels[present, i], scores[present]
+            ranking[rule][f"auc {task.name}"] = auc(y, s)
+            if users is not None:
+                ranking[rule][f"gauc {task.name}"] = gauc(y, s, users[present])
+    return Evaluation({t.name: t.kind for t in tasks}, by_task, ranking, len(labels))
+
+
+def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
+    """Keys for metrics within a user; missing where the schema's user feature says 'unknown' (index 0)."""
+    if schema.user is None:
+        return None
+    users = frame[schema.user]
+    feature = next((f for f in schema.sparse_features if f.rows_from == schema.user), None)
+    codes = pd.factorize(users)[0].astype(np.float64)
+    codes[codes < 0] = np.nan
+    if feature is not None and feature.encoding == "index":
+        codes[(users == 0).to_numpy(dtype=bool, na_value=False)] = np.nan
+    return codes
+
+
+def _cell(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def print_evaluation(evaluation: Evaluation, title: str, console: Console | None = None) -> None:
+    """Print the metrics as tables: the tasks, then the fused score beside popularity."""
+    console = console or Console()
+    by_kind = [
+        ("binary", {"AUC": "auc", "GAUC": "gauc", "log-loss": "log_loss", "NE": "ne", "calib.": "calibration"}),
+        ("multiclass", {"top-1": "top1", "top-5": "top5", "log-loss": "log_loss", "NE": "ne"}),
+        ("regression", {"MSE": "mse", "MAE": "mae", "R²": "r2"}),
+    ]
+    heading = f"{title}: {evaluation.rows:,} rows"
+    for kind, columns in by_kind:
+        of_kind = {n: m for n, m in evaluation.tasks.items() if evaluation.kinds[n] == kind}
+        if not of_kind:
+            continue
+        table = _table(heading, [f"{kind} task", *columns, BASE[kind], "labels"])
+        for name, metrics in of_kind.items():
+            cells = [_cell(metrics.get(key)) for key in (*columns.values(), "base_rate")]
+            table.add_row(name, *cells, f"{int(metrics['count']):,}")
+        console.print(table)
+        heading = ""
+    if evaluation.ranking:
+        rules = list(evaluation.ranking)
+        kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
+        table = _table("The same rows ranked by", ["event", *(f"{rule} {k.upper()}" for k in kinds for rule in rules)])
+        for name in (n for n in evaluation.tasks if evaluation.kinds[n] == "binary"):
+            table.add_row(name, *(_cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
+        console.print(table)

@@ -1,0 +1,94 @@
+"""Rank a catalogue's items for one user by the fused score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mtcl_torchrec.data.batch import global_batches, iterate
+from mtcl_torchrec.schema import ConfigError, DataError, nearest
+from mtcl_torchrec.training.run import FinishedRun
+
+
+class Recommender:
+    """Recommends from a finished run.
+
+    Args:
+        run: a run whose schema names a user and an item column.
+
+    Raises:
+        ConfigError: the run knows no users or items.
+    """
+
+    def __init__(self, run: FinishedRun) -> None:
+        if run.catalogue is None:
+            raise ConfigError("this run cannot recommend: its schema names no user or no item column")
+        self.run = run
+        self.catalogue = run.catalogue
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Recommender:
+        """Read a run directory."""
+        return cls(FinishedRun.load(folder))
+
+    @torch.no_grad()
+    def recommend(
+        self, user: str | int, context: Mapping[str, Any] | None = None, *, k: int = 10, seen: bool = False
+    ) -> pd.DataFrame:
+        """The k items with the highest fused score.
+
+        Args:
+            user: key of the user, as in the log; an unknown one is a user without history.
+            context: context column -> value; the others take their usual value.
+            k: how many.
+            seen: whether items that the user has already met are offered too.
+
+        Returns:
+            One row per item, best first: the item, ``score``, and each task's prediction (of a multiclass task, the
+            probability of the item's own class).
+
+        Raises:
+            DataError: an unknown context column, a value of the wrong kind, or no item left.
+            ValueError: k is not positive.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        known = self.catalogue.known_user(str(user))
+        frame = self.catalogue.candidates(
+            user if known is None else known, self._typed_context(context or {}), seen=seen
+        )
+        scored = self.score(frame)
+        item = self.run.config.data_schema.item
+        assert item is not None
+        ranked = scored.assign(**{item: frame[item].to_numpy()}).sort_values("score", ascending=False, kind="stable")
+        return ranked[[item, "score", *(t.name for t in self.run.model.tasks)]].head(k).reset_index(drop=True)
+
+    @torch.no_grad()
+    def score(self, frame: pd.DataFrame, batch_size: int = 8192) -> pd.DataFrame:
+        """Score and predictions for rows that have every input column, in their order."""
+        model, rows, parts = self.run.model, self.run.encode(frame), []
+        for batch in iterate(rows, global_batches(len(rows), batch_size)):
+            out = model(batch.dense_features, batch.sparse_features)
+            pieces = model.output.parts(out, batch.sparse_features)
+            columns = {t.name: pieces[t.name] if t.kind == "multiclass" else out[t.name] for t in model.tasks}
+            parts.append(pd.DataFrame({"score": out["score"].numpy(), **{n: c.numpy() for n, c in columns.items()}}))
+        return pd.concat(parts, ignore_index=True)
+
+    def _typed_context(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """Context given as text, in the kind of value the log has."""
+        typed = {}
+        for name, value in context.items():
+            if name not in self.catalogue.context:
+                raise DataError(f"no context column {name!r}{nearest(name, self.catalogue.context)}")
+            usual = self.catalogue.context[name]
+            if isinstance(value, str) and isinstance(usual, (int, float)):
+                try:
+                    value = type(usual)(float(value))
+                except ValueError:
+                    raise DataError(f"context {name} = {value!r} is no number") from None
+            typed[name] = value
+        return typed

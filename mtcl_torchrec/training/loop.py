@@ -1,0 +1,222 @@
+"""The training loop: TorchRec's pipeline, evaluation after each epoch, early stopping, the best epoch kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from mtcl_torchrec.config import OptimizersConfig, TrainingConfig
+from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
+from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.training.averaging import WeightAverage
+from mtcl_torchrec.training.optimizers import build_optimizer, build_schedule, fuse_table_optimizer, is_fused
+from mtcl_torchrec.training.progress import TrainingProgress
+from mtcl_torchrec.training.sharding import Ranks, shard
+
+LOSSES_EVERY = 20  # steps between two readings of the losses, which wait for the device
+
+
+@dataclass
+class TrainingHistory:
+    """What happened.
+
+    Args:
+        epochs: validation metrics by task, of each epoch.
+        best_epoch: counted from 1; 0 while there is none.
+        best_auc: its mean validation AUC.
+        seconds: of each epoch's training, without evaluation.
+        stopped_early: whether patience ran out.
+    """
+
+    epochs: list[dict[str, Metrics]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_auc: float = float("-inf")
+    seconds: list[float] = field(default_factory=list)
+    stopped_early: bool = False
+
+
+def parallelise(
+    train_module: MTCLTrain, where: Ranks, training: TrainingConfig, optimizers: OptimizersConfig
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Shard the tables and build the optimizers.
+
+    Args:
+        train_module: with its tables on the meta device.
+    """
+    fused = is_fused(optimizers.tables, where.device)
+    if fused:
+        fuse_table_optimizer(train_module, optimizers.tables)
+    model = shard(
+        train_module,
+        where,
+        sharding=training.sharding,
+        fused_tables=fused,
+        column_wise_allowed=optimizers.tables.kind != "rowwise_adagrad",
+        seed=training.seed,
+        init_scale=optimizers.tables.init_scale,
+    )
+    return model, build_optimizer(model, optimizers.tables, optimizers.dense)
+
+
+def build_pipeline(
+    model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, kind: str = "auto"
+) -> TrainPipelineBase | TrainPipelineSparseDist:
+    """TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not."""
+    if kind == "base":
+        return TrainPipelineBase(model, optimizer, device)
+    return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
+
+
+def fit(
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    train_rows: EncodedRows,
+    val_rows: EncodedRows,
+    config: TrainingConfig,
+    where: Ranks,
+    *,
+    val_users: np.ndarray | None,
+    keep: Callable[[], None],
+    progress: TrainingProgress,
+) -> TrainingHistory:
+    """Train, and call `keep` (on every rank) whenever an epoch is the best so far.
+
+    Args:
+        model: sharded `MTCLTrain`.
+        train_rows, val_rows: the same on every rank; each rank takes its share.
+        val_users: (N,) keys for the validation's GAUC.
+        keep: stores the weights; they are the averaged ones where averaging is on.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    plain = plain_model(model)
+    average = WeightAverage(model, config.averaging) if config.averaging > 0 else None
+    pipeline = build_pipeline(model, optimizer, where.device, config.pipeline)
+    total_steps = config.epochs * len(global_batches(len(train_rows), config.batch_size, world_size=where.world_size))
+    schedule = build_schedule(optimizer, config.warmup_steps, total_steps, config.decay)
+    history = TrainingHistory()
+    labels, step = val_rows.labels.numpy(), 0
+    model.train()
+    for epoch in range(1, config.epochs + 1):
+        started = time.perf_counter()
+        indices = global_batches(
+            len(train_rows), config.batch_size, rank=where.rank, world_size=where.world_size, seed=(config.seed, epoch)
+        )
+        # Ranks draw different dropout masks; the epoch is part of the seed, so that no two epochs share them.
+        torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank)
+        batches = iterate(train_rows, indices)
+        rows_left = len(train_rows)
+        while True:
+            try:
+                loss, *_ = pipeline.progress(batches)
+            except StopIteration:
+                break
+            step += 1
+            schedule.step()
+            if average is not None:
+                average.update()
+            rows = min(rows_left, config.batch_size * where.world_size)
+            rows_left -= rows
+            read = step % LOSSES_EVERY == 0
+            losses = _losses_over_ranks(plain, model, loss, where) if read else None
+            progress.step(epoch=epoch, step=step, rows=rows, losses=losses)
+        history.seconds.append(time.perf_counter() - started)
+        if isinstance(pipeline, TrainPipelineSparseDist):
+            pipeline.detach()
+        if average is not None:
+            average.swap()
+        metrics = _validate(plain, val_rows, labels, val_users, config.eval_batch_size, where)
+        value = mean_auc(plain.tasks, metrics)
+        history.epochs.append(metrics)
+        best = value > history.best_auc or history.best_epoch == 0
+        if best:
+            history.best_auc, history.best_epoch = value, epoch
+            keep()
+        if average is not None:
+            average.swap()
+        scalars = {f"val/{m}/{t}": v for t, of in metrics.items() for m, v in of.items() if m != "count"}
+        progress.epoch(step=step, scalars=scalars, line=_epoch_line(epoch, config.epochs, metrics, value, best, history))
+        if config.patience and epoch - history.best_epoch >= config.patience and epoch < config.epochs:
+            history.stopped_early = True
+            progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
+            break
+    return history
+
+
+def plain_model(model: DistributedModelParallel) -> MTCL:
+    """The MTCL inside DistributedModelParallel and DDP, with its tables sharded."""
+    module = model.module
+    while not isinstance(module, MTCLTrain):
+        module = module.module
+    return module.model
+
+
+def _train_module(model: DistributedModelParallel) -> MTCLTrain:
+    module = model.module
+    while not isinstance(module, MTCLTrain):
+        module = module.module
+    return module
+
+
+def _losses_over_ranks(
+    plain: MTCL, model: DistributedModelParallel, loss: torch.Tensor, where: Ranks
+) -> dict[str, float]:
+    """Mean over the ranks of the total and each task's loss: the loss of the global batch."""
+    per_task = _train_module(model).loss.last_task_losses
+    values = torch.cat([loss.detach().reshape(1), per_task]).double()
+    if where.world_size > 1:
+        dist.all_reduce(values)
+        values /= where.world_size
+    numbers = values.tolist()
+    if not np.isfinite(numbers).all():
+        names = ["total", *(t.name for t in plain.tasks)]
+        bad = [n for n, v in zip(names, numbers, strict=True) if not np.isfinite(v)]
+        raise FloatingPointError(
+            f"the loss is not finite any more ({', '.join(bad)}); lower the learning rates or look for extreme dense values"
+        )
+    return dict(zip(["total", *(t.name for t in plain.tasks)], numbers, strict=True))
+
+
+def _validate(
+    plain: MTCL,
+    rows: EncodedRows,
+    labels: np.ndarray,
+    users: np.ndarray | None,
+    batch_size: int,
+    where: Ranks,
+) -> dict[str, Metrics]:
+    predictions = predict(plain, rows, batch_size=batch_size, device=where.device)
+    metrics = None
+    if where.first:
+        metrics = {
+            task.name: task_metrics(task, labels[:, i], predictions[task.name], users)
+            for i, task in enumerate(plain.tasks)
+        }
+    return where.broadcast(metrics)  # type: ignore[return-value]
+
+
+def _epoch_line(
+    epoch: int, epochs: int, metrics: dict[str, Metrics], value: float, best: bool, history: TrainingHistory
+) -> str:
+    shown = []
+    for name, of in metrics.items():
+        for key in ("auc", "ne", "r2"):
+            if key in of:
+                shown.append(f"{name} {key.upper()} {of[key]:.4f}")
+                break
+    mark = " (best so far)" if best else ""
+    return (
+        f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; validation: "
+        f"{', '.join(shown)}; mean {value:.4f}{mark}"
+    )

@@ -1,0 +1,105 @@
+"""What a person sees while training: a bar on a terminal, plain lines elsewhere, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 15.0
+
+
+class TrainingProgress:
+    """Reports steps, losses and speed.  Only rank 0 reports; elsewhere every call does nothing.
+
+    Args:
+        active: whether this process reports.
+        total_steps: over all epochs.
+        log_dir: folder of the TensorBoard event file, or None.
+        console: where to print.
+    """
+
+    def __init__(
+        self, *, active: bool, total_steps: int, log_dir: Path | None = None, console: Console | None = None
+    ) -> None:
+        self.active, self.total_steps = active, total_steps
+        self.console = console or Console()
+        self.writer = _summary_writer(log_dir) if active and log_dir is not None else None
+        self._started = self._last_line = time.perf_counter()
+        self._rows = 0
+        self._bar: Progress | None = None
+        self._bar_task: TaskID | None = None
+        if active and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self._bar_task = self._bar.add_task("training", total=total_steps, info="")
+
+    def __enter__(self) -> TrainingProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+    def step(self, *, epoch: int, step: int, rows: int, losses: dict[str, float] | None) -> None:
+        """One step is done.
+
+        Args:
+            epoch: counted from 1.
+            step: counted from 1 over all epochs.
+            rows: of the global batch.
+            losses: by task and ``"total"``, or None in steps that read none.
+        """
+        if not self.active:
+            return
+        self._rows += rows
+        if self.writer is not None and losses is not None:
+            for name, value in losses.items():
+                self.writer.add_scalar(f"loss/{name}", value, step)
+        if self._bar is not None:
+            assert self._bar_task is not None
+            info = {"info": self._info(losses)} if losses is not None else {}
+            self._bar.update(self._bar_task, completed=step, description=f"epoch {epoch}", **info)
+        elif losses is not None and time.perf_counter() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.perf_counter()
+            left = (self._last_line - self._started) / step * (self.total_steps - step)
+            self.line(f"epoch {epoch} step {step}/{self.total_steps} {self._info(losses)} {left / 60:.1f} min left")
+
+    def _info(self, losses: dict[str, float] | None) -> str:
+        speed = self._rows / max(time.perf_counter() - self._started, 1e-9)
+        parts = " ".join(f"{name} {value:.4f}" for name, value in (losses or {}).items())
+        return f"{speed:,.0f} samples/s {parts}"
+
+    def epoch(self, *, step: int, scalars: dict[str, float], line: str) -> None:
+        """An epoch was evaluated."""
+        if not self.active:
+            return
+        self.line(line)
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def line(self, text: str) -> None:
+        """Print one line above the bar."""
+        if self.active:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _summary_writer(log_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warnings.warn("no TensorBoard scalars: pip install 'mtcl_torchrec[tensorboard]' to have them", stacklevel=3)
+        return None
+    return SummaryWriter(str(log_dir))

@@ -1,0 +1,198 @@
+"""Ranks, devices, and embedding tables cut over them by TorchRec's planner."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+BLOCK = 4096  # rows that one seeded generator fills
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: object) -> list:
+        """The value of each rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list = [None] * self.world_size
+        dist.all_gather_object(box, value)
+        return box
+
+
+@contextmanager
+def ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The process group of a run: that of ``torchrun`` where there is one, else of this process alone.
+
+    NCCL on CUDA, gloo otherwise.  A process group that already exists is used and left alone.  Leave the block with models,
+    pipelines and optimizers out of scope: gloo's threads may abort the interpreter if tensors outlive the group.
+
+    Args:
+        device: ``"auto"`` (CUDA where the machine has it), ``"cpu"`` or ``"cuda"``.
+    """
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    own = not dist.is_initialized()
+    if own:
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if use_cuda:
+        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(target)
+    else:
+        target = torch.device("cpu")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), target)
+        if own:
+            gc.collect()
+            dist.barrier()
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+class RowWiseOnCpuSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder, with row-wise sharding offered on CPU too: gloo has the collectives it needs."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Sharding types the planner may choose from."""
+        types = super().sharding_types(compute_device_type)
+        return types if "row_wise" in types else [*types, "row_wise"]
+
+
+def shard(
+    module: nn.Module,
+    where: Ranks,
+    *,
+    sharding: str = "auto",
+    fused_tables: bool = True,
+    column_wise_allowed: bool = True,
+    seed: int = 0,
+    init_scale: float | None = None,
+) -> DistributedModelParallel:
+    """Cut the module's embedding tables over the ranks and fill them.
+
+    Args:
+        module: holds EmbeddingBagCollections on the meta device.
+        sharding: one of TorchRec's sharding types for every table, or ``"auto"``: the planner chooses.
+        fused_tables: False keeps table gradients for an ordinary optimizer (compute kernel "dense").
+        column_wise_allowed: whether the planner may cut columns (row-wise Adagrad would be another optimizer then).
+        seed, init_scale: of `fill_tables`.
+    """
+    types = [sharding]
+    if sharding == "auto":
+        # Data-parallel tables take an ordinary optimizer over all rows: worth it on GPUs, where they save communication.
+        types = ["table_wise", "row_wise"]
+        types += ["column_wise"] if column_wise_allowed else []
+        types += ["data_parallel"] if where.device.type == "cuda" and where.world_size > 1 else []
+    kernels = None if fused_tables else ["dense"]
+    if sharding == "data_parallel":
+        kernels = None
+    constraints = {
+        config.name: ParameterConstraints(sharding_types=types, compute_kernels=kernels)
+        for ebc in module.modules()
+        if isinstance(ebc, EmbeddingBagCollection)
+        for config in ebc.embedding_bag_configs()
+    }
+    sharders = [RowWiseOnCpuSharder()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        planner = EmbeddingShardingPlanner(
+            topology=Topology(
+                world_size=where.world_size,
+                compute_device=where.device.type,
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", where.world_size)),
+            ),
+            storage_reservation=FixedPercentageStorageReservation(0.15),
+            constraints=constraints,
+        )
+        plan = planner.collective_plan(module, sharders, dist.group.WORLD)
+    model = DistributedModelParallel(
+        module,
+        env=ShardingEnv(where.world_size, where.rank, dist.group.WORLD, output_dtensor=True),
+        device=where.device,
+        plan=plan,
+        sharders=sharders,
+    )
+    fill_tables(model, seed=seed, scale=init_scale)
+    return model
+
+
+def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
+    """A table's shards on this rank, each with its first row and first column in the whole table."""
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        return [(t, o[0], o[1]) for t, o in zip(local.local_shards(), local.local_offsets(), strict=True)]
+    if hasattr(value, "local_shards"):
+        return [(s.tensor, *s.metadata.shard_offsets) for s in value.local_shards()]
+    return [(value, 0, 0)]
+
+
+def tables_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Fully qualified name -> weight (plain, ShardedTensor or DTensor) of every embedding table."""
+    return {name: value for name, value in model.state_dict().items() if ".embedding_bags." in name}
+
+
+@torch.no_grad()
+def fill_tables(model: nn.Module, *, seed: int = 0, scale: float | None = None) -> None:
+    """Uniform random rows in ±scale that depend on seed, table and row alone, not on the plan or the number of ranks.
+
+    Args:
+        scale: None takes 1/√rows, TorchRec's own default.
+    """
+    for name, value in tables_of(model).items():
+        table, (rows, dim) = name.split(".")[-2], value.shape
+        bound = scale if scale is not None else rows**-0.5
+        for tensor, row0, col0 in local_shards(value):
+            if tensor.numel() == 0:
+                continue
+            end = row0 + tensor.shape[0]
+            for block in range(row0 // BLOCK, (end - 1) // BLOCK + 1):
+                digest = hashlib.blake2b(f"{seed}/{table}/{block}".encode(), digest_size=8).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+                full = torch.empty(BLOCK, dim).uniform_(-bound, bound, generator=generator)
+                low, high = max(row0, block * BLOCK), min(end, (block + 1) * BLOCK)
+                part = full[low - block * BLOCK : high - block * BLOCK, col0 : col0 + tensor.shape[1]]
+                tensor[low - row0 : high - row0].copy_(part)
