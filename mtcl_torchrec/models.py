@@ -65,7 +65,8 @@ class MultiTaskTower(nn.Module):
                 hidden, tower_layers, len(self.tasks), reads=range(len(self.tasks)), dropout=tower_dropout
             )
             hidden = tower_layers[-1]
-        self.heads = nn.ModuleDict({task.name: nn.Linear(hidden, task.out_features) for task in self.tasks})
+        # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
+        self.heads = nn.ModuleList(nn.Linear(hidden, task.out_features) for task in self.tasks)
 
     def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> Logits:
         """Logits by task: (B,), or (B, num_classes) for a multiclass task.
@@ -90,8 +91,8 @@ class MultiTaskTower(nn.Module):
         if self.towers is not None:
             h = self.towers(h)
         logits = {}
-        for number, task in enumerate(self.tasks):
-            out = self.heads[task.name](h[number])
+        for head, task, representation in zip(self.heads, self.tasks, h, strict=True):
+            out = head(representation)
             logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
         return logits
 
@@ -202,6 +203,7 @@ class MTCL(nn.Module):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
         dims = embedding_dims(embedding_bag_collection)
+        features = {f for t in embedding_bag_collection.embedding_bag_configs() for f in t.feature_names}
         self.tasks = tuple(tasks)
         self.embedding_bag_collection = embedding_bag_collection
         self.tower = MultiTaskTower(
@@ -216,7 +218,7 @@ class MTCL(nn.Module):
             feature_groups=feature_groups,
             dense_groups=dense_groups,
         )
-        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, dims, fused_score))
+        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score))
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """Predictions and the fused score of B rows.
@@ -234,9 +236,8 @@ class MTCL(nn.Module):
         return self.output(logits, sparse_features)
 
 
-def _item_classes(tasks: Sequence[Task], dims: Mapping[str, int], fused_score: nn.Module | None) -> dict[str, str]:
+def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Module | None) -> dict[str, str]:
     """The sparse feature that holds the item's own class, for each multiclass task that has one."""
-    features = {name.split("@")[0] for name in dims}
     found = {}
     for task in tasks:
         if task.kind != "multiclass":

@@ -175,8 +175,8 @@ class Task(_Declared):
             raise ValueError(f"task {self.name!r}: loss, huber_delta, mean and std belong to regression tasks")
         if self.name == "score":
             raise ValueError("'score' is the key of the fused score and cannot name a task")
-        if "." in self.name or not self.name:
-            raise ValueError(f"task name {self.name!r}: give it at least one character and no dot")
+        if not self.name:
+            raise ValueError("a task needs a name")
         return self
 
     @classmethod
@@ -242,6 +242,7 @@ class Schema(_Declared):
                     f"task {task.name!r}: item_class {task.item_class!r} is no id feature"
                     f"{nearest(task.item_class, sparse)}"
                 )
+        check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
             for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count"):
                 if len({getattr(f, field) for f in features}) > 1:

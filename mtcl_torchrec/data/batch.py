@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -125,6 +125,19 @@ class EncodedRows:
             weights=None if self.weights is None else self.weights[index],
         )
 
+    def blank(self) -> MTBatch:
+        """One row that looks up nothing, has no label and therefore trains nothing."""
+        return MTBatch(
+            dense_features=torch.zeros(1, self.dense.shape[1]),
+            sparse_features=KeyedJaggedTensor(
+                keys=list(self.keys),
+                values=torch.empty(0, dtype=torch.int64),
+                lengths=torch.zeros(len(self.keys), dtype=torch.int64),
+            ),
+            labels=torch.full((1, self.labels.shape[1]), float("nan")),
+            weights=None if self.weights is None else torch.ones(1, self.weights.shape[1]),
+        )
+
 
 def global_batches(
     num_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: Sequence[int] | None = None
@@ -157,10 +170,6 @@ def global_batches(
 
 
 def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor]) -> Iterator[MTBatch]:
-    """The batches of `indices`.  A rank with no row left gets one row without labels: all ranks stay in step."""
+    """The batches of `indices`.  A rank with no row left gets one without ids and labels, so that all ranks stay in step."""
     for index in indices:
-        if len(index):
-            yield rows.batch(index)
-        else:
-            batch = rows.batch(torch.zeros(1, dtype=torch.int64))
-            yield replace(batch, labels=torch.full_like(batch.labels, float("nan")))
+        yield rows.batch(index) if len(index) else rows.blank()

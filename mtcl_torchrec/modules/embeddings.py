@@ -15,6 +15,16 @@ from mtcl_torchrec.schema import GROUPS, Group, Schema
 Pooled = KeyedTensor | torch.Tensor | tuple
 
 
+def table_module_name(table: str) -> str:
+    """A table's name inside the model: torch takes no dot in it, and no name that a ModuleDict's attribute has.
+
+    Example:
+        >>> table_module_name("geo.items")
+        'table_geo_items'
+    """
+    return "table_" + table.replace(".", "_")
+
+
 def build_embedding_bag_collection(
     schema: Schema, num_embeddings: Callable[[str], int], device: torch.device | str = "meta"
 ) -> EmbeddingBagCollection:
@@ -28,7 +38,7 @@ def build_embedding_bag_collection(
     poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
     tables = [
         EmbeddingBagConfig(
-            name=table,
+            name=table_module_name(table),
             num_embeddings=num_embeddings(table),
             embedding_dim=features[0].embedding_dim,
             feature_names=[f.name for f in features],

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mtcl_torchrec.modules.heads import loss_per_row
 from mtcl_torchrec.schema import Task
@@ -20,7 +19,7 @@ class MultiTaskLoss(nn.Module):
     """Σ wᵢ Lᵢ + λR of one batch.
 
     Lᵢ = Σ_b v_b ℓᵢ(b) / Σ_b v_b over the rows b of the *global* batch whose label is present, v_b being their sample
-    weights.  R = mean over the global batch's rows of ‖pooled embeddings‖².  (Decay of the dense weights is the dense
+    weights.  R = mean of ‖pooled embeddings‖² over the global batch's rows that have a label.  (Decay of the dense weights is the dense
     optimizer's, as AdamW does it.)
 
     Each rank returns its share times the number of ranks, since DDP and TorchRec average gradients over ranks: the mean of
@@ -81,13 +80,13 @@ class MultiTaskLoss(nn.Module):
                 for i, task in enumerate(self.tasks)
             ]
         )
-        rows = torch.tensor([float(len(labels))], device=labels.device)
-        totals, ranks = self._over_ranks(torch.cat([weights.sum(0), rows]))
+        labelled = present.any(1).float()
+        totals, ranks = self._over_ranks(torch.cat([weights.sum(0), labelled.sum().reshape(1)]))
         per_task = torch.where(totals[:-1] > 0, ranks * sums / totals[:-1].clamp(min=1e-30), 0.0)
         task_weights = per_task.new_tensor([task.weight for task in self.tasks])
         loss = (task_weights * per_task).sum()
         if self.l2_embedding:
-            loss = loss + self.l2_embedding * ranks * _squared_norm(pooled) / totals[-1]
+            loss = loss + self.l2_embedding * ranks * (labelled * _squared_norms(pooled)).sum() / totals[-1].clamp(min=1)
         self.last_task_losses = per_task.detach()
         detached = {name: value.detach() for name, value in logits.items()}
         return loss, (loss.detach(), detached, batch.labels.detach())
@@ -102,8 +101,9 @@ class MultiTaskLoss(nn.Module):
         return counts, ranks
 
 
-def _squared_norm(pooled: Any) -> torch.Tensor:
+def _squared_norms(pooled: Any) -> torch.Tensor:
     if isinstance(pooled, tuple):
         pooled = pooled[0]
-    values = pooled.values() if isinstance(pooled, KeyedTensor) else pooled
-    return values.float().square().sum()
+    # A pipeline hands over a promise of a KeyedTensor, which is neither a KeyedTensor nor a tensor.
+    values = pooled if isinstance(pooled, torch.Tensor) else pooled.values()
+    return values.float().square().sum(1)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.config import RunConfig, dump_run, parse_run
+from mtcl_torchrec.config import OptimizersConfig, RunConfig, dump_run, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -20,6 +20,7 @@ from mtcl_torchrec.data.source import Rows, read_splits
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.embeddings import table_module_name
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.checkpoint import load_unsharded, load_weights, save_weights
@@ -105,7 +106,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=config.seed)
     steps = -(-len(encoded["train"]) // (config.batch_size * where.world_size)) * config.epochs
     train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
-    sharded, optimizer = parallelise(train_module, where, config, run.optimizers)
+    sharded, optimizer = parallelise(train_module, where, config, _for_modules(run.optimizers))
     say(_describe(model, preprocessor, where))
     with TrainingProgress(
         active=where.first, total_steps=steps, log_dir=folder / "tensorboard", console=console
@@ -132,6 +133,12 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
         write_metrics(folder / "metrics.json", history, evaluations)
     where.barrier()
     return RunResult(folder, history, evaluations)
+
+
+def _for_modules(optimizers: OptimizersConfig) -> OptimizersConfig:
+    """The optimizers with tables named as in the model."""
+    lr_of = {table_module_name(table): lr for table, lr in optimizers.tables.lr_of.items()}
+    return optimizers.model_copy(update={"tables": optimizers.tables.model_copy(update={"lr_of": lr_of})})
 
 
 def _catalogue(run: RunConfig, preprocessor: Preprocessor, splits: dict[str, Rows]) -> Catalogue | None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -127,11 +128,8 @@ def shard(
         types = ["table_wise", "row_wise"]
         types += ["column_wise"] if column_wise_allowed else []
         types += ["data_parallel"] if where.device.type == "cuda" and where.world_size > 1 else []
-    kernels = None if fused_tables else ["dense"]
-    if sharding == "data_parallel":
-        kernels = None
     constraints = {
-        config.name: ParameterConstraints(sharding_types=types, compute_kernels=kernels)
+        config.name: ParameterConstraints(sharding_types=types)
         for ebc in module.modules()
         if isinstance(ebc, EmbeddingBagCollection)
         for config in ebc.embedding_bag_configs()
@@ -149,13 +147,18 @@ def shard(
             constraints=constraints,
         )
         plan = planner.collective_plan(module, sharders, dist.group.WORLD)
-    model = DistributedModelParallel(
-        module,
-        env=ShardingEnv(where.world_size, where.rank, dist.group.WORLD, output_dtensor=True),
-        device=where.device,
-        plan=plan,
-        sharders=sharders,
-    )
+        if not fused_tables:
+            # The planner offers sharded tables fused kernels only; the unfused one takes the same cuts.
+            for tables in plan.plan.values():
+                for parameter in tables.values():
+                    parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        model = DistributedModelParallel(
+            module,
+            env=ShardingEnv(where.world_size, where.rank, dist.group.WORLD, output_dtensor=True),
+            device=where.device,
+            plan=plan,
+            sharders=sharders,
+        )
     fill_tables(model, seed=seed, scale=init_scale)
     return model
 
@@ -164,7 +167,8 @@ def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
     """A table's shards on this rank, each with its first row and first column in the whole table."""
     if isinstance(value, DTensor):
         local = value.to_local()
-        return [(t, o[0], o[1]) for t, o in zip(local.local_shards(), local.local_offsets(), strict=True)]
+        # A rank without a shard still has an offset.
+        return [(t, o[0], o[1]) for t, o in zip(local.local_shards(), local.local_offsets(), strict=False)]
     if hasattr(value, "local_shards"):
         return [(s.tensor, *s.metadata.shard_offsets) for s in value.local_shards()]
     return [(value, 0, 0)]
