@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from mtcl_torchrec.config import RunConfig, dump_run, load_run, parse_run
+from mtcl_torchrec.config import dump_run, load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -30,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help=(
-        "Multi-task collaborative learning on TorchRec: predict many events of a recommender at once, fuse the predictions "
-        "into one score in [0, 1], rank by it.\n\n"
+        "Multi-task collaborative learning on TorchRec: predict many events of a recommender at once, fuse the "
+        "predictions into one score in [0, 1], rank by it.\n\n"
         "Start with **mtcl demo**, or with **mtcl init my_log.parquet > run.yaml** and **mtcl train run.yaml**.\n\n"
         "Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec train run.yaml**."
     ),
@@ -58,8 +58,8 @@ def demo(
 ) -> None:
     """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
 
-    Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same impressions,
-    and the top 10 videos of one user.  Takes a few minutes on two cores.
+    Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same
+    impressions, and the top 10 videos of one user.  Takes a few minutes on two cores.
     """
     console = _console()
     folder = out or _fresh_folder("kuairand")
@@ -181,25 +181,27 @@ def prepare(
     """
     console = _console()
     run = load_run(run_yaml)
-    if not run.statistics.keys:
-        raise ConfigError(f"{run_yaml}: nothing to prepare, the run has no statistics.keys")
-    if run.statistics.prepared is not None:
-        raise ConfigError(f"{run_yaml}: its data is prepared already ({run.statistics.prepared})")
+    if not run.statistics:
+        raise ConfigError(f"{run_yaml}: nothing to prepare, the run has no statistics")
+    if any(block.prepared is not None for block in run.statistics):
+        raise ConfigError(f"{run_yaml}: its data is prepared already")
     if (out / "run.yaml").exists():
         raise ConfigError(f"{out} holds prepared files already; choose another folder")
     preprocessor = Preprocessor(run.data_schema, run.statistics)
     splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
     out.mkdir(parents=True, exist_ok=True)
-    prepared = {"train": preprocessor.fit_statistics(splits["train"], lambda key: console.print(f"  counted per {key}"))}
+    prepared = {
+        "train": preprocessor.fit_statistics(splits["train"], lambda key: console.print(f"  counted per {key}"))
+    }
     prepared |= {name: preprocessor.with_statistics(rows) for name, rows in splits.items() if name != "train"}
     for name, rows in prepared.items():
         rows.frame.to_parquet(out / f"{name}.parquet", index=False)
         console.print(f"{name}: {len(rows):,} rows, {rows.frame.shape[1]} columns", highlight=False)
-    assert preprocessor.statistics is not None
-    preprocessor.statistics.save(out / "statistics")
     raw = yaml.safe_load(dump_run(run))
     raw["data"] = {name: f"{name}.parquet" for name in prepared}
-    raw["statistics"]["prepared"] = "statistics"
+    for i, (block, described) in enumerate(zip(preprocessor.statistics, raw["statistics"], strict=True)):
+        block.save(out / f"statistics_{i}")
+        described["prepared"] = f"statistics_{i}"
     (out / "run.yaml").write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
     console.print(f"wrote {out}; train with: mtcl train {out}/run.yaml", highlight=False, soft_wrap=True)
 

@@ -67,27 +67,54 @@ class DataConfig(_Part):
 class StatisticsConfig(_Part):
     """Causal counts and smoothed rates, computed from strictly earlier rows of the training split.
 
+    See `mtcl_torchrec.data.statistics.CausalStatistics`; a run may have several of these.
+
     Args:
         keys: columns, or lists of columns, to count by: ``[user_id, [user_id, tag]]``.
         groups: feature group of each column that a key uses and the schema does not declare.
         outcomes: numeric columns (0/1 events, or a quantity such as watch time) whose mean is taken.
         smoothing: pseudo-count that pulls a rate towards the overall rate of its time.
+        smoothing_of: outcome -> pseudo-count of its own; rare events need more.
+        given: take the rates beyond what these columns' own rates predict.
+        given_smoothing: pseudo-count in those rates.
+        counts: whether counts are features, too; the default is yes without `given`, no with it.
         prepared: folder in which ``mtcl prepare`` stored the statistics whose columns the data already has.
     """
 
-    keys: list[Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]] = Field(default_factory=list)
+    keys: Annotated[list[Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]], Field(min_length=1)]
     groups: dict[str, Group] = Field(default_factory=dict)
     outcomes: list[str] = Field(default_factory=list)
     smoothing: PositiveFloat = 20.0
+    smoothing_of: dict[str, PositiveFloat] = Field(default_factory=dict)
+    given: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    given_smoothing: PositiveFloat = 20.0
+    counts: bool | None = None
     prepared: str | None = None
 
+    @property
+    def with_counts(self) -> bool:
+        """Whether counts are features."""
+        return not self.given if self.counts is None else self.counts
+
     @model_validator(mode="after")
-    def _each_once(self) -> StatisticsConfig:
+    def _consistent(self) -> StatisticsConfig:
         check_unique("outcome", self.outcomes)
+        check_unique("given column", self.given)
         check_unique("key", [",".join(key) for key in self.keys])
         for key in self.keys:
             check_unique(f"in key {key}, column", key)
+        if not self.outcomes and not self.with_counts:
+            raise ValueError("without outcomes and without counts there is nothing to compute")
+        if self.given and not self.outcomes:
+            raise ValueError("given needs outcomes")
+        for outcome in self.smoothing_of:
+            if outcome not in self.outcomes:
+                raise ValueError(f"smoothing_of: {outcome!r} is no outcome{nearest(outcome, self.outcomes)}")
         return self
+
+
+def _as_blocks(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
 
 
 class TrunkConfig(_Part):
@@ -165,6 +192,7 @@ class TrainingConfig(_Part):
         epochs: passes over the training split, at most.
         batch_size: rows a step and rank.
         patience: stop after this many epochs without a better mean validation AUC; 0 never stops.
+        watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task.
         warmup_steps: the learning rates rise linearly from 0 over this many steps.
         decay: how the learning rates fall from then to the last step of the last epoch.
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
@@ -177,6 +205,7 @@ class TrainingConfig(_Part):
     batch_size: PositiveInt = 1024
     eval_batch_size: PositiveInt = 8192
     patience: NonNegativeInt = 3
+    watch: list[str] = Field(default_factory=list)
     warmup_steps: NonNegativeInt = 100
     decay: Literal["none", "linear", "cosine"] = "linear"
     averaging: Fraction = 0.0
@@ -220,7 +249,7 @@ class RunConfig(_Part):
     name: str = "run"
     data: DataConfig
     data_schema: Schema = Field(alias="schema")
-    statistics: StatisticsConfig = Field(default_factory=StatisticsConfig)
+    statistics: Annotated[list[StatisticsConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizers: OptimizersConfig = Field(default_factory=OptimizersConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -232,11 +261,14 @@ class RunConfig(_Part):
         for name in self.fusion.weights if self.fusion else ():
             if name not in tasks:
                 raise ValueError(f"fusion.weights: no task {name!r}{nearest(name, tasks)}")
+        for name in self.training.watch:
+            if name not in tasks:
+                raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
         tables = self.data_schema.tables()
         for name in self.optimizers.tables.lr_of:
             if name not in tables:
                 raise ValueError(f"optimizers.tables.lr_of: no table {name!r}{nearest(name, tables)}")
-        if self.statistics.keys and self.data_schema.time is None:
+        if self.statistics and self.data_schema.time is None:
             raise ValueError("statistics need schema.time: they count strictly earlier rows only")
         if self.data.log is not None and self.data_schema.time is None:
             raise ValueError("data.log needs schema.time: the log is split by time")
@@ -277,8 +309,9 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
             paths = getattr(run.data, split)
             if paths is not None:
                 setattr(run.data, split, [str(folder / p) for p in paths])
-        if run.statistics.prepared is not None:
-            run.statistics.prepared = str(folder / run.statistics.prepared)
+        for block in run.statistics:
+            if block.prepared is not None:
+                block.prepared = str(folder / block.prepared)
     return run
 
 

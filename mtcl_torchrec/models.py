@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, embedding_dims, visible_columns
+from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, embedding_dims, looked_up_features, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
@@ -142,16 +142,17 @@ def _single_value(sparse_features: KeyedJaggedTensor, feature: str) -> torch.Ten
 class MTCL(nn.Module):
     """Multi-task collaborative learning on top of an embedding-bag collection.
 
-    Embeddings and dense features go through an optional interaction (such as ``LowRankCrossNet``), a shared trunk, a tower and a
-    head per task; the predictions are fused into one score that ranks.
+    Embeddings and dense features go through an optional interaction (such as ``LowRankCrossNet``), a shared trunk, a
+    tower and a head per task; the predictions are fused into one score that ranks.
 
     Args:
         embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device.
         dense_in_features: D, number of dense features; 0 where there are none.
-        trunk: `SharedBottom`, `MMoE`, `PLE`, `SingleTask`, or a module of the signature in `mtcl_torchrec.modules.trunks`.
+        trunk: `SharedBottom`, `MMoE`, `PLE`, `SingleTask`, or a module of the signature in
+            `mtcl_torchrec.modules.trunks`.
         tasks: what is predicted, in the order of the label columns.
-        fused_score: `WeightedMean`, or a module of the signature in `mtcl_torchrec.modules.fusion`; without one there is
-            no ``"score"``.
+        fused_score: `WeightedMean`, or a module of the signature in `mtcl_torchrec.modules.fusion`; without one there
+            is no ``"score"``.
         interaction: function of the input width that makes a module (B, width) → (B, width), put before the trunk.
         tower_layers: widths of each task's tower; may be empty.
         input_dropout: on embeddings and dense features.
@@ -203,7 +204,7 @@ class MTCL(nn.Module):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
         dims = embedding_dims(embedding_bag_collection)
-        features = {f for t in embedding_bag_collection.embedding_bag_configs() for f in t.feature_names}
+        features = looked_up_features(embedding_bag_collection)
         self.tasks = tuple(tasks)
         self.embedding_bag_collection = embedding_bag_collection
         self.tower = MultiTaskTower(
@@ -228,8 +229,8 @@ class MTCL(nn.Module):
             sparse_features: KeyedJaggedTensor of B rows.
 
         Returns:
-            task name -> (B,) probability or value, (B, num_classes) probabilities for a multiclass task; and ``"score"``
-            (B,) in [0, 1].
+            task name -> (B,) probability or value, (B, num_classes) probabilities for a multiclass task; and
+            ``"score"`` (B,) in [0, 1].
         """
         pooled = self.embedding_bag_collection(sparse_features)
         logits = self.tower(dense_features, pooled)
@@ -244,7 +245,8 @@ def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Mod
             continue
         if task.item_class is not None and task.item_class not in features:
             raise ValueError(
-                f"task {task.name!r}: item_class {task.item_class!r} is no sparse feature{nearest(task.item_class, features)}"
+                f"task {task.name!r}: item_class {task.item_class!r} is no sparse feature"
+                f"{nearest(task.item_class, features)}"
             )
         feature = task.item_class or (task.name if task.name in features else None)
         if feature is not None:
@@ -259,7 +261,8 @@ def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Mod
 
 
 class MTCLTrain(nn.Module):
-    """`MTCL` with its loss, in the form TorchRec's train pipelines call: ``forward(batch) -> (loss, (loss, logits, labels))``.
+    """`MTCL` with its loss, in the form TorchRec's train pipelines call:
+    ``forward(batch) -> (loss, (loss, logits, labels))``.
 
     Args:
         model: the model.

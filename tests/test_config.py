@@ -61,7 +61,7 @@ def test_every_part_arrives_with_defaults_where_nothing_is_said():
     assert run.data.val == ["a.csv", "/data/b.csv"]
     assert run.data.test is None
     assert [f.name for f in run.data_schema.features] == ["user_id", "tag", "age"]
-    assert run.statistics.keys == [["user_id"], ["user_id", "tag"]]
+    assert run.statistics[0].keys == [["user_id"], ["user_id", "tag"]]
     assert (run.model.trunk.kind, run.model.trunk.levels, run.model.cross_layers) == ("ple", 1, 0)
     assert (run.optimizers.tables.lr, run.optimizers.dense.lr) == (0.1, 1e-3)
     assert (run.training.epochs, run.training.batch_size) == (2, 1024)
@@ -176,12 +176,12 @@ def test_a_missing_key_is_named(path, line):
         (("schema", "tasks", 0, "name"), True, "schema.tasks.0.name: ", "string (given: True)"),
         (("schema", "tasks", 1, "name"), "click", "schema: ", "task 'click' is declared twice"),
         (("schema", "time"), del_, "statistics need schema.time", "strictly earlier"),
-        (("statistics", "keys"), [[]], "statistics.keys.0: ", "at least 1 item"),
-        (("statistics", "keys"), ["a", "a"], "statistics: ", "key 'a' is declared twice"),
-        (("statistics", "keys"), [["a", "a"]], "statistics: ", "column 'a' is declared twice"),
-        (("statistics", "outcomes"), ["c", "c"], "statistics: ", "outcome 'c' is declared twice"),
-        (("statistics", "smoothing"), 0, "statistics.smoothing: ", "greater than 0"),
-        (("statistics", "groups"), {"tag": "itm"}, "statistics.groups.tag: ", "'item'"),
+        (("statistics", "keys"), [[]], "statistics.0.keys.0: ", "at least 1 item"),
+        (("statistics", "keys"), ["a", "a"], "statistics.0: ", "key 'a' is declared twice"),
+        (("statistics", "keys"), [["a", "a"]], "statistics.0: ", "column 'a' is declared twice"),
+        (("statistics", "outcomes"), ["c", "c"], "statistics.0: ", "outcome 'c' is declared twice"),
+        (("statistics", "smoothing"), 0, "statistics.0.smoothing: ", "greater than 0"),
+        (("statistics", "groups"), {"tag": "itm"}, "statistics.0.groups.tag: ", "'item'"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_starts_with_its_place(path, value, starts, contains):

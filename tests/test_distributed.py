@@ -59,7 +59,9 @@ def optimizers(kind):
 def train_on_ranks(sharding, kind, pipeline):
     """Train and return all parameters, losses and predictions; the same on every rank."""
     with ranks("cpu") as where:
-        model, optimizer = parallelise(train_module(), where, TrainingConfig(sharding=sharding, seed=3), optimizers(kind))
+        model, optimizer = parallelise(
+            train_module(), where, TrainingConfig(sharding=sharding, seed=3), optimizers(kind)
+        )
         pipe = build_pipeline(model, optimizer, where.device, pipeline)
         schedule = build_schedule(optimizer, 3, STEPS, "linear")
         model.train()
@@ -99,7 +101,10 @@ def train_plainly(kind):
     eps = {} if kind == "sgd" else {"eps": 1e-8}
     bags = module.model.embedding_bag_collection.embedding_bags
     tables = table_class(
-        [{"params": list(bags["t_users"].parameters()), "lr": 0.05}, {"params": list(bags["t_items"].parameters()), "lr": 0.02}],
+        [
+            {"params": list(bags["t_users"].parameters()), "lr": 0.05},
+            {"params": list(bags["t_items"].parameters()), "lr": 0.02},
+        ],
         lr=0.05, **eps,
     )  # fmt: skip
     dense = torch.optim.Adam(module.model.tower.parameters(), lr=0.01)
@@ -174,7 +179,9 @@ def test_four_ranks_of_which_some_run_out_of_rows():
 def fill_and_gather(sharding):
     with ranks("cpu") as where:
         model, _ = parallelise(train_module(), where, TrainingConfig(sharding=sharding, seed=11), optimizers("sgd"))
-        parts = {n: [(t.detach().numpy().copy(), r, c) for t, r, c in local_shards(v)] for n, v in tables_of(model).items()}
+        parts = {
+            n: [(t.detach().numpy().copy(), r, c) for t, r, c in local_shards(v)] for n, v in tables_of(model).items()
+        }
         del model
         return parts
 

@@ -18,7 +18,10 @@ def loop_of(experts: BatchedExperts) -> list[nn.Sequential]:
             layers.append(linear)
             if experts.norm == "layer":
                 norm: nn.Module = nn.LayerNorm(weight.shape[1])
-                norm.weight, norm.bias = nn.Parameter(experts.scales[i][e].clone()), nn.Parameter(experts.shifts[i][e].clone())
+                norm.weight, norm.bias = (
+                    nn.Parameter(experts.scales[i][e].clone()),
+                    nn.Parameter(experts.shifts[i][e].clone()),
+                )
                 layers.append(norm)
             elif experts.norm == "rms":
                 norm = nn.RMSNorm(weight.shape[1], eps=1e-6)
@@ -52,7 +55,9 @@ def test_outputs_and_gradients_equal_the_loop(norm, layers):
     torch.testing.assert_close(x.grad, y.grad)
     for e, network in enumerate(loop):
         torch.testing.assert_close(experts.weights[0].grad[e], network[0].weight.grad)
-        torch.testing.assert_close(experts.biases[-1].grad[e], [m for m in network if isinstance(m, nn.Linear)][-1].bias.grad)
+        torch.testing.assert_close(
+            experts.biases[-1].grad[e], [m for m in network if isinstance(m, nn.Linear)][-1].bias.grad
+        )
 
 
 def test_experts_that_read_different_streams_equal_the_loop():

@@ -11,7 +11,11 @@ from torchrec.modules.crossnet import LowRankCrossNet
 
 from mtcl_torchrec import MTCL, PLE, MMoE, MTBatch, MTCLTrain, SharedBottom, SingleTask, Task, WeightedMean
 
-TASKS = [Task.binary("click"), Task.multiclass("category", num_classes=4), Task.regression("watch_time", mean=5.0, std=2.0)]
+TASKS = [
+    Task.binary("click"),
+    Task.multiclass("category", num_classes=4),
+    Task.regression("watch_time", mean=5.0, std=2.0),
+]
 WEIGHTS = {"click": 0.5, "category": 0.3, "watch_time": 0.2}
 
 

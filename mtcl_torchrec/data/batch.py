@@ -170,6 +170,7 @@ def global_batches(
 
 
 def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor]) -> Iterator[MTBatch]:
-    """The batches of `indices`.  A rank with no row left gets one without ids and labels, so that all ranks stay in step."""
+    """The batches of `indices`.  A rank with no row left gets one without ids and labels, so that all ranks stay in
+    step."""
     for index in indices:
         yield rows.batch(index) if len(index) else rows.blank()

@@ -13,14 +13,14 @@ from mtcl_torchrec.schema import DataError, nearest
 SAMPLE_ROWS = 200_000
 USER_NAMES = ("user_id", "userid", "uid", "user", "customer_id", "member_id", "visitor_id", "session_id")
 ITEM_NAMES = (
-    "item_id", "itemid", "iid", "item", "video_id", "product_id", "movie_id", "article_id", "news_id", "ad_id", "song_id",
-    "track_id", "book_id", "course_id", "post_id", "sku",
+    "item_id", "itemid", "iid", "item", "video_id", "product_id", "movie_id", "article_id", "news_id", "ad_id",
+    "song_id", "track_id", "book_id", "course_id", "post_id", "sku",
 )  # fmt: skip
 TIME_NAMES = ("time", "timestamp", "ts", "time_ms", "event_time", "datetime", "date", "created_at", "unix_time")
 EVENT_WORDS = (
     "click", "like", "view", "buy", "purchase", "order", "cart", "pay", "follow", "share", "forward", "comment", "hate",
-    "hide", "report", "finish", "enrol", "book", "install", "convert", "conversion", "label", "save", "favorite", "skip",
-    "enter", "target", "rated",
+    "hide", "report", "finish", "enrol", "book", "install", "convert", "conversion", "label", "save", "favorite",
+    "skip", "enter", "target", "rated",
 )  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def draft_run(
     for label in events:
         if not _is_binary(frame[label]):
             raise DataError(f"{rows.name}: {label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere")
-    features, doubtful = [], []
+    features: list[str] = []
+    doubtful: list[str] = []
     for column in names:
         if column in (time, *events):
             continue
@@ -79,7 +80,7 @@ def _named(names: Sequence[str], usual: Sequence[str]) -> str | None:
 
 
 def _first_timestamp(frame: pd.DataFrame) -> str | None:
-    return next((c for c in frame if pd.api.types.is_datetime64_any_dtype(frame[c])), None)
+    return next((str(c) for c in frame if pd.api.types.is_datetime64_any_dtype(frame[c])), None)
 
 
 def _is_binary(column: pd.Series) -> bool:
@@ -144,7 +145,7 @@ def _text(
 ) -> str:
     log = f"[{', '.join(paths)}]" if len(paths) > 1 else paths[0]
     lines = [
-        f"# A first guess from {len(rows):,} rows of {', '.join(Path(p).name for p in paths)}.  Read it once before training:",
+        f"# A first guess from {len(rows):,} rows of {', '.join(Path(p).name for p in paths)}; read it before training:",
         "# `mtcl train` refuses keys it does not know, and names the row of any value that does not fit.",
         f"name: {Path(paths[0]).stem}",
         "",
@@ -159,7 +160,7 @@ def _text(
         ]
     else:
         lines += [
-            "# No time column was found: split the file yourself, and name the column under schema.time if there is one.",
+            "# No time column was found: split the file yourself, or name the column under schema.time.",
             "data:",
             f"  train: {log}",
             f"  val: {log}   # CHANGE THIS: rows that the model was trained on prove nothing",
@@ -173,14 +174,15 @@ def _text(
         lines.append(f"  {name}: {column}   # {why}" if column else f"  # {name}: …   # {why}")
     lines += [
         "  features:",
-        "    # group: whose property it is (user, item, context).  kind: id, bag (a list) or dense (a number).  Ids are",
-        "    # numbered from the training split, an unknown one takes row 0; `encoding: hash, vocabulary_size: 100000` hashes.",
+        "    # group: whose property it is (user, item, context).  kind: id, bag (a list) or dense (a number).",
+        "    # Ids are numbered from the training split and an unknown one takes row 0;",
+        "    # `encoding: hash, vocabulary_size: 100000` hashes them instead.",
     ]
     lines += [f"    - {line}" for line in features]
     if doubtful:
         lines += [
-            "    # These differ from row to row.  Take them in only if they are known BEFORE the event (a price shown), never",
-            "    # if they are its outcome (watch time, amount paid):",
+            "    # These differ from row to row.  Take them in only if they are known BEFORE the event (a price),",
+            "    # never if they are its outcome (watch time, amount paid):",
         ]
         lines += [f"    # - {line}" for line in doubtful]
     lines += ["  tasks:", "    # A mask makes a label count only where another event happened: mask: click"]
@@ -191,7 +193,7 @@ def _text(
         keys = [k for k in (user, item) if k]
         lines += [
             "",
-            "# Features from the log itself: counts and rates of these events per key, from strictly earlier rows only.",
+            "# Features from the log itself: counts and rates of these events, from strictly earlier rows only.",
             "statistics:",
             f"  keys: [{', '.join(keys)}]",
             f"  outcomes: [{', '.join(events)}]",
@@ -201,7 +203,8 @@ def _text(
     lines += [
         "",
         "model:",
-        "  trunk: {kind: mmoe, num_experts: 4, expert_layers: [128, 64], dropout: 0.1}   # or shared_bottom, ple, single_task",
+        "  # or kind: shared_bottom, ple, single_task",
+        "  trunk: {kind: mmoe, num_experts: 4, expert_layers: [128, 64], dropout: 0.1}",
         "  tower_layers: [32]",
         "  input_dropout: 0.1",
         "",
@@ -214,8 +217,8 @@ def _text(
         "  batch_size: 1024   # rows per step and rank",
         "  patience: 2        # stop after so many epochs without a better mean validation AUC",
         "",
-        "# The score that ranks.  Here a task weighs the more the rarer its event; put your own values of an event in.  A",
-        "# negative weight lowers the score (a report, a hide).",
+        "# The score that ranks.  Here a task weighs the more the rarer its event; put your own values of an event in.",
+        "# A negative weight lowers the score (a report, a hide).",
         "fusion:",
         f"  weights: {{{weights}}}",
     ]

@@ -70,9 +70,15 @@ class FeatureEncoder:
         return tuple(groups)
 
     def resolved_tasks(self) -> tuple[Task, ...]:
-        """The schema's tasks; regression tasks with the mean and spread of their training labels."""
+        """The schema's tasks; regression tasks with the mean and spread of their training labels, multiclass tasks with
+        their number of classes."""
         tasks = []
+        features = {f.name: f for f in self.schema.sparse_features}
         for task in self.schema.tasks:
+            if task.kind == "multiclass" and task.num_classes is None:
+                assert task.item_class is not None
+                rows = self.num_embeddings(features[task.item_class].table_name)
+                task = task.model_copy(update={"num_classes": rows})
             if task.name in self._label_scale:
                 mean, std = self._label_scale[task.name]
                 task = task.model_copy(update={"mean": mean, "std": std})
@@ -198,7 +204,10 @@ class FeatureEncoder:
     def _labels(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         labels, weights = [], []
         for task in self.schema.tasks:
-            labels.append(_label(rows, task).astype(np.float32))
+            if self.schema.labels_are_rows(task):
+                labels.append(self._classes(rows, task))
+            else:
+                labels.append(_label(rows, task).astype(np.float32))
             weight = np.ones(len(rows), np.float32)
             if task.sample_weight is not None:
                 what = f"sample weight of task {task.name!r}"
@@ -212,6 +221,16 @@ class FeatureEncoder:
             torch.from_numpy(np.stack(labels, 1)),
             torch.from_numpy(np.stack(weights, 1)) if any_weight else None,
         )
+
+    def _classes(self, rows: Rows, task: Task) -> np.ndarray:
+        """A multiclass label that is the row of the item's own class; row 0, unknown, is no label."""
+        feature = next(f for f in self.schema.sparse_features if f.name == task.item_class)
+        numbers = self._row_numbers(feature, _canonical(rows.frame[feature.rows_from]), rows)
+        if task.num_classes is not None:
+            _refuse(rows, numbers >= task.num_classes, feature.rows_from,
+                    f"its row lies outside the {task.num_classes} classes of task {task.name!r}")  # fmt: skip
+        counts = (numbers > 0) & _unmasked(rows, task)
+        return np.where(counts, numbers, np.nan).astype(np.float32)
 
     def _no_labels(self, n: int) -> torch.Tensor:
         return torch.full((n, len(self.schema.tasks)), float("nan"))
@@ -322,9 +341,7 @@ def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
 def _label(rows: Rows, task: Task) -> np.ndarray:
     """(N,) float64, NaN where missing or masked out; what counts is checked."""
     label = _numbers(rows, task.label_column, f"label of task {task.name!r}")
-    if task.mask is not None:
-        shown = _numbers(rows, task.mask, f"mask of task {task.name!r}")
-        label = np.where(np.nan_to_num(shown) != 0, label, np.nan)
+    label = np.where(_unmasked(rows, task), label, np.nan)
     present = ~np.isnan(label)
     if task.kind == "binary":
         fits, rule = (label == 0) | (label == 1), f"a label of binary task {task.name!r} is 0 or 1"
@@ -335,6 +352,13 @@ def _label(rows: Rows, task: Task) -> np.ndarray:
         fits, rule = np.abs(label) <= _FLOAT32_MAX, "a regression label is finite"
     _refuse(rows, present & ~fits, task.label_column, rule)
     return label
+
+
+def _unmasked(rows: Rows, task: Task) -> np.ndarray:
+    """(N,) bool: where the task's label counts."""
+    if task.mask is None:
+        return np.ones(len(rows), bool)
+    return np.nan_to_num(_numbers(rows, task.mask, f"mask of task {task.name!r}")) != 0
 
 
 def _numbers(rows: Rows, column: str, what: str) -> np.ndarray:

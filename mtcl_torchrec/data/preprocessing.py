@@ -1,7 +1,9 @@
-"""Raw rows to encoded rows: causal statistics first, then vocabularies and scales; fitted once, stored with the model."""
+"""Raw rows to encoded rows: causal statistics first, then vocabularies and scales; fitted once, stored with the
+model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +11,7 @@ import pandas as pd
 from mtcl_torchrec.config import StatisticsConfig
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.encoding import FeatureEncoder
-from mtcl_torchrec.data.source import Rows, time_values
+from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.statistics import CausalStatistics, Progress, _quiet
 from mtcl_torchrec.schema import ConfigError, Group, Schema, nearest
 
@@ -19,33 +21,29 @@ class Preprocessor:
 
     Args:
         schema: features and tasks as declared.
-        statistics: what to count; may be empty.
+        statistics: what to count.
 
     Raises:
-        ConfigError: a statistics key whose feature group is not known.
+        ConfigError: a statistics key whose feature group is not known, or a column produced twice.
 
     Example:
         >>> from mtcl_torchrec.schema import Feature, Task
         >>> schema = Schema(features=[Feature(name="u", group="user")], tasks=[Task.binary("click")], time="t")
-        >>> preprocessor = Preprocessor(schema, StatisticsConfig(keys=["u"], outcomes=["click"]))
+        >>> preprocessor = Preprocessor(schema, [StatisticsConfig(keys=["u"], outcomes=["click"])])
         >>> train = pd.DataFrame({"u": ["a", "b", "a"], "t": [1, 2, 3], "click": [1, 0, 1]})
-        >>> preprocessor.fit(Rows(train)).dense.shape  # count, rate, and a mark where the rate is missing
-        torch.Size([3, 3])
+        >>> preprocessor.fit(Rows(train)).dense.shape  # count and rate
+        torch.Size([3, 2])
     """
 
-    def __init__(self, schema: Schema, statistics: StatisticsConfig) -> None:
+    def __init__(self, schema: Schema, statistics: Sequence[StatisticsConfig] = ()) -> None:
         self.declared = schema
-        self.config = statistics
+        self.config = list(statistics)
         self.groups = _column_groups(schema, statistics)
-        self.statistics: CausalStatistics | None = None
-        if statistics.keys:
-            assert schema.time is not None
-            if statistics.prepared is not None:
-                self.statistics = CausalStatistics.load(Path(statistics.prepared))
-            else:
-                self.statistics = CausalStatistics(
-                    statistics.keys, statistics.outcomes, time=schema.time, smoothing=statistics.smoothing
-                )
+        self.statistics = [_statistics(block, schema) for block in statistics]
+        names = [c for block in self.statistics for c in block.columns()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"statistics: {name} is computed twice")
         self.encoder = FeatureEncoder(schema)
 
     @property
@@ -57,18 +55,17 @@ class Preprocessor:
         """The columns that must be read.
 
         Args:
-            statistics: True for the splits of a run; False for other rows to be evaluated, whose statistics are looked up.
+            statistics: True for the splits of a run; False for other rows to be evaluated, whose statistics are
+                looked up.
         """
         columns = [f.rows_from for f in self.declared.features]
-        columns += [c for key in self.config.keys for c in key]
+        columns += [c for block in self.config for key in block.keys for c in key]
         columns += [c for c in (self.declared.user, self.declared.item) if c]
         columns += self.declared.label_columns()
         if statistics:
             columns += [self.declared.time] if self.declared.time else []
-            if self.statistics is not None and self.config.prepared is not None:
-                columns += self.statistics.columns()
-            else:
-                columns += self.config.outcomes
+            for block, computed in zip(self.config, self.statistics, strict=True):
+                columns += computed.columns() if block.prepared is not None else [*block.outcomes, *block.given]
         return list(dict.fromkeys(columns))
 
     def fit(self, rows: Rows, progress: Progress = _quiet) -> EncodedRows:
@@ -77,22 +74,19 @@ class Preprocessor:
         Raises:
             DataError: a column is missing or a value does not fit.
         """
-        if self.statistics is not None:
-            rows = self.fit_statistics(rows, progress)
-            extra = self.statistics.features(self.groups)
-            self.encoder = FeatureEncoder(
-                self.declared.model_copy(update={"features": (*self.declared.features, *extra)})
-            )
+        rows = self.fit_statistics(rows, progress)
+        extra = [feature for block in self.statistics for feature in block.features(self.groups)]
+        self.encoder = FeatureEncoder(self.declared.model_copy(update={"features": (*self.declared.features, *extra)}))
         return self.encoder.fit(rows).encode(rows)
 
     def fit_statistics(self, rows: Rows, progress: Progress = _quiet) -> Rows:
         """The training rows with the statistics' causal columns, unless they have them already."""
-        if self.statistics is None or self.config.prepared is not None:
-            return rows
-        assert self.declared.time is not None
-        frame = rows.frame.assign(**{self.declared.time: time_values(rows.frame, self.declared.time)})
-        causal = self.statistics.fit_transform(frame, progress)
-        return Rows(pd.concat([rows.frame, causal], axis=1), rows.files, rows.starts)
+        computed = [
+            block.fit_transform(rows.frame, progress)
+            for block, config in zip(self.statistics, self.config, strict=True)
+            if config.prepared is None
+        ]
+        return Rows(pd.concat([rows.frame, *computed], axis=1), rows.files, rows.starts)
 
     def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
         """Encode later rows; the statistics stand as they were at the end of the training split."""
@@ -100,28 +94,45 @@ class Preprocessor:
 
     def with_statistics(self, rows: Rows) -> Rows:
         """Later rows with the statistics' columns, unless they have them already."""
-        if self.statistics is None or set(self.statistics.columns()) <= set(rows.frame.columns):
-            return rows
-        return Rows(pd.concat([rows.frame, self.statistics.transform(rows.frame)], axis=1), rows.files, rows.starts)
+        there = set(rows.frame.columns)
+        computed = [block.transform(rows.frame) for block in self.statistics if not set(block.columns()) <= there]
+        return Rows(pd.concat([rows.frame, *computed], axis=1), rows.files, rows.starts)
 
     def save(self, folder: Path) -> None:
         """Store vocabularies, scales and statistics."""
         folder.mkdir(parents=True, exist_ok=True)
         self.encoder.save(folder / "encoder")
-        if self.statistics is not None:
-            self.statistics.save(folder / "statistics")
+        for i, block in enumerate(self.statistics):
+            block.save(folder / f"statistics_{i}")
 
     @classmethod
-    def load(cls, folder: Path, schema: Schema, statistics: StatisticsConfig) -> Preprocessor:
+    def load(cls, folder: Path, schema: Schema, statistics: Sequence[StatisticsConfig]) -> Preprocessor:
         """Read what `save` wrote."""
-        self = cls(schema, statistics)
+        # What was prepared elsewhere is stored with the run like all else.
+        self = cls(schema, [block.model_copy(update={"prepared": None}) for block in statistics])
         self.encoder = FeatureEncoder.load(folder / "encoder")
-        if self.statistics is not None:
-            self.statistics = CausalStatistics.load(folder / "statistics")
+        self.statistics = [CausalStatistics.load(folder / f"statistics_{i}") for i in range(len(statistics))]
         return self
 
 
-def _column_groups(schema: Schema, statistics: StatisticsConfig) -> dict[str, Group]:
+def _statistics(config: StatisticsConfig, schema: Schema) -> CausalStatistics:
+    if config.prepared is not None:
+        return CausalStatistics.load(Path(config.prepared))
+    assert schema.time is not None
+    return CausalStatistics(
+        config.keys,
+        config.outcomes,
+        time=schema.time,
+        smoothing=config.smoothing,
+        smoothing_of=config.smoothing_of,
+        given=config.given,
+        given_smoothing=config.given_smoothing,
+        counts=config.with_counts,
+    )
+
+
+def _column_groups(schema: Schema, statistics: Sequence[StatisticsConfig]) -> dict[str, Group]:
+    """The group of every input column."""
     groups: dict[str, Group] = {}
     for feature in schema.features:
         if len(feature.group) == 1:
@@ -130,12 +141,12 @@ def _column_groups(schema: Schema, statistics: StatisticsConfig) -> dict[str, Gr
         groups.setdefault(schema.user, "user")
     if schema.item is not None:
         groups.setdefault(schema.item, "item")
-    groups.update(statistics.groups)
-    for key in statistics.keys:
-        for column in key:
-            if column not in groups:
-                raise ConfigError(
-                    f"statistics.keys: {column!r} is no feature of the schema{nearest(column, groups)}; "
-                    "name its group under statistics.groups"
-                )
+    for block in statistics:
+        groups.update(block.groups)
+    for column in (c for block in statistics for key in block.keys for c in key):
+        if column not in groups:
+            raise ConfigError(
+                f"statistics.keys: {column!r} is no feature of the schema{nearest(column, groups)}; "
+                "name its group under statistics.groups"
+            )
     return groups

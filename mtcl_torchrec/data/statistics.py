@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,17 @@ def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndar
     return result
 
 
+def _rate_before(group: np.ndarray, time: np.ndarray, values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Mean (N, O) of each outcome over strictly earlier rows of the group; NaN where there is none."""
+    sums = earlier_sums(group, time, np.c_[present, values])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[:, present.shape[1] :] / sums[:, : present.shape[1]]
+
+
+def _within_unit_interval(values: np.ndarray) -> np.ndarray:
+    return np.asarray(((values >= 0) & (values <= 1)).all(axis=0))
+
+
 class _KeyIndex:
     """Numbers the distinct values of one key (one or several columns) that the training split has."""
 
@@ -154,11 +165,20 @@ class CausalStatistics:
     rows before t.  Produces, for each key, one count and one rate per outcome, as columns such as
     ``count(user_id,tag)`` and ``rate(is_click|user_id,tag)``.  A rate with no earlier row at all is missing (NaN).
 
+    With `given`, the rates are of what an outcome differs from what those columns' own rates had predicted for its row:
+    how much more often than usual for *these videos* does *this user* click?  The prediction of a 0/1 outcome from the
+    rates r₁ … r_K of the given columns and the prior p is ``σ(Σ logit r - (K-1) logit p)``, of any other outcome
+    ``Σ r - (K-1) p``; it is as causal as everything else here.
+
     Args:
         keys: each one a list of columns.
         outcomes: numeric columns; a missing value (NaN) counts neither as a hit nor as a miss.
         time: the time column.
         smoothing: pseudo-count of the prior.
+        smoothing_of: outcome -> pseudo-count of its own.
+        given: columns whose rates predict the outcomes; none takes the outcomes as they are.
+        given_smoothing: pseudo-count of the prior in those rates.
+        counts: whether the counts are produced.  Those of keys with few values only tell the time.
 
     Raises:
         DataError: an outcome is not numeric.
@@ -173,35 +193,47 @@ class CausalStatistics:
     """
 
     def __init__(
-        self, keys: Sequence[Sequence[str]], outcomes: Sequence[str], *, time: str, smoothing: float = 20.0
+        self,
+        keys: Sequence[Sequence[str]],
+        outcomes: Sequence[str],
+        *,
+        time: str,
+        smoothing: float = 20.0,
+        smoothing_of: Mapping[str, float] | None = None,
+        given: Sequence[str] = (),
+        given_smoothing: float = 20.0,
+        counts: bool = True,
     ) -> None:
         self.keys = [list(key) for key in keys]
         self.outcomes = list(outcomes)
         self.time = time
-        self.smoothing = smoothing
+        self.smoothing, self.smoothing_of = smoothing, dict(smoothing_of or {})
+        self.given, self.given_smoothing = list(given), given_smoothing
+        self.counts = counts
         self._totals: list[_Totals] = []
         self._prior = np.full(len(self.outcomes), np.nan)
         self._is_rate = np.zeros(len(self.outcomes), bool)
 
     def columns(self) -> list[str]:
         """Names of the columns produced, in order."""
-        names = []
-        for key in self.keys:
-            of = ",".join(key)
-            names += [f"count({of})"] + [f"rate({o}|{of})" for o in self.outcomes]
-        return names
+        return [name for key in self.keys for name in self._names(key)]
+
+    def _names(self, key: Sequence[str]) -> list[str]:
+        of = ",".join(key)
+        beyond = f";given {','.join(self.given)}" if self.given else ""
+        rates = [f"rate({outcome}|{of}{beyond})" for outcome in self.outcomes]
+        return [f"count({of})", *rates] if self.counts else rates
 
     def features(self, groups: dict[str, Group]) -> tuple[Feature, ...]:
         """The produced columns as dense features; a pair belongs to the groups of both its columns."""
         features = []
-        options = {"kind": "dense", "mark_missing": False}  # a count of 0 says that there was nothing before
+        transforms = [("logit" if is_rate else "log") for is_rate in self._is_rate]
         for key in self.keys:
             group = tuple(dict.fromkeys(groups[c] for c in key))
-            of = ",".join(key)
-            features.append(Feature(name=f"count({of})", group=group, transform="log", **options))
-            for outcome, is_rate in zip(self.outcomes, self._is_rate, strict=True):
-                transform = "logit" if is_rate else "log"
-                features.append(Feature(name=f"rate({outcome}|{of})", group=group, transform=transform, **options))
+            for name, transform in zip(self._names(key), ["log"] * self.counts + transforms, strict=True):
+                # A count of 0 says that there was nothing before; a mark would say it again.
+                feature = {"name": name, "group": group, "kind": "dense", "transform": transform, "mark_missing": False}
+                features.append(Feature.model_validate(feature))
         return tuple(features)
 
     def fit_transform(self, frame: pd.DataFrame, progress: Progress = _quiet) -> pd.DataFrame:
@@ -216,28 +248,49 @@ class CausalStatistics:
         """
         values, present = self._outcome_values(frame)
         time = time_values(frame, self.time)
-        self._is_rate = np.array([bool(((v >= 0) & (v <= 1)).all()) for v in values.T], bool)
-        everything = earlier_sums(np.zeros(len(frame), np.int64), time, np.c_[present, values])
+        prior = _rate_before(np.zeros(len(frame), np.int64), time, values, present)
+        if self.given:
+            values, present = self._beyond_given(frame, time, values, present, prior)
+            prior = _rate_before(np.zeros(len(frame), np.int64), time, values, present)
+        self._is_rate = _within_unit_interval(values)
         with np.errstate(invalid="ignore", divide="ignore"):
-            prior = everything[:, present.shape[1] :] / everything[:, : present.shape[1]]
             self._prior = values.sum(0) / present.sum(0)
         self._totals, columns = [], []
-        ones = np.ones((len(frame), 1))
+        numbers = np.c_[np.ones((len(frame), 1)), present, values]
+        width = len(self.outcomes)
         for key in self.keys:
             index = _KeyIndex.fit(key, frame)
             group = index.lookup(frame)
             known = group >= 0
-            sums = earlier_sums(group, time, np.c_[ones, present, values])
+            sums = earlier_sums(group, time, numbers)
             sums[~known] = 0
             columns.append(self._columns_of(sums, prior))
             size = len(index.combined)
-            total = np.stack(
-                [np.bincount(group[known], weights=c[known], minlength=size) for c in np.c_[ones, present, values].T], 1
-            )
-            width = present.shape[1]
+            total = np.stack([np.bincount(group[known], weights=c[known], minlength=size) for c in numbers.T], 1)
             self._totals.append(_Totals(index, total[:, 0], total[:, 1 : 1 + width], total[:, 1 + width :]))
             progress(" × ".join(key))
         return self._as_frame(columns, frame)
+
+    def _beyond_given(
+        self, frame: pd.DataFrame, time: np.ndarray, values: np.ndarray, present: np.ndarray, prior: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Outcomes minus what the given columns' rates predict; missing where nothing came before."""
+        is_rate = _within_unit_interval(values)
+
+        def link(rate: np.ndarray) -> np.ndarray:
+            inside = np.clip(rate, 1e-4, 1 - 1e-4)
+            return np.where(is_rate, np.log(inside / (1 - inside)), rate)
+
+        predicted = (1 - len(self.given)) * link(prior)
+        for column in self.given:
+            group = _KeyIndex.fit([column], frame).lookup(frame)
+            sums = earlier_sums(group, time, np.c_[present, values])
+            sums[group < 0] = 0
+            there, total = sums[:, : present.shape[1]], sums[:, present.shape[1] :]
+            predicted = predicted + link((total + self.given_smoothing * prior) / (there + self.given_smoothing))
+        predicted = np.where(is_rate, 1 / (1 + np.exp(-predicted)), predicted)
+        known = (present > 0) & ~np.isnan(predicted)
+        return np.where(known, values - np.nan_to_num(predicted), 0.0), known.astype(np.float64)
 
     def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The frozen columns for rows that come after the training split; needs the key columns only."""
@@ -255,7 +308,9 @@ class CausalStatistics:
     def _columns_of(self, sums: np.ndarray, prior: np.ndarray) -> np.ndarray:
         width = len(self.outcomes)
         count, present, total = sums[:, :1], sums[:, 1 : 1 + width], sums[:, 1 + width :]
-        return np.c_[count, (total + self.smoothing * prior) / (present + self.smoothing)]
+        smoothing = np.array([self.smoothing_of.get(outcome, self.smoothing) for outcome in self.outcomes])
+        rates = (total + smoothing * prior) / (present + smoothing)
+        return np.c_[count, rates] if self.counts else rates
 
     def _as_frame(self, columns: list[np.ndarray], frame: pd.DataFrame) -> pd.DataFrame:
         data = np.concatenate(columns, axis=1) if columns else np.empty((len(frame), 0))
@@ -283,6 +338,8 @@ class CausalStatistics:
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "keys": self.keys, "outcomes": self.outcomes, "time": self.time, "smoothing": self.smoothing,
+            "smoothing_of": self.smoothing_of, "counts": self.counts,
+            "given": self.given, "given_smoothing": self.given_smoothing,
             "prior": [None if np.isnan(p) else float(p) for p in self._prior],
             "is_rate": self._is_rate.tolist(),
         }  # fmt: skip
@@ -301,9 +358,10 @@ class CausalStatistics:
     def load(cls, folder: Path) -> CausalStatistics:
         """Read what `save` wrote."""
         about = json.loads((folder / "statistics.json").read_text())
-        self = cls(about["keys"], about["outcomes"], time=about["time"], smoothing=about["smoothing"])
-        self._prior = np.array([np.nan if p is None else p for p in about["prior"]])
-        self._is_rate = np.array(about["is_rate"], bool)
+        prior, is_rate = about.pop("prior"), about.pop("is_rate")
+        self = cls(**about)
+        self._prior = np.array([np.nan if p is None else p for p in prior])
+        self._is_rate = np.array(is_rate, bool)
         width = len(self.outcomes)
         for i, key in enumerate(self.keys):
             frame = pd.read_parquet(folder / f"totals_{i}.parquet")

@@ -68,7 +68,8 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
         groups: (N,) for GAUC.
 
     Returns:
-        binary: auc, gauc, log_loss, ne (log-loss over that of always predicting the base rate), calibration (Σ predicted /
+        binary: auc, gauc, log_loss, ne (log-loss over that of always predicting the base rate), calibration (Σ
+            predicted /
         Σ labels), base_rate.  multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
         regression: mse, mae, base_rate (mean label), r2.  Always: count.
     """
@@ -115,7 +116,8 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
 
 
 def mean_auc(tasks: list[Task] | tuple[Task, ...], metrics: dict[str, Metrics]) -> float:
-    """What early stopping watches: the mean AUC of the binary tasks, or, where there is none, the mean of 1 − NE and R².
+    """What early stopping watches: the mean AUC of the binary tasks, or, where there is none, the mean of 1 − NE and
+    R².
 
     Tasks whose metric is not defined on this data are left out.
     """

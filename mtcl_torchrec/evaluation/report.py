@@ -13,7 +13,6 @@ from rich.table import Table
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, task_metrics
 from mtcl_torchrec.schema import Schema, Task
 
-
 BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}
 
 
@@ -51,7 +50,7 @@ def evaluate_predictions(
         popularity: (N,) how popular each row's item was in the training split.
     """
     by_task = {t.name: task_metrics(t, labels[:, i], predictions[t.name], users) for i, t in enumerate(tasks)}
-    rules = {"fused score": predictions.get("score"), "popularity": popularity}
+    rules = {"fused": predictions.get("score"), "popular": popularity}
     ranking: dict[str, Metrics] = {}
     for rule, scores in rules.items():
         if scores is None:
@@ -86,7 +85,14 @@ def _cell(value: float | None, digits: int = 4) -> str:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        show_edge=False,
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
@@ -109,12 +115,13 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         for name, metrics in of_kind.items():
             cells = [_cell(metrics.get(key)) for key in (*columns.values(), "base_rate")]
             table.add_row(name, *cells, f"{int(metrics['count']):,}")
-        console.print(table)
+        console.print(table, "")
         heading = ""
     if evaluation.ranking:
         rules = list(evaluation.ranking)
         kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
-        table = _table("The same rows ranked by", ["event", *(f"{rule} {k.upper()}" for k in kinds for rule in rules)])
+        headers = [f"{k.upper()} {rule}" for k in kinds for rule in rules]
+        table = _table("The same rows ranked by the fused score and by popularity", ["event", *headers])
         for name in (n for n in evaluation.tasks if evaluation.kinds[n] == "binary"):
             table.add_row(name, *(_cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
         console.print(table)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
-from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mtcl_torchrec.schema import GROUPS, Group, Schema
 
-Pooled = KeyedTensor | torch.Tensor | tuple
+Pooled = Any  # a KeyedTensor, a pipeline's promise of one, a tuple that starts with one, or a (B, width) tensor
 
 
 def table_module_name(table: str) -> str:
@@ -60,15 +60,24 @@ def embedding_dims(embedding_bag_collection: nn.Module) -> dict[str, int]:
         >>> embedding_dims(EmbeddingBagCollection(tables=tables))
         {'a': 4, 'b': 4}
     """
-    configs = getattr(embedding_bag_collection, "embedding_bag_configs", None)
+    tables = _configs(embedding_bag_collection)
+    names = get_embedding_names_by_table(tables)
+    return {name: t.embedding_dim for t, of in zip(tables, names, strict=True) for name in of}
+
+
+def looked_up_features(embedding_bag_collection: nn.Module) -> set[str]:
+    """The sparse features that the collection looks up."""
+    return {feature for table in _configs(embedding_bag_collection) for feature in table.feature_names}
+
+
+def _configs(embedding_bag_collection: nn.Module) -> list[EmbeddingBagConfig]:
+    configs: Any = getattr(embedding_bag_collection, "embedding_bag_configs", None)
     if configs is None:
         raise TypeError(
             f"{type(embedding_bag_collection).__name__} has no embedding_bag_configs(); "
             "expected a TorchRec EmbeddingBagCollection or a module like it"
         )
-    tables = configs()
-    names = get_embedding_names_by_table(tables)
-    return {name: t.embedding_dim for t, of in zip(tables, names, strict=True) for name in of}
+    return configs()
 
 
 class PooledConcat(nn.Module):
@@ -90,10 +99,7 @@ class PooledConcat(nn.Module):
         (B, D) dense features."""
         if isinstance(pooled, tuple):
             pooled = pooled[0]
-        if isinstance(pooled, torch.Tensor):
-            parts = [pooled]
-        else:
-            parts = [pooled[key] for key in self.keys]
+        parts = [pooled] if isinstance(pooled, torch.Tensor) else [pooled[key] for key in self.keys]
         return torch.cat([*parts, dense_features.to(parts[0].dtype if parts else dense_features.dtype)], dim=1)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -16,8 +17,8 @@ Norm = Literal["layer", "rms", "none"]
 class BatchedExperts(nn.Module):
     """E multi-layer perceptrons: each layer is linear → norm → SiLU → dropout.
 
-    Where all experts read the same input, the first layer of all of them is one matrix product; every other layer is one
-    batched product.  The result is that of a loop over E separate networks.
+    Where all experts read the same input, the first layer of all of them is one matrix product; every other layer is
+    one batched product.  The result is that of a loop over E separate networks.
 
     Args:
         in_features: D, width of an input stream.
@@ -54,9 +55,7 @@ class BatchedExperts(nn.Module):
         self.reads = None if reads is None else list(reads)
         widths = [in_features, *layers]
         # Stored as (E, out, in): its (E·out, in) view is the one matrix of the shared first layer.
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(num_experts, o, i)) for i, o in zip(widths, widths[1:], strict=False)
-        )
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o, i)) for i, o in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in layers)
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(num_experts, o)) for o in layers if norm != "none")
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(num_experts, o)) for o in layers if norm == "layer")
@@ -95,10 +94,12 @@ class BatchedExperts(nn.Module):
             h = self._activate(h, layer, of)
         return h
 
-    def _activate(self, h: torch.Tensor, layer: int, of) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _activate(self, h: torch.Tensor, layer: int, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         width = (h.shape[-1],)
         if self.norm == "layer":
-            h = torch.addcmul(of(self.shifts[layer]).unsqueeze(1), F.layer_norm(h, width), of(self.scales[layer]).unsqueeze(1))
+            h = torch.addcmul(
+                of(self.shifts[layer]).unsqueeze(1), F.layer_norm(h, width), of(self.scales[layer]).unsqueeze(1)
+            )
         elif self.norm == "rms":
             h = F.rms_norm(h, width, eps=1e-6) * of(self.scales[layer]).unsqueeze(1)
         return F.dropout(F.silu(h), self.dropout, self.training)

@@ -15,8 +15,8 @@ from torch import nn
 class WeightedMean(nn.Module):
     """The weighted mean of the tasks' parts; a negative weight lowers the score (a report, a hide).
 
-    With s = Σ wᵢ pᵢ the score is (s + Σ|w⁻|) / Σ|w|, which is in [0, 1] and for positive weights the plain weighted mean.  A
-    row's score depends on that row alone, never on who else is in the batch.
+    With s = Σ wᵢ pᵢ the score is (s + Σ|w⁻|) / Σ|w|, which is in [0, 1] and for positive weights the plain weighted
+    mean.  A row's score depends on that row alone, never on who else is in the batch.
 
     Args:
         weights: task name -> weight.

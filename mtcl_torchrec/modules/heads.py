@@ -12,7 +12,8 @@ def loss_per_row(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> torc
     """The task's loss of each row, not reduced, in float32.
 
     Args:
-        task: binary (BCE with logits), multiclass (cross-entropy) or regression (MSE or Huber of the standardised label).
+        task: binary (BCE with logits), multiclass (cross-entropy) or regression (MSE or Huber of the standardised
+            label).
         logits: (B,), or (B, num_classes) for a multiclass task.
         labels: (B,) float, no NaN.
 
@@ -35,7 +36,8 @@ def loss_per_row(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> torc
 
 
 def prediction(task: Task, logits: torch.Tensor) -> torch.Tensor:
-    """Logits as what the task predicts: a probability (B,), class probabilities (B, C), or a value (B,) in the label's unit.
+    """Logits as what the task predicts: a probability (B,), class probabilities (B, C), or a value (B,) in the
+    label's unit.
 
     Example:
         >>> prediction(Task.regression("watch_time", mean=60.0, std=20.0), torch.tensor([0.0, 1.0]))
@@ -51,8 +53,8 @@ def prediction(task: Task, logits: torch.Tensor) -> torch.Tensor:
 def in_unit_interval(task: Task, predicted: torch.Tensor, item_class: torch.Tensor | None = None) -> torch.Tensor:
     """A prediction as a number in [0, 1] that grows with it, for the fused score.
 
-    A probability stays what it is; a multiclass task gives the probability of the item's own class; a regression gives the
-    logistic function of the standardised value.
+    A probability stays what it is; a multiclass task gives the probability of the item's own class; a regression
+    gives the logistic function of the standardised value.
 
     Args:
         predicted: what `prediction` returned.

@@ -19,11 +19,12 @@ class MultiTaskLoss(nn.Module):
     """Σ wᵢ Lᵢ + λR of one batch.
 
     Lᵢ = Σ_b v_b ℓᵢ(b) / Σ_b v_b over the rows b of the *global* batch whose label is present, v_b being their sample
-    weights.  R = mean of ‖pooled embeddings‖² over the global batch's rows that have a label.  (Decay of the dense weights is the dense
-    optimizer's, as AdamW does it.)
+    weights.  R = mean of ‖pooled embeddings‖² over the global batch's rows that have a label.  (Decay of the dense
+    weights is the dense optimizer's, as AdamW does it.)
 
-    Each rank returns its share times the number of ranks, since DDP and TorchRec average gradients over ranks: the mean of
-    the ranks' losses is L, and their averaged gradient is the gradient of L, also where one rank has few labels or none.
+    Each rank returns its share times the number of ranks, since DDP and TorchRec average gradients over ranks: the
+    mean of the ranks' losses is L, and their averaged gradient is the gradient of L, also where one rank has few
+    labels or none.
 
     Args:
         tasks: the tasks, in the order of the label columns.
@@ -76,7 +77,9 @@ class MultiTaskLoss(nn.Module):
         weights = present.float() if sample_weights is None else torch.where(present, sample_weights, 0.0)
         sums = torch.stack(
             [
-                (weights[:, i] * loss_per_row(task, logits[task.name], torch.where(present[:, i], labels[:, i], 0.0))).sum()
+                (
+                    weights[:, i] * loss_per_row(task, logits[task.name], torch.where(present[:, i], labels[:, i], 0.0))
+                ).sum()
                 for i, task in enumerate(self.tasks)
             ]
         )
@@ -86,7 +89,9 @@ class MultiTaskLoss(nn.Module):
         task_weights = per_task.new_tensor([task.weight for task in self.tasks])
         loss = (task_weights * per_task).sum()
         if self.l2_embedding:
-            loss = loss + self.l2_embedding * ranks * (labelled * _squared_norms(pooled)).sum() / totals[-1].clamp(min=1)
+            loss = loss + self.l2_embedding * ranks * (labelled * _squared_norms(pooled)).sum() / totals[-1].clamp(
+                min=1
+            )
         self.last_task_losses = per_task.detach()
         detached = {name: value.detach() for name, value in logits.items()}
         return loss, (loss.detach(), detached, batch.labels.detach())

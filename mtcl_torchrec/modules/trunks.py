@@ -1,7 +1,7 @@
 """The shared part of a multi-task model: which task sees which expert.
 
-All trunks are one masked graph of experts.  A level has experts, each reading one stream, and gates, each mixing the experts
-that it sees; SharedBottom, SingleTask and MMoE are one level with different masks, PLE is several.
+All trunks are one masked graph of experts.  A level has experts, each reading one stream, and gates, each mixing the
+experts that it sees; SharedBottom, SingleTask and MMoE are one level with different masks, PLE is several.
 
 A trunk of your own is any `nn.Module` with
 
@@ -198,7 +198,8 @@ class SingleTask(_OneLevel):
 
 
 class MMoE(_OneLevel):
-    """Multi-gate mixture of experts: each task mixes the same experts with a gate of its own (Ma et al., KDD 2018, eq. 5–7).
+    """Multi-gate mixture of experts: each task mixes the same experts with a gate of its own (Ma et al., KDD 2018,
+    eq. 5–7).
 
     Args:
         num_experts: E.
@@ -232,10 +233,11 @@ class MMoE(_OneLevel):
 
 
 class PLE(Trunk):
-    """Progressive layered extraction: shared experts and experts of each task's own, in levels (Tang et al., RecSys 2020).
+    """Progressive layered extraction: shared experts and experts of each task's own, in levels (Tang et al., RecSys
+    2020).
 
-    In each level, task t mixes its own experts and the shared ones (eq. 1–4); between levels a shared gate mixes all experts
-    into the stream that the next level's shared experts read (eq. 6).  One level is CGC.
+    In each level, task t mixes its own experts and the shared ones (eq. 1–4); between levels a shared gate mixes all
+    experts into the stream that the next level's shared experts read (eq. 6).  One level is CGC.
 
     Args:
         shared_experts: shared experts in each level.

@@ -9,8 +9,8 @@ from torch import nn
 class WeightAverage:
     """Keeps ``average ← decay · average + (1 - decay) · weight`` for every parameter of this rank (Polyak averaging).
 
-    Early on, the decay is at most (1 + step) / (10 + step), so that the start is forgotten.  Tables are averaged over all their
-    rows in every step, which costs one pass over this rank's shards.
+    Early on, the decay is at most (1 + step) / (10 + step), so that the start is forgotten.  Tables are averaged over
+    all their rows in every step, which costs one pass over this rank's shards.
 
     Args:
         model: its parameters are averaged in place of the shards they are.

@@ -25,7 +25,11 @@ def build_trunk(config: TrunkConfig) -> Trunk:
     if config.kind == "mmoe":
         return MMoE(config.num_experts, config.expert_layers, **gated)  # type: ignore[arg-type]
     return PLE(
-        config.shared_experts, config.task_experts, config.expert_layers, levels=config.levels, **gated  # type: ignore[arg-type]
+        config.shared_experts,
+        config.task_experts,
+        config.expert_layers,
+        levels=config.levels,
+        **gated,  # type: ignore[arg-type]
     )
 
 

@@ -137,7 +137,7 @@ def fit(
         if average is not None:
             average.swap()
         metrics = _validate(plain, val_rows, labels, val_users, config.eval_batch_size, where)
-        value = mean_auc(plain.tasks, metrics)
+        value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)
         history.epochs.append(metrics)
         best = value > history.best_auc or history.best_epoch == 0
         if best:
@@ -146,7 +146,9 @@ def fit(
         if average is not None:
             average.swap()
         scalars = {f"val/{m}/{t}": v for t, of in metrics.items() for m, v in of.items() if m != "count"}
-        progress.epoch(step=step, scalars=scalars, line=_epoch_line(epoch, config.epochs, metrics, value, best, history))
+        progress.epoch(
+            step=step, scalars=scalars, line=_epoch_line(epoch, config.epochs, metrics, value, best, history)
+        )
         if config.patience and epoch - history.best_epoch >= config.patience and epoch < config.epochs:
             history.stopped_early = True
             progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
@@ -183,7 +185,8 @@ def _losses_over_ranks(
         names = ["total", *(t.name for t in plain.tasks)]
         bad = [n for n, v in zip(names, numbers, strict=True) if not np.isfinite(v)]
         raise FloatingPointError(
-            f"the loss is not finite any more ({', '.join(bad)}); lower the learning rates or look for extreme dense values"
+            f"the loss is not finite any more ({', '.join(bad)}); "
+            "lower the learning rates or look for extreme dense values"
         )
     return dict(zip(["total", *(t.name for t in plain.tasks)], numbers, strict=True))
 
@@ -217,6 +220,5 @@ def _epoch_line(
                 break
     mark = " (best so far)" if best else ""
     return (
-        f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; validation: "
-        f"{', '.join(shown)}; mean {value:.4f}{mark}"
+        f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; validation: {', '.join(shown)}; mean {value:.4f}{mark}"
     )

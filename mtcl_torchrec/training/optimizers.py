@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mtcl_torchrec.config import DenseOptimizerConfig, TableOptimizerConfig
 
-_TABLE_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+_TABLE_CLASSES: dict[str, Any] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
@@ -50,8 +51,8 @@ def build_optimizer(
 ) -> CombinedOptimizer:
     """One optimizer over everything, for TorchRec's pipelines: fused tables, unfused tables, dense parameters.
 
-    A table that was sharded data-parallel, or whose optimizer has no fused kernel on this device, gets the same optimizer
-    unfused; without that it would never move.
+    A table that was sharded data-parallel, or whose optimizer has no fused kernel on this device, gets the same
+    optimizer unfused; without that it would never move.
 
     Args:
         model: sharded, with `fuse_table_optimizer` applied before.

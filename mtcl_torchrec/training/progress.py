@@ -69,8 +69,9 @@ class TrainingProgress:
                 self.writer.add_scalar(f"loss/{name}", value, step)
         if self._bar is not None:
             assert self._bar_task is not None
-            info = {"info": self._info(losses)} if losses is not None else {}
-            self._bar.update(self._bar_task, completed=step, description=f"epoch {epoch}", **info)
+            self._bar.update(self._bar_task, completed=step, description=f"epoch {epoch}")
+            if losses is not None:
+                self._bar.update(self._bar_task, info=self._info(losses))
         elif losses is not None and time.perf_counter() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.perf_counter()
             left = (self._last_line - self._started) / step * (self.total_steps - step)

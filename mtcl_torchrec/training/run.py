@@ -91,8 +91,9 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
     preprocessor = Preprocessor(run.data_schema, run.statistics)
     splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items()))
-    if run.statistics.keys and run.statistics.prepared is None:
-        say(f"counting what came before each row, for {len(run.statistics.keys)} keys")
+    keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
+    if keys:
+        say(f"counting what came before each row, by {keys} keys")
     encoded = {"train": preprocessor.fit(splits["train"])}
     encoded |= {name: preprocessor.encode(rows) for name, rows in splits.items() if name != "train"}
     catalogue = _catalogue(run, preprocessor, splits)
@@ -123,11 +124,17 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
             progress=progress,
         )
     load_weights(sharded, folder / CHECKPOINT)
-    evaluations = {}
+    evaluations: dict[str, Evaluation] = {}
     for name in ("val", "test"):
         if name in encoded:
             evaluations[name] = evaluate_rows(
-                plain_model(sharded), preprocessor, splits[name], encoded[name], catalogue, where, config.eval_batch_size
+                plain_model(sharded),
+                preprocessor,
+                splits[name],
+                encoded[name],
+                catalogue,
+                where,
+                config.eval_batch_size,
             )
     if where.first:
         write_metrics(folder / "metrics.json", history, evaluations)
@@ -151,8 +158,8 @@ def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
     tables = {t: preprocessor.encoder.num_embeddings(t) for t in preprocessor.schema.tables()}
     dense = sum(p.numel() for p in model.tower.parameters())
     return (
-        f"{len(tables)} embedding tables with {sum(tables.values()):,} rows, {len(preprocessor.encoder.dense_groups)} dense "
-        f"inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
+        f"{len(tables)} embedding tables with {sum(tables.values()):,} rows, "
+        f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
         f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}"
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,8 +66,9 @@ class Ranks:
 def ranks(device: str = "auto") -> Iterator[Ranks]:
     """The process group of a run: that of ``torchrun`` where there is one, else of this process alone.
 
-    NCCL on CUDA, gloo otherwise.  A process group that already exists is used and left alone.  Leave the block with models,
-    pipelines and optimizers out of scope: gloo's threads may abort the interpreter if tensors outlive the group.
+    NCCL on CUDA, gloo otherwise.  A process group that already exists is used and left alone.  Leave the block with
+    models, pipelines and optimizers out of scope: gloo's threads may abort the interpreter if tensors outlive the
+        group.
 
     Args:
         device: ``"auto"`` (CUDA where the machine has it), ``"cpu"`` or ``"cuda"``.
@@ -124,7 +126,8 @@ def shard(
     """
     types = [sharding]
     if sharding == "auto":
-        # Data-parallel tables take an ordinary optimizer over all rows: worth it on GPUs, where they save communication.
+        # Data-parallel tables take an ordinary optimizer over all rows: worth it on GPUs, where they save
+        # communication.
         types = ["table_wise", "row_wise"]
         types += ["column_wise"] if column_wise_allowed else []
         types += ["data_parallel"] if where.device.type == "cuda" and where.world_size > 1 else []
@@ -166,7 +169,7 @@ def shard(
 def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
     """A table's shards on this rank, each with its first row and first column in the whole table."""
     if isinstance(value, DTensor):
-        local = value.to_local()
+        local: Any = value.to_local()
         # A rank without a shard still has an offset.
         return [(t, o[0], o[1]) for t, o in zip(local.local_shards(), local.local_offsets(), strict=False)]
     if hasattr(value, "local_shards"):

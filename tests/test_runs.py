@@ -1,0 +1,248 @@
+"""Whole runs through the public entry points: every trunk, optimizer and option trains, is stored and recommends."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import shop
+import torch
+from ranks import run_ranks
+from rich.console import Console
+
+from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.data.batch import global_batches, iterate
+from mtcl_torchrec.data.source import Rows, read_rows, split_by_time
+from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.run import FinishedRun, train_run
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    shop.log().to_parquet(folder / "log.parquet", index=False)
+    return folder
+
+
+def configured(data, changes=()):
+    run = parse_run(shop.RUN, folder=data)
+    for path, value in dict(changes).items():
+        *parents, last = path.split(".")
+        at = run
+        for parent in parents:
+            at = getattr(at, parent)
+        setattr(at, last, value)
+    return parse_run(_dump(run))
+
+
+def _dump(run):
+    from mtcl_torchrec.config import dump_run
+
+    return dump_run(run)
+
+
+def quiet():
+    return Console(file=open("/dev/null", "w"), force_terminal=False)  # noqa: SIM115
+
+
+def trained(data, folder, changes=()):
+    return train_run(configured(data, changes), folder, device="cpu", console=quiet())
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "shop"
+    return trained(data, folder)
+
+
+def test_a_run_learns_what_the_columns_tell(finished):
+    test = finished.evaluations["test"]
+    assert test.tasks["click"]["auc"] > 0.75
+    assert test.tasks["buy"]["auc"] > 0.65
+    assert test.tasks["taste"]["ne"] < 0.9
+    assert test.tasks["stars"]["r2"] > 0.3
+    assert test.ranking["fused"]["auc click"] > test.ranking["popular"]["auc click"] + 0.1
+    assert test.rows == 450
+
+
+def test_masked_and_missing_labels_are_counted_nowhere(data, finished):
+    parts = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.15, 0.15)
+    test = parts["test"].frame
+    counts = {name: m["count"] for name, m in finished.evaluations["test"].tasks.items()}
+    clicked = test["click"].sum()
+    assert counts == {"click": len(test), "buy": clicked, "taste": clicked, "stars": test["stars"].notna().sum()}
+
+
+def test_metrics_are_stored_as_plain_json(finished):
+    stored = json.loads((finished.folder / "metrics.json").read_text())
+    assert stored["history"]["best_epoch"] == finished.history.best_epoch
+    assert stored["evaluations"]["test"]["tasks"]["click"] == pytest.approx(
+        finished.evaluations["test"].tasks["click"], nan_ok=True
+    )
+
+
+def test_a_run_read_back_predicts_the_same(data, finished):
+    run = FinishedRun.load(finished.folder)
+    raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.15, 0.15)["test"]
+    from mtcl_torchrec.training.run import evaluate_rows
+
+    again = evaluate_rows(run.model, run.preprocessor, raw, run.preprocessor.encode(raw), run.catalogue)
+    for task, metrics in finished.evaluations["test"].tasks.items():
+        assert again.tasks[task] == pytest.approx(metrics, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.trunk.kind": "shared_bottom"},
+        {"model.trunk.kind": "single_task"},
+        {"model.trunk.kind": "ple"},
+        {"optimizers.tables.kind": "adagrad"},
+        {"optimizers.tables.kind": "sgd", "optimizers.tables.lr": 1.0},
+        {"optimizers.tables.kind": "adam", "optimizers.tables.lr": 0.01},
+        {"optimizers.dense.kind": "sgd", "optimizers.dense.lr": 0.3, "training.decay": "cosine"},
+        {"training.averaging": 0.9, "training.l2_embedding": 1e-4, "training.decay": "none"},
+        {"training.sharding": "row_wise", "training.pipeline": "base"},
+        {"training.sharding": "data_parallel", "model.tower_layers": []},
+        {"model.input_dropout": 0.2, "model.tower_dropout": 0.2, "model.cross_layers": 2, "model.trunk.norm": "rms"},
+    ],
+    ids=lambda c: ",".join(f"{k.split('.')[-1]}={v}" for k, v in c.items()),
+)
+def test_every_option_trains_and_learns(data, tmp_path, changes):
+    if "model.trunk.kind" in changes:
+        run = configured(data)
+        kind = changes["model.trunk.kind"]
+        run.model.trunk = type(run.model.trunk)(kind=kind, expert_layers=[16])
+        result = train_run(run, tmp_path / "run", device="cpu", console=quiet())
+    else:
+        result = trained(data, tmp_path / "run", changes)
+    assert result.evaluations["test"].tasks["click"]["auc"] > 0.65
+    assert FinishedRun.load(tmp_path / "run").model(torch.zeros(1, 7), _blank(tmp_path / "run"))["score"].shape == (1,)
+
+
+def _blank(folder):
+    run = FinishedRun.load(folder)
+    return run.preprocessor.encode(Rows(shop.log(2)), with_labels=False).blank().sparse_features
+
+
+def train_on_ranks(data, folder, changes):
+    result = trained(data, folder, changes)
+    return result.history.epochs, result.evaluations
+
+
+def test_two_ranks_train_the_same_model_as_one(data, tmp_path):
+    """No dropout, and half the batch per rank: then even the metrics agree."""
+    same = {"model.trunk.gate_dropout": 0.0, "training.epochs": 2}
+    one = trained(data, tmp_path / "one", same)
+    two = run_ranks(train_on_ranks, 2, data, tmp_path / "two", {**same, "training.batch_size": 32})
+    for epochs, evaluations in two:
+        for mine, theirs in zip(epochs, one.history.epochs, strict=True):
+            for task in mine:
+                assert mine[task] == pytest.approx(theirs[task], abs=2e-4, nan_ok=True)
+        assert evaluations["test"].tasks["click"] == pytest.approx(
+            one.evaluations["test"].tasks["click"], abs=2e-4, nan_ok=True
+        )
+    # What two ranks stored, one process reads.
+    a, b = Recommender.load(tmp_path / "one"), Recommender.load(tmp_path / "two")
+    pd.testing.assert_frame_equal(a.recommend("u3"), b.recommend("u3"), atol=1e-3)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(data, finished):
+    before = (finished.folder / "metrics.json").read_text()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        trained(data, finished.folder)
+    assert (finished.folder / "metrics.json").read_text() == before
+
+
+def test_early_stopping_keeps_the_best_epoch(data, tmp_path):
+    wild = {"training.epochs": 12, "training.patience": 2, "training.warmup_steps": 0, "optimizers.dense.lr": 0.05,
+            "training.decay": "none", "optimizers.tables.lr": 0.5}  # fmt: skip
+    result = trained(data, tmp_path / "run", wild)
+    history = result.history
+    assert history.stopped_early
+    assert len(history.epochs) == history.best_epoch + 2
+    means = [np.mean([e[t]["auc"] for t in ("click", "buy")]) for e in history.epochs]
+    assert history.best_epoch == 1 + int(np.argmax(means))
+    # The evaluation is of the kept epoch, not of the last.
+    assert result.evaluations["val"].tasks["click"]["auc"] == pytest.approx(
+        history.epochs[history.best_epoch - 1]["click"]["auc"], abs=1e-6
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_task_named(data, tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss is not finite any more"):
+        trained(data, tmp_path / "run", {"optimizers.dense.kind": "sgd", "optimizers.dense.lr": 1e30,
+                                         "optimizers.dense.clip_norm": 0.0})  # fmt: skip
+
+
+# ---------------------------------------------------------------- recommending
+
+
+def test_recommendations_are_the_items_with_the_highest_score(finished):
+    recommender = Recommender.load(finished.folder)
+    every = recommender.recommend("u3", {"hour": 20}, k=1000, seen=True)
+    assert len(every) == len(recommender.catalogue.items)
+    assert every["score"].is_monotonic_decreasing
+    assert every["score"].between(0, 1).all()
+    top = recommender.recommend("u3", {"hour": 20}, k=5, seen=True)
+    pd.testing.assert_frame_equal(top, every.head(5))
+    # u3 likes the fourth genre.
+    assert np.mean([int(p[1:]) % 4 == 3 for p in top["product_id"]]) >= 0.8
+
+
+def test_the_score_is_that_of_the_model_on_the_same_columns(finished):
+    """Serving computes the same features as training: rows written by hand give the recommended score."""
+    run, recommender = FinishedRun.load(finished.folder), Recommender.load(finished.folder)
+    top = recommender.recommend("u3", {"hour": 20}, k=3, seen=True)
+    log = shop.log()
+    rows = pd.concat([log[log["product_id"] == p].tail(1) for p in top["product_id"]]).reset_index(drop=True)
+    rows = rows.assign(user_id="u3", age=23.0, hour=20)
+    encoded = run.preprocessor.encode(Rows(rows), with_labels=False)
+    (batch,) = iterate(encoded, global_batches(3, 10))
+    out = run.model(batch.dense_features, batch.sparse_features)
+    np.testing.assert_allclose(out["score"].detach().numpy(), top["score"], atol=1e-6)
+    np.testing.assert_allclose(out["buy"].detach().numpy(), top["buy"], atol=1e-6)
+
+
+def test_seen_items_are_left_out_unless_asked_for(finished):
+    recommender = Recommender.load(finished.folder)
+    seen = recommender.catalogue.seen
+    met = set(seen.loc[seen["user_id"] == "u3", "product_id"])
+    fresh = set(recommender.recommend("u3", k=1000)["product_id"])
+    assert met
+    assert not fresh & met
+    assert fresh | met == set(recommender.catalogue.items["product_id"])
+
+
+def test_an_unknown_user_is_ranked_without_history(finished):
+    recommender = Recommender.load(finished.folder)
+    ranked = recommender.recommend("nobody", k=4)
+    assert len(ranked) == 4
+    assert np.isfinite(ranked["score"]).all()
+
+
+def test_the_context_matters_and_mistakes_in_it_are_named(finished):
+    recommender = Recommender.load(finished.folder)
+    early, late = (recommender.recommend("u3", {"hour": h}, k=50, seen=True)["click"].mean() for h in (9, 21))
+    assert late > early
+    with pytest.raises(DataError, match="no context column 'huor' \\(did you mean 'hour'"):
+        recommender.recommend("u3", {"huor": 3})
+    with pytest.raises(DataError, match="context hour = 'late' is no number"):
+        recommender.recommend("u3", {"hour": "late"})
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        recommender.recommend("u3", k=0)
+
+
+def test_a_folder_without_a_run_says_so(tmp_path):
+    with pytest.raises(DataError, match="no run here"):
+        FinishedRun.load(tmp_path)
+
+
+def test_without_a_user_column_there_is_nothing_to_recommend(data, tmp_path):
+    text = shop.RUN.replace("  user: user_id\n", "")
+    run = parse_run(text, folder=data)
+    run.training.epochs = 1
+    train_run(run, tmp_path / "run", device="cpu", console=quiet())
+    with pytest.raises(ConfigError, match="names no user or no item column"):
+        Recommender.load(tmp_path / "run")
