@@ -78,6 +78,8 @@ class StatisticsConfig(_Part):
         given: take the rates beyond what these columns' own rates predict.
         given_smoothing: pseudo-count in those rates.
         counts: whether counts are features, too; the default is yes without `given`, no with it.
+        last: look at the latest so many rows of a key only.
+        label: goes into the names of the features, to tell two blocks with other smoothing apart.
         prepared: folder in which ``mtcl prepare`` stored the statistics whose columns the data already has.
     """
 
@@ -89,6 +91,8 @@ class StatisticsConfig(_Part):
     given: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     given_smoothing: PositiveFloat = 20.0
     counts: bool | None = None
+    last: PositiveInt | None = None
+    label: str = ""
     prepared: str | None = None
 
     @property
@@ -141,13 +145,24 @@ class TrunkConfig(_Part):
 
 
 class ModelConfig(_Part):
-    """Everything between the embeddings and the predictions."""
+    """Everything between the embeddings and the predictions.
+
+    Args:
+        trunk: what the tasks share.
+        tower_layers: widths of each task's own network on top of the trunk.
+        cross_layers, cross_rank: low-rank cross layers (DCN v2) before the trunk; 0 layers is none.
+        embedding_dropout: share of features whose whole embedding is left out of a row while training.
+        dense_dropout, dense_noise: dropout of dense inputs, and standard deviation of noise added to them in training.
+        tower_dropout: dropout in the towers.
+    """
 
     trunk: TrunkConfig = Field(default_factory=TrunkConfig)
     tower_layers: list[PositiveInt] = [32]
     cross_layers: NonNegativeInt = 0
     cross_rank: PositiveInt = 64
-    input_dropout: Fraction = 0.0
+    embedding_dropout: Fraction = 0.0
+    dense_dropout: Fraction = 0.0
+    dense_noise: NonNegativeFloat = 0.0
     tower_dropout: Fraction = 0.0
 
 
@@ -170,10 +185,18 @@ class TableOptimizerConfig(_Part):
 
 
 class DenseOptimizerConfig(_Part):
-    """Optimizer of everything that is no embedding table."""
+    """Optimizer of everything that is no embedding table.
+
+    Args:
+        kind: ``adamw`` decays weights apart from the gradient.
+        betas: of Adam.
+        weight_decay: of weight matrices; biases and the scales of norms are left alone.
+        clip_norm: the gradient of all dense parameters together is cut to this norm; 0 is off.
+    """
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     clip_norm: NonNegativeFloat = 10.0
 

@@ -33,7 +33,9 @@ class MultiTaskTower(nn.Module):
         *,
         interaction: Callable[[int], nn.Module] | None,
         tower_layers: Sequence[int],
-        input_dropout: float,
+        embedding_dropout: float,
+        dense_dropout: float,
+        dense_noise: float,
         tower_dropout: float,
         feature_groups: Mapping[str, Sequence[Group]] | None,
         dense_groups: Sequence[Sequence[Group]] | None,
@@ -42,8 +44,9 @@ class MultiTaskTower(nn.Module):
         self.tasks = tuple(tasks)
         self.dense_in_features = dense_in_features
         width = sum(dims.values()) + dense_in_features
-        self.concat = PooledConcat(list(dims))
-        self.input_dropout = nn.Dropout(input_dropout)
+        self.concat = PooledConcat(
+            dims, embedding_dropout=embedding_dropout, dense_dropout=dense_dropout, dense_noise=dense_noise
+        )
         self.interaction = interaction(width) if interaction else nn.Identity()
         build = getattr(trunk, "build", None)
         if build is not None:
@@ -80,7 +83,7 @@ class MultiTaskTower(nn.Module):
                 f"dense_features have {dense_features.shape[1]} columns, the model was built with "
                 f"dense_in_features={self.dense_in_features}"
             )
-        x = self.input_dropout(self.concat(dense_features, pooled))
+        x = self.concat(dense_features, pooled)
         shared: list[torch.Tensor | None] = [None] * len(self.tasks)
         for name, numbers in self._views:
             seen = x if len(self._views) == 1 and len(self.tasks[0].inputs) == 3 else x * getattr(self, name)
@@ -155,7 +158,9 @@ class MTCL(nn.Module):
             is no ``"score"``.
         interaction: function of the input width that makes a module (B, width) → (B, width), put before the trunk.
         tower_layers: widths of each task's tower; may be empty.
-        input_dropout: on embeddings and dense features.
+        embedding_dropout: while training, the share of features whose whole embedding is left out of a row, so that
+            the model learns to do without an id it does not know well.
+        dense_dropout, dense_noise: while training, dropout of dense features and standard deviation of added noise.
         tower_dropout: after each activation in a tower.
         feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs`.
         dense_groups: groups of each dense column; likewise.
@@ -190,7 +195,9 @@ class MTCL(nn.Module):
         *,
         interaction: Callable[[int], nn.Module] | None = None,
         tower_layers: Sequence[int] = (32,),
-        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
+        dense_dropout: float = 0.0,
+        dense_noise: float = 0.0,
         tower_dropout: float = 0.0,
         feature_groups: Mapping[str, Sequence[Group]] | None = None,
         dense_groups: Sequence[Sequence[Group]] | None = None,
@@ -214,7 +221,9 @@ class MTCL(nn.Module):
             tasks,
             interaction=interaction,
             tower_layers=tower_layers,
-            input_dropout=input_dropout,
+            embedding_dropout=embedding_dropout,
+            dense_dropout=dense_dropout,
+            dense_noise=dense_noise,
             tower_dropout=tower_dropout,
             feature_groups=feature_groups,
             dense_groups=dense_groups,

@@ -376,3 +376,108 @@ def test_a_missing_user_has_no_return_a_missing_time_is_refused_and_no_rows_are_
     with pytest.raises(DataError, match="row 1: the time is missing"):
         returns_within(np.array([1, 1]), np.array([0.0, NAN]), window=5)
     assert returns_within(np.array([]), np.array([]), window=5).shape == (0,)
+
+
+# ---------------------------------------------------------------- the latest rows only; beyond what others explain
+
+
+@settings(max_examples=60, deadline=None)
+@given(train=logs(), later=logs(), last=st.integers(1, 4))
+def test_the_latest_rows_of_a_key_equal_a_loop(train, later, last):
+    statistics = CausalStatistics([["user"]], ["click"], time="t", smoothing=2.0, last=last)
+    got, frozen = statistics.fit_transform(train), statistics.transform(later)
+    clicks = train["click"]
+
+    def expected(user, before, prior_rows):
+        prior = clicks[prior_rows].mean()
+        mine = train[before & (train["user"] == user)].sort_values("t", kind="stable").tail(last)
+        known = mine["click"].dropna()
+        return len(mine), (known.sum() + 2.0 * prior) / (len(known) + 2.0)
+
+    for i, row in train.iterrows():
+        before = train["t"] < row["t"]
+        count, rate = expected(row["user"], before, before)
+        assert got.loc[i].tolist() == pytest.approx([count, rate], nan_ok=True)
+    everything = pd.Series(True, index=train.index)
+    for i, row in later.iterrows():
+        count, rate = expected(row["user"], everything, everything)
+        assert frozen.loc[i].tolist() == pytest.approx([count, rate], nan_ok=True)
+
+
+def test_rates_beyond_given_columns_equal_their_formula_row_by_row():
+    train = log(80)
+    smoothing, given_smoothing = 3.0, 4.0
+    statistics = CausalStatistics(
+        [["user"]], ["click", "watch"], time="t", smoothing=smoothing, given=["tag"], given_smoothing=given_smoothing
+    )
+    got = statistics.fit_transform(train)
+
+    def logit(p):
+        p = np.clip(p, 1e-4, 1 - 1e-4)
+        return np.log(p / (1 - p))
+
+    residual = pd.DataFrame(index=train.index, columns=["click", "watch"], dtype=float)
+    for i, row in train.iterrows():
+        before = train[train["t"] < row["t"]]
+        of_tag = before[before["tag"] == row["tag"]]
+        for o in ("click", "watch"):
+            prior = before[o].mean()
+            rate = (of_tag[o].sum() + given_smoothing * prior) / (len(of_tag) + given_smoothing)
+            predicted = 1 / (1 + np.exp(-logit(rate))) if o == "click" else rate
+            residual.loc[i, o] = row[o] - predicted
+    for i, row in train.iterrows():
+        before = train["t"] < row["t"]
+        mine = before & (train["user"] == row["user"])
+        for o in ("click", "watch"):
+            known = residual.loc[mine, o].dropna()
+            prior = residual.loc[before, o].mean()
+            expected = (known.sum() + smoothing * prior) / (len(known) + smoothing)
+            assert got.loc[i, f"rate({o}|user;given tag)"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_rates_beyond_given_columns_find_the_user_who_clicks_more_than_the_items_explain():
+    draw = np.random.default_rng(0)
+    n = 4000
+    user, item = draw.integers(0, 2, n), draw.integers(0, 2, n)
+    # User 1 is shown the good item far more often, but both users click alike on each item.
+    item = np.where(draw.random(n) < 0.9, user, item)
+    train = pd.DataFrame({"user": user, "item": item, "t": np.arange(n)})
+    train["click"] = (draw.random(n) < np.where(item == 1, 0.8, 0.2)).astype(float)
+    ask = pd.DataFrame({"user": [0, 1]})
+    plain = CausalStatistics([["user"]], ["click"], time="t")
+    plain.fit_transform(train)
+    beyond = CausalStatistics([["user"]], ["click"], time="t", given=["item"], counts=False)
+    beyond.fit_transform(train)
+    low, high = plain.transform(ask)["rate(click|user)"]
+    assert high - low > 0.4
+    low, high = beyond.transform(ask)["rate(click|user;given item)"]
+    assert abs(high - low) < 0.05
+
+
+@settings(max_examples=40, deadline=None)
+@given(train=logs(min_size=2), data=st.data())
+def test_no_label_leaks_through_given_columns_or_windows(train, data):
+    at = data.draw(st.integers(0, len(train) - 1))
+    changed = train.copy()
+    changed.loc[at, ["click", "watch"]] = data.draw(st.sampled_from([0.0, 1.0, NAN]))
+    hidden = (train["t"] <= train["t"][at]).to_numpy()
+    for options in ({"given": ["tag"]}, {"given": ["tag", "user"]}, {"last": 2}):
+        made_with = [CausalStatistics([["user"]], ["click"], time="t", **options) for _ in range(2)]
+        before, after = made_with[0].fit_transform(train), made_with[1].fit_transform(changed)
+        pd.testing.assert_frame_equal(before[hidden], after[hidden], check_exact=True)
+
+
+def test_every_option_survives_saving(tmp_path):
+    train, later = log(), log(20, seed=1)
+    options = {"given": ["tag"], "given_smoothing": 2.0, "smoothing_of": {"click": 7.0}, "last": 3, "label": "x"}
+    statistics = CausalStatistics([["user"], ["user", "tag"]], ["click"], time="t", counts=False, **options)
+    statistics.fit_transform(train)
+    statistics.save(tmp_path)
+    again = CausalStatistics.load(tmp_path)
+    assert again.columns() == statistics.columns() == [
+        "rate(click|user;given tag;last 3;x)", "rate(click|user,tag;given tag;last 3;x)",
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(again.transform(later), statistics.transform(later))
+    groups = {"user": "user", "tag": "item"}
+    assert again.features(groups) == statistics.features(groups)
+    assert [f.group for f in again.features(groups)] == [("user",), ("user", "item")]

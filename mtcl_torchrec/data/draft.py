@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.schema import DataError, nearest
@@ -63,15 +66,19 @@ def draft_run(
             raise DataError(f"{rows.name}: {label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere")
     features: list[str] = []
     doubtful: list[str] = []
+    left_out: list[str] = []
     for column in names:
         if column in (time, *events):
+            continue
+        if pd.api.types.is_datetime64_any_dtype(frame[column]) or frame[column].isna().all():
+            left_out.append(column)  # a second time, or nothing at all
             continue
         group = "user" if column == user else "item" if column == item else _group(frame, column, user, item)
         line = _feature_line(frame[column], column, group)
         (doubtful if group is None else features).append(line)
     if not features:
         raise DataError(f"{rows.name}: found no input column beside the labels")
-    return _text(written_as or paths, rows, user, item, time, events, frame, features, doubtful)
+    return _text(written_as or paths, rows, user, item, time, events, frame, features, doubtful, left_out)
 
 
 def _named(names: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -119,12 +126,13 @@ def _is_list(column: pd.Series) -> bool:
 
 
 def _feature_line(column: pd.Series, name: str, group: str | None) -> str:
-    start = f"{{name: {name}, group: {group or 'context'}, "
+    start = f"{{name: {_plain(name)}, group: {group or 'context'}, "
     if _is_list(column):
         return start + "kind: bag, embedding_dim: 16, min_count: 2}"
     distinct = column.nunique()
-    is_float = pd.api.types.is_float_dtype(column) and not (column.dropna() % 1 == 0).all()
-    many = pd.api.types.is_numeric_dtype(column) and distinct > 1000 and not name.lower().endswith(("id", "_id"))
+    named_id = name.lower().endswith("id")
+    is_float = pd.api.types.is_float_dtype(column) and not named_id
+    many = pd.api.types.is_numeric_dtype(column) and distinct > 1000 and not named_id
     if is_float or many:
         skewed = column.min() >= 0 and column.max() > 20 * max(float(column.median()), 1e-9)
         return start + f"kind: dense{', transform: log' if skewed else ''}}}"
@@ -142,12 +150,13 @@ def _text(
     frame: pd.DataFrame,
     features: Sequence[str],
     doubtful: Sequence[str],
+    left_out: Sequence[str],
 ) -> str:
-    log = f"[{', '.join(paths)}]" if len(paths) > 1 else paths[0]
+    log = f"[{', '.join(map(_plain, paths))}]" if len(paths) > 1 else _plain(paths[0])
     lines = [
-        f"# A first guess from {len(rows):,} rows of {', '.join(Path(p).name for p in paths)}; read it before training:",
+        f"# A first guess from {len(rows):,} rows of {', '.join(Path(p).name for p in paths)}; read it first:",
         "# `mtcl train` refuses keys it does not know, and names the row of any value that does not fit.",
-        f"name: {Path(paths[0]).stem}",
+        f"name: {_plain(Path(paths[0]).stem)}",
         "",
     ]
     if time is not None:
@@ -171,7 +180,7 @@ def _text(
         ("item", item, "what is ranked"),
         ("time", time, "causal statistics, split by time"),
     ):
-        lines.append(f"  {name}: {column}   # {why}" if column else f"  # {name}: …   # {why}")
+        lines.append(f"  {name}: {_plain(column)}   # {why}" if column else f"  # {name}: …   # {why}")
     lines += [
         "  features:",
         "    # group: whose property it is (user, item, context).  kind: id, bag (a list) or dense (a number).",
@@ -185,28 +194,32 @@ def _text(
             "    # never if they are its outcome (watch time, amount paid):",
         ]
         lines += [f"    # - {line}" for line in doubtful]
+    if left_out:
+        lines.append(f"    # Left out, a second time or no value at all: {', '.join(left_out)}")
     lines += ["  tasks:", "    # A mask makes a label count only where another event happened: mask: click"]
     for event in events:
         rate = frame[event].mean()
-        lines.append(f"    - {{name: {_task_name(event)}, kind: binary, label: {event}}}   # {rate:.2%} of rows")
+        lines.append(
+            f"    - {{name: {_plain(_task_name(event))}, kind: binary, label: {_plain(event)}}}   # {rate:.2%} of rows"
+        )
     if time is not None and (user or item):
         keys = [k for k in (user, item) if k]
         lines += [
             "",
             "# Features from the log itself: counts and rates of these events, from strictly earlier rows only.",
             "statistics:",
-            f"  keys: [{', '.join(keys)}]",
-            f"  outcomes: [{', '.join(events)}]",
+            f"  keys: [{', '.join(map(_plain, keys))}]",
+            f"  outcomes: [{', '.join(map(_plain, events))}]",
             "  smoothing: 20",
         ]
-    weights = ", ".join(f"{_task_name(e)}: {_weight(frame[e].mean())}" for e in events)
+    weights = ", ".join(f"{_plain(_task_name(e))}: {_weight(frame[e].mean())}" for e in events)
     lines += [
         "",
         "model:",
         "  # or kind: shared_bottom, ple, single_task",
         "  trunk: {kind: mmoe, num_experts: 4, expert_layers: [128, 64], dropout: 0.1}",
         "  tower_layers: [32]",
-        "  input_dropout: 0.1",
+        "  embedding_dropout: 0.1",
         "",
         "optimizers:",
         "  tables: {kind: rowwise_adagrad, lr: 0.01}",
@@ -225,8 +238,14 @@ def _text(
     return "\n".join(lines) + "\n"
 
 
+def _plain(text: str) -> str:
+    """A text as YAML reads it back: quoted where it must be."""
+    harmless = re.fullmatch(r"[\w./][\w./-]*", text) is not None and yaml.safe_load(text) == text
+    return text if harmless else json.dumps(text, ensure_ascii=False)
+
+
 def _task_name(column: str) -> str:
-    return column.removeprefix("is_").replace(".", "_") or column
+    return column.removeprefix("is_") or column
 
 
 def _weight(rate: float) -> float:

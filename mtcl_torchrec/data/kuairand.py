@@ -34,11 +34,14 @@ def example_run() -> str:
 
 
 def load(split: Split) -> pd.DataFrame:
-    """One split with every original column, and two derived ones.
+    """One split with every original column, and some derived ones.
 
     - ``return_10min``: 1.0 where the user's next impression comes within 10 minutes, 0.0 where not, missing where the
       split ends too early to tell or the user is unknown (0 stands for many people).  Looks at this split alone.
-    - ``watch_ratio``: play time over duration, at most 2; missing where the duration is unknown.
+    - ``watch_ratio``: play time over duration, at most 1.5; missing where the duration is unknown.
+    - ``engaged``: 1 where the user followed, commented or forwarded.
+    - ``skipped``: 1 where less than two seconds were played.
+    - ``liked_if_clicked``, ``long_view_if_clicked``: the label where the video was clicked, else missing.
 
     Args:
         split: ``"train"`` (149,732 rows), ``"val"`` (30,290) or ``"test"`` (42,422).
@@ -57,9 +60,14 @@ def load(split: Split) -> pd.DataFrame:
     returned = returns_within(frame["user_id"].to_numpy(), frame["time_ms"].to_numpy(), RETURN_WINDOW_MS)
     duration = frame["duration_ms"].to_numpy(dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.minimum(frame["play_time_ms"].to_numpy() / duration, 2.0)
+        ratio = np.minimum(frame["play_time_ms"].to_numpy() / duration, 1.5)
     frame["return_10min"] = np.where(frame["user_id"] == 0, np.nan, returned)
     frame["watch_ratio"] = np.where(duration > 0, ratio, np.nan)
+    frame["engaged"] = frame[["is_follow", "is_comment", "is_forward"]].max(axis=1)
+    frame["skipped"] = (frame["play_time_ms"] < 2000).astype(np.int8)
+    clicked = frame["is_click"] == 1
+    frame["liked_if_clicked"] = frame["is_like"].where(clicked)
+    frame["long_view_if_clicked"] = frame["long_view"].where(clicked)
     return frame
 
 

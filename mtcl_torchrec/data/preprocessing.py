@@ -128,6 +128,8 @@ def _statistics(config: StatisticsConfig, schema: Schema) -> CausalStatistics:
         given=config.given,
         given_smoothing=config.given_smoothing,
         counts=config.with_counts,
+        last=config.last,
+        label=config.label,
     )
 
 

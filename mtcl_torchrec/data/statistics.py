@@ -26,13 +26,14 @@ def _quiet(_: str) -> None:
     return None
 
 
-def earlier_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.ndarray:
+def earlier_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray, last: int | None = None) -> np.ndarray:
     """For each row, the sum of `values` over rows of the same group with a strictly earlier time.
 
     Args:
         group: (N,) integers.
         time: (N,) numbers.
         values: (N, V) float64.
+        last: take only the latest so many of those rows; of one moment, the later one in the table is the later.
 
     Returns:
         (N, V) float64.
@@ -54,9 +55,27 @@ def earlier_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.
     before = np.zeros_like(v)
     before[1:] = pd.DataFrame(v).groupby(g).cumsum().to_numpy()[:-1]
     before[new_group] = 0
+    sums = before[moment_start]
+    if last is not None:
+        group_start = np.maximum.accumulate(np.where(new_group, position, 0))
+        sums = sums - before[np.maximum(moment_start - last, group_start)]
     result = np.empty_like(before)
-    result[order] = before[moment_start]
+    result[order] = sums
     return result
+
+
+def latest_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray, size: int, last: int | None) -> np.ndarray:
+    """The sum of `values` over the rows, or the `last` so many rows, of each group: (size, V).
+
+    Args:
+        group: (N,) integers below `size`; negative ones belong to no group.
+    """
+    chosen = group >= 0
+    if last is not None:
+        order = np.lexsort((time, group))
+        rank = pd.Series(group[order]).groupby(group[order]).cumcount(ascending=False).to_numpy()
+        chosen[order] &= rank < last
+    return np.stack([np.bincount(group[chosen], weights=c[chosen], minlength=size) for c in values.T], 1)
 
 
 def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndarray:
@@ -179,6 +198,8 @@ class CausalStatistics:
         given: columns whose rates predict the outcomes; none takes the outcomes as they are.
         given_smoothing: pseudo-count of the prior in those rates.
         counts: whether the counts are produced.  Those of keys with few values only tell the time.
+        last: look at the latest so many rows of a key only, or at all (None).
+        label: goes into the columns' names, to tell two of these with other smoothing apart.
 
     Raises:
         DataError: an outcome is not numeric.
@@ -203,13 +224,15 @@ class CausalStatistics:
         given: Sequence[str] = (),
         given_smoothing: float = 20.0,
         counts: bool = True,
+        last: int | None = None,
+        label: str = "",
     ) -> None:
         self.keys = [list(key) for key in keys]
         self.outcomes = list(outcomes)
         self.time = time
         self.smoothing, self.smoothing_of = smoothing, dict(smoothing_of or {})
         self.given, self.given_smoothing = list(given), given_smoothing
-        self.counts = counts
+        self.counts, self.last, self.label = counts, last, label
         self._totals: list[_Totals] = []
         self._prior = np.full(len(self.outcomes), np.nan)
         self._is_rate = np.zeros(len(self.outcomes), bool)
@@ -219,10 +242,11 @@ class CausalStatistics:
         return [name for key in self.keys for name in self._names(key)]
 
     def _names(self, key: Sequence[str]) -> list[str]:
-        of = ",".join(key)
-        beyond = f";given {','.join(self.given)}" if self.given else ""
-        rates = [f"rate({outcome}|{of}{beyond})" for outcome in self.outcomes]
-        return [f"count({of})", *rates] if self.counts else rates
+        how = [f"last {self.last}"] * (self.last is not None) + [self.label] * bool(self.label)
+        count = ";".join([",".join(key), *how])
+        of = ";".join([",".join(key), *[f"given {','.join(self.given)}"] * bool(self.given), *how])
+        rates = [f"rate({outcome}|{of})" for outcome in self.outcomes]
+        return [f"count({count})", *rates] if self.counts else rates
 
     def features(self, groups: dict[str, Group]) -> tuple[Feature, ...]:
         """The produced columns as dense features; a pair belongs to the groups of both its columns."""
@@ -261,12 +285,10 @@ class CausalStatistics:
         for key in self.keys:
             index = _KeyIndex.fit(key, frame)
             group = index.lookup(frame)
-            known = group >= 0
-            sums = earlier_sums(group, time, numbers)
-            sums[~known] = 0
+            sums = earlier_sums(group, time, numbers, self.last)
+            sums[group < 0] = 0
             columns.append(self._columns_of(sums, prior))
-            size = len(index.combined)
-            total = np.stack([np.bincount(group[known], weights=c[known], minlength=size) for c in numbers.T], 1)
+            total = latest_sums(group, time, numbers, len(index.combined), self.last)
             self._totals.append(_Totals(index, total[:, 0], total[:, 1 : 1 + width], total[:, 1 + width :]))
             progress(" × ".join(key))
         return self._as_frame(columns, frame)
@@ -338,7 +360,7 @@ class CausalStatistics:
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "keys": self.keys, "outcomes": self.outcomes, "time": self.time, "smoothing": self.smoothing,
-            "smoothing_of": self.smoothing_of, "counts": self.counts,
+            "smoothing_of": self.smoothing_of, "counts": self.counts, "last": self.last, "label": self.label,
             "given": self.given, "given_smoothing": self.given_smoothing,
             "prior": [None if np.isnan(p) else float(p) for p in self._prior],
             "is_rate": self._is_rate.tolist(),

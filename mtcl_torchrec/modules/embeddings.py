@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 
@@ -87,12 +88,27 @@ class PooledConcat(nn.Module):
     another number of ranks.
 
     Args:
-        keys: the pooled embeddings, in the order wanted.
+        dims: key of each pooled embedding -> its width, in the order wanted.
+        embedding_dropout: while training, the share of features whose whole embedding is zero in a row.
+        dense_dropout: dropout of the dense features.
+        dense_noise: while training, standard deviation of Gaussian noise added to them.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    owner: torch.Tensor
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        *,
+        embedding_dropout: float = 0.0,
+        dense_dropout: float = 0.0,
+        dense_noise: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.keys = tuple(keys)
+        self.keys = tuple(dims)
+        self.embedding_dropout, self.dense_dropout, self.dense_noise = embedding_dropout, dense_dropout, dense_noise
+        owner = torch.repeat_interleave(torch.arange(len(dims)), torch.tensor(list(dims.values())))
+        self.register_buffer("owner", owner, persistent=False)
 
     def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> torch.Tensor:
         """(B, Σ dims + D) from a KeyedTensor (or a tuple that starts with one, or a ready (B, Σ dims) tensor) and
@@ -100,7 +116,15 @@ class PooledConcat(nn.Module):
         if isinstance(pooled, tuple):
             pooled = pooled[0]
         parts = [pooled] if isinstance(pooled, torch.Tensor) else [pooled[key] for key in self.keys]
-        return torch.cat([*parts, dense_features.to(parts[0].dtype if parts else dense_features.dtype)], dim=1)
+        dense = dense_features.to(parts[0].dtype)
+        if self.training and self.dense_noise > 0:
+            dense = dense + self.dense_noise * torch.randn_like(dense)
+        dense = F.dropout(dense, self.dense_dropout, self.training)
+        if not (self.training and self.embedding_dropout > 0):
+            return torch.cat([*parts, dense], dim=1)
+        embeddings = torch.cat(parts, dim=1)
+        kept = F.dropout(embeddings.new_ones(len(embeddings), len(self.keys)), self.embedding_dropout)
+        return torch.cat([embeddings * kept[:, self.owner], dense], dim=1)
 
 
 def visible_columns(

@@ -25,6 +25,8 @@ _TABLE_CLASSES: dict[str, Any] = {
     "adam": torch.optim.Adam,
 }
 
+_UNDECAYED = {"bias", "biases", "scales", "shifts"}  # parts of names
+
 
 def is_fused(config: TableOptimizerConfig, device: torch.device) -> bool:
     """Whether FBGEMM has this optimizer fused into backward on this device (Adam: on CUDA only)."""
@@ -67,10 +69,16 @@ def build_optimizer(
         table_class = _TABLE_CLASSES[tables.kind]
         groups = [{"params": [p], **_table_options(tables, n.split(".")[-2])} for n, p in unfused.items()]
         parts.append(("tables", KeyedOptimizerWrapper(unfused, lambda _: table_class(groups))))
-    dense_class = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[dense.kind]
-    ordinary: KeyedOptimizer = KeyedOptimizerWrapper(
-        others, lambda params: dense_class(params, lr=dense.lr, weight_decay=dense.weight_decay)
-    )
+    dense_class: Any = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[dense.kind]
+    options: dict[str, Any] = {"lr": dense.lr} if dense.kind == "sgd" else {"lr": dense.lr, "betas": dense.betas}
+    decaying = [p for n, p in others.items() if not _UNDECAYED & set(n.split("."))]
+    lasting = [p for n, p in others.items() if _UNDECAYED & set(n.split("."))]
+    dense_groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decaying, dense.weight_decay), (lasting, 0.0))
+        if params
+    ]
+    ordinary: KeyedOptimizer = KeyedOptimizerWrapper(others, lambda _: dense_class(dense_groups, **options))
     if dense.clip_norm > 0:
         ordinary = GradientClippingOptimizer(ordinary, GradientClipping.NORM, max_gradient=dense.clip_norm)
     parts.append(("dense", ordinary))

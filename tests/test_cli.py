@@ -1,0 +1,224 @@
+"""The command line as a person uses it: from `init` to `recommend` on a file of their own; mistakes are one line."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import shop
+import yaml
+
+from mtcl_torchrec.cli import main
+from mtcl_torchrec.data import kuairand
+
+
+@pytest.fixture
+def mtcl(monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder and gives (exit status, what it printed, what it said on stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out = capsys.readouterr()
+        return stopped.value.code or 0, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "log.parquet"
+    shop.log().drop(columns="stars").to_parquet(path, index=False)
+    return path
+
+
+def one_line(error):
+    assert error.count("\n") == 1, error
+    assert error.startswith("mtcl: ")
+    return error
+
+
+def test_from_a_file_of_ones_own_to_recommendations(mtcl, log, tmp_path):
+    status, text, _ = mtcl("init", "log.parquet")
+    assert status == 0
+    drafted = yaml.safe_load(text)
+    features = {f["name"]: f for f in drafted["schema"]["features"]}
+    assert {n: f["group"] for n, f in features.items()} == {
+        "user_id": "user", "age": "user", "product_id": "item", "genre": "item", "topics": "item", "price": "item",
+        "hour": "context",
+    }  # fmt: skip
+    assert features["topics"]["kind"] == "bag"
+    assert features["price"]["kind"] == "dense"
+    assert [t["label"] for t in drafted["schema"]["tasks"]] == ["click", "buy"]
+    assert (drafted["schema"]["user"], drafted["schema"]["item"], drafted["schema"]["time"]) == (
+        "user_id", "product_id", "time",
+    )  # fmt: skip
+
+    (tmp_path / "run.yaml").write_text(text.replace("epochs: 10", "epochs: 2").replace("lr: 0.01}", "lr: 0.1}"))
+    status, shown, _ = mtcl("train", "run.yaml", "--device", "cpu")
+    assert status == 0
+    assert "epoch 2/2" in shown
+    assert "runs/log" in shown
+    assert (tmp_path / "runs/log/metrics.json").exists()
+
+    status, shown, _ = mtcl("evaluate", "runs/log", "--data", "log.parquet")
+    assert status == 0
+    assert "log.parquet: 4,000 rows" in shown
+    assert "click" in shown
+
+    status, shown, _ = mtcl("recommend", "runs/log", "--user", "u3", "--context", "hour=20", "--top", "4", "--seen")
+    assert status == 0
+    assert "Top 4 for user u3 (hour=20)" in shown
+    assert shown.count(" p") >= 4
+
+    status, shown, _ = mtcl("recommend", "runs/log", "--user", "stranger", "--top", "2")
+    assert "User stranger is not in the log" in shown
+
+    # A second run of the same name does not touch the first.
+    status, shown, _ = mtcl("train", "run.yaml", "--device", "cpu")
+    assert "runs/log-2" in shown
+
+
+def test_init_writes_a_file_whose_paths_start_at_its_own_folder(mtcl, log, tmp_path):
+    (tmp_path / "configs").mkdir()
+    status, _, _ = mtcl("init", "log.parquet", "--out", "configs/run.yaml", "--label", "click", "--item", "genre")
+    assert status == 0
+    drafted = yaml.safe_load((tmp_path / "configs/run.yaml").read_text())
+    assert drafted["data"]["log"] == "../log.parquet"
+    assert [t["name"] for t in drafted["schema"]["tasks"]] == ["click"]
+    assert drafted["schema"]["item"] == "genre"
+    assert "configs/run.yaml exists already" in one_line(mtcl("init", "log.parquet", "--out", "configs/run.yaml")[2])
+
+
+def test_init_copes_with_odd_names_and_columns(mtcl, tmp_path):
+    frame = shop.log(600).drop(columns="stars")
+    frame = frame.rename(columns={"genre": "a: b, c", "hour": "yes", "buy": "is_buy #1"})
+    frame["second_time"] = pd.to_datetime(frame["time"], unit="s")
+    frame["nothing"] = pd.Series([None] * len(frame), dtype="float64")
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    status, text, _ = mtcl("init", "log.parquet")
+    assert status == 0
+    drafted = yaml.safe_load(text)
+    names = [f["name"] for f in drafted["schema"]["features"]]
+    assert {"a: b, c", "yes"} <= set(names)
+    assert not {"second_time", "nothing"} & set(names)
+    assert drafted["schema"]["tasks"][1] == {"name": "buy #1", "kind": "binary", "label": "is_buy #1"}
+    (tmp_path / "run.yaml").write_text(text.replace("epochs: 10", "epochs: 1"))
+    assert mtcl("train", "run.yaml", "--device", "cpu")[0] == 0
+
+
+def test_prepared_data_train_the_same_model_as_raw_data(mtcl, tmp_path):
+    shop.log().to_parquet(tmp_path / "log.parquet", index=False)
+    (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 5", "epochs: 1"))
+    status, shown, _ = mtcl("prepare", "run.yaml", "--out", "prepared")
+    assert status == 0
+    assert "counted per user_id × genre" in shown
+    train = pd.read_parquet(tmp_path / "prepared/train.parquet")
+    assert {"count(user_id)", "rate(click|user_id,genre)"} <= set(train.columns)
+    assert mtcl("train", "run.yaml", "--out", "raw", "--device", "cpu")[0] == 0
+    assert mtcl("train", "prepared/run.yaml", "--out", "ready", "--device", "cpu")[0] == 0
+    assert (tmp_path / "raw/metrics.json").read_text().split('"seconds"')[0] == (
+        (tmp_path / "ready/metrics.json").read_text().split('"seconds"')[0]
+    )
+    (tmp_path / "prepared").rename(tmp_path / "moved")  # the run needs nothing of it any more
+    raw, ready = (mtcl("recommend", run, "--user", "u3")[1] for run in ("raw", "ready"))
+    assert raw == ready
+    assert "holds prepared files already" in one_line(mtcl("prepare", "run.yaml", "--out", "moved")[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("column", "genre", "genra"), "log.parquet: no column 'genre' (did you mean 'genra'?)"),
+        (("label", "click", 7, 2), "log.parquet, row 7: click = 2; a label of binary task 'click' is 0 or 1"),
+        (("yaml", "num_experts", "num_expert"), "unknown key 'model.trunk.num_expert' (did you mean 'num_experts'?)"),
+        (("yaml", "log.parquet", "logs.parquet"), "no Parquet or CSV file at"),
+        (("yaml", "name: hour, group: context", "name: hour, encoding: index, vocabulary_size: 12, group: context"),
+         "lies outside its table of 12 rows"),
+        (("yaml", "kind: mmoe", "kind: moe"), "model.trunk.kind: "),
+        (("yaml", "epochs: 5", "epochs: five"), "training.epochs: "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_no_traceback(mtcl, tmp_path, change, says):
+    frame, text = shop.log(400), shop.RUN
+    kind, *what = change
+    if kind == "column":
+        frame = frame.rename(columns={what[0]: what[1]})
+    elif kind == "label":
+        frame.loc[what[1], what[0]] = what[2]
+    else:
+        assert what[0] in text
+        text = text.replace(what[0], what[1])
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    (tmp_path / "run.yaml").write_text(text)
+    status, _, error = mtcl("train", "run.yaml", "--device", "cpu")
+    assert status == 2
+    assert says in one_line(error)
+
+
+def test_other_mistakes_are_one_line_too(mtcl, log, tmp_path):
+    assert "no such file" in one_line(mtcl("train", "nowhere.yaml")[2])
+    assert "no run here" in one_line(mtcl("recommend", "nowhere", "--user", "1")[2])
+    assert "no Parquet or CSV file at" in one_line(mtcl("init", "nothing.parquet")[2])
+    assert "no column 'clck' (did you mean 'click'?)" in one_line(mtcl("init", "log.parquet", "--label", "clck")[2])
+    assert "not 0 or 1 everywhere" in one_line(mtcl("init", "log.parquet", "--label", "age")[2])
+    (tmp_path / "run.yaml").write_text(mtcl("init", "log.parquet")[1].split("statistics:")[0] + "model: {}\n")
+    assert "nothing to prepare" in one_line(mtcl("prepare", "run.yaml", "--out", "p")[2])
+    (tmp_path / "empty.csv").write_text("a,b\n")
+    assert "no rows" in one_line(mtcl("init", "empty.csv")[2])
+
+
+def test_the_module_is_the_command():
+    shown = subprocess.run(
+        [sys.executable, "-m", "mtcl_torchrec", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "train", "evaluate", "recommend", "init", "prepare"):
+        assert command in shown.stdout
+
+
+# ---------------------------------------------------------------- the data that ships with the package
+
+
+def test_kuairand_is_whole():
+    splits = {s: kuairand.load(s) for s in kuairand.SPLITS}
+    assert {s: len(f) for s, f in splits.items()} == {"train": 149_732, "val": 30_290, "test": 42_422}
+    for earlier, later in (("train", "val"), ("val", "test")):
+        assert splits[earlier]["time_ms"].max() < splits[later]["time_ms"].max()
+        assert splits[earlier]["time_ms"].min() < splits[later]["time_ms"].min()
+    assert splits["train"]["is_click"].mean() == pytest.approx(0.4518, abs=1e-4)
+    assert splits["train"]["is_hate"].sum() == 124
+    assert splits["train"]["user_id"].nunique() == 23_651
+    assert (kuairand.folder() / "LICENSE.md").read_text().count("CC BY-SA 4.0") >= 1
+    with pytest.raises(ValueError, match="split is one of train, val, test, not 'tst'"):
+        kuairand.load("tst")
+
+
+def test_return_is_computed_within_the_split_and_from_known_users_only():
+    val = kuairand.load("val")
+    assert val.loc[val["user_id"] == 0, "return_10min"].isna().all()
+    known = val[val["user_id"] != 0].sort_values(["user_id", "time_ms"])
+    gap = known.groupby("user_id")["time_ms"].shift(-1) - known["time_ms"]
+    end = val["time_ms"].max()
+    for (_, row), wait in zip(known.iterrows(), gap, strict=True):
+        if wait <= kuairand.RETURN_WINDOW_MS:
+            assert row["return_10min"] == 1
+        elif row["time_ms"] + kuairand.RETURN_WINDOW_MS > end:
+            assert pd.isna(row["return_10min"])
+        else:
+            assert row["return_10min"] == 0
+
+
+def test_the_demo_trains_and_recommends(mtcl, tmp_path):
+    """One epoch of the real thing; the README's figures come from the whole."""
+    status, shown, _ = mtcl("demo", "--out", "demo", "--epochs", "1", "--device", "cpu")
+    assert status == 0
+    assert "test split, epoch 1 of 1: 42,422 rows" in shown
+    for task in ("click", "long_view", "like", "content", "return"):
+        assert task in shown
+    assert "Top 10 for user" in shown
+    assert "popular" in shown
+    metrics = yaml.safe_load((tmp_path / "demo/metrics.json").read_text())["evaluations"]["test"]
+    assert metrics["tasks"]["click"]["auc"] > 0.72
+    assert metrics["ranking"]["fused"]["auc click"] > metrics["ranking"]["popular"]["auc click"] + 0.1
