@@ -6,7 +6,7 @@ import pandas as pd
 GENRES = ["drama", "crime", "poetry", "travel"]
 
 
-def log(rows: int = 4000, seed: int = 0) -> pd.DataFrame:
+def log(rows: int = 3000, seed: int = 0) -> pd.DataFrame:
     """Events with text ids, a list column, numbers with gaps, and three labels: click, buy (if clicked), stars."""
     draw = np.random.default_rng(seed)
     user, item = draw.integers(0, 40, rows), draw.integers(0, 60, rows)
@@ -62,6 +62,6 @@ model:
 optimizers:
   tables: {kind: rowwise_adagrad, lr: 0.1}
   dense: {lr: 0.01}
-training: {epochs: 5, batch_size: 64, eval_batch_size: 100, warmup_steps: 5, patience: 0}
+training: {epochs: 4, batch_size: 32, eval_batch_size: 100, warmup_steps: 5, patience: 0}
 fusion: {weights: {click: 1, buy: 3, taste: 0.5, stars: 0.5}}
 """

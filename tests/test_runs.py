@@ -53,17 +53,19 @@ def trained(data, folder, changes=()):
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "shop"
-    return trained(data, folder)
+    return trained(data, folder, {"training.epochs": 8})
 
 
 def test_a_run_learns_what_the_columns_tell(finished):
     test = finished.evaluations["test"]
     assert test.tasks["click"]["auc"] > 0.75
     assert test.tasks["buy"]["auc"] > 0.65
-    assert test.tasks["taste"]["ne"] < 0.9
+    taste = test.tasks["taste"]
+    assert taste["ne"] < 1
+    assert taste["top1"] > 1.2 * taste["base_rate"]
     assert test.tasks["stars"]["r2"] > 0.3
     assert test.ranking["fused"]["auc click"] > test.ranking["popular"]["auc click"] + 0.1
-    assert test.rows == 600
+    assert test.rows == 450
 
 
 def test_masked_and_missing_labels_are_counted_nowhere(data, finished):
@@ -141,14 +143,16 @@ def test_two_ranks_train_the_same_model_as_one(data, tmp_path):
     """No dropout, and half the batch per rank: then even the metrics agree."""
     same = {"model.trunk.gate_dropout": 0.0, "training.epochs": 2}
     one = trained(data, tmp_path / "one", same)
-    two = run_ranks(train_on_ranks, 2, data, tmp_path / "two", {**same, "training.batch_size": 32})
+    two = run_ranks(train_on_ranks, 2, data, tmp_path / "two", {**same, "training.batch_size": 16})
     for epochs, evaluations in two:
-        for mine, theirs in zip(epochs, one.history.epochs, strict=True):
+        of_two = [*epochs, evaluations["val"].tasks, evaluations["test"].tasks]
+        of_one = [*one.history.epochs, one.evaluations["val"].tasks, one.evaluations["test"].tasks]
+        for mine, theirs in zip(of_two, of_one, strict=True):
             for task in mine:
-                assert mine[task] == pytest.approx(theirs[task], abs=2e-4, nan_ok=True)
-        assert evaluations["test"].tasks["click"] == pytest.approx(
-            one.evaluations["test"].tasks["click"], abs=2e-4, nan_ok=True
-        )
+                for name in mine[task]:
+                    # Rank metrics jump when rounding swaps two rows.
+                    tolerance = 1e-2 if name in ("auc", "gauc", "top1", "top5") else 3e-4
+                    assert mine[task][name] == pytest.approx(theirs[task][name], abs=tolerance, nan_ok=True), name
     # What two ranks stored, one process reads.
     a, b = Recommender.load(tmp_path / "one"), Recommender.load(tmp_path / "two")
     pd.testing.assert_frame_equal(a.recommend("u3"), b.recommend("u3"), atol=1e-3)

@@ -42,6 +42,7 @@ def load(split: Split) -> pd.DataFrame:
     - ``engaged``: 1 where the user followed, commented or forwarded.
     - ``skipped``: 1 where less than two seconds were played.
     - ``liked_if_clicked``, ``long_view_if_clicked``: the label where the video was clicked, else missing.
+    - ``clicked_log_seconds``: log(1 + duration in seconds) of a clicked video, else missing.
 
     Args:
         split: ``"train"`` (149,732 rows), ``"val"`` (30,290) or ``"test"`` (42,422).
@@ -68,6 +69,7 @@ def load(split: Split) -> pd.DataFrame:
     clicked = frame["is_click"] == 1
     frame["liked_if_clicked"] = frame["is_like"].where(clicked)
     frame["long_view_if_clicked"] = frame["long_view"].where(clicked)
+    frame["clicked_log_seconds"] = np.log1p(frame["duration_ms"] / 1000).where(clicked)
     return frame
 
 
