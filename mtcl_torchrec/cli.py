@@ -12,17 +12,17 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from mtcl_torchrec.config import dump_run, load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import read_rows, read_splits
-from mtcl_torchrec.evaluation.report import print_evaluation
+from mtcl_torchrec.evaluation.report import plain_table, print_evaluation
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.run import FinishedRun, RunResult, evaluate_rows, train_run
+from mtcl_torchrec.training.sharding import Ranks, ranks
 
 app = typer.Typer(
     add_completion=False,
@@ -44,10 +44,6 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=110)
 
 
-def _first_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run directory; a fresh one under runs/ by default.")] = None,
@@ -62,16 +58,18 @@ def demo(
     impressions, and the top 10 videos of one user.  Takes a few minutes on two cores.
     """
     console = _console()
-    folder = out or _fresh_folder("kuairand")
-    if _first_rank():
-        kuairand.write(folder / "data")
-    run = parse_run(kuairand.example_run(), name="the demo's run", folder=folder)
-    if epochs is not None:
-        run.training.epochs = epochs
-    if seed is not None:
-        run.training.seed = seed
-    result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
-    if not _first_rank():
+    with ranks(device) as where:
+        folder = out or _fresh_folder("kuairand", where)
+        if where.first:
+            kuairand.write(folder / "data")
+        where.barrier()
+        run = parse_run(kuairand.example_run(), name="the demo's run", folder=folder)
+        if epochs is not None:
+            run.training.epochs = epochs
+        if seed is not None:
+            run.training.seed = seed
+        result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
+    if not where.first:
         return
     _show(result, console)
     recommender = Recommender.load(folder)
@@ -101,9 +99,10 @@ def train(
     """
     console = _console()
     run = load_run(run_yaml)
-    folder = out or _fresh_folder(run.name)
-    result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
-    if _first_rank():
+    with ranks(device) as where:
+        folder = out or _fresh_folder(run.name, where)
+        result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
+    if where.first:
         _show(result, console)
         console.print(f"\nThe run is in {folder}.", highlight=False, soft_wrap=True)
 
@@ -206,14 +205,13 @@ def prepare(
     console.print(f"wrote {out}; train with: mtcl train {out}/run.yaml", highlight=False, soft_wrap=True)
 
 
-def _fresh_folder(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on where that one holds a run."""
-    number = 1
-    while True:
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if not (folder / "run.yaml").exists():
-            return folder
+def _fresh_folder(name: str, where: Ranks) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on where that one holds a run; the same on every rank."""
+    folder, number = Path("runs") / name, 1
+    while (folder / "run.yaml").exists():
         number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return Path(str(where.broadcast(str(folder))))
 
 
 def _show(result: RunResult, console: Console) -> None:
@@ -234,10 +232,8 @@ def _print_recommendations(
     console.print()
     if not known:
         console.print(f"User {user} is not in the log: ranked without history.", highlight=False)
-    table = Table(title=f"Top {len(ranked)} for user {user}" + (f" ({about})" if about else ""), title_justify="left")
-    table.add_column("#", justify="right")
-    for column in ranked.columns:
-        table.add_column(str(column), justify="right")
+    title = f"Top {len(ranked)} for user {user}" + (f" ({about})" if about else "")
+    table = plain_table(title, ["#", *(str(c).replace("_", "\n") for c in ranked.columns)])
     for place, row in enumerate(ranked.itertuples(index=False), start=1):
         table.add_row(str(place), *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)

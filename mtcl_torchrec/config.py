@@ -220,7 +220,7 @@ class TrainingConfig(_Part):
         decay: how the learning rates fall from then to the last step of the last epoch.
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
         l2_embedding: λ of the loss's λR, R being the mean of ‖pooled embeddings‖² over rows.
-        pipeline: TorchRec's train pipeline; ``auto`` takes ``sparse_dist`` and falls back to ``base``.
+        pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
         sharding: how tables are cut; ``auto`` leaves it to the planner.
     """
 
@@ -234,7 +234,7 @@ class TrainingConfig(_Part):
     averaging: Fraction = 0.0
     l2_embedding: NonNegativeFloat = 0.0
     seed: NonNegativeInt = 0
-    pipeline: Literal["auto", "sparse_dist", "base"] = "auto"
+    pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
 
 

@@ -131,10 +131,10 @@ class Task(_Declared):
         label: label column; the default is `name`.  Binary labels are 0 or 1, classes are integers in
             [0, num_classes).  A missing label (NaN) trains nothing and is counted nowhere.
         weight: wᵢ in L = Σ wᵢ Lᵢ + λR.
-        num_classes: of a multiclass task.  May be left out where the label is the column of `item_class`: the classes
-            are the rows of that feature's table then, and row 0, unknown, is no label.
-        item_class: id feature that holds the candidate item's own class.  The fused score takes the predicted
-            probability of that class.
+        num_classes: of a multiclass task.  May be left out in a schema where there is an `item_class`.
+        item_class: id feature that holds the candidate item's own class; the fused score takes the predicted
+            probability of that class.  In a schema, the labels are values of that feature then: its table's rows are
+            the classes, and row 0, unknown, is no label.
         mask: a column; the task's label counts only where it is true (``long_view`` only where
             ``is_click``).
         sample_weight: a column of non-negative weights for this task's loss.
@@ -269,12 +269,6 @@ class Schema(_Declared):
         for feature in self.sparse_features:
             tables.setdefault(feature.table_name, []).append(feature)
         return tables
-
-    def labels_are_rows(self, task: Task) -> bool:
-        """Whether a multiclass task's label is the column of its `item_class` feature, whose rows are the classes
-        then."""
-        feature = next((f for f in self.features if f.name == task.item_class), None)
-        return feature is not None and feature.rows_from == task.label_column
 
     def label_columns(self) -> list[str]:
         """Every column that the tasks read, once."""

@@ -170,6 +170,20 @@ def test_other_mistakes_are_one_line_too(mtcl, log, tmp_path):
     assert "no rows" in one_line(mtcl("init", "empty.csv")[2])
 
 
+def test_torchrun_trains_one_run_on_two_ranks(tmp_path):
+    shop.log().to_parquet(tmp_path / "log.parquet", index=False)
+    (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 4", "epochs: 1"))
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mtcl_torchrec"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "train", "run.yaml", "--device", "cpu"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks on cpu" in done.stdout
+    assert done.stdout.count("epoch 1/1") == 1
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["shop"]
+
+
 def test_the_module_is_the_command():
     shown = subprocess.run(
         [sys.executable, "-m", "mtcl_torchrec", "--help"], capture_output=True, text=True, check=True

@@ -509,3 +509,39 @@ def test_what_is_saved_and_loaded_encodes_alike(tmp_path):
     assert torch.equal(one.labels, other.labels)
     assert torch.equal(one.bags["tags"].values, other.bags["tags"].values)
     assert torch.equal(one.bags["tags"].offsets, other.bags["tags"].offsets)
+
+
+# ---------------------------------------------------------------- labels that are an item's class
+
+
+def class_schema(encoding="vocabulary", **task):
+    size = {"vocabulary_size": 4} if encoding == "index" else {}
+    return Schema(
+        features=[Feature(name="genre", group="item", encoding=encoding, **size), Feature(name="user", group="user")],
+        tasks=[Task(name="taste", kind="multiclass", item_class="genre", **task)],
+    )
+
+
+def test_labels_of_an_items_class_are_the_rows_of_its_table():
+    train = pd.DataFrame({"genre": ["b", "a", "c"], "user": [1, 2, 3], "next": ["a", "c", "b"], "shown": [1, 1, 0]})
+    encoder = FeatureEncoder(class_schema(label="next", mask="shown")).fit(Rows(train))
+    later = train.assign(next=["c", "unheard of", "b"])
+    labels = encoder.encode(Rows(later)).labels.flatten().tolist()
+    assert labels[0] == 3  # a, b, c are rows 1, 2, 3 of the genre table
+    assert np.isnan(labels[1])
+    assert np.isnan(labels[2])
+    assert encoder.resolved_tasks()[0].num_classes == 4
+
+
+def test_row_0_of_ready_rows_is_no_label():
+    frame = pd.DataFrame({"genre": [0, 2, 3], "user": [1, 2, 3]})
+    labels = FeatureEncoder(class_schema("index", label="genre")).fit(Rows(frame)).encode(Rows(frame)).labels
+    assert np.isnan(labels[0, 0])
+    assert labels[1:, 0].tolist() == [2, 3]
+
+
+def test_too_few_classes_for_the_table_are_refused_with_the_row():
+    frame = pd.DataFrame({"genre": [1, 2, 3], "user": [1, 2, 3]})
+    encoder = FeatureEncoder(class_schema("index", label="genre", num_classes=3)).fit(Rows(frame))
+    with pytest.raises(DataError, match="row 2: genre = 3; its row lies outside the 3 classes of task 'taste'"):
+        encoder.encode(Rows(frame))

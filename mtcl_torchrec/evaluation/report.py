@@ -84,7 +84,8 @@ def _cell(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
-def _table(title: str, columns: list[str]) -> Table:
+def plain_table(title: str, columns: list[str]) -> Table:
+    """A table of numbers that fits a terminal of 80 columns; the first column is text."""
     table = Table(
         title=title,
         title_justify="left",
@@ -111,7 +112,7 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         of_kind = {n: m for n, m in evaluation.tasks.items() if evaluation.kinds[n] == kind}
         if not of_kind:
             continue
-        table = _table(heading, [f"{kind} task", *columns, BASE[kind], "labels"])
+        table = plain_table(heading, [f"{kind} task", *columns, BASE[kind], "labels"])
         for name, metrics in of_kind.items():
             cells = [_cell(metrics.get(key)) for key in (*columns.values(), "base_rate")]
             table.add_row(name, *cells, f"{int(metrics['count']):,}")
@@ -121,7 +122,7 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         rules = list(evaluation.ranking)
         kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
         headers = [f"{k.upper()} {rule}" for k in kinds for rule in rules]
-        table = _table("The same rows ranked by the fused score and by popularity", ["event", *headers])
+        table = plain_table("The same rows ranked by the fused score and by popularity", ["event", *headers])
         for name in (n for n in evaluation.tasks if evaluation.kinds[n] == "binary"):
             table.add_row(name, *(_cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
         console.print(table)

@@ -69,7 +69,7 @@ def parallelise(
 
 
 def build_pipeline(
-    model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, kind: str = "auto"
+    model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, kind: str = "sparse_dist"
 ) -> TrainPipelineBase | TrainPipelineSparseDist:
     """TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not."""
     if kind == "base":
@@ -100,7 +100,8 @@ def fit(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    plain = plain_model(model)
+    train_module = _train_module(model)
+    plain = train_module.model
     average = WeightAverage(model, config.averaging) if config.averaging > 0 else None
     pipeline = build_pipeline(model, optimizer, where.device, config.pipeline)
     total_steps = config.epochs * len(global_batches(len(train_rows), config.batch_size, world_size=where.world_size))
@@ -128,8 +129,8 @@ def fit(
                 average.update()
             rows = min(rows_left, config.batch_size * where.world_size)
             rows_left -= rows
-            read = step % LOSSES_EVERY == 0
-            losses = _losses_over_ranks(plain, model, loss, where) if read else None
+            read = step % LOSSES_EVERY == 0 or rows_left == 0
+            losses = _losses_over_ranks(train_module, loss, where) if read else None
             progress.step(epoch=epoch, step=step, rows=rows, losses=losses)
         history.seconds.append(time.perf_counter() - started)
         if isinstance(pipeline, TrainPipelineSparseDist):
@@ -156,14 +157,6 @@ def fit(
     return history
 
 
-def plain_model(model: DistributedModelParallel) -> MTCL:
-    """The MTCL inside DistributedModelParallel and DDP, with its tables sharded."""
-    module = model.module
-    while not isinstance(module, MTCLTrain):
-        module = module.module
-    return module.model
-
-
 def _train_module(model: DistributedModelParallel) -> MTCLTrain:
     module = model.module
     while not isinstance(module, MTCLTrain):
@@ -171,24 +164,26 @@ def _train_module(model: DistributedModelParallel) -> MTCLTrain:
     return module
 
 
-def _losses_over_ranks(
-    plain: MTCL, model: DistributedModelParallel, loss: torch.Tensor, where: Ranks
-) -> dict[str, float]:
+def plain_model(model: DistributedModelParallel) -> MTCL:
+    """The MTCL inside DistributedModelParallel and DDP, with its tables sharded."""
+    return _train_module(model).model
+
+
+def _losses_over_ranks(train_module: MTCLTrain, loss: torch.Tensor, where: Ranks) -> dict[str, float]:
     """Mean over the ranks of the total and each task's loss: the loss of the global batch."""
-    per_task = _train_module(model).loss.last_task_losses
-    values = torch.cat([loss.detach().reshape(1), per_task]).double()
+    values = torch.cat([loss.detach().reshape(1), train_module.loss.last_task_losses]).double()
     if where.world_size > 1:
         dist.all_reduce(values)
         values /= where.world_size
-    numbers = values.tolist()
-    if not np.isfinite(numbers).all():
-        names = ["total", *(t.name for t in plain.tasks)]
-        bad = [n for n, v in zip(names, numbers, strict=True) if not np.isfinite(v)]
+    names = ["total", *(task.name for task in train_module.model.tasks)]
+    losses = dict(zip(names, values.tolist(), strict=True))
+    bad = [name for name, value in losses.items() if not np.isfinite(value)]
+    if bad:
         raise FloatingPointError(
             f"the loss is not finite any more ({', '.join(bad)}); "
             "lower the learning rates or look for extreme dense values"
         )
-    return dict(zip(["total", *(t.name for t in plain.tasks)], numbers, strict=True))
+    return losses
 
 
 def _validate(

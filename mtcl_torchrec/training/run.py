@@ -67,20 +67,9 @@ def train_run(
     """
     console = console or Console()
     with ranks(device) as where:
-        _claim(folder, where, overwrite)
+        if where.broadcast((folder / CHECKPOINT).exists()) and not overwrite:
+            raise FileExistsError(f"{folder} holds a run already; choose another folder or overwrite it")
         return _train(run, folder, where, console)
-
-
-def _claim(folder: Path, where: Ranks, overwrite: bool) -> None:
-    taken = where.broadcast(where.first and (folder / "run.yaml").exists())
-    if taken and not overwrite:
-        raise FileExistsError(f"{folder} holds a run already; choose another folder or overwrite it")
-    if where.first:
-        for part in (CHECKPOINT, "preprocessing", "catalogue", "tensorboard"):
-            shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    where.barrier()
 
 
 def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunResult:
@@ -98,10 +87,16 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
     encoded |= {name: preprocessor.encode(rows) for name, rows in splits.items() if name != "train"}
     catalogue = _catalogue(run, preprocessor, splits)
     if where.first:
+        # Only now, with the data read and found right, does an earlier run go.
+        for part in (CHECKPOINT, "preprocessing", "catalogue", "tensorboard"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.yaml").write_text(dump_run(run), encoding="utf-8")
         preprocessor.save(folder / "preprocessing")
         if catalogue is not None:
             catalogue.save(folder / "catalogue")
+    where.barrier()
 
     config = run.training
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=config.seed)
