@@ -235,7 +235,7 @@ def _print_recommendations(
     title = f"Top {len(ranked)} for user {user}" + (f" ({about})" if about else "")
     table = plain_table(title, ["#", *(str(c).replace("_", "\n") for c in ranked.columns)])
     for place, row in enumerate(ranked.itertuples(index=False), start=1):
-        table.add_row(str(place), *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(str(place), *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +40,7 @@ def evaluate_predictions(
     labels: np.ndarray,
     users: np.ndarray | None,
     popularity: np.ndarray | None,
+    ranked_tasks: Sequence[str],
 ) -> Evaluation:
     """Metrics of each task, and of the fused score beside popularity as rankings of the same impressions.
 
@@ -48,6 +49,7 @@ def evaluate_predictions(
         labels: (N, T) in the order of `tasks`.
         users: (N,) keys for GAUC, missing (NaN) where the user is not known.
         popularity: (N,) how popular each row's item was in the training split.
+        ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
     """
     by_task = {t.name: task_metrics(t, labels[:, i], predictions[t.name], users) for i, t in enumerate(tasks)}
     rules = {"fused": predictions.get("score"), "popular": popularity}
@@ -57,7 +59,7 @@ def evaluate_predictions(
             continue
         ranking[rule] = {}
         for i, task in enumerate(tasks):
-            if task.kind != "binary":
+            if task.kind != "binary" or task.name not in ranked_tasks:
                 continue
             present = ~np.isnan(labels[:, i])
             y, s = labels[present, i], scores[present]
@@ -90,9 +92,8 @@ def plain_table(title: str, columns: list[str]) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
-        box=box.SIMPLE_HEAD,
+        box=None,
         padding=(0, 2, 0, 0),
-        show_edge=False,
     )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -118,11 +119,11 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
             table.add_row(name, *cells, f"{int(metrics['count']):,}")
         console.print(table, "")
         heading = ""
-    if evaluation.ranking:
+    if any(evaluation.ranking.values()):
         rules = list(evaluation.ranking)
         kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
         headers = [f"{k.upper()} {rule}" for k in kinds for rule in rules]
         table = plain_table("The same rows ranked by the fused score and by popularity", ["event", *headers])
-        for name in (n for n in evaluation.tasks if evaluation.kinds[n] == "binary"):
+        for name in (n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]):
             table.add_row(name, *(_cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
         console.print(table)

@@ -179,8 +179,9 @@ def evaluate_rows(
     popularity = None
     if catalogue is not None and schema.item is not None:
         popularity = raw.frame[schema.item].map(catalogue.popularity).fillna(0.0).to_numpy(dtype=np.float64)
+    fused = getattr(model.output.fused_score, "tasks", ())
     return evaluate_predictions(
-        schema, model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity
+        schema, model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity, fused
     )
 
 

@@ -1,0 +1,139 @@
+"""Final metrics against scikit-learn, group by group, and where they are not defined."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, top_k_accuracy_score
+
+from mtcl_torchrec import Feature, Schema, Task
+from mtcl_torchrec.evaluation.metrics import auc, gauc, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.report import evaluate_predictions, print_evaluation, user_groups
+
+NAN = float("nan")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.sampled_from([0.1, 0.2, 0.3, 0.9]), st.sampled_from([1.0, 2.0, 3.0, NAN])),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_gauc_is_the_weighted_mean_of_the_groups_auc(rows):
+    labels, scores, groups = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    total = weight = 0.0
+    for group in {1.0, 2.0, 3.0}:
+        mine = groups == group
+        if 0 < labels[mine].sum() < mine.sum():
+            total += mine.sum() * roc_auc_score(labels[mine], scores[mine])
+            weight += mine.sum()
+    expected = total / weight if weight else NAN
+    assert gauc(labels, scores, groups) == pytest.approx(expected, nan_ok=True)
+
+
+def test_binary_metrics_are_scikit_learns_over_the_present_labels():
+    draw = np.random.default_rng(0)
+    p, y = draw.random(200), (draw.random(200) < 0.3).astype(float)
+    y[::7] = NAN
+    there = ~np.isnan(y)
+    got = task_metrics(Task.binary("a"), y, p, np.zeros(200))
+    base = y[there].mean()
+    entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
+    assert got == pytest.approx(
+        {
+            "count": there.sum(), "auc": roc_auc_score(y[there], p[there]), "gauc": roc_auc_score(y[there], p[there]),
+            "log_loss": log_loss(y[there], p[there]), "ne": log_loss(y[there], p[there]) / entropy,
+            "calibration": p[there].sum() / y[there].sum(), "base_rate": base,
+        }
+    )  # fmt: skip
+
+
+def test_always_predicting_the_base_rate_has_normalised_entropy_one():
+    y = np.array([1.0, 0, 0, 0])
+    assert task_metrics(Task.binary("a"), y, np.full(4, 0.25))["ne"] == pytest.approx(1.0)
+    classes = np.array([0.0, 0, 1, 2])
+    shares = np.tile([0.5, 0.25, 0.25], (4, 1))
+    assert task_metrics(Task.multiclass("a", 3), classes, shares)["ne"] == pytest.approx(1.0)
+
+
+def test_multiclass_metrics():
+    draw = np.random.default_rng(1)
+    p = draw.dirichlet(np.ones(8), 100)
+    y = draw.integers(0, 8, 100).astype(float)
+    y[3] = NAN
+    there = ~np.isnan(y)
+    got = task_metrics(Task.multiclass("a", 8), y, p)
+    assert got["count"] == 99
+    assert got["log_loss"] == pytest.approx(log_loss(y[there], p[there], labels=range(8)))
+    for k in (1, 5):
+        expected = top_k_accuracy_score(y[there], p[there], k=k, labels=range(8))
+        assert got[f"top{k}"] == pytest.approx(expected)
+
+
+def test_a_constant_prediction_is_no_hit():
+    got = task_metrics(Task.multiclass("a", 8), np.array([0.0, 1.0]), np.full((2, 8), 1 / 8))
+    assert got["top1"] == got["top5"] == 0
+
+
+def test_regression_metrics():
+    draw = np.random.default_rng(2)
+    y = draw.normal(size=50)
+    p = y + draw.normal(size=50)
+    got = task_metrics(Task.regression("a"), y, p)
+    assert got["mae"] == pytest.approx(mean_absolute_error(y, p))
+    assert got["r2"] == pytest.approx(r2_score(y, p))
+    assert got["mse"] == pytest.approx(((y - p) ** 2).mean())
+
+
+@pytest.mark.parametrize("labels", [[1.0, 1.0], [0.0, 0.0], [NAN, NAN], [NAN, 1.0]])
+def test_one_class_alone_has_no_auc(labels):
+    got = task_metrics(Task.binary("a"), np.array(labels), np.array([0.3, 0.6]), np.array([1.0, 1.0]))
+    assert np.isnan(got.get("auc", NAN))
+    assert np.isnan(got.get("gauc", NAN))
+    assert np.isnan(got.get("ne", NAN))
+
+
+def test_early_stopping_watches_the_mean_auc_and_leaves_out_what_is_not_defined():
+    tasks = [Task.binary("a"), Task.binary("b"), Task.multiclass("c", 3)]
+    assert mean_auc(tasks, {"a": {"auc": 0.7}, "b": {"auc": NAN}, "c": {"ne": 0.5}}) == pytest.approx(0.7)
+    assert mean_auc(tasks[2:], {"c": {"ne": 0.8}}) == pytest.approx(0.2)
+    assert np.isnan(mean_auc(tasks[:1], {"a": {"count": 0.0}}))
+
+
+def test_rankings_are_measured_by_the_events_of_the_score():
+    schema = Schema(
+        features=[Feature(name="u", group="user", encoding="index", vocabulary_size=9)],
+        tasks=[Task.binary("click"), Task.binary("helper")],
+        user="u",
+    )
+    draw = np.random.default_rng(3)
+    labels = (draw.random((60, 2)) < 0.5).astype(float)
+    scores, popularity = draw.random(60), draw.random(60)
+    predictions = {"click": scores, "helper": scores, "score": scores}
+
+    users = user_groups(schema, pd.DataFrame({"u": draw.integers(0, 4, 60)}))
+    got = evaluate_predictions(schema, schema.tasks, predictions, labels, users, popularity, ["click"])
+    assert got.ranking["fused"] == {
+        "auc click": auc(labels[:, 0], scores), "gauc click": gauc(labels[:, 0], scores, users),
+    }  # fmt: skip
+    assert got.ranking["popular"]["auc click"] == auc(labels[:, 0], popularity)
+    shown = io.StringIO()
+    print_evaluation(got, "here", Console(file=shown, width=80))
+    assert "here: 60 rows" in shown.getvalue()
+    assert "…" not in shown.getvalue()
+
+
+def test_the_unknown_user_is_no_group():
+
+    index = Feature(name="u", group="user", encoding="index", vocabulary_size=9)
+    text = Feature(name="u", group="user")
+    frame = pd.DataFrame({"u": [0, 1, 1]})
+    for feature, expected in ((index, [True, False, False]), (text, [False, False, False])):
+        schema = Schema(features=[feature], tasks=[Task.binary("a")], user="u")
+        assert np.isnan(user_groups(schema, frame)).tolist() == expected
