@@ -32,6 +32,8 @@ class MultiTaskLoss(nn.Module):
         process_group: the ranks that share a global batch; None is the default group.
     """
 
+    task_weights: torch.Tensor
+
     def __init__(
         self,
         tasks: Sequence[Task],
@@ -44,6 +46,7 @@ class MultiTaskLoss(nn.Module):
         self.l2_embedding = l2_embedding
         self.process_group = process_group
         self.last_task_losses = torch.zeros(len(self.tasks))
+        self.register_buffer("task_weights", torch.tensor([t.weight for t in self.tasks]), persistent=False)
 
     def forward(
         self, logits: Logits, pooled: Any, batch: Any
@@ -86,8 +89,7 @@ class MultiTaskLoss(nn.Module):
         labelled = present.any(1).float()
         totals, ranks = self._over_ranks(torch.cat([weights.sum(0), labelled.sum().reshape(1)]))
         per_task = torch.where(totals[:-1] > 0, ranks * sums / totals[:-1].clamp(min=1e-30), 0.0)
-        task_weights = per_task.new_tensor([task.weight for task in self.tasks])
-        loss = (task_weights * per_task).sum()
+        loss = (self.task_weights * per_task).sum()
         if self.l2_embedding:
             loss = loss + self.l2_embedding * ranks * (labelled * _squared_norms(pooled)).sum() / totals[-1].clamp(
                 min=1

@@ -38,6 +38,8 @@ class ExpertLevel(nn.Module):
         torch.Size([2, 5, 4])
     """
 
+    hidden: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -88,17 +90,24 @@ class ExpertLevel(nn.Module):
     def gate_weights(self, x: torch.Tensor, gates: list[int], experts: list[int]) -> torch.Tensor:
         """Softmax weights (len(gates), B, len(experts)) of the gates over the experts."""
         assert self.gate_weight is not None
-        weight = self.gate_weight[gates][:, experts]
+        weight = _rows_and_columns(self.gate_weight, gates, experts)
         if self.gate_reads is None:
             logits = torch.matmul(x, weight.flatten(0, 1).T).view(len(x), len(gates), len(experts)).transpose(0, 1)
         else:
             logits = torch.bmm(x[[self.gate_reads[g] for g in gates]], weight.transpose(1, 2))
-        hidden = self.hidden[gates][:, experts].unsqueeze(1)  # type: ignore[index]
+        hidden = _rows_and_columns(self.hidden, gates, experts).unsqueeze(1)
         if self.training and self.gate_dropout > 0:
             draw = torch.rand_like(logits).masked_fill(hidden, -1.0)
             luckiest = draw == draw.amax(-1, keepdim=True)  # stays where all would go
             hidden = hidden | ((draw < self.gate_dropout) & ~luckiest)
         return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
+
+
+def _rows_and_columns(matrix: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
+    """The chosen rows and columns; all of them in order cost no copy."""
+    if rows != list(range(matrix.shape[0])):
+        matrix = matrix[rows]
+    return matrix if columns == list(range(matrix.shape[1])) else matrix[:, columns]
 
 
 class Trunk(nn.Module):
