@@ -265,6 +265,13 @@ def test_seen_items_are_left_out_unless_asked_for(finished):
     assert fresh | met == set(recommender.catalogue.items["product_id"])
 
 
+def test_an_id_that_training_never_met_is_an_embedding_of_zero(finished):
+    run = FinishedRun.load(finished.folder)
+    weights = run.model.embedding_bag_collection.embedding_bags["table_user_id"].weight
+    assert (weights[0] == 0).all()
+    assert (weights[1:].abs().sum(1) > 0).all()
+
+
 def test_an_unknown_user_is_ranked_without_history(finished):
     recommender = Recommender.load(finished.folder)
     ranked = recommender.recommend("nobody", k=4)

@@ -64,6 +64,7 @@ def parallelise(
         column_wise_allowed=optimizers.tables.kind != "rowwise_adagrad",
         seed=training.seed,
         init_scale=optimizers.tables.init_scale,
+        zero_first_row=True,
     )
     return model, build_optimizer(model, optimizers.tables, optimizers.dense)
 

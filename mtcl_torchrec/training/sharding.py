@@ -114,6 +114,7 @@ def shard(
     column_wise_allowed: bool = True,
     seed: int = 0,
     init_scale: float | None = None,
+    zero_first_row: bool = False,
 ) -> DistributedModelParallel:
     """Cut the module's embedding tables over the ranks and fill them.
 
@@ -122,7 +123,7 @@ def shard(
         sharding: one of TorchRec's sharding types for every table, or ``"auto"``: the planner chooses.
         fused_tables: False keeps table gradients for an ordinary optimizer (compute kernel "dense").
         column_wise_allowed: whether the planner may cut columns (row-wise Adagrad would be another optimizer then).
-        seed, init_scale: of `fill_tables`.
+        seed, init_scale, zero_first_row: of `fill_tables`.
     """
     types = [sharding]
     if sharding == "auto":
@@ -162,7 +163,7 @@ def shard(
             plan=plan,
             sharders=sharders,
         )
-    fill_tables(model, seed=seed, scale=init_scale)
+    fill_tables(model, seed=seed, scale=init_scale, zero_first_row=zero_first_row)
     return model
 
 
@@ -183,11 +184,13 @@ def tables_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def fill_tables(model: nn.Module, *, seed: int = 0, scale: float | None = None) -> None:
+def fill_tables(model: nn.Module, *, seed: int = 0, scale: float | None = None, zero_first_row: bool = False) -> None:
     """Uniform random rows in ±scale that depend on seed, table and row alone, not on the plan or the number of ranks.
 
     Args:
         scale: None takes 1/√rows, TorchRec's own default.
+        zero_first_row: row 0 starts at zero.  Where it stands for "unknown" and training never meets one, it stays what
+            the model sees of a feature that is left out.
     """
     for name, value in tables_of(model).items():
         table, (rows, dim) = name.split(".")[-2], value.shape
@@ -203,3 +206,5 @@ def fill_tables(model: nn.Module, *, seed: int = 0, scale: float | None = None) 
                 low, high = max(row0, block * BLOCK), min(end, (block + 1) * BLOCK)
                 part = full[low - block * BLOCK : high - block * BLOCK, col0 : col0 + tensor.shape[1]]
                 tensor[low - row0 : high - row0].copy_(part)
+            if zero_first_row and row0 == 0:
+                tensor[0] = 0.0
