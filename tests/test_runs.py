@@ -265,6 +265,17 @@ def test_seen_items_are_left_out_unless_asked_for(finished):
     assert fresh | met == set(recommender.catalogue.items["product_id"])
 
 
+def test_a_column_of_user_and_item_together_is_missing_for_new_pairs(tmp_path):
+    frame = shop.log(800)
+    frame["distance"] = np.random.default_rng(0).random(800)
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    feature = "    - {name: distance, group: [user, item], kind: dense}\n    - {name: age,"
+    text = shop.RUN.replace("    - {name: age,", feature).replace("epochs: 4", "epochs: 1")
+    train_run(parse_run(text, folder=tmp_path), tmp_path / "run", device="cpu", console=quiet())
+    ranked = Recommender.load(tmp_path / "run").recommend("u3", k=3, seen=True)
+    assert np.isfinite(ranked["score"]).all()
+
+
 def test_an_id_that_training_never_met_is_an_embedding_of_zero(finished):
     run = FinishedRun.load(finished.folder)
     weights = run.model.embedding_bag_collection.embedding_bags["table_user_id"].weight

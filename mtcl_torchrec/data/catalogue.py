@@ -20,7 +20,6 @@ class Catalogue:
     Args:
         users, items: one row per user / item, the key column first.
         context: context column -> most frequent value (of a number: the median) in the training split.
-        context_values: context column -> its distinct values where they are few, for messages.
         seen: user and item columns, one row per pair in the log.
         popularity: item -> positive labels of the first binary task in the training split.
     """
@@ -28,7 +27,6 @@ class Catalogue:
     users: pd.DataFrame
     items: pd.DataFrame
     context: dict[str, Any]
-    context_values: dict[str, list[Any]]
     seen: pd.DataFrame
     popularity: pd.Series
 
@@ -53,7 +51,7 @@ class Catalogue:
             columns = [key, *(c for c, g in groups.items() if g == group and c != key)]
             return log[columns].dropna(subset=key).drop_duplicates(key, keep="last").reset_index(drop=True)
 
-        context, values = {}, {}
+        context = {}
         dense = {f.rows_from for f in schema.dense_features}
         for column in (c for c, g in groups.items() if g == "context"):
             present = train[column].dropna()
@@ -63,8 +61,6 @@ class Catalogue:
                 present = present.map(tuple)
             usual = present.median() if column in dense else present.mode().iloc[0]
             context[column] = _plain(usual)
-            distinct = present.unique()
-            values[column] = sorted((_plain(v) for v in distinct), key=str) if len(distinct) <= 50 else []
         first = next((t for t in schema.tasks if t.kind == "binary"), None)
         if first is None:
             popularity = train.groupby(schema.item).size()
@@ -74,7 +70,6 @@ class Catalogue:
             users=latest(schema.user, "user"),
             items=latest(schema.item, "item"),
             context=context,
-            context_values=values,
             seen=log[[schema.user, schema.item]].dropna().drop_duplicates().reset_index(drop=True),
             popularity=popularity.astype("float64").rename("popularity"),
         )
@@ -123,19 +118,16 @@ class Catalogue:
         self.items.to_parquet(folder / "items.parquet", index=False)
         self.seen.to_parquet(folder / "seen.parquet", index=False)
         self.popularity.reset_index().to_parquet(folder / "popularity.parquet", index=False)
-        about = {"context": self.context, "context_values": self.context_values}
-        (folder / "context.json").write_text(json.dumps(about, indent=1))
+        (folder / "context.json").write_text(json.dumps(self.context, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
         """Read what `save` wrote."""
-        about = json.loads((folder / "context.json").read_text())
         popularity = pd.read_parquet(folder / "popularity.parquet")
         return cls(
             users=pd.read_parquet(folder / "users.parquet"),
             items=pd.read_parquet(folder / "items.parquet"),
-            context=about["context"],
-            context_values=about["context_values"],
+            context=json.loads((folder / "context.json").read_text()),
             seen=pd.read_parquet(folder / "seen.parquet"),
             popularity=popularity.set_index(popularity.columns[0])["popularity"],
         )

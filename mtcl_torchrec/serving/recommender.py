@@ -61,6 +61,9 @@ class Recommender:
         frame = self.catalogue.candidates(
             user if known is None else known, self._typed_context(context or {}), seen=seen
         )
+        for feature in self.run.config.data_schema.features:
+            if feature.rows_from not in frame:
+                frame[feature.rows_from] = None  # of a user and an item together: known of logged pairs only
         scored = self.score(frame)
         item = self.run.config.data_schema.item
         assert item is not None
