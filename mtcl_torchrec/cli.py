@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 
-from mtcl_torchrec.config import dump_run, load_run, parse_run
+from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
-from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import read_rows, read_splits
+from mtcl_torchrec.data.source import read_rows
 from mtcl_torchrec.evaluation.report import plain_table, print_evaluation
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.run import FinishedRun, RunResult, evaluate_rows, train_run
-from mtcl_torchrec.training.sharding import Ranks, ranks
+from mtcl_torchrec.training.run import (
+    FinishedRun,
+    RunResult,
+    claim_run_directory,
+    evaluate_rows,
+    fresh_run_directory,
+    prepare_files,
+    train_run,
+)
+from mtcl_torchrec.training.sharding import Device, ranks
 
 app = typer.Typer(
     add_completion=False,
@@ -36,7 +42,7 @@ app = typer.Typer(
         "Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec train run.yaml**."
     ),
 )
-Device = Annotated[str, typer.Option(help="auto takes CUDA where the machine has it; or cpu, cuda.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where the machine has it; or cpu, cuda.")]
 
 
 def _console() -> Console:
@@ -50,7 +56,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Fewer or more epochs than the demo's own.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another random seed.")] = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
 
@@ -59,7 +65,8 @@ def demo(
     """
     console = _console()
     with ranks(device) as where:
-        folder = out or _fresh_folder("kuairand", where)
+        folder = out or fresh_run_directory("kuairand", where)
+        claim_run_directory(folder, where, overwrite=overwrite)
         if where.first:
             kuairand.write(folder / "data")
         where.barrier()
@@ -90,7 +97,7 @@ def train(
     run_yaml: Annotated[Path, typer.Argument(help="The run: data, schema, model, optimizers, training, fusion.")],
     out: Annotated[Path | None, typer.Option(help="Run directory; a fresh one under runs/ by default.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train what a YAML file describes; keep the best epoch; evaluate it on the validation and test split.
 
@@ -100,7 +107,7 @@ def train(
     console = _console()
     run = load_run(run_yaml)
     with ranks(device) as where:
-        folder = out or _fresh_folder(run.name, where)
+        folder = out or fresh_run_directory(run.name, where)
         result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
     if where.first:
         _show(result, console)
@@ -116,7 +123,8 @@ def evaluate(
     """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
     run = FinishedRun.load(run_dir)
     columns = run.preprocessor.columns(statistics=False)
-    raw = read_rows(data, columns)
+    raw = run.preprocessor.conform(read_rows(data, columns))
+    _note_if_unfinished(run, run_dir)
     rows = run.preprocessor.encode(raw)
     result = evaluate_rows(run.model, run.preprocessor, raw, rows, run.catalogue, batch_size=batch_size)
     print_evaluation(result, ", ".join(data), _console())
@@ -140,7 +148,9 @@ def recommend(
         if not equals or not name:
             raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
         given[name.strip()] = value.strip()
-    _print_recommendations(Recommender.load(run_dir), user, given, top, seen, _console())
+    recommender = Recommender.load(run_dir)
+    _note_if_unfinished(recommender.run, run_dir)
+    _print_recommendations(recommender, user, given, top, seen, _console())
 
 
 @app.command()
@@ -179,39 +189,13 @@ def prepare(
     `mtcl train OUT/run.yaml` then gives the same model as the original YAML without counting again.
     """
     console = _console()
-    run = load_run(run_yaml)
-    if not run.statistics:
-        raise ConfigError(f"{run_yaml}: nothing to prepare, the run has no statistics")
-    if any(block.prepared is not None for block in run.statistics):
-        raise ConfigError(f"{run_yaml}: its data is prepared already")
-    if (out / "run.yaml").exists():
-        raise ConfigError(f"{out} holds prepared files already; choose another folder")
-    preprocessor = Preprocessor(run.data_schema, run.statistics)
-    splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
-    out.mkdir(parents=True, exist_ok=True)
-    prepared = {
-        "train": preprocessor.fit_statistics(splits["train"], lambda key: console.print(f"  counted per {key}"))
-    }
-    prepared |= {name: preprocessor.with_statistics(rows) for name, rows in splits.items() if name != "train"}
-    for name, rows in prepared.items():
-        rows.frame.to_parquet(out / f"{name}.parquet", index=False)
-        console.print(f"{name}: {len(rows):,} rows, {rows.frame.shape[1]} columns", highlight=False)
-    raw = yaml.safe_load(dump_run(run))
-    raw["data"] = {name: f"{name}.parquet" for name in prepared}
-    for i, (block, described) in enumerate(zip(preprocessor.statistics, raw["statistics"], strict=True)):
-        block.save(out / f"statistics_{i}")
-        described["prepared"] = f"statistics_{i}"
-    (out / "run.yaml").write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    prepare_files(load_run(run_yaml), out, lambda text: console.print(text, highlight=False))
     console.print(f"wrote {out}; train with: mtcl train {out}/run.yaml", highlight=False, soft_wrap=True)
 
 
-def _fresh_folder(name: str, where: Ranks) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on where that one holds a run; the same on every rank."""
-    folder, number = Path("runs") / name, 1
-    while (folder / "run.yaml").exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return Path(str(where.broadcast(str(folder))))
+def _note_if_unfinished(run: FinishedRun, folder: Path) -> None:
+    if not run.finished:
+        typer.echo(f"mtcl: training of {folder} did not finish; this is its best epoch so far", err=True)
 
 
 def _show(result: RunResult, console: Console) -> None:
@@ -241,7 +225,7 @@ def _print_recommendations(
 
 def _quieten_libraries() -> None:
     """TorchRec, torch and FBGEMM warn about themselves; none of it is the user's to mend."""
-    for name in ("torchrec", "torch.fx", "torch.distributed"):
+    for name in (None, "torchrec", "torch.fx", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|fbgemm).*")
@@ -252,7 +236,7 @@ def main() -> None:
     _quieten_libraries()
     try:
         app()
-    except (ConfigError, DataError, FileExistsError, FloatingPointError) as error:
+    except (ConfigError, DataError, FloatingPointError, OSError) as error:
         for line in str(error).splitlines():
             typer.echo(f"mtcl: {line}", err=True)
         raise SystemExit(2) from None

@@ -233,7 +233,7 @@ class TrainingConfig(_Part):
     decay: Literal["none", "linear", "cosine"] = "linear"
     averaging: Fraction = 0.0
     l2_embedding: NonNegativeFloat = 0.0
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
 
@@ -269,7 +269,7 @@ class RunConfig(_Part):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    name: str = "run"
+    name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$")] = "run"
     data: DataConfig
     data_schema: Schema = Field(alias="schema")
     statistics: Annotated[list[StatisticsConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
@@ -284,6 +284,11 @@ class RunConfig(_Part):
         for name in self.fusion.weights if self.fusion else ():
             if name not in tasks:
                 raise ValueError(f"fusion.weights: no task {name!r}{nearest(name, tasks)}")
+        if self.training.sharding == "column_wise" and self.optimizers.tables.kind == "rowwise_adagrad":
+            raise ValueError(
+                "training.sharding: column_wise would make row-wise Adagrad another optimizer "
+                "(one state for each piece of a row); take adagrad, or another sharding"
+            )
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
@@ -296,6 +301,22 @@ class RunConfig(_Part):
         if self.data.log is not None and self.data_schema.time is None:
             raise ValueError("data.log needs schema.time: the log is split by time")
         return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which would let the last of two equal keys win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: a key stands there twice.
+        """
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((k for k in keys if keys.count(k) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"key {twice!r} stands there twice, line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep)
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -318,7 +339,7 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
     """The run that a YAML text describes; see `load_run`."""
     where = f"{name}: " if name else ""
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)
     except Exception as error:  # PyYAML's constructors raise what they like, such as ValueError
         raise ConfigError(f"{where}no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):

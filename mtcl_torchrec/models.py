@@ -15,7 +15,7 @@ from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, embedding_dim
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
-from mtcl_torchrec.schema import Group, Task, check_unique, nearest
+from mtcl_torchrec.schema import GROUPS, Group, Task, check_unique, nearest
 
 
 class MultiTaskTower(nn.Module):
@@ -50,10 +50,13 @@ class MultiTaskTower(nn.Module):
         self.interaction = interaction(width) if interaction else nn.Identity()
         build = getattr(trunk, "build", None)
         if build is not None:
+            if any(True for _ in trunk.parameters()):
+                raise ValueError(f"this {type(trunk).__name__} is part of a model already; make one for each model")
             build(width, len(self.tasks))
         self.trunk = trunk
         # Tasks that may see the same inputs go through the trunk together.
         self._views: list[tuple[str, list[int]]] = []
+        self._sees_all = all(set(task.inputs) == set(GROUPS) for task in self.tasks)
         for number, task in enumerate(self.tasks):
             name = "sees_" + "_".join(sorted(task.inputs))
             if not hasattr(self, name):
@@ -86,7 +89,7 @@ class MultiTaskTower(nn.Module):
         x = self.concat(dense_features, pooled)
         shared: list[torch.Tensor | None] = [None] * len(self.tasks)
         for name, numbers in self._views:
-            seen = x if len(self._views) == 1 and len(self.tasks[0].inputs) == 3 else x * getattr(self, name)
+            seen = x if self._sees_all else x * getattr(self, name)
             representations = self.trunk(self.interaction(seen), numbers)
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]

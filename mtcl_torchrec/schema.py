@@ -17,7 +17,7 @@ GROUPS: tuple[Group, ...] = ("user", "item", "context")
 
 
 def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value)) if isinstance(value, list) else value
 
 
 GroupSet = Annotated[tuple[Group, ...], BeforeValidator(_as_tuple)]
@@ -58,7 +58,7 @@ class Feature(_Declared):
             column, or a string split at `separator`) or ``"dense"`` (a number).
         vocabulary_size: rows of the embedding table, row 0 (unknown or missing) included.  May be left out
             where ``encoding="vocabulary"``: the training split decides.
-        embedding_dim: width of the embedding.
+        embedding_dim: width of the embedding, a multiple of 4.
         pooling: how the embeddings of a bag become one vector.
         encoding: how a value becomes a row: ``"index"`` (it already is an integer in
             [0, vocabulary_size)), ``"vocabulary"`` (values of the training split are numbered
@@ -105,6 +105,10 @@ class Feature(_Declared):
                 )
             if self.encoding != "vocabulary" and self.vocabulary_size is None:
                 raise ValueError(f"feature {self.name!r}: encoding {self.encoding!r} needs vocabulary_size")
+            if self.embedding_dim % 4:
+                raise ValueError(f"feature {self.name!r}: embedding_dim is a multiple of 4 (FBGEMM's kernels need it)")
+            if "@" in self.name:
+                raise ValueError(f"feature {self.name!r}: TorchRec takes no '@' in a name; use `column` to rename it")
             if self.vocabulary_size is not None and self.vocabulary_size < 2:
                 raise ValueError(f"feature {self.name!r}: vocabulary_size must be at least 2 (row 0 is 'unknown')")
         return self

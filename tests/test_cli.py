@@ -125,7 +125,7 @@ def test_prepared_data_train_the_same_model_as_raw_data(mtcl, tmp_path):
     (tmp_path / "prepared").rename(tmp_path / "moved")  # the run needs nothing of it any more
     raw, ready = (mtcl("recommend", run, "--user", "u3")[1] for run in ("raw", "ready"))
     assert raw == ready
-    assert "holds prepared files already" in one_line(mtcl("prepare", "run.yaml", "--out", "moved")[2])
+    assert "moved is not empty" in one_line(mtcl("prepare", "run.yaml", "--out", "moved")[2])
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,28 @@ def test_other_mistakes_are_one_line_too(mtcl, log, tmp_path):
     assert "nothing to prepare" in one_line(mtcl("prepare", "run.yaml", "--out", "p")[2])
     (tmp_path / "empty.csv").write_text("a,b\n")
     assert "no rows" in one_line(mtcl("init", "empty.csv")[2])
+
+
+def test_nothing_of_a_persons_own_is_overwritten(mtcl, tmp_path):
+    shop.log(300).to_parquet(tmp_path / "train.parquet", index=False)
+    shop.log(300, seed=1).to_parquet(tmp_path / "val.parquet", index=False)
+    log = "data: {log: log.parquet, val_fraction: 0.15, test_fraction: 0.15}"
+    files = "data: {train: train.parquet, val: val.parquet}"
+    (tmp_path / "run.yaml").write_text(shop.RUN.replace(log, files))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for command in (["train", "run.yaml", "--out", "."], ["prepare", "run.yaml", "--out", "."], ["demo", "--out", "."]):
+        status, _, error = mtcl(*command)
+        assert status == 2
+        assert "not empty" in one_line(error)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_wrong_devices_and_unwritable_folders_are_one_line(mtcl, tmp_path):
+    shop.log(300).to_parquet(tmp_path / "log.parquet", index=False)
+    (tmp_path / "run.yaml").write_text(shop.RUN)
+    assert mtcl("train", "run.yaml", "--device", "gpu")[0] == 2
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in one_line(mtcl("train", "run.yaml", "--device", "cpu", "--out", "file/run")[2])
 
 
 def test_torchrun_trains_one_run_on_two_ranks(tmp_path):

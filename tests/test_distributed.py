@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mtcl_torchrec import MTCL, MTCLTrain, SharedBottom, Task, WeightedMean
+from mtcl_torchrec import MTCL, PLE, MMoE, MTCLTrain, SharedBottom, SingleTask, Task, WeightedMean
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.sharding import fill_tables, local_shards, ranks, tables_of
@@ -37,7 +39,15 @@ def rows():
     return EncodedRows(torch.randn(ROWS, 2, generator=g), ("user", "item"), ids, labels, weights=weights)
 
 
-def train_module(device="meta"):
+TRUNKS = {
+    "shared_bottom": lambda: SharedBottom([8]),
+    "mmoe": lambda: MMoE(2, [8]),
+    "ple": lambda: PLE(1, 1, [8]),
+    "single_task": lambda: SingleTask([8]),
+}
+
+
+def train_module(device="meta", trunk="shared_bottom"):
     configs = [
         EmbeddingBagConfig(name="t_users", num_embeddings=200, embedding_dim=8, feature_names=["user"]),
         EmbeddingBagConfig(name="t_items", num_embeddings=30, embedding_dim=4, feature_names=["item"]),
@@ -45,7 +55,7 @@ def train_module(device="meta"):
     torch.manual_seed(7)
     ebc = EmbeddingBagCollection(tables=configs, device=torch.device(device))
     torch.manual_seed(7)
-    model = MTCL(ebc, 2, SharedBottom([8]), TASKS, WeightedMean({"click": 1.0, "rare": 1.0}), tower_layers=[4])
+    model = MTCL(ebc, 2, TRUNKS[trunk](), TASKS, WeightedMean({"click": 1.0, "rare": 1.0}), tower_layers=[4])
     return MTCLTrain(model, l2_embedding=0.01)
 
 
@@ -56,11 +66,17 @@ def optimizers(kind):
     )
 
 
-def train_on_ranks(sharding, kind, pipeline):
+def torchrec_batches(batches):
+    """TorchRec's own Batch, which knows no sample weights."""
+    for batch in batches:
+        yield Batch(batch.dense_features, batch.sparse_features, batch.labels)
+
+
+def train_on_ranks(sharding, kind, pipeline, trunk="shared_bottom", own_batch=True, averaging=0.0):
     """Train and return all parameters, losses and predictions; the same on every rank."""
     with ranks("cpu") as where:
         model, optimizer = parallelise(
-            train_module(), where, TrainingConfig(sharding=sharding, seed=3), optimizers(kind)
+            train_module(trunk=trunk), where, TrainingConfig(sharding=sharding, seed=3), optimizers(kind)
         )
         pipe = build_pipeline(model, optimizer, where.device, pipeline)
         schedule = build_schedule(optimizer, 3, STEPS, "linear")
@@ -68,11 +84,16 @@ def train_on_ranks(sharding, kind, pipeline):
         data, losses = rows(), []
         batch = GLOBAL_BATCH // where.world_size
         indices = global_batches(ROWS, batch, rank=where.rank, world_size=where.world_size, seed=(1, 2))
-        batches = iterate(data, indices)
+        batches = iterate(data, indices) if own_batch else torchrec_batches(iterate(data, indices))
+        average = WeightAverage(model, averaging) if averaging else None
         for _ in range(STEPS):
             loss, *_ = pipe.progress(batches)
             schedule.step()
+            if average is not None:
+                average.update()
             losses.append(np.mean(where.gather(loss.item())))
+        if average is not None:
+            average.swap()
         parameters = {}
         for name, value in model.state_dict().items():
             short = name.removeprefix("model.")
@@ -88,14 +109,15 @@ def train_on_ranks(sharding, kind, pipeline):
         if hasattr(pipe, "detach"):
             pipe.detach()
         predictions = predict(plain_model(model), data, batch_size=7)
-        del pipe, model, optimizer, schedule
+        del pipe, model, optimizer, schedule, average
         return parameters, losses, predictions
 
 
-def train_plainly(kind):
+def train_plainly(kind, trunk="shared_bottom", own_batch=True, averaging=0.0):
     """The reference: one process, unsharded tables, ordinary optimizers, the same global batches."""
-    module = train_module("cpu")
+    module = train_module("cpu", trunk)
     fill_tables(module, seed=3, zero_first_row=True)
+    average = WeightAverage(module, averaging) if averaging else None
     table_class = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD,
                    "adam": torch.optim.Adam}[kind]  # fmt: skip
     eps = {} if kind == "sgd" else {"eps": 1e-8}
@@ -110,7 +132,8 @@ def train_plainly(kind):
     dense = torch.optim.Adam(module.model.tower.parameters(), lr=0.01)
     starts = [[g["lr"] for g in o.param_groups] for o in (tables, dense)]
     data, losses = rows(), []
-    for step, batch in enumerate(iterate(data, global_batches(ROWS, GLOBAL_BATCH, seed=(1, 2)))):
+    batches = iterate(data, global_batches(ROWS, GLOBAL_BATCH, seed=(1, 2)))
+    for step, batch in enumerate(batches if own_batch else torchrec_batches(batches)):
         if step == STEPS:
             break
         factor = (step + 1) / 3 if step < 3 else (STEPS - step) / (STEPS - 3)
@@ -124,6 +147,10 @@ def train_plainly(kind):
         tables.step()
         dense.step()
         losses.append(loss.item())
+        if average is not None:
+            average.update()
+    if average is not None:
+        average.swap()
     parameters = {n.removeprefix("model."): p.detach().numpy() for n, p in module.state_dict().items()}
     return parameters, losses, predict(module.model, data)
 
@@ -151,6 +178,19 @@ def test_ranks_and_sharding_change_nothing(world_size, sharding, kind, pipeline)
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
         for name, value in expected_predictions.items():
             np.testing.assert_allclose(predictions[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "own_batch", "averaging"),
+    [("mmoe", True, 0.0), ("ple", False, 0.0), ("single_task", True, 0.0), ("shared_bottom", True, 0.7)],
+)
+def test_every_trunk_batch_and_average_is_the_same_on_two_ranks(trunk, own_batch, averaging):
+    expected, expected_losses, _ = train_plainly("rowwise_adagrad", trunk, own_batch, averaging)
+    options = (trunk, own_batch, averaging)
+    for parameters, losses, _ in run_ranks(train_on_ranks, 2, "auto", "rowwise_adagrad", "sparse_dist", *options):
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        for name, value in expected.items():
+            np.testing.assert_allclose(parameters[name], value, atol=2e-5, err_msg=name)
 
 
 def test_tables_move_and_untouched_rows_do_not():

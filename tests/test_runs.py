@@ -1,6 +1,9 @@
 """Whole runs through the public entry points: every trunk, optimizer and option trains, is stored and recommends."""
 
 import json
+import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +13,7 @@ import torch
 from ranks import run_ranks
 from rich.console import Console
 
-from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.config import dump_run, load_run, parse_run
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, split_by_time
 from mtcl_torchrec.schema import ConfigError, DataError
@@ -33,13 +36,7 @@ def configured(data, changes=()):
         for parent in parents:
             at = getattr(at, parent)
         setattr(at, last, value)
-    return parse_run(_dump(run))
-
-
-def _dump(run):
-    from mtcl_torchrec.config import dump_run
-
-    return dump_run(run)
+    return parse_run(dump_run(run))
 
 
 def quiet():
@@ -218,6 +215,105 @@ def test_early_stopping_keeps_the_best_epoch(data, tmp_path):
     assert result.evaluations["val"].tasks["click"]["auc"] == pytest.approx(
         history.epochs[history.best_epoch - 1]["click"]["auc"], abs=1e-6
     )
+
+
+def test_where_validation_has_one_class_only_the_newest_epoch_is_kept_and_nothing_stops(data, tmp_path):
+    frame = shop.log(600)
+    frame.loc[400:, ["click", "buy"]] = 0
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    run = parse_run(shop.RUN.replace("patience: 0", "patience: 1"), folder=tmp_path)
+    history = train_run(run, tmp_path / "run", device="cpu", console=quiet()).history
+    assert not history.stopped_early
+    assert history.best_epoch == len(history.epochs) == 4
+
+
+# ---------------------------------------------------------------- what stands on disk
+
+
+@pytest.fixture
+def stored(finished, tmp_path):
+    """A copy of the finished run that a test may spoil."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "run"))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_unread(stored, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    (stored / "checkpoint/.metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match="a checkpoint may not hold"):
+        FinishedRun.load(stored)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("broken", ["checkpoint/.metadata", "preprocessing/encoder/encoder.json"])
+def test_a_damaged_run_directory_is_one_clear_error(stored, broken):
+    content = (stored / broken).read_bytes()
+    (stored / broken).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"no readable checkpoint|is damaged"):
+        FinishedRun.load(stored)
+
+
+def test_a_crash_while_a_checkpoint_is_replaced_leaves_the_one_before(stored, finished):
+    (stored / "checkpoint").rename(stored / "checkpoint.old")
+    (stored / "checkpoint.writing").mkdir()
+    pd.testing.assert_frame_equal(
+        Recommender.load(stored).recommend("u3"), Recommender.load(finished.folder).recommend("u3")
+    )
+
+
+def test_ids_that_a_file_format_reads_as_another_kind_mean_the_same(tmp_path):
+    """Text in Parquet, numbers in CSV: the statistics and the popularity must find them all the same."""
+    frame = shop.log(1200)
+    frame["user_id"], frame["product_id"] = frame["user_id"].str[1:], frame["product_id"].str[1:]
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 1"), folder=tmp_path)
+    train_run(run, tmp_path / "run", device="cpu", console=quiet())
+    read_back = FinishedRun.load(tmp_path / "run")
+    later = frame.tail(300).drop(columns="topics").assign(topics="book")
+    later.to_parquet(tmp_path / "later.parquet", index=False)
+    later.to_csv(tmp_path / "later.csv", index=False)
+    raw = [read_back.preprocessor.conform(read_rows([str(tmp_path / f"later.{e}")])) for e in ("parquet", "csv")]
+    one, other = (read_back.preprocessor.encode(rows) for rows in raw)
+    torch.testing.assert_close(one.dense, other.dense)
+    assert torch.equal(one.ids, other.ids)
+    popularity = [rows.frame["product_id"].map(read_back.catalogue.popularity) for rows in raw]
+    assert popularity[0].notna().all()
+    np.testing.assert_array_equal(popularity[0], popularity[1])
+
+
+def test_weights_edited_in_the_runs_own_yaml_change_the_ranking(stored):
+    edited = parse_run((stored / "run.yaml").read_text())
+    edited.fusion.weights.update({"click": 0.0, "buy": 0.0, "taste": 1.0, "stars": 0.0})
+    (stored / "run.yaml").write_text(dump_run(edited))
+    ranked = Recommender.load(stored).recommend("u3", k=5, seen=True)
+    np.testing.assert_allclose(ranked["score"], ranked["taste"], atol=1e-6)
+
+
+def test_the_runs_own_yaml_finds_the_data_again(finished):
+    assert len(read_rows(load_run(finished.folder / "run.yaml").data.log)) == 3000
+
+
+def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
+    (tmp_path / "mine/catalogue").mkdir(parents=True)
+    (tmp_path / "mine/run.yaml").write_text("# my comments")
+    with pytest.raises(FileExistsError, match="is not empty and no run directory"):
+        trained(data, tmp_path / "mine")
+    assert (tmp_path / "mine/run.yaml").read_text() == "# my comments"
+    assert (tmp_path / "mine/catalogue").is_dir()
+
+
+def test_a_configuration_that_cannot_be_built_leaves_an_earlier_run_alone(data, stored):
+    run = configured(data)
+    features = tuple(
+        f.model_copy(update={"encoding": "hash", "vocabulary_size": 10**12}) if f.name == "user_id" else f
+        for f in run.data_schema.features
+    )
+    run.data_schema = run.data_schema.model_copy(update={"features": features})
+    with pytest.raises(ConfigError, match="fit on no plan"):
+        train_run(run, stored, overwrite=True, device="cpu", console=quiet())
+    assert len(Recommender.load(stored).recommend("u3", k=3)) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_task_named(data, tmp_path):

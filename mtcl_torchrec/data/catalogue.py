@@ -65,7 +65,8 @@ class Catalogue:
         if first is None:
             popularity = train.groupby(schema.item).size()
         else:
-            popularity = train.groupby(schema.item)[first.label_column].sum()
+            labels = pd.to_numeric(train[first.label_column], errors="coerce")
+            popularity = labels.groupby(train[schema.item]).sum()
         return cls(
             users=latest(schema.user, "user"),
             items=latest(schema.item, "item"),
@@ -78,7 +79,7 @@ class Catalogue:
         """One row per item for a user in a context, with all input columns.
 
         Args:
-            user: key of a known user; any other has every user column missing.
+            user: key of a known user; any other is a user of whom nothing is known.
             context: overrides of the usual context.
             seen: whether items the user has already met are offered too.
 
@@ -98,7 +99,7 @@ class Catalogue:
         rows = items.reset_index(drop=True)
         about = self.users[(self.users[key] == user).fillna(False).to_numpy(dtype=bool)]
         for column in self.users.columns:
-            value = about[column].iloc[0] if len(about) else (user if column == key else None)
+            value = about[column].iloc[0] if len(about) else None
             filled = pd.Series([value] * len(rows), index=rows.index)
             rows[column] = filled.astype(self.users[column].dtype) if len(about) else filled
         for column, usual in self.context.items():

@@ -152,11 +152,12 @@ def _text(
     doubtful: Sequence[str],
     left_out: Sequence[str],
 ) -> str:
+    name = re.sub(r"[^\w-]+", "_", Path(paths[0]).stem).strip("_") or "run"
     log = f"[{', '.join(map(_plain, paths))}]" if len(paths) > 1 else _plain(paths[0])
     lines = [
         f"# A first guess from {len(rows):,} rows of {', '.join(Path(p).name for p in paths)}; read it first:",
         "# `mtcl train` refuses keys it does not know, and names the row of any value that does not fit.",
-        f"name: {_plain(Path(paths[0]).stem)}",
+        f"name: {_plain(name)}",
         "",
     ]
     if time is not None:

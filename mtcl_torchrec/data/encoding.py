@@ -78,6 +78,8 @@ class FeatureEncoder:
             if task.kind == "multiclass" and task.num_classes is None:
                 assert task.item_class is not None
                 rows = self.num_embeddings(features[task.item_class].table_name)
+                if rows < 2:
+                    raise DataError(f"task {task.name!r}: column {task.item_class!r} holds no class at all")
                 task = task.model_copy(update={"num_classes": rows})
             if task.name in self._label_scale:
                 mean, std = self._label_scale[task.name]
@@ -118,12 +120,12 @@ class FeatureEncoder:
         parts = []
         for feature in features:
             column = _column(rows, feature.rows_from)
-            parts.append(_split_bag(feature, column)[0] if feature.kind == "bag" else _canonical(column))
+            parts.append(_split_bag(feature, column)[0] if feature.kind == "bag" else canonical(column))
         if len({pd.api.types.is_numeric_dtype(part) for part in parts if part.notna().any()}) > 1:
-            parts = [_text(part) for part in parts]
+            parts = [as_text(part) for part in parts]
         values = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
         if pd.api.types.infer_dtype(values, skipna=True).startswith("mixed"):
-            values = _text(values)
+            values = as_text(values)
         counts = values.dropna().value_counts()
         known = counts.index[counts.to_numpy() >= features[0].min_count]
         known = pd.Index(sorted(known)) if not known.empty else known
@@ -153,7 +155,8 @@ class FeatureEncoder:
             feature = features[key]
             column = _column(rows, feature.rows_from)
             if feature.kind == "id":
-                ids.append(self._row_numbers(feature, _canonical(column), rows))
+                _refuse_lists(rows, feature.rows_from)
+                ids.append(self._row_numbers(feature, canonical(column), rows))
             else:
                 values, lengths = _split_bag(feature, column)
                 owner = np.repeat(np.arange(len(rows)), lengths)
@@ -180,7 +183,7 @@ class FeatureEncoder:
             vocabulary = self._vocabularies[feature.table_name]
             return vocabulary.get_indexer(pd.Index(_like(values, vocabulary))).astype(np.int64) + 1
         if feature.encoding == "hash":
-            hashed = pd.util.hash_array(_text(values).to_numpy(dtype=object)) % np.uint64(size - 1)
+            hashed = pd.util.hash_array(as_text(values).to_numpy(dtype=object)) % np.uint64(size - 1)
             return np.where(missing, 0, hashed.astype(np.int64) + 1)
         plain = pd.to_numeric(values, errors="coerce").astype("Float64")
         numbers = plain.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -226,7 +229,8 @@ class FeatureEncoder:
         """A multiclass label as the row that the item's own class would have; row 0, unknown, is no label."""
         own = next(f for f in self.schema.sparse_features if f.name == task.item_class)
         feature = own.model_copy(update={"column": task.label_column})
-        numbers = self._row_numbers(feature, _canonical(_column(rows, feature.rows_from)), rows)
+        _refuse_lists(rows, feature.rows_from)
+        numbers = self._row_numbers(feature, canonical(_column(rows, feature.rows_from)), rows)
         if task.num_classes is not None:
             _refuse(rows, numbers >= task.num_classes, feature.rows_from,
                     f"its row lies outside the {task.num_classes} classes of task {task.name!r}")  # fmt: skip
@@ -269,7 +273,14 @@ def _column(rows: Rows, column: str) -> pd.Series:
     return rows.frame[column]
 
 
-def _canonical(values: pd.Series) -> pd.Series:
+def _refuse_lists(rows: Rows, column: str) -> None:
+    values = _column(rows, column)
+    if values.dtype == object:
+        lists = values.map(lambda v: isinstance(v, (list, tuple, np.ndarray))).to_numpy(dtype=bool)
+        _refuse(rows, lists, column, "one value is expected; a column of lists is kind: bag")
+
+
+def canonical(values: pd.Series) -> pd.Series:
     """Ids in their own kind again: a reader turns them into floats or objects where some are missing."""
     if isinstance(values.dtype, pd.CategoricalDtype):
         categories, codes = values.cat.categories, values.cat.codes.to_numpy()
@@ -289,7 +300,7 @@ def _canonical(values: pd.Series) -> pd.Series:
     return values
 
 
-def _text(values: pd.Series) -> pd.Series:
+def as_text(values: pd.Series) -> pd.Series:
     """Values as text, the same for 5, 5.0 and "5"; missing ones stay missing."""
     if isinstance(values.dtype, pd.StringDtype):
         return values
@@ -310,7 +321,7 @@ def _like(values: pd.Series, vocabulary: pd.Index) -> pd.Series:
         present = pd.to_numeric(values[values.notna()], errors="coerce")
         return present.convert_dtypes().reindex(values.index)
     textual = pd.api.types.infer_dtype(vocabulary) == "string"
-    return _text(values) if textual else values
+    return as_text(values) if textual else values
 
 
 def _split_bag(feature: Feature, column: pd.Series) -> tuple[pd.Series, np.ndarray]:
@@ -326,10 +337,10 @@ def _split_bag(feature: Feature, column: pd.Series) -> tuple[pd.Series, np.ndarr
         # A file in which no row has two values is read as plain numbers: bags of one.
         return [] if pd.isna(row) else [row]
 
-    lists = [parts(row) for row in _canonical(column).tolist()]
+    lists = [parts(row) for row in canonical(column).tolist()]
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     values = list(chain.from_iterable(lists))
-    return _canonical(pd.Series(values, dtype=None if values else object)), lengths
+    return canonical(pd.Series(values, dtype=None if values else object)), lengths
 
 
 def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
@@ -363,7 +374,7 @@ def _unmasked(rows: Rows, task: Task) -> np.ndarray:
 
 
 def _numbers(rows: Rows, column: str, what: str) -> np.ndarray:
-    values = _canonical(_column(rows, column))
+    values = canonical(_column(rows, column))
     if not pd.api.types.is_numeric_dtype(values):
         if pd.api.types.is_datetime64_any_dtype(values) or values.dtype.kind == "m":
             raise DataError(f"{rows.name}: column {column!r} holds times, no numbers ({what})")

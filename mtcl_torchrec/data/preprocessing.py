@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pandas as pd
 
 from mtcl_torchrec.config import StatisticsConfig
 from mtcl_torchrec.data.batch import EncodedRows
-from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.encoding import FeatureEncoder, as_text, canonical
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.statistics import CausalStatistics, Progress, _quiet
-from mtcl_torchrec.schema import ConfigError, Group, Schema, nearest
+from mtcl_torchrec.data.statistics import CausalStatistics, Progress, quiet
+from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema, nearest
 
 
 class Preprocessor:
@@ -44,7 +45,11 @@ class Preprocessor:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"statistics: {name} is computed twice")
+        for feature in schema.features:
+            if feature.name in names:
+                raise ConfigError(f"feature {feature.name!r} has the name of a column that the statistics compute")
         self.encoder = FeatureEncoder(schema)
+        self._is_text: dict[str, bool] = {}
 
     @property
     def schema(self) -> Schema:
@@ -68,7 +73,7 @@ class Preprocessor:
                 columns += computed.columns() if block.prepared is not None else [*block.outcomes, *block.given]
         return list(dict.fromkeys(columns))
 
-    def fit(self, rows: Rows, progress: Progress = _quiet) -> EncodedRows:
+    def fit(self, rows: Rows, progress: Progress = quiet) -> EncodedRows:
         """Learn from the training split and encode it, each row with what was known before it.
 
         Raises:
@@ -79,8 +84,12 @@ class Preprocessor:
         self.encoder = FeatureEncoder(self.declared.model_copy(update={"features": (*self.declared.features, *extra)}))
         return self.encoder.fit(rows).encode(rows)
 
-    def fit_statistics(self, rows: Rows, progress: Progress = _quiet) -> Rows:
+    def fit_statistics(self, rows: Rows, progress: Progress = quiet) -> Rows:
         """The training rows with the statistics' causal columns, unless they have them already."""
+        for column in self._keys():
+            if rows.frame[column].map(lambda v: hasattr(v, "__len__") and not isinstance(v, str)).any():
+                raise DataError(f"{rows.name}: column {column!r} holds lists, which name no user, item or key")
+            self._is_text[column] = not pd.api.types.is_numeric_dtype(canonical(rows.frame[column]))
         computed = [
             block.fit_transform(rows.frame, progress)
             for block, config in zip(self.statistics, self.config, strict=True)
@@ -88,12 +97,30 @@ class Preprocessor:
         ]
         return Rows(pd.concat([rows.frame, *computed], axis=1), rows.files, rows.starts)
 
+    def _keys(self) -> list[str]:
+        """The columns whose values are compared with those of the training split."""
+        columns = [self.declared.user, self.declared.item, *(c for b in self.config for key in b.keys for c in key)]
+        return [c for c in dict.fromkeys(columns) if c is not None]
+
+    def conform(self, rows: Rows) -> Rows:
+        """Later rows with users, items and keys in the kind (text or number) that the training split had.
+
+        A file format may change it: ids that are text in Parquet are read from CSV as numbers.
+        """
+        changed = {}
+        for column, is_text in self._is_text.items():
+            values = canonical(rows.frame[column]) if column in rows.frame else None
+            if values is not None and is_text == pd.api.types.is_numeric_dtype(values):
+                changed[column] = as_text(values) if is_text else canonical(pd.to_numeric(values, errors="coerce"))
+        return Rows(rows.frame.assign(**changed), rows.files, rows.starts) if changed else rows
+
     def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
         """Encode later rows; the statistics stand as they were at the end of the training split."""
         return self.encoder.encode(self.with_statistics(rows), with_labels=with_labels)
 
     def with_statistics(self, rows: Rows) -> Rows:
         """Later rows with the statistics' columns, unless they have them already."""
+        rows = self.conform(rows)
         there = set(rows.frame.columns)
         computed = [block.transform(rows.frame) for block in self.statistics if not set(block.columns()) <= there]
         return Rows(pd.concat([rows.frame, *computed], axis=1), rows.files, rows.starts)
@@ -102,6 +129,7 @@ class Preprocessor:
         """Store vocabularies, scales and statistics."""
         folder.mkdir(parents=True, exist_ok=True)
         self.encoder.save(folder / "encoder")
+        (folder / "keys.json").write_text(json.dumps(self._is_text, indent=1))
         for i, block in enumerate(self.statistics):
             block.save(folder / f"statistics_{i}")
 
@@ -111,6 +139,7 @@ class Preprocessor:
         # What was prepared elsewhere is stored with the run like all else.
         self = cls(schema, [block.model_copy(update={"prepared": None}) for block in statistics])
         self.encoder = FeatureEncoder.load(folder / "encoder")
+        self._is_text = json.loads((folder / "keys.json").read_text())
         self.statistics = [CausalStatistics.load(folder / f"statistics_{i}") for i in range(len(statistics))]
         return self
 

@@ -22,8 +22,8 @@ from mtcl_torchrec.schema import DataError, Feature, Group
 Progress = Callable[[str], None]
 
 
-def _quiet(_: str) -> None:
-    return None
+def quiet(_: str) -> None:
+    """Progress that nobody sees."""
 
 
 def earlier_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray, last: int | None = None) -> np.ndarray:
@@ -191,7 +191,8 @@ class CausalStatistics:
 
     Args:
         keys: each one a list of columns.
-        outcomes: numeric columns; a missing value (NaN) counts neither as a hit nor as a miss.
+        outcomes: numeric columns; a missing value (NaN) counts neither as a hit nor as a miss.  They must
+            be known at the row's own time: what only later rows tell (did the user come back?) would leak from them.
         time: the time column.
         smoothing: pseudo-count of the prior.
         smoothing_of: outcome -> pseudo-count of its own.
@@ -260,7 +261,7 @@ class CausalStatistics:
                 features.append(Feature.model_validate(feature))
         return tuple(features)
 
-    def fit_transform(self, frame: pd.DataFrame, progress: Progress = _quiet) -> pd.DataFrame:
+    def fit_transform(self, frame: pd.DataFrame, progress: Progress = quiet) -> pd.DataFrame:
         """Learn the totals of the training split and return its causal columns.
 
         Args:

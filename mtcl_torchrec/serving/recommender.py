@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,8 @@ class Recommender:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        known = self.catalogue.known_user(str(user))
-        frame = self.catalogue.candidates(
-            user if known is None else known, self._typed_context(context or {}), seen=seen
-        )
+        known = self.catalogue.known_user(str(user))  # None: a user without history
+        frame = self.catalogue.candidates(known, self._typed_context(context or {}), seen=seen)
         for feature in self.run.config.data_schema.features:
             if feature.rows_from not in frame:
                 frame[feature.rows_from] = None  # of a user and an item together: known of logged pairs only
@@ -87,11 +86,25 @@ class Recommender:
         for name, value in context.items():
             if name not in self.catalogue.context:
                 raise DataError(f"no context column {name!r}{nearest(name, self.catalogue.context)}")
-            usual = self.catalogue.context[name]
-            if isinstance(value, str) and isinstance(usual, (int, float)):
-                try:
-                    value = type(usual)(float(value))
-                except ValueError:
-                    raise DataError(f"context {name} = {value!r} is no number") from None
-            typed[name] = value
+            typed[name] = _like(self.catalogue.context[name], value, name) if isinstance(value, str) else value
         return typed
+
+
+def _like(usual: Any, text: str, name: str) -> Any:
+    """A context value given as text, in the kind of value that the log has."""
+    if isinstance(usual, bool):
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise DataError(f"context {name} = {text!r} is neither true nor false")
+        return words[text.lower()]
+    if not isinstance(usual, (int, float)):
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"context {name} = {text!r} is no number")
+    if isinstance(usual, int) and number != int(number):
+        raise DataError(f"context {name} = {text!r} is no whole number")
+    return type(usual)(number)

@@ -141,7 +141,8 @@ def fit(
         metrics = _validate(plain, val_rows, labels, val_users, config.eval_batch_size, where)
         value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)
         history.epochs.append(metrics)
-        best = value > history.best_auc or history.best_epoch == 0
+        # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
+        best = not value <= history.best_auc
         if best:
             history.best_auc, history.best_epoch = value, epoch
             keep()
@@ -151,7 +152,8 @@ def fit(
         progress.epoch(
             step=step, scalars=scalars, line=_epoch_line(epoch, config.epochs, metrics, value, best, history)
         )
-        if config.patience and epoch - history.best_epoch >= config.patience and epoch < config.epochs:
+        patience_over = config.patience and epoch - history.best_epoch >= config.patience
+        if patience_over and not np.isnan(value) and epoch < config.epochs:
             history.stopped_early = True
             progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
             break

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,13 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from mtcl_torchrec.schema import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills
 
 
@@ -63,7 +68,7 @@ class Ranks:
 
 
 @contextmanager
-def ranks(device: str = "auto") -> Iterator[Ranks]:
+def ranks(device: Device = "auto") -> Iterator[Ranks]:
     """The process group of a run: that of ``torchrun`` where there is one, else of this process alone.
 
     NCCL on CUDA, gloo otherwise.  A process group that already exists is used and left alone.  Leave the block with
@@ -72,7 +77,12 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
 
     Args:
         device: ``"auto"`` (CUDA where the machine has it), ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this machine, or its build of torch, has none")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     own = not dist.is_initialized()
     if own:
@@ -94,6 +104,17 @@ def ranks(device: str = "auto") -> Iterator[Ranks]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _without_warnings(logger: str) -> Iterator[None]:
+    """TorchRec's planner warns of a topology that is given by hand, as documented."""
+    before = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(before)
 
 
 class RowWiseOnCpuSharder(EmbeddingBagCollectionSharder):
@@ -139,7 +160,7 @@ def shard(
         for config in ebc.embedding_bag_configs()
     }
     sharders = [RowWiseOnCpuSharder()]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_warnings("torchrec.distributed.planner"):
         warnings.simplefilter("ignore", FutureWarning)
         planner = EmbeddingShardingPlanner(
             topology=Topology(
@@ -150,7 +171,11 @@ def shard(
             storage_reservation=FixedPercentageStorageReservation(0.15),
             constraints=constraints,
         )
-        plan = planner.collective_plan(module, sharders, dist.group.WORLD)
+        try:
+            plan = planner.collective_plan(module, sharders, dist.group.WORLD)
+        except PlannerError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"the embedding tables fit on no plan for {where.world_size} ranks: {reason}") from None
         if not fused_tables:
             # The planner offers sharded tables fused kernels only; the unfused one takes the same cuts.
             for tables in plan.plan.values():
