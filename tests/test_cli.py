@@ -156,6 +156,7 @@ def test_a_mistake_is_one_line_and_no_traceback(mtcl, tmp_path, change, says):
     status, _, error = mtcl("train", "run.yaml", "--device", "cpu")
     assert status == 2
     assert says in one_line(error)
+    assert not list(tmp_path.glob("runs/*"))  # a run that never began leaves nothing behind
 
 
 def test_other_mistakes_are_one_line_too(mtcl, log, tmp_path):

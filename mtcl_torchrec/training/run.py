@@ -74,7 +74,12 @@ def train_run(
     console = console or Console()
     with ranks(device) as where:
         claim_run_directory(folder, where, overwrite=overwrite)
-        return _train(run, folder, where, console)
+        try:
+            return _train(run, folder, where, console)
+        except BaseException:
+            if where.first and [p.name for p in folder.iterdir()] == [MARKER]:
+                shutil.rmtree(folder)  # nothing came of it
+            raise
 
 
 def claim_run_directory(folder: Path, where: Ranks, *, overwrite: bool = False) -> None:
