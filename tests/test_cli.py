@@ -109,6 +109,28 @@ def test_init_copes_with_odd_names_and_columns(mtcl, tmp_path):
     assert mtcl("train", "run.yaml", "--device", "cpu")[0] == 0
 
 
+def test_init_takes_no_outcome_for_an_input_and_weighs_a_skip_down(mtcl, tmp_path):
+    frame = shop.log(900).drop(columns="stars").rename(columns={"click": "finale_seen", "buy": "skipped"})
+    frame["saved"] = (frame["price"] > 30).astype(int) * frame["finale_seen"]
+    frame["time"] = pd.to_datetime(frame["time"], unit="s").dt.strftime("%Y-%m-%dT%H:%M:%S")
+    frame["genres"] = frame["topics"].map("|".join)
+    frame.drop(columns=["topics", "product_id"]).to_parquet(tmp_path / "log.parquet", index=False)
+    status, text, _ = mtcl("init", "log.parquet")
+    assert status == 0
+    drafted = yaml.safe_load(text)
+    features = {f["name"]: f for f in drafted["schema"]["features"]}
+    # An outcome of unknown name is no input; it stands there as a comment with a warning.
+    assert "finale_seen" not in features
+    assert "# - {name: finale_seen" in text
+    assert [t["name"] for t in drafted["schema"]["tasks"]] == ["skipped", "saved"]
+    assert drafted["fusion"]["weights"]["skipped"] < 0 < drafted["fusion"]["weights"]["saved"]
+    assert drafted["schema"]["time"] == "time"
+    assert features["genres"]["kind"] == "bag"
+    assert "No item column was found" in text
+    (tmp_path / "run.yaml").write_text(text.replace("epochs: 10", "epochs: 1"))
+    assert mtcl("train", "run.yaml", "--device", "cpu")[0] == 0
+
+
 def test_prepared_data_train_the_same_model_as_raw_data(mtcl, tmp_path):
     shop.log().to_parquet(tmp_path / "log.parquet", index=False)
     (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 4", "epochs: 1"))

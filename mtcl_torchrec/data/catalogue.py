@@ -88,7 +88,8 @@ class Catalogue:
         """
         for column in context:
             if column not in self.context:
-                raise DataError(f"no context column {column!r}{nearest(column, self.context)}")
+                there = ", ".join(self.context) or "none"
+                raise DataError(f"no context column {column!r}{nearest(column, self.context)}; there are: {there}")
         key, item = self.seen.columns
         items = self.items
         if not seen:

@@ -18,13 +18,17 @@ USER_NAMES = ("user_id", "userid", "uid", "user", "customer_id", "member_id", "v
 ITEM_NAMES = (
     "item_id", "itemid", "iid", "item", "video_id", "product_id", "movie_id", "article_id", "news_id", "ad_id",
     "song_id", "track_id", "book_id", "course_id", "post_id", "sku",
+    "song", "track", "video", "product", "movie", "article", "book", "course", "post",
 )  # fmt: skip
 TIME_NAMES = ("time", "timestamp", "ts", "time_ms", "event_time", "datetime", "date", "created_at", "unix_time")
 EVENT_WORDS = (
     "click", "like", "view", "buy", "purchase", "order", "cart", "pay", "follow", "share", "forward", "comment", "hate",
     "hide", "report", "finish", "enrol", "book", "install", "convert", "conversion", "label", "save", "favorite",
-    "skip", "enter", "target", "rated",
+    "skip", "enter", "target", "rated", "play", "listen", "watch", "complete", "subscribe", "dislike", "block",
 )  # fmt: skip
+
+
+UNWANTED_WORDS = ("hate", "hide", "report", "skip", "dislike", "block", "unfollow", "unsubscribe", "refund", "return")
 
 
 def draft_run(
@@ -70,12 +74,14 @@ def draft_run(
     for column in names:
         if column in (time, *events):
             continue
-        if pd.api.types.is_datetime64_any_dtype(frame[column]) or frame[column].isna().all():
+        if _is_timestamp(frame[column]) or frame[column].isna().all():
             left_out.append(column)  # a second time, or nothing at all
             continue
         group = "user" if column == user else "item" if column == item else _group(frame, column, user, item)
         line = _feature_line(frame[column], column, group)
-        (doubtful if group is None else features).append(line)
+        # A 0/1 column that differs from row to row may be an outcome under any name.
+        outcome = group is None or (group == "context" and _is_binary(frame[column]))
+        (doubtful if outcome else features).append(line)
     if not features:
         raise DataError(f"{rows.name}: found no input column beside the labels")
     return _text(written_as or paths, rows, user, item, time, events, frame, features, doubtful, left_out)
@@ -87,7 +93,17 @@ def _named(names: Sequence[str], usual: Sequence[str]) -> str | None:
 
 
 def _first_timestamp(frame: pd.DataFrame) -> str | None:
-    return next((str(c) for c in frame if pd.api.types.is_datetime64_any_dtype(frame[c])), None)
+    return next((str(c) for c in frame if _is_timestamp(frame[c])), None)
+
+
+def _is_timestamp(column: pd.Series) -> bool:
+    """Whether it holds times, also as ISO text."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return True
+    sample = column.dropna().head(100)
+    if sample.empty or not sample.map(lambda v: isinstance(v, str) and re.match(r"\d{4}-\d{2}-\d{2}", v)).all():
+        return False
+    return bool(pd.to_datetime(sample, errors="coerce", format="ISO8601", utc=True).notna().all())
 
 
 def _is_binary(column: pd.Series) -> bool:
@@ -129,6 +145,10 @@ def _feature_line(column: pd.Series, name: str, group: str | None) -> str:
     start = f"{{name: {_plain(name)}, group: {group or 'context'}, "
     if _is_list(column):
         return start + "kind: bag, embedding_dim: 16, min_count: 2}"
+    if not pd.api.types.is_numeric_dtype(column):
+        sample = column.dropna().head(1000)
+        if len(sample) and sample.map(lambda v: isinstance(v, str) and "|" in v).mean() > 0.2:
+            return start + 'kind: bag, separator: "|", embedding_dim: 16, min_count: 2}'
     distinct = column.nunique()
     named_id = name.lower().endswith("id")
     is_float = pd.api.types.is_float_dtype(column) and not named_id
@@ -175,6 +195,11 @@ def _text(
             f"  train: {log}",
             f"  val: {log}   # CHANGE THIS: rows that the model was trained on prove nothing",
         ]
+    if item is None:
+        lines += [
+            "",
+            "# No item column was found; `mtcl recommend` needs one: name it below, or call init with --item.",
+        ]
     lines += ["", "schema:"]
     for name, column, why in (
         ("user", user, "who it is about: GAUC, recommend --user"),
@@ -213,7 +238,7 @@ def _text(
             f"  outcomes: [{', '.join(map(_plain, events))}]",
             "  smoothing: 20",
         ]
-    weights = ", ".join(f"{_plain(_task_name(e))}: {_weight(frame[e].mean())}" for e in events)
+    weights = ", ".join(f"{_plain(_task_name(e))}: {_weight(e, frame[e].mean())}" for e in events)
     lines += [
         "",
         "model:",
@@ -232,7 +257,7 @@ def _text(
         "  patience: 2        # stop after so many epochs without a better mean validation AUC",
         "",
         "# The score that ranks.  Here a task weighs the more the rarer its event; put your own values of an event in.",
-        "# A negative weight lowers the score (a report, a hide).",
+        "# A negative weight lowers the score (a report, a skip).",
         "fusion:",
         f"  weights: {{{weights}}}",
     ]
@@ -249,5 +274,7 @@ def _task_name(column: str) -> str:
     return column.removeprefix("is_") or column
 
 
-def _weight(rate: float) -> float:
-    return float(f"{min(1 / max(rate, 1e-3), 100):.2g}")
+def _weight(event: str, rate: float) -> float:
+    """The rarer, the more; below 0 for what a user would rather not have seen."""
+    sign = -1 if any(word in event.lower() for word in UNWANTED_WORDS) else 1
+    return sign * float(f"{min(1 / max(rate, 1e-3), 100):.2g}")

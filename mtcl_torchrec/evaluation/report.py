@@ -94,6 +94,7 @@ def plain_table(title: str, columns: list[str]) -> Table:
         title_style="bold",
         box=None,
         padding=(0, 2, 0, 0),
+        pad_edge=False,
     )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -123,7 +124,8 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         rules = list(evaluation.ranking)
         kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
         headers = [f"{k.upper()} {rule}" for k in kinds for rule in rules]
-        table = plain_table("The same rows ranked by the fused score and by popularity", ["event", *headers])
+        title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
+        table = plain_table(title, ["event", *headers])
         for name in (n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]):
             table.add_row(name, *(_cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
         console.print(table)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from mtcl_torchrec.data.batch import global_batches, iterate
-from mtcl_torchrec.schema import ConfigError, DataError, nearest
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.run import FinishedRun
 
 
@@ -84,9 +84,8 @@ class Recommender:
         """Context given as text, in the kind of value the log has."""
         typed = {}
         for name, value in context.items():
-            if name not in self.catalogue.context:
-                raise DataError(f"no context column {name!r}{nearest(name, self.catalogue.context)}")
-            typed[name] = _like(self.catalogue.context[name], value, name) if isinstance(value, str) else value
+            usual = self.catalogue.context.get(name, "")  # an unknown name is refused with the others, below
+            typed[name] = _like(usual, value, name) if isinstance(value, str) else value
         return typed
 
 

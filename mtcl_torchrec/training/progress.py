@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import time
-import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 LINE_EVERY_S = 15.0
+
+
+class _BarAndLosses(Progress):
+    """The bar, and below it a line of its own for speed and losses."""
+
+    info = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Bar and line."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.info)
 
 
 class TrainingProgress:
@@ -30,16 +42,18 @@ class TrainingProgress:
         self.active, self.total_steps = active, total_steps
         self.console = console or Console()
         self.writer = _summary_writer(log_dir) if active and log_dir is not None else None
+        if active and log_dir is not None and self.writer is None:
+            self.console.print(
+                "no TensorBoard scalars: pip install 'mtcl_torchrec[tensorboard]' to have them", markup=False
+            )
         self._started = self._last_line = time.perf_counter()
         self._rows = 0
-        self._bar: Progress | None = None
+        self._bar: _BarAndLosses | None = None
         self._bar_task: TaskID | None = None
         if active and self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
-                TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
-            self._bar_task = self._bar.add_task("training", total=total_steps, info="")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = _BarAndLosses(*columns, console=self.console)
+            self._bar_task = self._bar.add_task("training", total=total_steps)
 
     def __enter__(self) -> TrainingProgress:
         if self._bar is not None:
@@ -71,7 +85,7 @@ class TrainingProgress:
             assert self._bar_task is not None
             self._bar.update(self._bar_task, completed=step, description=f"epoch {epoch}")
             if losses is not None:
-                self._bar.update(self._bar_task, info=self._info(losses))
+                self._bar.info = self._info(losses)
         elif losses is not None and time.perf_counter() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.perf_counter()
             left = (self._last_line - self._started) / step * (self.total_steps - step)
@@ -101,6 +115,5 @@ def _summary_writer(log_dir: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        warnings.warn("no TensorBoard scalars: pip install 'mtcl_torchrec[tensorboard]' to have them", stacklevel=3)
         return None
     return SummaryWriter(str(log_dir))

@@ -132,7 +132,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items()))
     keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
     if keys:
-        say(f"counting what came before each row, by {keys} keys")
+        say(f"counting what came before each row, by {keys} key{'s' if keys > 1 else ''}")
     started = time.monotonic()
     encoded = {
         "train": preprocessor.fit(
