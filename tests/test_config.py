@@ -90,7 +90,7 @@ def test_values_assigned_after_reading_are_dumped():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    name=st.from_regex(r"[\w][\w .-]{0,7}", fullmatch=True),
+    name=st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9_ .-]{0,7}", fullmatch=True),
     lr=st.floats(1e-6, 10),
     layers=st.lists(st.integers(1, 512), min_size=1, max_size=3),
     weights=st.dictionaries(st.sampled_from(["click", "watch"]), st.floats(0.1, 9), min_size=1),

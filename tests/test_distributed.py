@@ -59,9 +59,14 @@ def train_module(device="meta", trunk="shared_bottom"):
     return MTCLTrain(model, l2_embedding=0.01)
 
 
+def eps_of(kind):
+    """Adam divides a first gradient by itself: with a tiny eps, one of the size of rounding errors becomes a whole step."""
+    return 1e-4 if kind == "adam" else 1e-8
+
+
 def optimizers(kind):
     return OptimizersConfig(
-        tables=TableOptimizerConfig(kind=kind, lr=0.05, lr_of={"t_items": 0.02}),
+        tables=TableOptimizerConfig(kind=kind, lr=0.05, lr_of={"t_items": 0.02}, eps=eps_of(kind)),
         dense=DenseOptimizerConfig(kind="adam", lr=0.01, clip_norm=0.5),
     )
 
@@ -120,7 +125,7 @@ def train_plainly(kind, trunk="shared_bottom", own_batch=True, averaging=0.0):
     average = WeightAverage(module, averaging) if averaging else None
     table_class = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD,
                    "adam": torch.optim.Adam}[kind]  # fmt: skip
-    eps = {} if kind == "sgd" else {"eps": 1e-8}
+    eps = {} if kind == "sgd" else {"eps": eps_of(kind)}
     bags = module.model.embedding_bag_collection.embedding_bags
     tables = table_class(
         [
