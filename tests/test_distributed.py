@@ -60,7 +60,7 @@ def train_module(device="meta", trunk="shared_bottom"):
 
 
 def eps_of(kind):
-    """Adam divides a first gradient by itself: with a tiny eps, one of the size of rounding errors becomes a whole step."""
+    """Adam divides a first gradient by itself: with a tiny eps, one of rounding size becomes a whole step."""
     return 1e-4 if kind == "adam" else 1e-8
 
 
