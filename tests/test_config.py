@@ -260,3 +260,13 @@ def test_unreadable_files_are_config_errors_that_name_the_file(tmp_path):
     (tmp_path / "wrong.yaml").write_text("data: {lgo: x}")
     with pytest.raises(ConfigError, match=r"wrong\.yaml: unknown key 'data\.lgo' \(did you mean"):
         load_run(str(tmp_path / "wrong.yaml"))
+
+
+def test_column_wise_sharding_is_refused_where_it_would_be_another_optimizer():
+    said = error_of(changed(("training",), {"sharding": "column_wise"}))
+    assert "column_wise would make row-wise Adagrad another optimizer" in said
+
+
+def test_a_key_that_stands_twice_is_refused():
+    with pytest.raises(ConfigError, match="key 'epochs' stands there twice"):
+        parse_run("training:\n  epochs: 1\n  epochs: 2\n")

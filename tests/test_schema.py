@@ -51,6 +51,8 @@ def test_dense_features_refuse_each_setting_of_embeddings(field):
         ({"transform": "log"}, "is no dense feature: transform"),
         ({"encoding": "hash"}, "encoding 'hash' needs vocabulary_size"),
         ({"encoding": "index"}, "encoding 'index' needs vocabulary_size"),
+        ({"embedding_dim": 6}, "embedding_dim is a multiple of 4"),
+        ({"name": "a@b"}, "TorchRec takes no '@' in a name"),
         ({"vocabulary_size": 1}, "vocabulary_size must be at least 2"),
         ({"kind": "bag", "separator": ""}, "at least 1 character"),
         ({"group": []}, "at least 1 item"),

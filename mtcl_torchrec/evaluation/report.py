@@ -34,7 +34,6 @@ class Evaluation:
 
 
 def evaluate_predictions(
-    schema: Schema,
     tasks: tuple[Task, ...],
     predictions: dict[str, np.ndarray],
     labels: np.ndarray,

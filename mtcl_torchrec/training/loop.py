@@ -96,6 +96,7 @@ def fit(
         model: sharded `MTCLTrain`.
         train_rows, val_rows: the same on every rank; each rank takes its share.
         val_users: (N,) keys for the validation's GAUC.
+        progress: reports, and knows the number of steps of the whole schedule.
         keep: stores the weights; they are the averaged ones where averaging is on.
 
     Raises:
@@ -105,8 +106,7 @@ def fit(
     plain = train_module.model
     average = WeightAverage(model, config.averaging) if config.averaging > 0 else None
     pipeline = build_pipeline(model, optimizer, where.device, config.pipeline)
-    total_steps = config.epochs * len(global_batches(len(train_rows), config.batch_size, world_size=where.world_size))
-    schedule = build_schedule(optimizer, config.warmup_steps, total_steps, config.decay)
+    schedule = build_schedule(optimizer, config.warmup_steps, progress.total_steps, config.decay)
     history = TrainingHistory()
     labels, step = val_rows.labels.numpy(), 0
     model.train()

@@ -248,7 +248,7 @@ def evaluate_rows(
         popularity = raw.frame[schema.item].map(catalogue.popularity).fillna(0.0).to_numpy(dtype=np.float64)
     fused = getattr(model.output.fused_score, "tasks", ())
     return evaluate_predictions(
-        schema, model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity, fused
+        model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity, fused
     )
 
 
