@@ -1,0 +1,22 @@
+"""A run's configuration: data, schema, statistics, model, optimizers, training, fusion."""
+
+from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
+from mtcl_torchrec.config.model import FusionConfig, ModelConfig, TrunkConfig
+from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
+from mtcl_torchrec.config.training import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig, TrainingConfig
+
+__all__ = [
+    "DataConfig",
+    "DenseOptimizerConfig",
+    "FusionConfig",
+    "ModelConfig",
+    "OptimizersConfig",
+    "RunConfig",
+    "StatisticsConfig",
+    "TableOptimizerConfig",
+    "TrainingConfig",
+    "TrunkConfig",
+    "dump_run",
+    "load_run",
+    "parse_run",
+]

@@ -1,0 +1,189 @@
+"""A whole run in one object, read from one YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mtcl_torchrec.config.base import Part
+from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
+from mtcl_torchrec.config.model import FusionConfig, ModelConfig
+from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
+from mtcl_torchrec.schema import ConfigError, Schema, nearest
+
+
+def _as_blocks(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
+class RunConfig(Part):
+    """One run.
+
+    Example:
+        >>> text = '''
+        ... data: {log: events.parquet}
+        ... schema:
+        ...   features: [{name: user_id, group: user}]
+        ...   tasks: [{name: click, kind: binary}]
+        ... fusion: {weights: {clik: 1.0}}
+        ... '''
+        >>> parse_run(text)
+        Traceback (most recent call last):
+            ...
+        mtcl_torchrec.schema.ConfigError: fusion.weights: no task 'clik' (did you mean 'click'?)
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$")] = "run"
+    data: DataConfig
+    data_schema: Schema = Field(alias="schema")
+    statistics: Annotated[list[StatisticsConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimizers: OptimizersConfig = Field(default_factory=OptimizersConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    fusion: FusionConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        tasks = {t.name for t in self.data_schema.tasks}
+        for name in self.fusion.weights if self.fusion else ():
+            if name not in tasks:
+                raise ValueError(f"fusion.weights: no task {name!r}{nearest(name, tasks)}")
+        if self.training.sharding == "column_wise" and self.optimizers.tables.kind == "rowwise_adagrad":
+            raise ValueError(
+                "training.sharding: column_wise would make row-wise Adagrad another optimizer "
+                "(one state for each piece of a row); take adagrad, or another sharding"
+            )
+        for name in self.training.watch:
+            if name not in tasks:
+                raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
+        tables = self.data_schema.tables()
+        for name in self.optimizers.tables.lr_of:
+            if name not in tables:
+                raise ValueError(f"optimizers.tables.lr_of: no table {name!r}{nearest(name, tables)}")
+        if self.statistics and self.data_schema.time is None:
+            raise ValueError("statistics need schema.time: they count strictly earlier rows only")
+        if self.data.log is not None and self.data_schema.time is None:
+            raise ValueError("data.log needs schema.time: the log is split by time")
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which would let the last of two equal keys win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: a key stands there twice.
+        """
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((k for k in keys if keys.count(k) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"key {twice!r} stands there twice, line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep)
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read a run from a YAML file.  Relative data paths are taken from the file's folder.
+
+    Raises:
+        ConfigError: one line for each mistake, with the key and the nearest right one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error})") from None
+    return parse_run(text, name=str(path), folder=path.parent)
+
+
+def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunConfig:
+    """The run that a YAML text describes; see `load_run`."""
+    where = f"{name}: " if name else ""
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)
+    except Exception as error:  # PyYAML's constructors raise what they like, such as ValueError
+        raise ConfigError(f"{where}no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}expected keys such as data, schema, model; found {type(raw).__name__}")
+    try:
+        run = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(where + line for line in _explain(error))) from None
+    if folder is not None:
+        for split in ("train", "val", "test", "log"):
+            paths = getattr(run.data, split)
+            if paths is not None:
+                setattr(run.data, split, [str(folder / p) for p in paths])
+        for block in run.statistics:
+            if block.prepared is not None:
+                block.prepared = str(folder / block.prepared)
+    return run
+
+
+def dump_run(run: RunConfig) -> str:
+    """The run as YAML that `parse_run` reads back to the same run."""
+    _mark_changed(run)
+    raw = run.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _mark_changed(part: BaseModel) -> bool:
+    """Count a part of which a value was assigned later as set, so that it is dumped too."""
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, BaseModel) and _mark_changed(value):
+            part.model_fields_set.add(name)
+    return bool(part.model_fields_set)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One readable line for each thing pydantic found wrong."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            allowed = _keys_at(item["loc"][:-1])
+            lines.append(f"unknown key {path!r}{nearest(str(item['loc'][-1]), allowed)}")
+        elif item["type"] == "missing":
+            lines.append(f"missing key {path!r}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if item["type"] == "value_error" else f" (given: {_short(item['input'])})"
+            lines.append(f"{path}: {message}{given}" if path else f"{message}{given}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    """A value for a message, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known at a place in the YAML."""
+    model: Any = RunConfig
+    for part in path:
+        if isinstance(part, int):
+            continue
+        fields = {f.alias or n: f for n, f in model.model_fields.items()}
+        if part not in fields:
+            return []
+        model = _model_in(fields[part].annotation)
+        if model is None:
+            return []
+    return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The declared model inside an annotation such as `tuple[Feature, ...]` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)

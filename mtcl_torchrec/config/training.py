@@ -1,0 +1,81 @@
+"""How the model is trained: optimizers, steps, epochs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from mtcl_torchrec.config.base import Fraction, Part
+
+
+class TableOptimizerConfig(Part):
+    """Optimizer of the embedding tables, fused into backward wherever the table is sharded.
+
+    Args:
+        kind: ``adam`` is fused on CUDA only; on the CPU it updates all rows in every step.
+        lr: learning rate.
+        lr_of: table -> learning rate of its own; large tables overfit where small ones still learn.
+        eps: added to the denominator of the adaptive kinds.
+        init_scale: tables start uniform in ± this; the default is 1/√rows.
+    """
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    lr: PositiveFloat = 0.02
+    lr_of: dict[str, PositiveFloat] = Field(default_factory=dict)
+    eps: PositiveFloat = 1e-8
+    init_scale: PositiveFloat | None = None
+
+
+class DenseOptimizerConfig(Part):
+    """Optimizer of everything that is no embedding table.
+
+    Args:
+        kind: ``adamw`` decays weights apart from the gradient.
+        betas: of Adam.
+        weight_decay: of weight matrices; biases and the scales of norms are left alone.
+        clip_norm: the gradient of all dense parameters together is cut to this norm; 0 is off.
+    """
+
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: NonNegativeFloat = 10.0
+
+
+class OptimizersConfig(Part):
+    """The two optimizers of a TorchRec model."""
+
+    tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
+    dense: DenseOptimizerConfig = Field(default_factory=DenseOptimizerConfig)
+
+
+class TrainingConfig(Part):
+    """How long and in which steps.
+
+    Args:
+        epochs: passes over the training split, at most.
+        batch_size: rows a step and rank.
+        patience: stop after this many epochs without a better mean validation AUC; 0 never stops.
+        watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task.
+        warmup_steps: the learning rates rise linearly from 0 over this many steps.
+        decay: how the learning rates fall from then to the last step of the last epoch.
+        averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
+        l2_embedding: λ of the loss's λR, R being the mean of ‖pooled embeddings‖² over rows.
+        pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
+        sharding: how tables are cut; ``auto`` leaves it to the planner.
+    """
+
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 1024
+    eval_batch_size: PositiveInt = 8192
+    patience: NonNegativeInt = 3
+    watch: list[str] = Field(default_factory=list)
+    warmup_steps: NonNegativeInt = 100
+    decay: Literal["none", "linear", "cosine"] = "linear"
+    averaging: Fraction = 0.0
+    l2_embedding: NonNegativeFloat = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
