@@ -65,6 +65,7 @@ class Feature(_Declared):
             from 1, any other takes row 0) or ``"hash"`` (into 1 … vocabulary_size - 1).
         min_count: values rarer than this in the training split take row 0 (`vocabulary` only).
         table: features that name the same table share its rows; the default is a table of its own.
+        data_type: number format of the embedding table's weights.
         transform: of a dense feature before it is standardised: ``"none"``, ``"log"``
             (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
         clip: a standardised dense value is cut at ± this many standard deviations.
@@ -86,6 +87,7 @@ class Feature(_Declared):
     min_count: PositiveInt = 1
     separator: Annotated[str, Field(min_length=1)] = "|"
     table: str | None = None
+    data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
     transform: Literal["none", "log", "logit"] = "none"
     clip: Annotated[float, Field(gt=0)] = 5.0
     mark_missing: bool = True
@@ -95,6 +97,7 @@ class Feature(_Declared):
         if self.kind == "dense":
             embedding_only = self.model_fields_set & {
                 "vocabulary_size", "embedding_dim", "pooling", "encoding", "min_count", "table", "separator",
+                "data_type",
             }  # fmt: skip
             if embedding_only:
                 raise ValueError(f"feature {self.name!r} is dense and has no {sorted(embedding_only)[0]}")
@@ -251,7 +254,7 @@ class Schema(_Declared):
                 )
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
-            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count"):
+            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
                 if len({getattr(f, field) for f in features}) > 1:
                     names = " and ".join(f.name for f in features)
                     raise ValueError(f"features {names} share table {table!r} and must agree on {field}")

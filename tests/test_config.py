@@ -263,7 +263,7 @@ def test_unreadable_files_are_config_errors_that_name_the_file(tmp_path):
 
 
 def test_column_wise_sharding_is_refused_where_it_would_be_another_optimizer():
-    said = error_of(changed(("training",), {"sharding": "column_wise"}))
+    said = error_of(changed(("sharding",), {"kinds": "column_wise"}))
     assert "column_wise would make row-wise Adagrad another optimizer" in said
 
 

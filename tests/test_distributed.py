@@ -10,7 +10,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mtcl_torchrec import MTCL, PLE, MMoE, MTCLTrain, SharedBottom, SingleTask, Task, WeightedMean
-from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig, TrainingConfig
+from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, ShardingConfig, TableOptimizerConfig
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.training.averaging import WeightAverage
@@ -71,6 +71,10 @@ def optimizers(kind):
     )
 
 
+def cut(sharding):
+    return ShardingConfig(kinds=[] if sharding == "auto" else sharding)
+
+
 def torchrec_batches(batches):
     """TorchRec's own Batch, which knows no sample weights."""
     for batch in batches:
@@ -81,7 +85,7 @@ def train_on_ranks(sharding, kind, pipeline, trunk="shared_bottom", own_batch=Tr
     """Train and return all parameters, losses and predictions; the same on every rank."""
     with ranks("cpu") as where:
         model, optimizer = parallelise(
-            train_module(trunk=trunk), where, TrainingConfig(sharding=sharding, seed=3), optimizers(kind)
+            train_module(trunk=trunk), where, optimizers(kind), sharding=cut(sharding), seed=3
         )
         pipe = build_pipeline(model, optimizer, where.device, pipeline)
         schedule = build_schedule(optimizer, 3, STEPS, "linear")
@@ -223,7 +227,7 @@ def test_four_ranks_of_which_some_run_out_of_rows():
 
 def fill_and_gather(sharding):
     with ranks("cpu") as where:
-        model, _ = parallelise(train_module(), where, TrainingConfig(sharding=sharding, seed=11), optimizers("sgd"))
+        model, _ = parallelise(train_module(), where, optimizers("sgd"), sharding=cut(sharding), seed=11)
         parts = {
             n: [(t.detach().numpy().copy(), r, c) for t, r, c in local_shards(v)] for n, v in tables_of(model).items()
         }

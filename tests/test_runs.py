@@ -102,8 +102,8 @@ def test_a_run_read_back_predicts_the_same(data, finished):
         {"optimizers.tables.kind": "adam", "optimizers.tables.lr": 0.01},
         {"optimizers.dense.kind": "sgd", "optimizers.dense.lr": 0.3, "training.decay": "cosine"},
         {"training.averaging": 0.9, "training.l2_embedding": 1e-4, "training.decay": "none"},
-        {"training.sharding": "row_wise", "training.pipeline": "base"},
-        {"training.sharding": "data_parallel", "model.tower_layers": []},
+        {"sharding.kinds": "row_wise", "training.pipeline": "base"},
+        {"sharding.kinds": "data_parallel", "model.tower_layers": []},
         {
             "model.embedding_dropout": 0.2,
             "model.dense_dropout": 0.1,
@@ -194,7 +194,7 @@ def test_weights_of_layers_decay_and_biases_and_scales_do_not(data):
     preprocessor.fit(read_rows(run.data.log))
     with ranks("cpu") as where:
         train = MTCLTrain(build_model(run.model, preprocessor.encoder, run.fusion))
-        model, optimizer = parallelise(train, where, run.training, run.optimizers)
+        model, optimizer = parallelise(train, where, run.optimizers)
         decay = {id(p): g["weight_decay"] for g in optimizer.param_groups if "weight_decay" in g for p in g["params"]}
         by_name = {n.split("tower.")[1]: decay[id(p)] for n, p in model.named_parameters() if "tower." in n}
         del model, optimizer, train

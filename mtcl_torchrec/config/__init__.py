@@ -3,17 +3,27 @@
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
 from mtcl_torchrec.config.model import FusionConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
-from mtcl_torchrec.config.training import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig, TrainingConfig
+from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
+from mtcl_torchrec.config.training import (
+    CheckpointConfig,
+    DenseOptimizerConfig,
+    OptimizersConfig,
+    TableOptimizerConfig,
+    TrainingConfig,
+)
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "DenseOptimizerConfig",
     "FusionConfig",
     "ModelConfig",
     "OptimizersConfig",
     "RunConfig",
+    "ShardingConfig",
     "StatisticsConfig",
     "TableOptimizerConfig",
+    "TableShardingConfig",
     "TrainingConfig",
     "TrunkConfig",
     "dump_run",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mtcl_torchrec.config.base import Part
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
 from mtcl_torchrec.config.model import FusionConfig, ModelConfig
+from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
 from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
 from mtcl_torchrec.schema import ConfigError, Schema, nearest
 
@@ -45,6 +46,7 @@ class RunConfig(Part):
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizers: OptimizersConfig = Field(default_factory=OptimizersConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    sharding: ShardingConfig = Field(default_factory=ShardingConfig)
     fusion: FusionConfig | None = None
 
     @model_validator(mode="after")
@@ -53,11 +55,6 @@ class RunConfig(Part):
         for name in self.fusion.weights if self.fusion else ():
             if name not in tasks:
                 raise ValueError(f"fusion.weights: no task {name!r}{nearest(name, tasks)}")
-        if self.training.sharding == "column_wise" and self.optimizers.tables.kind == "rowwise_adagrad":
-            raise ValueError(
-                "training.sharding: column_wise would make row-wise Adagrad another optimizer "
-                "(one state for each piece of a row); take adagrad, or another sharding"
-            )
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
@@ -65,6 +62,16 @@ class RunConfig(Part):
         for name in self.optimizers.tables.lr_of:
             if name not in tables:
                 raise ValueError(f"optimizers.tables.lr_of: no table {name!r}{nearest(name, tables)}")
+        for name in self.sharding.tables:
+            if name not in tables:
+                raise ValueError(f"sharding.tables: no table {name!r}{nearest(name, tables)}")
+        if self.optimizers.tables.kind == "rowwise_adagrad":
+            cut = next((k for t in tables for k in self.sharding.kinds_of(t) if k in COLUMN_CUTS), None)
+            if cut is not None:
+                raise ValueError(
+                    f"sharding: {cut} would make row-wise Adagrad another optimizer "
+                    "(one state for each piece of a row); take adagrad, or another sharding"
+                )
         if self.statistics and self.data_schema.time is None:
             raise ValueError("statistics need schema.time: they count strictly earlier rows only")
         if self.data.log is not None and self.data_schema.time is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mtcl_torchrec.config.base import Fraction, Part
 
@@ -18,6 +18,8 @@ class TableOptimizerConfig(Part):
         lr_of: table -> learning rate of its own; large tables overfit where small ones still learn.
         eps: added to the denominator of the adaptive kinds.
         init_scale: tables start uniform in ± this; the default is 1/√rows.
+        max_gradient: each number of a row's gradient is cut to ± this inside the fused kernel; 0 is off.  (A norm over
+            all parameters cannot include fused tables, whose gradients never exist as a whole.)
     """
 
     kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
@@ -25,6 +27,7 @@ class TableOptimizerConfig(Part):
     lr_of: dict[str, PositiveFloat] = Field(default_factory=dict)
     eps: PositiveFloat = 1e-8
     init_scale: PositiveFloat | None = None
+    max_gradient: NonNegativeFloat = 0.0
 
 
 class DenseOptimizerConfig(Part):
@@ -51,6 +54,22 @@ class OptimizersConfig(Part):
     dense: DenseOptimizerConfig = Field(default_factory=DenseOptimizerConfig)
 
 
+class CheckpointConfig(Part):
+    """When the whole state of training is written, beside the end of each epoch.
+
+    Args:
+        every_steps: write after this many steps; 0 is off.
+        every_minutes: write when this much time has passed; 0 is off.
+        keep: how many of the newest are kept, beside the best epoch's.
+        asynchronous: write in the background while training goes on; the end of an epoch always waits.
+    """
+
+    every_steps: NonNegativeInt = 0
+    every_minutes: NonNegativeFloat = 15.0
+    keep: PositiveInt = 2
+    asynchronous: bool = True
+
+
 class TrainingConfig(Part):
     """How long and in which steps.
 
@@ -64,7 +83,11 @@ class TrainingConfig(Part):
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
         l2_embedding: λ of the loss's λR, R being the mean of ‖pooled embeddings‖² over rows.
         pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
-        sharding: how tables are cut; ``auto`` leaves it to the planner.
+        precision: ``bf16`` computes the dense part (everything after the embeddings, up to the losses) under autocast.
+        max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
+            stops.
+        gradient_accumulation: always 1, since a fused table steps in every backward pass.
+        checkpoint: when the state of training is written.
     """
 
     epochs: PositiveInt = 10
@@ -78,4 +101,16 @@ class TrainingConfig(Part):
     l2_embedding: NonNegativeFloat = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
-    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_skipped_steps: NonNegativeInt = 10
+    gradient_accumulation: PositiveInt = 1
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @model_validator(mode="after")
+    def _one_backward_a_step(self) -> TrainingConfig:
+        if self.gradient_accumulation != 1:
+            raise ValueError(
+                "gradient_accumulation: tables whose optimizer is fused into backward step in every backward pass, so "
+                "gradients cannot be added up over several; raise batch_size, or take more ranks"
+            )
+        return self

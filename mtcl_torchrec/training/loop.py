@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mtcl_torchrec.config import OptimizersConfig, TrainingConfig
+from mtcl_torchrec.config import OptimizersConfig, ShardingConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.predict import predict
@@ -46,12 +46,19 @@ class TrainingHistory:
 
 
 def parallelise(
-    train_module: MTCLTrain, where: Ranks, training: TrainingConfig, optimizers: OptimizersConfig
+    train_module: MTCLTrain,
+    where: Ranks,
+    optimizers: OptimizersConfig,
+    *,
+    sharding: ShardingConfig | None = None,
+    seed: int = 0,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Shard the tables and build the optimizers.
 
     Args:
         train_module: with its tables on the meta device.
+        optimizers, sharding: their tables named as in the model.
+        seed: of the tables' first values.
     """
     fused = is_fused(optimizers.tables, where.device)
     if fused:
@@ -59,10 +66,10 @@ def parallelise(
     model = shard(
         train_module,
         where,
-        sharding=training.sharding,
+        sharding=sharding,
         fused_tables=fused,
         column_wise_allowed=optimizers.tables.kind != "rowwise_adagrad",
-        seed=training.seed,
+        seed=seed,
         init_scale=optimizers.tables.init_scale,
         zero_first_row=True,
     )

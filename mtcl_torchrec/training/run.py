@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.config import DataConfig, OptimizersConfig, RunConfig, dump_run, parse_run
+from mtcl_torchrec.config import DataConfig, OptimizersConfig, RunConfig, ShardingConfig, dump_run, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -146,7 +146,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=config.seed)
     steps = -(-len(encoded["train"]) // (config.batch_size * where.world_size)) * config.epochs
     train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
-    sharded, optimizer = parallelise(train_module, where, config, _for_modules(run.optimizers))
+    optimizers, sharding = _for_modules(run)
+    sharded, optimizer = parallelise(train_module, where, optimizers, sharding=sharding, seed=config.seed)
     say(_describe(model, preprocessor, where))
     if where.first:
         # Only now, with data and model found right, does an earlier run go.
@@ -204,10 +205,14 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
     return seen
 
 
-def _for_modules(optimizers: OptimizersConfig) -> OptimizersConfig:
-    """The optimizers with tables named as in the model."""
-    lr_of = {table_module_name(table): lr for table, lr in optimizers.tables.lr_of.items()}
-    return optimizers.model_copy(update={"tables": optimizers.tables.model_copy(update={"lr_of": lr_of})})
+def _for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:
+    """Optimizers and sharding with tables named as in the model."""
+    lr_of = {table_module_name(table): lr for table, lr in run.optimizers.tables.lr_of.items()}
+    tables = {table_module_name(table): of for table, of in run.sharding.tables.items()}
+    return (
+        run.optimizers.model_copy(update={"tables": run.optimizers.tables.model_copy(update={"lr_of": lr_of})}),
+        run.sharding.model_copy(update={"tables": tables}),
+    )
 
 
 def _catalogue(run: RunConfig, preprocessor: Preprocessor, splits: dict[str, Rows]) -> Catalogue | None:

@@ -26,6 +26,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -142,7 +143,7 @@ def shard(
     module: nn.Module,
     where: Ranks,
     *,
-    sharding: str = "auto",
+    sharding: ShardingConfig | None = None,
     fused_tables: bool = True,
     column_wise_allowed: bool = True,
     seed: int = 0,
@@ -153,20 +154,18 @@ def shard(
 
     Args:
         module: holds EmbeddingBagCollections on the meta device.
-        sharding: one of TorchRec's sharding types for every table, or ``"auto"``: the planner chooses.
+        sharding: what the planner may do, its tables named as in the model.
         fused_tables: False keeps table gradients for an ordinary optimizer (compute kernel "dense").
         column_wise_allowed: whether the planner may cut columns (row-wise Adagrad would be another optimizer then).
         seed, init_scale, zero_first_row: of `fill_tables`.
     """
-    types = [sharding]
-    if sharding == "auto":
-        # Data-parallel tables take an ordinary optimizer over all rows: worth it on GPUs, where they save
-        # communication.
-        types = ["table_wise", "row_wise"]
-        types += ["column_wise"] if column_wise_allowed else []
-        types += ["data_parallel"] if where.device.type == "cuda" and where.world_size > 1 else []
+    sharding = sharding or ShardingConfig()
+    # Data-parallel tables take an ordinary optimizer over all rows: worth it on GPUs, where they save communication.
+    usual = ["table_wise", "row_wise"]
+    usual += ["column_wise"] if column_wise_allowed else []
+    usual += ["data_parallel"] if where.device.type == "cuda" and where.world_size > 1 else []
     constraints = {
-        config.name: ParameterConstraints(sharding_types=types)
+        config.name: ParameterConstraints(sharding_types=list(sharding.kinds_of(config.name)) or usual)
         for ebc in module.modules()
         if isinstance(ebc, EmbeddingBagCollection)
         for config in ebc.embedding_bag_configs()
