@@ -15,19 +15,14 @@ from rich.console import Console
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
+from mtcl_torchrec.data.prepare import prepare_files
 from mtcl_torchrec.data.source import read_rows
 from mtcl_torchrec.evaluation.report import plain_table, print_evaluation
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.run import (
-    FinishedRun,
-    RunResult,
-    claim_run_directory,
-    evaluate_rows,
-    fresh_run_directory,
-    prepare_files,
-    train_run,
-)
+from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.run import RunResult, evaluate_rows, train_run
 from mtcl_torchrec.training.sharding import Device, ranks
 
 app = typer.Typer(
@@ -66,7 +61,7 @@ def demo(
     console = _console()
     with ranks(device) as where:
         folder = out or fresh_run_directory("kuairand", where)
-        claim_run_directory(folder, where, overwrite=overwrite)
+        claim_run_directory(folder, where, existing="overwrite" if overwrite else "refuse")
         if where.first:
             kuairand.write(folder / "data")
         where.barrier()
@@ -75,7 +70,8 @@ def demo(
             run.training.epochs = epochs
         if seed is not None:
             run.training.seed = seed
-        result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
+        existing: Existing = "overwrite" if overwrite else "refuse"
+        result = train_run(run, folder, existing=existing, device=device, console=console)
     if not where.first:
         return
     _show(result, console)
@@ -97,18 +93,25 @@ def train(
     run_yaml: Annotated[Path, typer.Argument(help="The run: data, schema, model, optimizers, training, fusion.")],
     out: Annotated[Path | None, typer.Option(help="Run directory; a fresh one under runs/ by default.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that stands in --out, as if never stopped.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train what a YAML file describes; keep the best epoch; evaluate it on the validation and test split.
 
-    The run directory holds the weights (torch.distributed.checkpoint), all that preprocessing learnt, metrics.json, and
-    TensorBoard scalars.  `mtcl init` writes a first YAML for a file of yours.
+    The run directory holds checkpoints (torch.distributed.checkpoint), all that preprocessing learnt, metrics.json, and
+    TensorBoard scalars.  After an interruption, --resume goes on where the newest checkpoint stands; ranks that
+    `torchrun --max-restarts` starts again do so by themselves.  `mtcl init` writes a first YAML for a file of yours.
     """
     console = _console()
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with the run in --out, --overwrite replaces it: give one of them")
+    if resume and out is None:
+        raise ConfigError("--resume needs --out: the run directory to go on with")
+    existing: Existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     run = load_run(run_yaml)
     with ranks(device) as where:
         folder = out or fresh_run_directory(run.name, where)
-        result = train_run(run, folder, overwrite=overwrite, device=device, console=console)
+        result = train_run(run, folder, existing=existing, device=device, console=console)
     if where.first:
         _show(result, console)
         console.print(f"\nThe run is in {folder}.", highlight=False, soft_wrap=True)

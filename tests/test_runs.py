@@ -18,7 +18,9 @@ from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, split_by_time
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.run import FinishedRun, train_run
+from mtcl_torchrec.training.checkpoint.store import best_checkpoint
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.run import train_run
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +169,7 @@ def test_data_that_do_not_fit_leave_an_earlier_run_alone(data, finished, tmp_pat
     broken = shop.log().rename(columns={"price": "prize"})
     broken.to_parquet(tmp_path / "log.parquet", index=False)
     with pytest.raises(DataError, match="no column 'price' \\(did you mean 'prize'"):
-        train_run(parse_run(shop.RUN, folder=tmp_path), finished.folder, overwrite=True, device="cpu", console=quiet())
+        train_run(parse_run(shop.RUN, folder=tmp_path), finished.folder, existing="overwrite", device="cpu", console=quiet())
     assert sorted(p.relative_to(finished.folder) for p in finished.folder.rglob("*")) == before
 
 
@@ -241,23 +243,25 @@ def test_a_checkpoint_that_would_run_code_is_refused_unread(stored, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "pwned"), "w"))
 
-    (stored / "checkpoint/.metadata").write_bytes(pickle.dumps(Evil()))
+    (best_checkpoint(stored / "checkpoints") / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(DataError, match="a checkpoint may not hold"):
         FinishedRun.load(stored)
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("broken", ["checkpoint/.metadata", "preprocessing/encoder/encoder.json"])
+@pytest.mark.parametrize("broken", [".metadata", "state.json", "preprocessing/encoder/encoder.json"])
 def test_a_damaged_run_directory_is_one_clear_error(stored, broken):
-    content = (stored / broken).read_bytes()
-    (stored / broken).write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"no readable checkpoint|is damaged"):
+    path = stored / broken if "/" in broken else best_checkpoint(stored / "checkpoints") / broken
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"no readable checkpoint|damaged"):
         FinishedRun.load(stored)
 
 
-def test_a_crash_while_a_checkpoint_is_replaced_leaves_the_one_before(stored, finished):
-    (stored / "checkpoint").rename(stored / "checkpoint.old")
-    (stored / "checkpoint.writing").mkdir()
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(stored, finished):
+    best = best_checkpoint(stored / "checkpoints")
+    unfinished = best.with_name("step_999999999.writing")
+    shutil.copytree(best, unfinished)
     pd.testing.assert_frame_equal(
         Recommender.load(stored).recommend("u3"), Recommender.load(finished.folder).recommend("u3")
     )
@@ -312,7 +316,7 @@ def test_a_configuration_that_cannot_be_built_leaves_an_earlier_run_alone(data, 
     )
     run.data_schema = run.data_schema.model_copy(update={"features": features})
     with pytest.raises(ConfigError, match="fit on no plan"):
-        train_run(run, stored, overwrite=True, device="cpu", console=quiet())
+        train_run(run, stored, existing="overwrite", device="cpu", console=quiet())
     assert len(Recommender.load(stored).recommend("u3", k=3)) == 3
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.run import FinishedRun
+from mtcl_torchrec.training.finished import FinishedRun
 
 
 class Recommender:

@@ -30,8 +30,13 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"the decay of a weight average lies between 0 and 1, not at {decay}")
-        self.decay, self.steps = decay, 0
+        self.decay = decay
         self._weights = [p for p in model.parameters() if p.numel() > 0]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the past: the average is what the weights are now."""
+        self.steps = 0
         self._averages = [p.detach().clone() for p in self._weights]
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
-"""The training loop: TorchRec's pipeline, evaluation after each epoch, early stopping, the best epoch kept."""
+"""The training loop: TorchRec's pipeline, checkpoints on the way, evaluation after each epoch, early stopping."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,36 +13,19 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mtcl_torchrec.config import OptimizersConfig, ShardingConfig, TrainingConfig
-from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
+from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
+from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.models import MTCL, MTCLTrain
-from mtcl_torchrec.training.averaging import WeightAverage
-from mtcl_torchrec.training.optimizers import build_optimizer, build_schedule, fuse_table_optimizer, is_fused
+from mtcl_torchrec.training.checkpoint.state import TrainingState
+from mtcl_torchrec.training.history import TrainingHistory
+from mtcl_torchrec.training.optimizers import build_optimizer, fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Ranks, shard
 
 LOSSES_EVERY = 20  # steps between two readings of the losses, which wait for the device
-
-
-@dataclass
-class TrainingHistory:
-    """What happened.
-
-    Args:
-        epochs: validation metrics by task, of each epoch.
-        best_epoch: counted from 1; 0 while there is none.
-        best_auc: its mean validation AUC.
-        seconds: of each epoch's training, without evaluation.
-        stopped_early: whether patience ran out.
-    """
-
-    epochs: list[dict[str, Metrics]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_auc: float = float("-inf")
-    seconds: list[float] = field(default_factory=list)
-    stopped_early: bool = False
 
 
 def parallelise(
@@ -85,86 +68,149 @@ def build_pipeline(
     return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
 
 
+class SaveState(Protocol):
+    """Writes the state of training; every rank calls it at the same step."""
+
+    def __call__(self, state: TrainingState, *, background: bool) -> None:
+        """Write it; in the background, where that is asked for."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What an epoch is judged by: the same on every rank.
+
+    Args:
+        rows: N rows.
+        users: (N,) keys for GAUC, or None.
+    """
+
+    rows: EncodedRows
+    users: np.ndarray | None = None
+
+
+class _Clock:
+    """Says when a checkpoint is due; the time is rank 0's, told along with the losses."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.config = config
+        self.saved_at = time.monotonic()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether this process's time for a checkpoint has come."""
+        return 0 < self.config.every_minutes * 60 < time.monotonic() - self.saved_at
+
+    def due(self, step: int, overdue: bool) -> bool:
+        """Whether a checkpoint is written after this step."""
+        return overdue or (self.config.every_steps > 0 and step % self.config.every_steps == 0)
+
+
 def fit(
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    train_rows: EncodedRows,
-    val_rows: EncodedRows,
+    state: TrainingState,
+    rows: TrainingRows,
+    validation: Validation,
     config: TrainingConfig,
     where: Ranks,
     *,
-    val_users: np.ndarray | None,
-    keep: Callable[[], None],
+    save: SaveState,
     progress: TrainingProgress,
 ) -> TrainingHistory:
-    """Train, and call `keep` (on every rank) whenever an epoch is the best so far.
+    """Train from where `state` stands to the last epoch, or until no epoch has been better for a while.
 
     Args:
-        model: sharded `MTCLTrain`.
-        train_rows, val_rows: the same on every rank; each rank takes its share.
-        val_users: (N,) keys for the validation's GAUC.
+        state: with a sharded `MTCLTrain`; it is changed.
+        rows: the training split.
+        save: called after each epoch, before training goes on, and on the way as `TrainingConfig.checkpoint` says.
         progress: reports, and knows the number of steps of the whole schedule.
-        keep: stores the weights; they are the averaged ones where averaging is on.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    train_module = _train_module(model)
-    plain = train_module.model
-    average = WeightAverage(model, config.averaging) if config.averaging > 0 else None
-    pipeline = build_pipeline(model, optimizer, where.device, config.pipeline)
-    schedule = build_schedule(optimizer, config.warmup_steps, progress.total_steps, config.decay)
-    history = TrainingHistory()
-    labels, step = val_rows.labels.numpy(), 0
-    model.train()
-    for epoch in range(1, config.epochs + 1):
+    pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
+    clock = _Clock(config.checkpoint)
+    state.model.train()
+    while state.position.epoch <= config.epochs and not _patience_is_over(state.history, config):
         started = time.perf_counter()
-        indices = global_batches(
-            len(train_rows), config.batch_size, rank=where.rank, world_size=where.world_size, seed=(config.seed, epoch)
-        )
-        # Ranks draw different dropout masks; the epoch is part of the seed, so that no two epochs share them.
-        torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank)
-        batches = iterate(train_rows, indices)
-        rows_left = len(train_rows)
-        while True:
-            try:
-                loss, *_ = pipeline.progress(batches)
-            except StopIteration:
-                break
-            step += 1
-            schedule.step()
-            if average is not None:
-                average.update()
-            rows = min(rows_left, config.batch_size * where.world_size)
-            rows_left -= rows
-            read = step % LOSSES_EVERY == 0 or rows_left == 0
-            losses = _losses_over_ranks(train_module, loss, where) if read else None
-            progress.step(epoch=epoch, step=step, rows=rows, losses=losses)
-        history.seconds.append(time.perf_counter() - started)
+        _train_epoch(pipeline, state, rows, config, where, clock=clock, save=save, progress=progress)
+        state.history.seconds.append(time.perf_counter() - started)
         if isinstance(pipeline, TrainPipelineSparseDist):
             pipeline.detach()
-        if average is not None:
-            average.swap()
-        metrics = _validate(plain, val_rows, labels, val_users, config.eval_batch_size, where)
-        value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)
-        history.epochs.append(metrics)
-        # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
-        best = not value <= history.best_auc
-        if best:
-            history.best_auc, history.best_epoch = value, epoch
-            keep()
-        if average is not None:
-            average.swap()
-        scalars = {f"val/{m}/{t}": v for t, of in metrics.items() for m, v in of.items() if m != "count"}
-        progress.epoch(
-            step=step, scalars=scalars, line=_epoch_line(epoch, config.epochs, metrics, value, best, history)
-        )
-        patience_over = config.patience and epoch - history.best_epoch >= config.patience
-        if patience_over and not np.isnan(value) and epoch < config.epochs:
-            history.stopped_early = True
-            progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
-            break
+        line, scalars = _judge_epoch(state, validation, config, where)
+        state.position = state.position.next_epoch()
+        save(state, background=False)
+        clock.saved_at = time.monotonic()
+        progress.epoch(step=state.step, scalars=scalars, line=line)
+    history = state.history
+    history.stopped_early = len(history.epochs) < config.epochs
+    if history.stopped_early:
+        progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
     return history
+
+
+def _train_epoch(
+    pipeline: TrainPipelineBase | TrainPipelineSparseDist,
+    state: TrainingState,
+    rows: TrainingRows,
+    config: TrainingConfig,
+    where: Ranks,
+    *,
+    clock: _Clock,
+    save: SaveState,
+    progress: TrainingProgress,
+) -> None:
+    """From the state's position to the end of its epoch."""
+    epoch, cut = state.position.epoch, {"world_size": where.world_size, "batch_size": config.batch_size}
+    if not (state.random_restored and state.position.taken):
+        # Ranks draw different dropout masks; epoch and step are part of the seed, so that no two stretches share them.
+        stretch = state.step << 40 if state.position.taken else 0
+        torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank + stretch)
+    state.random_restored = False
+    batches = rows.batches(state.position, rank=where.rank, **cut)
+    rows_left, steps = rows.rows_left(state.position), rows.steps(state.position, **cut)
+    train_module = _train_module(state.model)
+    for left in range(steps - 1, -1, -1):
+        loss, *_ = pipeline.progress(batches)
+        state.step += 1
+        state.position = state.position.after(1, **cut)
+        state.schedule.step()
+        if state.average is not None:
+            state.average.update()
+        taken = min(rows_left, config.batch_size * where.world_size)
+        rows_left -= taken
+        losses, overdue = None, False
+        if state.step % LOSSES_EVERY == 0 or left == 0:
+            losses, overdue = _losses_over_ranks(train_module, loss, where, clock.overdue)
+        progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses)
+        if left > 0 and clock.due(state.step, overdue):  # the end of an epoch has a checkpoint of its own
+            save(state, background=config.checkpoint.asynchronous)
+            clock.saved_at = time.monotonic()
+    if next(batches, None) is not None:
+        raise AssertionError("the training rows had more batches than they said")
+
+
+def _judge_epoch(
+    state: TrainingState, validation: Validation, config: TrainingConfig, where: Ranks
+) -> tuple[str, dict[str, float]]:
+    """Evaluate the epoch that is over and enter it into the history; a line and scalars about it."""
+    plain, history, epoch = plain_model(state.model), state.history, state.position.epoch
+    if state.average is not None:
+        state.average.swap()
+    metrics = _validate(plain, validation, config.eval_batch_size, where)
+    if state.average is not None:
+        state.average.swap()
+    value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)
+    history.epochs.append(metrics)
+    # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
+    best = history.best_auc is None or not value <= history.best_auc
+    if best:
+        history.best_auc, history.best_epoch, history.best_step = value, epoch, state.step
+    scalars = {f"val/{m}/{t}": v for t, of in metrics.items() for m, v in of.items() if m != "count"}
+    return _epoch_line(epoch, config.epochs, metrics, value, best, history), scalars
+
+
+def _patience_is_over(history: TrainingHistory, config: TrainingConfig) -> bool:
+    defined = history.best_auc is not None and np.isfinite(history.best_auc)
+    return bool(config.patience and defined and len(history.epochs) - history.best_epoch >= config.patience)
 
 
 def _train_module(model: DistributedModelParallel) -> MTCLTrain:
@@ -179,36 +225,35 @@ def plain_model(model: DistributedModelParallel) -> MTCL:
     return _train_module(model).model
 
 
-def _losses_over_ranks(train_module: MTCLTrain, loss: torch.Tensor, where: Ranks) -> dict[str, float]:
-    """Mean over the ranks of the total and each task's loss: the loss of the global batch."""
+def _losses_over_ranks(
+    train_module: MTCLTrain, loss: torch.Tensor, where: Ranks, overdue: bool
+) -> tuple[dict[str, float], bool]:
+    """Mean over the ranks of the total and each task's loss, the loss of the global batch; and rank 0's `overdue`."""
     values = torch.cat([loss.detach().reshape(1), train_module.loss.last_task_losses]).double()
+    flag = values.new_tensor([float(overdue and where.first)])
+    values = torch.cat([values, flag * where.world_size])
     if where.world_size > 1:
         dist.all_reduce(values)
         values /= where.world_size
+    *values_of, flagged = values.tolist()
     names = ["total", *(task.name for task in train_module.model.tasks)]
-    losses = dict(zip(names, values.tolist(), strict=True))
+    losses = dict(zip(names, values_of, strict=True))
     bad = [name for name, value in losses.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
             f"the loss is not finite any more ({', '.join(bad)}); "
             "lower the learning rates or look for extreme dense values"
         )
-    return losses
+    return losses, flagged > 0
 
 
-def _validate(
-    plain: MTCL,
-    rows: EncodedRows,
-    labels: np.ndarray,
-    users: np.ndarray | None,
-    batch_size: int,
-    where: Ranks,
-) -> dict[str, Metrics]:
-    predictions = predict(plain, rows, batch_size=batch_size, device=where.device)
+def _validate(plain: MTCL, validation: Validation, batch_size: int, where: Ranks) -> dict[str, Metrics]:
+    predictions = predict(plain, validation.rows, batch_size=batch_size, device=where.device)
     metrics = None
     if where.first:
+        labels = validation.rows.labels.numpy()
         metrics = {
-            task.name: task_metrics(task, labels[:, i], predictions[task.name], users)
+            task.name: task_metrics(task, labels[:, i], predictions[task.name], validation.users)
             for i, task in enumerate(plain.tasks)
         }
     return where.broadcast(metrics)  # type: ignore[return-value]

@@ -34,10 +34,17 @@ class TrainingProgress:
         total_steps: over all epochs.
         log_dir: folder of the TensorBoard event file, or None.
         console: where to print.
+        done: steps that a resumed run has behind it.
     """
 
     def __init__(
-        self, *, active: bool, total_steps: int, log_dir: Path | None = None, console: Console | None = None
+        self,
+        *,
+        active: bool,
+        total_steps: int,
+        log_dir: Path | None = None,
+        console: Console | None = None,
+        done: int = 0,
     ) -> None:
         self.active, self.total_steps = active, total_steps
         self.console = console or Console()
@@ -47,13 +54,13 @@ class TrainingProgress:
                 "no TensorBoard scalars: pip install 'mtcl_torchrec[tensorboard]' to have them", markup=False
             )
         self._started = self._last_line = time.perf_counter()
-        self._rows = 0
+        self._rows, self._done = 0, done
         self._bar: _BarAndLosses | None = None
         self._bar_task: TaskID | None = None
         if active and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = _BarAndLosses(*columns, console=self.console)
-            self._bar_task = self._bar.add_task("training", total=total_steps)
+            self._bar_task = self._bar.add_task("training", total=total_steps, completed=done)
 
     def __enter__(self) -> TrainingProgress:
         if self._bar is not None:
@@ -88,7 +95,7 @@ class TrainingProgress:
                 self._bar.info = self._info(losses)
         elif losses is not None and time.perf_counter() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.perf_counter()
-            left = (self._last_line - self._started) / step * (self.total_steps - step)
+            left = (self._last_line - self._started) / (step - self._done) * (self.total_steps - step)
             self.line(f"epoch {epoch} step {step}/{self.total_steps} {self._info(losses)} {left / 60:.1f} min left")
 
     def _info(self, losses: dict[str, float] | None) -> str:

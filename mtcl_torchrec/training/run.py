@@ -1,41 +1,46 @@
-"""From a configuration to a run directory: read, prepare, train, evaluate, store."""
+"""From a configuration to a run directory: train what it describes or go on with it, evaluate, store."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.config import DataConfig, OptimizersConfig, RunConfig, ShardingConfig, dump_run, parse_run
+from mtcl_torchrec.config import OptimizersConfig, RunConfig, ShardingConfig, dump_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import Rows, read_splits
+from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.embeddings import table_module_name
-from mtcl_torchrec.modules.fusion import WeightedMean
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_model
-from mtcl_torchrec.training.checkpoint import complete_checkpoint, load_unsharded, load_weights, save_weights
-from mtcl_torchrec.training.loop import TrainingHistory, fit, parallelise, plain_model
+from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
+from mtcl_torchrec.training.checkpoint.store import CheckpointStore, best_checkpoint, newest_checkpoint, read_about
+from mtcl_torchrec.training.directory import CHECKPOINTS, MARKER, Existing, claim_run_directory, sign_run_directory
+from mtcl_torchrec.training.history import TrainingHistory, finite
+from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model
+from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 
-CHECKPOINT = "checkpoint"
-MARKER = ".mtcl-run"  # this folder is a run directory, whatever else it holds yet
-QUIET_SECONDS = 20.0  # counting that takes longer says which keys are done
-WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
+PREPROCESSING = "preprocessing"
+
+Say = Callable[[str], None]
 
 
 @dataclass
@@ -54,142 +59,207 @@ class RunResult:
 
 
 def train_run(
-    run: RunConfig, folder: Path, *, overwrite: bool = False, device: Device = "auto", console: Console | None = None
+    run: RunConfig,
+    folder: Path,
+    *,
+    existing: Existing = "refuse",
+    device: Device = "auto",
+    console: Console | None = None,
 ) -> RunResult:
     """Train what a configuration describes and write the run directory.
 
     Called by one process, or by every process of ``torchrun``.  The directory holds ``run.yaml``, ``preprocessing/``,
-    ``checkpoint/`` (weights of the best epoch), ``catalogue/``, ``metrics.json`` and ``tensorboard/``.
+    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``.
 
     Args:
         run: the configuration; its paths are taken as they are.
         folder: the run directory; on several ranks, one that all of them share.
-        overwrite: whether an earlier run in `folder` may be replaced.
+        existing: what to do with an earlier run in `folder`: refuse to touch it, overwrite it, or resume it.  A run
+            that is resumed on as many ranks and with the same configuration ends as if it had never been interrupted.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        DataError: the data does not fit the schema.
-        FileExistsError: `folder` holds a run and `overwrite` is False, or something that is no run.
+        DataError: the data does not fit the schema, or the checkpoint does not fit the model.
+        FileExistsError: `folder` holds a run and `existing` is "refuse", or something that is no run.
+        FloatingPointError: the loss is not finite.
     """
     console = console or Console()
     with ranks(device) as where:
-        claim_run_directory(folder, where, overwrite=overwrite)
+        resume = claim_run_directory(folder, where, existing=existing)
         try:
-            return _train(run, folder, where, console)
+            return _train(run, folder, where, console, resume)
         except BaseException:
             if where.first and [p.name for p in folder.iterdir()] == [MARKER]:
                 shutil.rmtree(folder)  # nothing came of it
             raise
 
 
-def claim_run_directory(folder: Path, where: Ranks, *, overwrite: bool = False) -> None:
-    """Make sure that a run may be written to `folder`; nothing in it is touched yet.
-
-    Raises:
-        FileExistsError: it holds a run and `overwrite` is False, or it is a folder of something else.
-    """
-    state = where.broadcast(_state_of(folder) if where.first else None)
-    if state == "run" and not overwrite:
-        raise FileExistsError(f"{folder} holds a run already; choose another folder or overwrite it")
-    if state == "other":
-        raise FileExistsError(f"{folder} is not empty and no run directory; choose a new folder")
-    if where.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).touch()
-    where.barrier()
-
-
-def fresh_run_directory(name: str, where: Ranks) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on where that one exists; claimed, and the same on every rank."""
-    folder, number = Path("runs") / name, 1
-    while where.first:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = Path("runs") / f"{name}-{number}"
-    folder = Path(str(where.broadcast(str(folder))))
-    claim_run_directory(folder, where)
-    return folder
-
-
-def _state_of(folder: Path) -> str:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return "free"
-    if not (folder / MARKER).is_file():
-        return "other"
-    return "run" if complete_checkpoint(folder / CHECKPOINT) else "free"
-
-
-def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunResult:
+def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume: bool) -> RunResult:
     def say(text: str) -> None:
         if where.first:
             console.print(text, highlight=False, soft_wrap=True)
 
     preprocessor = Preprocessor(run.data_schema, run.statistics)
-    splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
-    say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items()))
-    keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
-    if keys:
-        say(f"counting what came before each row, by {keys} key{'s' if keys > 1 else ''}")
-    started = time.monotonic()
-    encoded = {
-        "train": preprocessor.fit(
-            splits["train"], lambda key: say(f"  {key}") if time.monotonic() - started > QUIET_SECONDS else None
-        )
-    }
-    splits = {name: rows if name == "train" else preprocessor.conform(rows) for name, rows in splits.items()}
-    encoded |= {name: preprocessor.encode(rows) for name, rows in splits.items() if name != "train"}
-    catalogue = _catalogue(run, preprocessor, splits)
-    config = run.training
-    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=config.seed)
-    steps = -(-len(encoded["train"]) // (config.batch_size * where.world_size)) * config.epochs
-    train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
-    optimizers, sharding = _for_modules(run)
-    sharded, optimizer = parallelise(train_module, where, optimizers, sharding=sharding, seed=config.seed)
+    splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
+    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed)
+    start = _start_of(folder, splits, say) if resume else _Start()
+    state = _state_at(start, run, model, splits, where)
     say(_describe(model, preprocessor, where))
-    if where.first:
-        # Only now, with data and model found right, does an earlier run go.
-        for part in (CHECKPOINT, f"{CHECKPOINT}.old", "preprocessing", "catalogue", "tensorboard"):
-            shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
-        (folder / "run.yaml").write_text(dump_run(_with_paths_from(run, folder)), encoding="utf-8")
-        preprocessor.save(folder / "preprocessing")
-        if catalogue is not None:
-            catalogue.save(folder / "catalogue")
-    where.barrier()
-    with TrainingProgress(
-        active=where.first, total_steps=steps, log_dir=folder / "tensorboard", console=console
-    ) as progress:
-        history = fit(
-            sharded,
-            optimizer,
-            encoded["train"],
-            encoded["val"],
-            config,
-            where,
-            val_users=user_groups(run.data_schema, splits["val"].frame),
-            keep=lambda: save_weights(sharded, folder / CHECKPOINT, where),
-            progress=progress,
+    if start.checkpoint is not None:
+        state.load(start.checkpoint, where)
+        left = splits.train.rows_left(state.position) / max(splits.train.rows_per_epoch, 1)
+        say(f"going on after step {state.step:,}: epoch {state.position.epoch}, {1 - left:.0%} of it done")
+    _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
+    history = _fit(run, folder, state, splits, where, console, say)
+    best = best_checkpoint(folder / CHECKPOINTS)
+    if best is None:
+        raise DataError(f"{folder}: the best epoch's checkpoint is gone")
+    load_weights(state.model, best)
+    evaluations = {
+        name: evaluate_rows(
+            plain_model(state.model), preprocessor, splits.raw[name], splits.encoded[name], splits.catalogue, where,
+            run.training.eval_batch_size,
         )
-    load_weights(sharded, folder / CHECKPOINT)
-    evaluations: dict[str, Evaluation] = {}
-    for name in ("val", "test"):
-        if name in encoded:
-            evaluations[name] = evaluate_rows(
-                plain_model(sharded),
-                preprocessor,
-                splits[name],
-                encoded[name],
-                catalogue,
-                where,
-                config.eval_batch_size,
-            )
+        for name in splits.encoded
+    }  # fmt: skip
     if where.first:
         write_metrics(folder / "metrics.json", history, evaluations)
     where.barrier()
     return RunResult(folder, history, evaluations)
+
+
+def _earlier_encoder(folder: Path) -> FeatureEncoder:
+    """What the run in the folder has learnt: a known id keeps its row, whatever data comes."""
+    try:
+        return FeatureEncoder.load(folder / PREPROCESSING / "encoder")
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: the run directory is damaged ({error})") from None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where training starts: at its beginning, or after a checkpoint."""
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    history: TrainingHistory = field(default_factory=TrainingHistory)
+    checkpoint: Path | None = None
+
+
+def _start_of(folder: Path, splits: Splits, say: Say) -> _Start:
+    """After the newest checkpoint in the folder."""
+    newest = newest_checkpoint(folder / CHECKPOINTS)
+    assert newest is not None
+    about = read_about(newest)
+    try:
+        position = Position.from_json(about["position"])
+        if about["rows"] != splits.train.fingerprint and position.taken:
+            say("the training data is not what it was: its epoch starts again")
+            position = Position(position.epoch)
+        return _Start(about["step"], position, TrainingHistory.from_json(about["history"]), newest)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{newest}: damaged checkpoint (state.json: {error})") from None
+
+
+def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
+    """Sharded model, optimizer and schedule, with all weights as they are before the first step."""
+    config = run.training
+    optimizers, sharding = _for_modules(run)
+    train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
+    sharded, optimizer = parallelise(train_module, where, optimizers, sharding=sharding, seed=config.seed)
+    total = start.step + _steps_left(start.position, splits, run, where)
+    return TrainingState(
+        model=sharded,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config.warmup_steps, total, config.decay),
+        average=WeightAverage(sharded, config.averaging) if config.averaging > 0 else None,
+        position=start.position,
+        step=start.step,
+        history=start.history,
+    )
+
+
+def _steps_left(position: Position, splits: Splits, run: RunConfig, where: Ranks) -> int:
+    """Steps from a position to the end of the last epoch."""
+    steps = 0
+    while position.epoch <= run.training.epochs:
+        steps += splits.train.steps(position, world_size=where.world_size, batch_size=run.training.batch_size)
+        position = position.next_epoch()
+    return steps
+
+
+def _open_directory(
+    run: RunConfig, folder: Path, preprocessor: Preprocessor, catalogue: Catalogue | None, where: Ranks, *, keep: bool
+) -> None:
+    """Write what is known before training.  Only now, with data and model found right, does an earlier run go."""
+    if where.first:
+        for part in () if keep else (CHECKPOINTS, "tensorboard"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        for part in (PREPROCESSING, "catalogue"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        sign_run_directory(folder)
+        (folder / "run.yaml").write_text(dump_run(_with_paths_from(run, folder)), encoding="utf-8")
+        preprocessor.save(folder / PREPROCESSING)
+        if catalogue is not None:
+            catalogue.save(folder / "catalogue")
+    where.barrier()
+
+
+def _fit(
+    run: RunConfig, folder: Path, state: TrainingState, splits: Splits, where: Ranks, console: Console, say: Say
+) -> TrainingHistory:
+    store = CheckpointStore(folder / CHECKPOINTS, where, keep=run.training.checkpoint.keep)
+
+    def save(state: TrainingState, *, background: bool) -> None:
+        complain(store.failure(wait=True))
+        store.save(state.tensors(where, copy=background), _about(state, run, splits, where), background=background)
+
+    def complain(failure: str | None) -> None:
+        if failure is not None:
+            say(f"WARNING: {failure}; training goes on")
+
+    users = user_groups(run.data_schema, splits.raw["val"].frame)
+    total = state.step + _steps_left(state.position, splits, run, where)  # also for a start in the middle
+    try:
+        with TrainingProgress(
+            active=where.first, total_steps=total, log_dir=folder / "tensorboard", console=console, done=state.step
+        ) as progress:
+            history = fit(
+                state,
+                splits.train,
+                Validation(splits.encoded["val"], users),
+                run.training,
+                where,
+                save=save,
+                progress=progress,
+            )
+        complain(store.failure(wait=True))
+    finally:
+        store.close()
+    return history
+
+
+def _about(state: TrainingState, run: RunConfig, splits: Splits, where: Ranks) -> dict[str, Any]:
+    """What stands beside a checkpoint's tensors, as JSON."""
+    return {
+        "format": 1,
+        "step": state.step,
+        "position": state.position.to_json(),
+        "history": state.history.to_json(),
+        "rows": splits.train.fingerprint,
+        "ranks": where.world_size,
+        "batch_size": run.training.batch_size,
+        "run": dump_run(run),
+        "versions": {name: _version(name) for name in ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu")},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
@@ -213,12 +283,6 @@ def _for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:
         run.optimizers.model_copy(update={"tables": run.optimizers.tables.model_copy(update={"lr_of": lr_of})}),
         run.sharding.model_copy(update={"tables": tables}),
     )
-
-
-def _catalogue(run: RunConfig, preprocessor: Preprocessor, splits: dict[str, Rows]) -> Catalogue | None:
-    if run.data_schema.user is None or run.data_schema.item is None:
-        return None
-    return Catalogue.build(run.data_schema, preprocessor.groups, splits["train"].frame, splits["val"].frame)
 
 
 def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
@@ -257,96 +321,7 @@ def evaluate_rows(
     )
 
 
-def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None:
-    """Compute a run's statistics once: its splits with their columns, the statistics, and a YAML that uses both.
-
-    Args:
-        out: a new or empty folder.
-        say: called with a line for each key and each file.
-
-    Raises:
-        ConfigError: there is nothing to prepare, or `out` is not empty.
-    """
-    if not run.statistics:
-        raise ConfigError("nothing to prepare, the run has no statistics")
-    if any(block.prepared is not None for block in run.statistics):
-        raise ConfigError("the data of this run is prepared already")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty; choose a new folder")
-    preprocessor = Preprocessor(run.data_schema, run.statistics)
-    splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
-    prepared = {"train": preprocessor.fit_statistics(splits["train"], lambda key: say(f"  counted per {key}"))}
-    prepared |= {name: preprocessor.with_statistics(rows) for name, rows in splits.items() if name != "train"}
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in prepared.items():
-        rows.frame.to_parquet(out / f"{name}.parquet", index=False)
-        say(f"{name}: {len(rows):,} rows, {rows.frame.shape[1]} columns")
-    ready = run.model_copy(deep=True)
-    ready.data = DataConfig(**{name: [f"{name}.parquet"] for name in prepared})
-    for i, (block, config) in enumerate(zip(preprocessor.statistics, ready.statistics, strict=True)):
-        block.save(out / f"statistics_{i}")
-        config.prepared = f"statistics_{i}"
-    (out / "run.yaml").write_text(dump_run(ready), encoding="utf-8")
-
-
 def write_metrics(path: Path, history: TrainingHistory, evaluations: dict[str, Evaluation]) -> None:
     """Everything measured, as JSON; what is not defined is null."""
-    content = {"history": asdict(history), "evaluations": {k: asdict(v) for k, v in evaluations.items()}}
-    path.write_text(json.dumps(_finite(content), indent=1))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-@dataclass
-class FinishedRun:
-    """A run read back: the whole model in this process, without a process group.
-
-    Args:
-        config: as it was trained.
-        preprocessor: fitted.
-        model: in eval mode, on the CPU.
-        catalogue: what it knows of users and items; None where the schema names no user or item.
-        finished: False where training was interrupted; the model is that of its best epoch so far.
-    """
-
-    config: RunConfig
-    preprocessor: Preprocessor
-    model: MTCL
-    catalogue: Catalogue | None
-    finished: bool = True
-
-    @classmethod
-    def load(cls, folder: str | Path) -> FinishedRun:
-        """Read a run directory, also one whose training was interrupted after an epoch was kept.
-
-        Raises:
-            DataError: the folder holds no run that has kept an epoch.
-        """
-        folder = Path(folder)
-        if not (folder / "run.yaml").is_file():
-            raise DataError(f"{folder}: no run here (run.yaml is missing)")
-        checkpoint = complete_checkpoint(folder / CHECKPOINT)
-        if checkpoint is None:
-            raise DataError(f"{folder}: the run has kept no epoch yet (no {CHECKPOINT}/)")
-        config = parse_run((folder / "run.yaml").read_text(encoding="utf-8"), name=str(folder / "run.yaml"))
-        try:
-            preprocessor = Preprocessor.load(folder / "preprocessing", config.data_schema, config.statistics)
-            catalogue = Catalogue.load(folder / "catalogue") if (folder / "catalogue").is_dir() else None
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{folder}: the run directory is damaged ({error})") from None
-        model = build_model(config.model, preprocessor.encoder, config.fusion, table_device="cpu")
-        load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
-        fused = model.output.fused_score
-        if config.fusion is not None and isinstance(fused, WeightedMean):
-            fused.set_weights(config.fusion.weights)  # those of run.yaml, which may be edited without training
-        return cls(config, preprocessor, model.eval(), catalogue, finished=(folder / "metrics.json").is_file())
-
-    def encode(self, frame: pd.DataFrame) -> EncodedRows:
-        """Encode rows to be scored."""
-        return self.preprocessor.encode(Rows(frame), with_labels=False)
+    content = {"history": history.to_json(), "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()}}
+    path.write_text(json.dumps(content, indent=1))

@@ -214,9 +214,14 @@ def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
     return [(value, 0, 0)]
 
 
+def is_table(name: str) -> bool:
+    """Whether a parameter of that fully qualified name is an embedding table."""
+    return ".embedding_bags." in name
+
+
 def tables_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Fully qualified name -> weight (plain, ShardedTensor or DTensor) of every embedding table."""
-    return {name: value for name, value in model.state_dict().items() if ".embedding_bags." in name}
+    return {name: value for name, value in model.state_dict().items() if is_table(name)}
 
 
 @torch.no_grad()

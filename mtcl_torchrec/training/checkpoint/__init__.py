@@ -1,0 +1,1 @@
+"""Checkpoints of a run: the whole state of training, on disk, through torch.distributed.checkpoint."""

@@ -1,0 +1,99 @@
+"""The run directory: who may write to it, and how a restarted run finds its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from mtcl_torchrec.training.checkpoint.store import newest_checkpoint
+from mtcl_torchrec.training.sharding import Ranks
+
+CHECKPOINTS = "checkpoints"
+MARKER = ".mtcl-run"  # this folder is a run directory, whatever else it holds yet; in it, which launch wrote the run
+WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
+
+Existing = Literal["refuse", "overwrite", "resume"]
+
+
+def claim_run_directory(folder: Path, where: Ranks, *, existing: Existing = "refuse") -> bool:
+    """Make sure that a run may be written to `folder`; nothing in it is touched yet.
+
+    Where ``torchrun`` starts its ranks again after a failure, the run that they had begun is resumed whatever
+    `existing` says.
+
+    Args:
+        existing: what to do with a run that stands there.
+
+    Returns:
+        Whether a run stands there and is to be resumed.
+
+    Raises:
+        FileExistsError: it holds a run and `existing` is "refuse", or it is a folder of something else.
+    """
+    state = where.broadcast(_state_of(folder) if where.first else None)
+    restarted = where.broadcast(_restarted(folder) if where.first else None)
+    if state == "run" and existing == "refuse" and not restarted:
+        raise FileExistsError(f"{folder} holds a run already; resume it, overwrite it, or choose another folder")
+    if state == "other":
+        raise FileExistsError(f"{folder} is not empty and no run directory; choose a new folder")
+    if where.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).touch()
+    where.barrier()
+    return state == "run" and bool(restarted or existing == "resume")
+
+
+def sign_run_directory(folder: Path) -> None:
+    """Note that what the folder holds from now on is of this launch."""
+    (folder / MARKER).write_text(_launch())
+
+
+def fresh_run_directory(name: str, where: Ranks) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on where that one exists; the same on every rank.
+
+    After a restart by ``torchrun``, the folder that was made before it.
+    """
+    folder = Path(str(where.broadcast(str(_fresh_folder(name)) if where.first else None)))
+    claim_run_directory(folder, where)
+    return folder
+
+
+def _fresh_folder(name: str) -> Path:
+    folder, number = Path("runs") / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            sign_run_directory(folder)
+            return folder
+        except FileExistsError:
+            if _restarted(folder):
+                return folder
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+
+
+def _restarted(folder: Path) -> bool:
+    """Whether this process was started again by the launcher whose run the folder holds."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return False
+    marker = folder / MARKER
+    return marker.is_file() and marker.read_text() == _launch()
+
+
+def _launch() -> str:
+    """Names the launcher of this process: it stays the same when it starts its ranks again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    launcher = os.getppid()
+    started = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return f"{socket.gethostname()} {launcher} {started} {os.environ['TORCHELASTIC_RUN_ID']}"
+
+
+def _state_of(folder: Path) -> str:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return "free"
+    if not (folder / MARKER).is_file():
+        return "other"
+    return "run" if newest_checkpoint(folder / CHECKPOINTS) else "free"

@@ -1,0 +1,70 @@
+"""A run read back from its directory, to be evaluated or to recommend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from mtcl_torchrec.config import RunConfig, parse_run
+from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.preprocessing import Preprocessor
+from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.modules.fusion import WeightedMean
+from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.checkpoint.reader import load_unsharded
+from mtcl_torchrec.training.checkpoint.store import best_checkpoint
+from mtcl_torchrec.training.directory import CHECKPOINTS, WEIGHTS_PREFIX
+
+
+@dataclass
+class FinishedRun:
+    """A run read back: the whole model in this process, without a process group.
+
+    Args:
+        config: as it was trained.
+        preprocessor: fitted.
+        model: in eval mode, on the CPU.
+        catalogue: what it knows of users and items; None where the schema names no user or item.
+        finished: False where training was interrupted; the model is that of its best epoch so far.
+    """
+
+    config: RunConfig
+    preprocessor: Preprocessor
+    model: MTCL
+    catalogue: Catalogue | None
+    finished: bool = True
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FinishedRun:
+        """Read a run directory, also one whose training was interrupted after an epoch was kept.
+
+        Raises:
+            DataError: the folder holds no run that has kept an epoch.
+        """
+        folder = Path(folder)
+        if not (folder / "run.yaml").is_file():
+            raise DataError(f"{folder}: no run here (run.yaml is missing)")
+        checkpoint = best_checkpoint(folder / CHECKPOINTS)
+        if checkpoint is None:
+            raise DataError(f"{folder}: the run has kept no epoch yet (no complete checkpoint in {CHECKPOINTS}/)")
+        config = parse_run((folder / "run.yaml").read_text(encoding="utf-8"), name=str(folder / "run.yaml"))
+        try:
+            preprocessor = Preprocessor.load(folder / "preprocessing", config.data_schema, config.statistics)
+            catalogue = Catalogue.load(folder / "catalogue") if (folder / "catalogue").is_dir() else None
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: the run directory is damaged ({error})") from None
+        model = build_model(config.model, preprocessor.encoder, config.fusion, table_device="cpu")
+        load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
+        fused = model.output.fused_score
+        if config.fusion is not None and isinstance(fused, WeightedMean):
+            fused.set_weights(config.fusion.weights)  # those of run.yaml, which may be edited without training
+        return cls(config, preprocessor, model.eval(), catalogue, finished=(folder / "metrics.json").is_file())
+
+    def encode(self, frame: pd.DataFrame) -> EncodedRows:
+        """Encode rows to be scored."""
+        return self.preprocessor.encode(Rows(frame), with_labels=False)
