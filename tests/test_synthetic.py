@@ -1,6 +1,7 @@
 """Synthetic worlds: rows depend on their index alone, the oracle tells the truth, the dials do what they say."""
 
 import hashlib
+import io
 import math
 import pickle
 import subprocess
@@ -86,7 +87,7 @@ LIVELY = {
 WORLDS = {name: ready_world(name, **LIVELY) for name in READY_WORLDS}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(READY_WORLDS),
     st.lists(st.integers(0, 60_000) | st.integers(0, MAX_ROWS - 1), min_size=1, max_size=60),
@@ -112,6 +113,14 @@ def test_the_size_of_a_chunk_changes_no_row():
         pd.testing.assert_frame_equal(chunks, whole.iloc[1_000:].reset_index(drop=True), check_exact=True)
 
 
+def test_a_world_stays_the_same_from_version_to_version():
+    """Where this fails, every log and benchmark made from a seed has changed: say so in the change log."""
+    frame = ready_world("shop", seed=7, cold_items=0.2, cold_after=0.5).rows(np.arange(0, 1_000_000, 5_000))
+    whole = frame.drop(columns=["price", *(o.name for o in WORLDS["shop"].outcomes)])
+    assert digest(whole)[:16] == "cc56bb6e0ce02bb3"
+
+
+@pytest.mark.full
 def test_another_process_computes_the_same_rows():
     world = ready_world("shop", seed=5, **LIVELY)
     program = (
@@ -310,8 +319,9 @@ def test_time_grows_and_hours_are_those_of_places():
     one_place = rows[rows["place"] == 2]
     utc = one_place["time"] // 3600 % 24
     assert ((one_place["hour"] - utc) % 24).nunique() == 1
-    home = rows.groupby("user_id")["place"].agg(lambda p: p.value_counts().iloc[0] / len(p))
-    assert home[rows["user_id"].value_counts() > 2].mean() > 0.8
+    at_places = rows.groupby(["user_id", "place"]).size().groupby("user_id").agg(["max", "sum"])
+    often = at_places[at_places["sum"] > 5]
+    assert often["max"].sum() / often["sum"].sum() > 0.8
 
 
 def test_what_a_row_says_of_its_user_and_item_is_theirs():
@@ -337,7 +347,7 @@ def test_huge_vocabularies_need_no_memory(ids):
     assert rows["user_id"].max() > 0.99 * ids
     assert rows["user_id"].between(1, ids).all()
     assert rows["product_id"].between(1, ids).all()
-    assert (rows["product_id"] > 0.9 * ids).mean() > 0.1
+    assert (rows["product_id"] > 0.9 * ids).mean() == pytest.approx(0.1, abs=0.01)
     assert rows["user_id"].nunique() > 19_900
     assert rows["click"].mean() == pytest.approx(0.2, abs=0.02)
     assert truth["buy"].shape == (100,)
@@ -463,11 +473,11 @@ def test_each_world_trains(name, tmp_path):
     raw["optimizers"] = {"tables": {"lr": 0.1}, "dense": {"lr": 0.01}}
     raw["training"] = {"epochs": 2, "batch_size": 200, "warmup_steps": 5}
     run = parse_run(yaml.safe_dump(raw), folder=tmp_path)
-    quiet = Console(file=open("/dev/null", "w"))
-    metrics = train_run(run, tmp_path / "run", device="cpu", console=quiet).evaluations["val"].tasks
+    metrics = (
+        train_run(run, tmp_path / "run", device="cpu", console=Console(file=io.StringIO())).evaluations["val"].tasks
+    )
     val = np.arange(8_000, 10_000)
     best = roc_auc_score(world.rows(val)[main], world.oracle(val)[main])
-    print(name, {t: m.get("auc", m.get("ne", m.get("r2"))) for t, m in metrics.items()}, best)
     assert 0.65 < metrics[main]["auc"] < best + 0.01
     assert metrics["return"]["auc"] > 0.6
     content = next(t for t in metrics if t.startswith("next_"))
