@@ -1,0 +1,238 @@
+"""Five ready synthetic worlds, and a run's YAML for each.
+
+| world | behaviour | fused score is for | `conflict` turns |
+|---|---|---|---|
+| ``shop`` | click → cart → buy; a price | sales | buy against the others |
+| ``social`` | like, comment, share, hide | joining in, and against hides | hide against the others |
+| ``video`` | finish, like, watch_time; a length | time well spent | like against the others |
+| ``courses`` | enrol → finish → rating; hours | finished courses | finish against the others |
+| ``health`` | view → book → rating; days to wait | visits that help | book against the others |
+
+Each also has a task of content, ``next_category`` (``next_topic``, …), the one that the user turns to next, a softmax;
+and one of context, ``return``: whether the user comes back, which the user and the moment decide.  Neither sees an item
+(`Task.inputs`).  An arrow is a chain: the label exists, and its task's mask holds, where the event before it is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mtcl_torchrec.data.synthetic import Outcome, World
+from mtcl_torchrec.schema import ConfigError, Feature, Task, nearest
+
+
+def _event(name: str, mean: float, **options: Any) -> Outcome:
+    return Outcome(name=name, mean=mean, **options)
+
+
+_RETURN = Outcome(name="return", mean=0.3, moment=True)
+
+_READY: dict[str, dict[str, Any]] = {
+    "shop": {
+        "item": "product_id", "number": "price", "number_median": 20.0, "number_spread": 0.8, "conflict": 0.2,
+        "outcomes": (
+            _event("click", 0.2, number_effect=-0.1, fused=1),
+            _event("cart", 0.25, after="click", number_effect=-0.3, fused=2),
+            _event("buy", 0.4, after="cart", number_effect=-0.6, opposed=True, fused=4),
+            Outcome(name="next_category", kind="content", fused=0.5),
+            _RETURN,
+        ),
+    },
+    "social": {
+        "item": "post_id", "category": "topic", "tags": "hashtags", "number": "length", "number_median": 40.0,
+        "number_spread": 1.0, "conflict": 1.0,
+        "outcomes": (
+            _event("like", 0.12, number_effect=-0.2, fused=1),
+            _event("comment", 0.03, number_effect=0.2, fused=8),
+            _event("share", 0.02, fused=10),
+            _event("hide", 0.015, opposed=True, number_effect=0.2, fused=-20),
+            Outcome(name="next_topic", kind="content", fused=0.5),
+            _RETURN,
+        ),
+    },
+    "video": {
+        "item": "video_id", "category": "genre", "number": "length", "number_median": 3.0, "number_spread": 0.7,
+        "conflict": 0.3,
+        "outcomes": (
+            _event("finish", 0.35, number_effect=-0.8, fused=1),
+            _event("like", 0.05, opposed=True, fused=5),
+            Outcome(name="watch_time", kind="amount", mean=1.8, number_effect=1.2, fused=1),
+            Outcome(name="next_genre", kind="content", fused=0.5),
+            _RETURN,
+        ),
+    },
+    "courses": {
+        "item": "course_id", "category": "subject", "tags": "skills", "number": "hours", "number_median": 12.0,
+        "number_spread": 0.6, "conflict": 0.4,
+        "outcomes": (
+            _event("enrol", 0.08, number_effect=-0.2, fused=1),
+            _event("finish", 0.3, after="enrol", opposed=True, number_effect=-0.6, fused=4),
+            Outcome(name="rating", kind="stars", mean=4.1, after="finish", fused=1),
+            Outcome(name="next_subject", kind="content", fused=0.5),
+            _RETURN,
+        ),
+    },
+    "health": {
+        "item": "service_id", "category": "specialty", "tags": "conditions", "number": "wait_days",
+        "number_median": 6.0, "number_spread": 0.9, "conflict": 0.2,
+        "outcomes": (
+            _event("view", 0.25, fused=1),
+            _event("book", 0.15, after="view", opposed=True, number_effect=-0.6, fused=6),
+            Outcome(name="rating", kind="stars", mean=4.3, after="book", fused=2),
+            Outcome(name="next_specialty", kind="content", fused=0.5),
+            _RETURN,
+        ),
+    },
+}  # fmt: skip
+
+READY_WORLDS = tuple(_READY)
+
+
+def ready_world(name: str, *, rates: Mapping[str, float] | None = None, imbalance: float = 1.0, **dials: Any) -> World:
+    """One of the ready worlds, with some dials turned.
+
+    Args:
+        name: ``"shop"``, ``"social"``, ``"video"``, ``"courses"`` or ``"health"``.
+        rates: task -> mean of its label, where it is not to be the world's own; not of content.
+        imbalance: at least 1; the mean of every event, but for those of context, is divided by it.
+        dials: fields of `World`, such as `seed`, `num_users` or `cold_items`.
+
+    Raises:
+        ConfigError: no such world, task or dial, or a value out of range.
+
+    Example:
+        >>> world = ready_world("shop", num_items=30_000_000, rates={"click": 0.05})
+        >>> [(t.name, t.mask) for t in world.schema().tasks][:3]
+        [('click', None), ('cart', 'click'), ('buy', 'cart')]
+        >>> ready_world("shpo")
+        Traceback (most recent call last):
+            ...
+        mtcl_torchrec.schema.ConfigError: no ready world 'shpo' (did you mean 'shop'?)
+    """
+    if name not in _READY:
+        raise ConfigError(f"no ready world {name!r}{nearest(name, _READY)}")
+    known = [f.name for f in fields(World) if f.name != "outcomes"]
+    for dial in dials:
+        if dial not in known:
+            raise ConfigError(f"world {name}: no dial {dial!r}{nearest(dial, [*known, 'rates', 'imbalance'])}")
+    if imbalance < 1:
+        raise ConfigError(f"world {name}: imbalance is at least 1, not {imbalance}")
+    settings = _READY[name] | dials
+    own = {o.name: o for o in settings["outcomes"] if o.kind != "content"}
+    rates = rates or {}
+    for task in rates:
+        if task not in own:
+            raise ConfigError(f"world {name}: rates: no task {task!r} with a mean{nearest(task, own)}")
+    try:
+        outcomes = tuple(_with_mean(o, rates.get(o.name), imbalance) for o in settings["outcomes"])
+        return World(**settings | {"outcomes": outcomes})
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"world {name}: {_explained(e)}" for e in error.errors())) from None
+
+
+def _explained(error: Mapping[str, Any]) -> str:
+    """One thing that pydantic found wrong."""
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{error['loc'][0]}: {message} (given: {error['input']!r})" if error["loc"] else message
+
+
+def _with_mean(outcome: Outcome, mean: float | None, imbalance: float) -> Outcome:
+    rare = imbalance if outcome.kind == "event" and not outcome.moment else 1.0
+    values = outcome.model_dump() | {"mean": (outcome.mean if mean is None else mean) / rare}
+    return Outcome.model_validate(values)
+
+
+def world_run(
+    name: str,
+    *,
+    rows: int = 1_000_000,
+    val_rows: int = 50_000,
+    test_rows: int = 50_000,
+    **dials: Any,
+) -> str:
+    """A commented run on a ready world: YAML for `mtcl train`.
+
+    Args:
+        rows, val_rows, test_rows: of the splits, which follow each other in time.
+        dials: as for `ready_world`; those given stand in the YAML.
+
+    Raises:
+        ConfigError: as `ready_world`.
+
+    Example:
+        >>> print(world_run("video", rows=10_000).split("schema:")[0])  # doctest: +ELLIPSIS
+        # The ready world "video": rows come from known probabilities and are computed while training.
+        ...
+            world: video
+            rows: 10000
+        ...
+    """
+    dials = {"seed": 0, "num_users": 100_000, "num_items": 100_000} | dials
+    settings: dict[str, Any] = {"horizon": rows + val_rows + test_rows} | dials
+    world = ready_world(name, **settings)
+    schema = world.schema()
+    lines = [
+        f'# The ready world "{name}": rows come from known probabilities and are computed while training.',
+        f"name: {name}",
+        "",
+        "data:",
+        "  synthetic:   # row numbers are split: the first train, the next validate, the last test",
+        f"    world: {name}",
+        f"    rows: {rows}",
+        f"    val_rows: {val_rows}",
+        f"    test_rows: {test_rows}",
+        *(f"    {dial}: {_flow(value)}" for dial, value in dials.items()),
+        "    # More dials: rates: {TASK: mean of its label}, imbalance (1 and up), correlation and conflict between",
+        "    # tasks, signal, context, missing, cold_items, user_exponent and item_exponent (Zipf), …",
+        "",
+        "schema:",
+        f"  user: {schema.user}",
+        f"  item: {schema.item}",
+        f"  time: {schema.time}",
+        "  features:",
+        "    # encoding: index takes ids as rows of their table, so no vocabulary has to be learnt.  The tables of",
+        "    # users and items must hold all ids: num_users + 1 and num_items + 1 rows, row 0 being 'unknown'.",
+        *(f"    - {_flow(_declared(feature))}" for feature in schema.features),
+        "  tasks:",
+        "    # A masked label counts only where the event before it in the chain happened.",
+        *(f"    - {_flow(_declared(task))}" for task in schema.tasks),
+        "",
+        "model:",
+        "  # or kind: shared_bottom, ple, single_task",
+        "  trunk: {kind: mmoe, num_experts: 4, expert_layers: [128, 64]}",
+        "  tower_layers: [32]",
+        "  cross_layers: 1",
+        "",
+        "optimizers:",
+        "  tables: {kind: rowwise_adagrad, lr: 0.02}",
+        "  dense: {kind: adamw, lr: 0.001, weight_decay: 0.01}",
+        "",
+        "training:",
+        "  epochs: 2",
+        "  batch_size: 1024   # rows per step and rank",
+        "  patience: 1        # stop after so many epochs without a better mean validation AUC",
+        "",
+        "# The score that ranks: a weighted mean of the predictions, in [0, 1].  A negative weight lowers it.",
+        "fusion:",
+        f"  weights: {_flow(world.fusion_weights())}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _declared(part: Feature | Task) -> dict[str, Any]:
+    """What a feature or task says itself; one group as a word."""
+    values = part.model_dump(mode="json", exclude_unset=True)
+    if len(values.get("group", ())) == 1:
+        values["group"] = values["group"][0]
+    return values
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
