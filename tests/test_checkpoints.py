@@ -318,4 +318,3 @@ def test_what_stands_beside_the_tensors_is_json(alone, tmp_path):
     store.save({"a": torch.ones(2)}, numbered(7))
     store.close()
     assert json.loads((newest_checkpoint(tmp_path) / "state.json").read_text())["step"] == 7
-    assert len(rows()) == ROWS

@@ -169,7 +169,9 @@ def test_data_that_do_not_fit_leave_an_earlier_run_alone(data, finished, tmp_pat
     broken = shop.log().rename(columns={"price": "prize"})
     broken.to_parquet(tmp_path / "log.parquet", index=False)
     with pytest.raises(DataError, match="no column 'price' \\(did you mean 'prize'"):
-        train_run(parse_run(shop.RUN, folder=tmp_path), finished.folder, existing="overwrite", device="cpu", console=quiet())
+        train_run(
+            parse_run(shop.RUN, folder=tmp_path), finished.folder, existing="overwrite", device="cpu", console=quiet()
+        )
     assert sorted(p.relative_to(finished.folder) for p in finished.folder.rglob("*")) == before
 
 

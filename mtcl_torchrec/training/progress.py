@@ -115,7 +115,7 @@ class TrainingProgress:
     def line(self, text: str) -> None:
         """Print one line above the bar."""
         if self.active:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _summary_writer(log_dir: Path) -> Any:

@@ -97,7 +97,7 @@ def train_run(
 def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume: bool) -> RunResult:
     def say(text: str) -> None:
         if where.first:
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     preprocessor = Preprocessor(run.data_schema, run.statistics)
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)

@@ -78,6 +78,23 @@ def _calm_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // (2 * processes))
 
 
+def _init_from_environment(backend: str) -> None:
+    """Join the process group that ``torchrun`` describes.
+
+    On one host, torchrun (2.13) gives restarted ranks the store of their predecessors, with the addresses of the dead in
+    it (pytorch issue 135712); a prefix for each restart keeps them apart.  Between hosts the agents count restarts
+    differently: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    """
+    timeout, env = timedelta(minutes=30), os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    shared = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"restart_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+
+
 @contextmanager
 def ranks(device: Device = "auto") -> Iterator[Ranks]:
     """The process group of a run: that of ``torchrun`` where there is one, else of this process alone.
@@ -99,7 +116,7 @@ def ranks(device: Device = "auto") -> Iterator[Ranks]:
     if own:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            _init_from_environment(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if not use_cuda and "OMP_NUM_THREADS" not in os.environ:

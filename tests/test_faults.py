@@ -1,0 +1,97 @@
+"""Ranks that die: the job goes on under torchrun and ends as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shop
+import torch
+
+from mtcl_torchrec.training.checkpoint.reader import read_tensors, saved_tensors
+from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_about
+
+HERE = Path(__file__).parent
+
+RUN = shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 4, keep: 2}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mortal")
+    shop.log(900).to_parquet(folder / "log.parquet", index=False)
+    (folder / "run.yaml").write_text(RUN)
+    return folder
+
+
+def torchrun(*arguments, folder, kills=0, seed=0):
+    """What two ranks under torchrun say; they may be started again and again."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MORTAL_KILLS": str(kills), "MORTAL_SEED": str(seed),
+        "MORTAL_LOG": str(folder / "deaths.txt"),
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        f"--max-restarts={kills}", "--monitor-interval=0.1", str(HERE / "mortal.py"), *map(str, arguments),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data):
+    torchrun("train", data / "run.yaml", "--out", data / "undisturbed", folder=data)
+    return data / "undisturbed"
+
+
+def state_of(folder):
+    newest = newest_checkpoint(folder / "checkpoints")
+    tensors = {n: torch.zeros(s, dtype=torch.uint8 if n.startswith("random.") else torch.float32)
+               for n, s in saved_tensors(newest).items()}  # fmt: skip
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("random.")}
+    read_tensors(tensors, newest, alone=True)
+    about = read_about(newest)
+    for seconds in (about["history"],):
+        seconds.pop("seconds")
+    return tensors, about
+
+
+def assert_same_result(folder, expected_folder):
+    (tensors, about), (expected, expected_about) = state_of(folder), state_of(expected_folder)
+    assert {k: about[k] for k in ("step", "position", "history", "rows")} == {
+        k: expected_about[k] for k in ("step", "position", "history", "rows")
+    }
+    assert set(tensors) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(tensors[name], value), name
+    metrics, expected_metrics = (json.loads((f / "metrics.json").read_text()) for f in (folder, expected_folder))
+    assert metrics["evaluations"] == expected_metrics["evaluations"]
+    assert len(expected) > 20
+
+
+def kill(times, data, tmp_path, undisturbed, *out):
+    said = torchrun("train", data / "run.yaml", *out, folder=tmp_path, kills=times, seed=times)
+    deaths = (tmp_path / "deaths.txt").read_text().splitlines()
+    assert len(deaths) == times
+    assert "going on after step" in said
+    folder = next(p for p in tmp_path.rglob(".mtcl-run")).parent
+    assert len(list(tmp_path.rglob(".mtcl-run"))) == 1
+    assert not list(folder.rglob("*.writing"))
+    assert_same_result(folder, undisturbed)
+    return deaths
+
+
+def test_a_job_whose_ranks_are_killed_ends_as_if_nothing_had_happened(data, tmp_path, undisturbed):
+    """Also without --out: the ranks that are started again find the folder of their job."""
+    kill(3, data, tmp_path, undisturbed)
+
+
+@pytest.mark.full
+def test_twenty_deaths_while_training_and_while_writing(data, tmp_path, undisturbed):
+    deaths = kill(20, data, tmp_path, undisturbed, "--out", tmp_path / "run")
+    assert sum("writing" in death for death in deaths) >= 3
+    assert sum("training" in death for death in deaths) >= 3
+    assert {death.split("rank ")[1][0] for death in deaths} == {"0", "1"}
