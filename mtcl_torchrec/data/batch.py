@@ -9,6 +9,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from mtcl_torchrec.data.position import shuffled
+
 
 @dataclass
 class MTBatch(Pipelineable):
@@ -82,6 +84,28 @@ class Bag:
         shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
         return self.values[shift + torch.arange(len(shift))], lengths
 
+    def slice(self, start: int, stop: int) -> Bag:
+        """The rows from `start` to `stop` (not included), copied.
+
+        Example:
+            >>> Bag(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 2, 3])).slice(1, 3)
+            Bag(values=tensor([7]), offsets=tensor([0, 0, 1]))
+        """
+        offsets = self.offsets[start : stop + 1]
+        return Bag(self.values[offsets[0] : offsets[-1]].clone(), offsets - offsets[0])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Bag]) -> Bag:
+        """The rows of all parts, one after the other.
+
+        Example:
+            >>> bag = Bag(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 2, 3]))
+            >>> Bag.cat([bag.slice(1, 3), bag.slice(0, 1)])
+            Bag(values=tensor([7, 5, 6]), offsets=tensor([0, 0, 1, 3]))
+        """
+        lengths = torch.cat([part.offsets.diff() for part in parts])
+        return cls(torch.cat([part.values for part in parts]), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
 
 @dataclass(frozen=True)
 class EncodedRows:
@@ -106,23 +130,57 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.dense)
 
-    def batch(self, index: torch.Tensor) -> MTBatch:
-        """The rows in `index` (B,) as one batch."""
-        ids = self.ids[index].T
+    def slice(self, start: int, stop: int) -> EncodedRows:
+        """The rows from `start` to `stop` (not included), copied: keeping them does not keep the others in memory."""
+        return EncodedRows(
+            dense=self.dense[start:stop].clone(),
+            keys=self.keys,
+            ids=self.ids[start:stop].clone(),
+            labels=self.labels[start:stop].clone(),
+            bags={key: bag.slice(start, stop) for key, bag in self.bags.items()},
+            weights=None if self.weights is None else self.weights[start:stop].clone(),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
+        """The rows of all parts, one after the other; the parts have the same columns, and there is at least one."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return cls(
+            dense=torch.cat([part.dense for part in parts]),
+            keys=first.keys,
+            ids=torch.cat([part.ids for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
+            bags={key: Bag.cat([part.bags[key] for part in parts]) for key in first.bags},
+            weights=torch.cat([part.weights for part in parts if part.weights is not None])
+            if first.weights is not None
+            else None,
+        )
+
+    def batch(self, index: torch.Tensor | None = None) -> MTBatch:
+        """The rows in `index` (B,), or all of them, as one batch."""
+        ids = (self.ids if index is None else self.ids[index]).T
+        size = ids.shape[1]
         if not self.bags:
             values, lengths = ids.reshape(-1), torch.ones(ids.numel(), dtype=torch.int64)
         else:
-            ones = torch.ones(len(index), dtype=torch.int64)
+            ones = torch.ones(size, dtype=torch.int64)
             column, parts = iter(ids), []
             for key in self.keys:
-                parts.append(self.bags[key].take(index) if key in self.bags else (next(column), ones))
+                if key not in self.bags:
+                    parts.append((next(column), ones))
+                elif index is None:
+                    parts.append((self.bags[key].values, self.bags[key].offsets.diff()))
+                else:
+                    parts.append(self.bags[key].take(index))
             values = torch.cat([v for v, _ in parts])
             lengths = torch.cat([n for _, n in parts])
         return MTBatch(
-            dense_features=self.dense[index],
+            dense_features=self.dense if index is None else self.dense[index],
             sparse_features=KeyedJaggedTensor(keys=list(self.keys), values=values, lengths=lengths),
-            labels=self.labels[index],
-            weights=None if self.weights is None else self.weights[index],
+            labels=self.labels if index is None else self.labels[index],
+            weights=self.weights if index is None or self.weights is None else self.weights[index],
         )
 
     def blank(self) -> MTBatch:
@@ -140,7 +198,13 @@ class EncodedRows:
 
 
 def global_batches(
-    num_rows: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: Sequence[int] | None = None
+    num_rows: int,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: Sequence[int] | None = None,
+    start: int = 0,
 ) -> list[torch.Tensor]:
     """Row numbers of every step of one pass, for one rank.
 
@@ -150,6 +214,7 @@ def global_batches(
 
     Args:
         seed: numbers that seed the shuffle (such as seed and epoch); None keeps the order of the rows.
+        start: how many rows of that order are left out because they were taken before.
 
     Returns:
         One (b,) int64 tensor per step.  In the last step b may differ by one between ranks, down to 0.
@@ -158,15 +223,9 @@ def global_batches(
         >>> [b.tolist() for b in global_batches(5, 2, rank=1, world_size=2)]
         [[1, 3], []]
     """
-    if seed is None:
-        order = torch.arange(num_rows)
-    else:
-        mixed = 0
-        for part in seed:
-            mixed = (mixed * 1_000_003 + part) % (1 << 62)
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(mixed))
+    order = torch.arange(num_rows) if seed is None else shuffled(num_rows, seed)
     step = batch_size * world_size
-    return [order[start : start + step][rank::world_size] for start in range(0, num_rows, step)]
+    return [order[at : at + step][rank::world_size] for at in range(start, num_rows, step)]
 
 
 def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor]) -> Iterator[MTBatch]:
