@@ -226,8 +226,9 @@ class FeatureEncoder:
         if feature.encoding == "vocabulary":
             return table_rows(self._vocabularies[feature.table_name], values)
         if feature.encoding == "hash":
-            codes, once = pd.factorize(values)  # texts are hashed, and making them is what takes long
-            hashed = pd.util.hash_array(as_text(pd.Series(once)).to_numpy(dtype=object)) % np.uint64(size - 1)
+            codes, once = pd.factorize(values)  # each value once: its text is hashed, and making that takes long
+            texts = as_text(pd.Series(once)).to_numpy(dtype=object)
+            hashed = pd.util.hash_array(texts, categorize=False) % np.uint64(size - 1)
             return np.r_[hashed.astype(np.int64) + 1, 0][codes]  # a missing value has code -1
         whole = as_integers(values)
         if whole is not None and (len(whole) == 0 or (whole.min() >= 0 and whole.max() < size)):
