@@ -1,5 +1,6 @@
 """Learning in parts, on ranks, and from an encoder that grows: the same as learning from everything at once."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 
 import numpy as np
@@ -17,7 +18,7 @@ from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.fitting import Moments
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows, read_rows
-from mtcl_torchrec.data.vocabulary import ValueCounts, build_vocabulary
+from mtcl_torchrec.data.vocabulary import ValueCounts, build_vocabulary, table_rows
 from mtcl_torchrec.schema import ConfigError, DataError, Feature, Schema, Task
 
 NAN = float("nan")
@@ -180,6 +181,15 @@ def test_values_counted_in_parts_make_the_vocabulary_of_all(parts, min_count):
     counts[0].merge(counts[1])
     whole = pd.Series(list(chain.from_iterable(parts)), dtype="Int64").value_counts()
     assert build_vocabulary(counts[:1], min_count).tolist() == sorted(whole[whole >= min_count].index)
+
+
+def test_many_threads_may_look_up_at_once_for_the_first_time():
+    values = np.random.default_rng(0).permutation(300_000)
+    for dtype in (np.int64, str):
+        vocabulary = pd.Index(values.astype(dtype))
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _, v=vocabulary: table_rows(v, pd.Series(v)), range(8)))
+        assert all((rows == np.arange(1, len(values) + 1)).all() for rows in found)
 
 
 # ---------------------------------------------------------------- growing

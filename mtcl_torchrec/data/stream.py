@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from mtcl_torchrec.data.position import Piece, Position, count, cut, pieces_left
 from mtcl_torchrec.data.source import Rows
 
 T = TypeVar("T")
+_THREADS = "mtcl-data"
 
 
 class Window(Protocol):
@@ -168,7 +170,7 @@ def in_order(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
         ['a', 'b']
     """
     waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="mtcl-data")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=_THREADS)
     try:
         for call in calls:
             if len(waiting) == workers:
@@ -181,4 +183,6 @@ def in_order(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # No thread can wait for itself: Python may collect the iterator on one of these.
+        here = threading.current_thread().name.startswith(_THREADS)
+        pool.shutdown(wait=not here, cancel_futures=True)

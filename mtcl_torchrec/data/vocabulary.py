@@ -10,7 +10,7 @@ import pandas as pd
 
 from mtcl_torchrec.data.columns import as_integers, as_text
 
-# A pandas index builds its hash table at the first look-up, which several threads must not do at once.
+# An index builds its hash table at the first look-up, and pandas does not promise that several threads may do so.
 _first_lookup = threading.Lock()
 
 
