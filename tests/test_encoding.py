@@ -21,7 +21,8 @@ NAN = float("nan")
 
 
 def rows(**columns):
-    return Rows(pd.DataFrame(columns))
+    """A frame, with the label of `encoder`'s own task."""
+    return Rows(pd.DataFrame({"_y": [0] * len(next(iter(columns.values())))} | columns))
 
 
 def encoder(*features, tasks=None):
@@ -195,7 +196,7 @@ def test_a_missing_index_takes_row_0():
 )  # fmt: skip
 def test_an_index_outside_its_table_names_file_row_and_column(values, shown):
     feature = plain(column="c", encoding="index", vocabulary_size=5)
-    data = Rows(pd.DataFrame({"c": values}), files=("a.csv", "b.csv"), starts=(0, 1))
+    data = Rows(pd.DataFrame({"c": values, "_y": [0, 1]}), files=("a.csv", "b.csv"), starts=(0, 1))
     with pytest.raises(DataError) as caught:
         unlabelled(encoder(feature).fit(data), data)
     assert str(caught.value).startswith(f"b.csv, row 0: c = {shown} lies outside its table of 5 rows")
@@ -243,7 +244,7 @@ def test_a_separator_is_no_pattern(separator, text):
 def test_bags_of_one_number_each_are_not_lost(size, tmp_path):
     # Without a separator in any row a CSV column is read as numbers.
     options = {"encoding": "index", "vocabulary_size": size} if size else {}
-    (tmp_path / "a.csv").write_text("x,z\n12,1\n7,1\n,1\n")
+    (tmp_path / "a.csv").write_text("x,_y\n12,1\n7,1\n,1\n")
     data = read_rows([str(tmp_path / "a.csv")])
     got = unlabelled(encoder(bag(**options)).fit(data), data).bags["x"]
     assert got.values.tolist() == ([12, 7] if size else [2, 1])
@@ -253,7 +254,7 @@ def test_bags_of_one_number_each_are_not_lost(size, tmp_path):
 
 def test_bags_of_a_parquet_list_column_with_missing_members(tmp_path):
     lists = pa.array([[1, 2], None, [], [None, 2**60 + 1], [2]])
-    pq.write_table(pa.table({"x": lists}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"x": lists, "_y": [0] * 5}), tmp_path / "a.parquet")
     data = read_rows([str(tmp_path / "a.parquet")])
     got = unlabelled(encoder(bag()).fit(data), data).bags["x"]
     assert got.offsets.tolist() == [0, 2, 2, 2, 4, 5]
@@ -386,7 +387,7 @@ def test_labels_are_float32_with_nan_where_missing_and_none_when_scoring():
     assert got.labels.dtype == torch.float32
     np.testing.assert_array_equal(got.labels.numpy(), [[1.0], [NAN], [0.0]])
     assert got.weights is None
-    fitted = encoder(plain(), tasks=[Task.binary("y"), Task.binary("z")]).fit(rows(x=[1]))
+    fitted = encoder(plain(), tasks=[Task.binary("y"), Task.binary("z")]).fit(rows(x=[1], y=[1], z=[0]))
     assert fitted.encode(rows(x=[1, 2]), with_labels=False).labels.isnan().all()
     with pytest.raises(DataError, match="no column 'y'"):
         fitted.encode(rows(x=[1, 2]))
@@ -467,6 +468,23 @@ def test_regression_tasks_take_mean_and_spread_of_the_training_labels():
     assert constant.resolved_tasks()[0].std == 1.0
     with pytest.raises(DataError, match="label column 'y' holds no value at all"):
         encoder(plain(), tasks=[Task.regression("y")]).fit(rows(x=[1], y=[None]))
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "part"),
+    [
+        (Task.binary("y"), {"y": [NAN, NAN]}, "label column 'y' holds no value at all"),
+        (Task.multiclass("y", 3), {"y": [None, None]}, "label column 'y' holds no value at all"),
+        (
+            Task.binary("y", mask="m"),
+            {"y": [1, 0, NAN], "m": [0, 0, 1]},
+            "label column 'y' holds no value where 'm' is",
+        ),
+    ],
+)
+def test_a_label_column_without_a_value_is_refused_before_training(task, data, part):
+    with pytest.raises(DataError, match=part):
+        labels_of(task, data)
 
 
 # ---------------------------------------------------------------- stored

@@ -99,8 +99,9 @@ class Bag:
         """The rows of all parts, one after the other.
 
         Example:
-            >>> Bag.cat([Bag(torch.tensor([5, 6]), torch.tensor([0, 2])), Bag(torch.tensor([7]), torch.tensor([0, 0, 1]))])
-            Bag(values=tensor([5, 6, 7]), offsets=tensor([0, 2, 2, 3]))
+            >>> bag = Bag(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 2, 3]))
+            >>> Bag.cat([bag.slice(1, 3), bag.slice(0, 1)])
+            Bag(values=tensor([7, 5, 6]), offsets=tensor([0, 0, 1, 3]))
         """
         lengths = torch.cat([part.offsets.diff() for part in parts])
         return cls(torch.cat([part.values for part in parts]), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from mtcl_torchrec.data.batch import Bag, EncodedRows
+from mtcl_torchrec.data.columns import (
+    FLOAT32_MAX,
+    as_integers,
+    as_text,
+    column_of,
+    dense_values,
+    ids_of,
+    label_of,
+    numbers,
+    refuse,
+    shown,
+    split_bag,
+    unmasked,
+)
+from mtcl_torchrec.data.fitting import SplitSummary, summarise
+from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.schema import DataError, Feature, Group, Schema, Task, nearest
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
+from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task
 
 
 class FeatureEncoder:
@@ -89,55 +100,91 @@ class FeatureEncoder:
 
     # ------------------------------------------------------------------ learning from the training split
 
-    def fit(self, rows: Rows) -> FeatureEncoder:
-        """Learn vocabularies and scales from the training split.
+    def fit(self, rows: Rows, *, grown_from: FeatureEncoder | None = None) -> FeatureEncoder:
+        """Learn vocabularies and scales from the training split in memory; see `learn`.
 
         Raises:
             DataError: a vocabulary is larger than its table, or a column does not hold what the schema says.
         """
+        summary = self.summary(grown_from=grown_from)
+        summary.add(rows)
+        return self.learn(summary, rows.name, grown_from=grown_from)
+
+    def fit_stream(
+        self, files: ParquetFiles, *, workers: int = 1, grown_from: FeatureEncoder | None = None
+    ) -> FeatureEncoder:
+        """Learn the same from files in one pass, in memory for the vocabularies and some windows; see `learn`.
+
+        In a process group every rank calls this, reads its part, and learns the whole.  Only columns from which there
+        is something to learn are decoded.
+
+        Args:
+            workers: threads that read ahead.
+
+        Raises:
+            DataError: as `fit`, on every rank.
+        """
+        summary = self.summary(grown_from=grown_from)
+        summary = summarise(summary, files.only(summary.columns()), workers)
+        return self.learn(summary, files.name, grown_from=grown_from)
+
+    def summary(self, *, grown_from: FeatureEncoder | None = None) -> SplitSummary:
+        """An empty summary of what there is to learn."""
+        known = grown_from._dense if grown_from is not None else {}
+        return SplitSummary(self.schema, [f for f in self.schema.dense_features if f.name not in known])
+
+    def learn(self, summary: SplitSummary, name: str, *, grown_from: FeatureEncoder | None = None) -> FeatureEncoder:
+        """Take vocabularies and scales from a summary of the training split.
+
+        Args:
+            summary: from `summary`, of all rows.
+            name: of the training split, for messages.
+            grown_from: an encoder whose model goes on training on new data.  Its values keep their rows and its scales
+                stay; values that it does not know get the next free rows, and tables without a declared
+                `vocabulary_size` become larger.  So does a multiclass head whose classes are such a table's rows.
+
+        Raises:
+            ConfigError: a feature means something else than in `grown_from`.
+            DataError: a vocabulary is larger than its table, or a column holds no value at all.
+        """
+        summary.check(name)
+        old = grown_from if grown_from is not None else FeatureEncoder(self.schema)
+        _refuse_other_meaning(old.schema, self.schema)
         for table, features in self.schema.tables().items():
             if features[0].encoding == "vocabulary":
-                self._vocabularies[table] = self._build_vocabulary(table, features, rows)
+                known = old._vocabularies.get(table, pd.Index([]))
+                counts = [summary.counts[f.name] for f in features]
+                self._vocabularies[table] = grow_vocabulary(known, counts, features[0].min_count)
+                self._refuse_overflow(table, features[0])
         for feature in self.schema.dense_features:
-            values = _transformed(feature, rows)
-            missing = feature.mark_missing and bool(np.isnan(values).any())
-            if np.isnan(values).all():
-                raise DataError(f"{rows.name}: dense column {feature.rows_from!r} holds no value at all")
-            self._dense[feature.name] = (*_mean_and_std(values), missing)
+            if feature.name in old._dense:
+                self._dense[feature.name] = old._dense[feature.name]
+            else:
+                moments = summary.dense[feature.name]
+                self._dense[feature.name] = (*moments.scale(), feature.mark_missing and moments.missing > 0)
         for task in self.schema.tasks:
             if task.kind == "regression":
-                label = _label(rows, task)
-                if np.isnan(label).all():
-                    raise DataError(f"{rows.name}: label column {task.label_column!r} holds no value at all")
-                mean, std = _mean_and_std(label)
+                mean, std = old._label_scale.get(task.name) or summary.labels[task.name].scale()
                 self._label_scale[task.name] = (
                     task.mean if task.mean is not None else mean,
                     task.std if task.std is not None else std,
                 )
         return self
 
-    def _build_vocabulary(self, table: str, features: Sequence[Feature], rows: Rows) -> pd.Index:
-        parts = []
-        for feature in features:
-            column = _column(rows, feature.rows_from)
-            parts.append(_split_bag(feature, column)[0] if feature.kind == "bag" else canonical(column))
-        if len({pd.api.types.is_numeric_dtype(part) for part in parts if part.notna().any()}) > 1:
-            parts = [as_text(part) for part in parts]
-        values = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
-        if pd.api.types.infer_dtype(values, skipna=True).startswith("mixed"):
-            values = as_text(values)
-        counts = values.dropna().value_counts()
-        known = counts.index[counts.to_numpy() >= features[0].min_count]
-        known = pd.Index(sorted(known)) if not known.empty else known
-        size = features[0].vocabulary_size
-        if size is not None and len(known) + 1 > size:
+    def _refuse_overflow(self, table: str, feature: Feature) -> None:
+        size, known = feature.vocabulary_size, len(self._vocabularies[table])
+        if size is not None and known + 1 > size:
             raise DataError(
-                f"table {table!r}: the training split has {len(known):,} values, vocabulary_size {size:,} holds "
+                f"table {table!r}: the training split has {known:,} values, vocabulary_size {size:,} holds "
                 f"{size - 1:,} beside 'unknown'; raise it, set min_count, or use encoding: hash"
             )
-        return known
 
     # ------------------------------------------------------------------ encoding
+
+    def columns(self, *, with_labels: bool = True) -> list[str]:
+        """The columns that `encode` reads."""
+        labels = self.schema.label_columns() if with_labels else []
+        return list(dict.fromkeys([f.rows_from for f in self.schema.features] + labels))
 
     def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
         """Encode rows.
@@ -153,16 +200,14 @@ class FeatureEncoder:
         features = {f.name: f for f in self.schema.sparse_features}
         for key in self.keys:
             feature = features[key]
-            column = _column(rows, feature.rows_from)
             if feature.kind == "id":
-                _refuse_lists(rows, feature.rows_from)
-                ids.append(self._row_numbers(feature, canonical(column), rows))
+                ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows))
             else:
-                values, lengths = _split_bag(feature, column)
+                values, lengths = split_bag(feature, column_of(rows, feature.rows_from))
                 owner = np.repeat(np.arange(len(rows)), lengths)
-                numbers = self._row_numbers(feature, values, rows, owner)
-                offsets = np.r_[0, np.cumsum(lengths)]
-                bags[key] = Bag(torch.from_numpy(numbers), torch.from_numpy(offsets.astype(np.int64)))
+                offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+                found = torch.from_numpy(self._row_numbers(feature, values, rows, owner))
+                bags[key] = Bag(found, torch.from_numpy(offsets))
         dense = [c for f in self.schema.dense_features for c in self._dense_columns(f, rows)]
         labels, weights = self._labels(rows) if with_labels else (self._no_labels(len(rows)), None)
         return EncodedRows(
@@ -177,29 +222,33 @@ class FeatureEncoder:
     def _row_numbers(
         self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None
     ) -> np.ndarray:
-        missing = values.isna().to_numpy(dtype=bool)
         size = self.num_embeddings(feature.table_name)
         if feature.encoding == "vocabulary":
-            vocabulary = self._vocabularies[feature.table_name]
-            return vocabulary.get_indexer(pd.Index(_like(values, vocabulary))).astype(np.int64) + 1
+            return table_rows(self._vocabularies[feature.table_name], values)
         if feature.encoding == "hash":
-            hashed = pd.util.hash_array(as_text(values).to_numpy(dtype=object)) % np.uint64(size - 1)
-            return np.where(missing, 0, hashed.astype(np.int64) + 1)
+            codes, once = pd.factorize(values)  # each value once: its text is hashed, and making that takes long
+            texts = as_text(pd.Series(once)).to_numpy(dtype=object)
+            hashed = pd.util.hash_array(texts, categorize=False) % np.uint64(size - 1)
+            return np.r_[hashed.astype(np.int64) + 1, 0][codes]  # a missing value has code -1
+        whole = as_integers(values)
+        if whole is not None and (len(whole) == 0 or (whole.min() >= 0 and whole.max() < size)):
+            return np.array(whole)
+        missing = values.isna().to_numpy(dtype=bool)
         plain = pd.to_numeric(values, errors="coerce").astype("Float64")
-        numbers = plain.to_numpy(dtype=np.float64, na_value=np.nan)
-        wrong = ~missing & ~((numbers >= 0) & (numbers < size) & (numbers == np.floor(numbers)))
+        index = plain.to_numpy(dtype=np.float64, na_value=np.nan)
+        wrong = ~missing & ~((index >= 0) & (index < size) & (index == np.floor(index)))
         if wrong.any():
             at = int(np.argmax(wrong))
             row = at if owner is None else int(owner[at])
             raise DataError(
-                f"{rows.locate(row)}: {feature.rows_from} = {_shown(values, at)} lies outside its table of {size:,} "
+                f"{rows.locate(row)}: {feature.rows_from} = {shown(values, at)} lies outside its table of {size:,} "
                 f"rows (encoding 'index' takes integers from 0 to {size - 1:,})"
             )
-        return np.where(missing, 0, numbers).astype(np.int64)
+        return np.where(missing, 0, index).astype(np.int64)
 
     def _dense_columns(self, feature: Feature, rows: Rows) -> list[np.ndarray]:
         mean, std, marks_missing = self._dense[feature.name]
-        values = (_transformed(feature, rows) - mean) / std
+        values = (dense_values(feature, rows) - mean) / std
         missing = np.isnan(values)
         values = np.clip(np.where(missing, 0.0, values), -feature.clip, feature.clip).astype(np.float32)
         return [values, missing.astype(np.float32)] if marks_missing else [values]
@@ -210,12 +259,12 @@ class FeatureEncoder:
             if task.item_class is not None:
                 labels.append(self._classes(rows, task))
             else:
-                labels.append(_label(rows, task).astype(np.float32))
+                labels.append(label_of(rows, task).astype(np.float32))
             weight = np.ones(len(rows), np.float32)
             if task.sample_weight is not None:
                 what = f"sample weight of task {task.name!r}"
-                given = _numbers(rows, task.sample_weight, what)
-                _refuse(rows, ~((given >= 0) & (given <= _FLOAT32_MAX)), task.sample_weight,
+                given = numbers(rows, task.sample_weight, what)
+                refuse(rows, ~((given >= 0) & (given <= FLOAT32_MAX)), task.sample_weight,
                         "a sample weight is a number of at least 0")  # fmt: skip
                 weight = given.astype(np.float32)
             weights.append(weight)
@@ -229,13 +278,12 @@ class FeatureEncoder:
         """A multiclass label as the row that the item's own class would have; row 0, unknown, is no label."""
         own = next(f for f in self.schema.sparse_features if f.name == task.item_class)
         feature = own.model_copy(update={"column": task.label_column})
-        _refuse_lists(rows, feature.rows_from)
-        numbers = self._row_numbers(feature, canonical(_column(rows, feature.rows_from)), rows)
+        classes = self._row_numbers(feature, ids_of(rows, feature.rows_from), rows)
         if task.num_classes is not None:
-            _refuse(rows, numbers >= task.num_classes, feature.rows_from,
+            refuse(rows, classes >= task.num_classes, feature.rows_from,
                     f"its row lies outside the {task.num_classes} classes of task {task.name!r}")  # fmt: skip
-        counts = (numbers > 0) & _unmasked(rows, task)
-        return np.where(counts, numbers, np.nan).astype(np.float32)
+        counts = (classes > 0) & unmasked(rows, task)
+        return np.where(counts, classes, np.nan).astype(np.float32)
 
     def _no_labels(self, n: int) -> torch.Tensor:
         return torch.full((n, len(self.schema.tasks)), float("nan"))
@@ -267,145 +315,13 @@ class FeatureEncoder:
         return self
 
 
-def _column(rows: Rows, column: str) -> pd.Series:
-    if column not in rows.frame:
-        raise DataError(f"{rows.name}: no column {column!r}{nearest(column, map(str, rows.frame.columns))}")
-    return rows.frame[column]
-
-
-def _refuse_lists(rows: Rows, column: str) -> None:
-    values = _column(rows, column)
-    if values.dtype == object:
-        lists = values.map(lambda v: isinstance(v, (list, tuple, np.ndarray))).to_numpy(dtype=bool)
-        _refuse(rows, lists, column, "one value is expected; a column of lists is kind: bag")
-
-
-def canonical(values: pd.Series) -> pd.Series:
-    """Ids in their own kind again: a reader turns them into floats or objects where some are missing."""
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        categories, codes = values.cat.categories, values.cat.codes.to_numpy()
-        if pd.api.types.is_integer_dtype(categories):
-            categories = categories.astype("Int64")
-        taken = categories.take(codes, allow_fill=True, fill_value=None)
-        values = pd.Series(taken, index=values.index)
-    if values.dtype == object:
-        kinds: dict[str, Any] = {"integer": "Int64", "boolean": "boolean", "decimal": "float64"}
-        kind = kinds.get(pd.api.types.infer_dtype(values, skipna=True))
-        with contextlib.suppress(OverflowError):  # beyond 64 bits: left as they are
-            values = values.astype(kind) if kind else values
-    if pd.api.types.is_float_dtype(values):
-        present = values.dropna()
-        if ((present == np.floor(present)) & (present.abs() < 2**63)).all():
-            return values.astype("Int64")
-    return values
-
-
-def as_text(values: pd.Series) -> pd.Series:
-    """Values as text, the same for 5, 5.0 and "5"; missing ones stay missing."""
-    if isinstance(values.dtype, pd.StringDtype):
-        return values
-    if pd.api.types.is_integer_dtype(values):
-        return values.astype(str).astype(object).where(values.notna())
-    return values.astype(object).map(
-        lambda x: str(int(x)) if isinstance(x, float) and x.is_integer() else str(x),
-        na_action="ignore",
-    )
-
-
-def _like(values: pd.Series, vocabulary: pd.Index) -> pd.Series:
-    """Values in the vocabulary's kind, so that "12" finds 12 and 12 finds "12"."""
-    if pd.api.types.is_numeric_dtype(vocabulary.dtype):
-        if pd.api.types.is_numeric_dtype(values):
-            return values
-        # Without the missing ones: beside them large integers would become inexact floats.
-        present = pd.to_numeric(values[values.notna()], errors="coerce")
-        return present.convert_dtypes().reindex(values.index)
-    textual = pd.api.types.infer_dtype(vocabulary) == "string"
-    return as_text(values) if textual else values
-
-
-def _split_bag(feature: Feature, column: pd.Series) -> tuple[pd.Series, np.ndarray]:
-    """All values of a bag column one after the other, and how many each row has."""
-
-    def parts(row: Any) -> list[Any]:
-        if isinstance(row, str):
-            return [part for part in row.split(feature.separator) if part]
-        if isinstance(row, np.ndarray):
-            return row.tolist()
-        if isinstance(row, (list, tuple)):
-            return list(row)
-        # A file in which no row has two values is read as plain numbers: bags of one.
-        return [] if pd.isna(row) else [row]
-
-    lists = [parts(row) for row in canonical(column).tolist()]
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    values = list(chain.from_iterable(lists))
-    return canonical(pd.Series(values, dtype=None if values else object)), lengths
-
-
-def _mean_and_std(values: np.ndarray) -> tuple[float, float]:
-    """Of the values that are present; a constant has no spread, whatever its rounding error."""
-    mean, std = float(np.nanmean(values)), float(np.nanstd(values))
-    rounding = np.count_nonzero(~np.isnan(values)) * np.finfo(np.float64).eps * abs(mean)
-    return mean, std if std > max(rounding, np.finfo(np.float64).tiny) else 1.0
-
-
-def _label(rows: Rows, task: Task) -> np.ndarray:
-    """(N,) float64, NaN where missing or masked out; what counts is checked."""
-    label = _numbers(rows, task.label_column, f"label of task {task.name!r}")
-    label = np.where(_unmasked(rows, task), label, np.nan)
-    present = ~np.isnan(label)
-    if task.kind == "binary":
-        fits, rule = (label == 0) | (label == 1), f"a label of binary task {task.name!r} is 0 or 1"
-    elif task.kind == "multiclass":
-        fits = (label >= 0) & (label < task.out_features) & (label == np.floor(label))
-        rule = f"a label of multiclass task {task.name!r} is an integer from 0 to {task.out_features - 1}"
-    else:
-        fits, rule = np.abs(label) <= _FLOAT32_MAX, "a regression label is finite"
-    _refuse(rows, present & ~fits, task.label_column, rule)
-    return label
-
-
-def _unmasked(rows: Rows, task: Task) -> np.ndarray:
-    """(N,) bool: where the task's label counts."""
-    if task.mask is None:
-        return np.ones(len(rows), bool)
-    return np.nan_to_num(_numbers(rows, task.mask, f"mask of task {task.name!r}")) != 0
-
-
-def _numbers(rows: Rows, column: str, what: str) -> np.ndarray:
-    values = canonical(_column(rows, column))
-    if not pd.api.types.is_numeric_dtype(values):
-        if pd.api.types.is_datetime64_any_dtype(values) or values.dtype.kind == "m":
-            raise DataError(f"{rows.name}: column {column!r} holds times, no numbers ({what})")
-        numeric = pd.to_numeric(values, errors="coerce")
-        wrong = (numeric.isna() & values.notna()).to_numpy(dtype=bool)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise DataError(f"{rows.locate(at)}: {column} = {_shown(values, at)} is no number ({what})")
-        values = numeric
-    return values.to_numpy(dtype=np.float64, na_value=np.nan)
-
-
-def _transformed(feature: Feature, rows: Rows) -> np.ndarray:
-    values = _numbers(rows, feature.rows_from, f"dense feature {feature.name!r}")
-    _refuse(rows, np.isinf(values), feature.rows_from, "a dense value is finite")
-    if feature.transform == "log":
-        return np.sign(values) * np.log1p(np.abs(values))
-    if feature.transform == "logit":
-        _refuse(rows, (values < 0) | (values > 1), feature.rows_from, "transform 'logit' takes rates from 0 to 1")
-        rate = np.clip(values, 1e-6, 1 - 1e-6)
-        return np.log(rate / (1 - rate))
-    return values
-
-
-def _shown(values: pd.Series, at: int) -> str:
-    """A value for a message, as its file has it: 7 and not np.int64(7)."""
-    value = values.iloc[at]
-    return repr(value.item() if isinstance(value, np.generic) else value)
-
-
-def _refuse(rows: Rows, wrong: np.ndarray, column: str, rule: str) -> None:
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        raise DataError(f"{rows.locate(at)}: {column} = {_shown(rows.frame[column], at)}; {rule}")
+def _refuse_other_meaning(old: Schema, new: Schema) -> None:
+    """Raise ConfigError where a feature of both would look up or scale its values in another way."""
+    before = {f.name: f for f in old.features}
+    for feature in new.features:
+        if feature.name in before:
+            hashed = ("vocabulary_size",) if feature.encoding == "hash" else ()
+            for field in ("kind", "encoding", "table_name", "transform", "clip", *hashed):
+                was, now = getattr(before[feature.name], field), getattr(feature, field)
+                if was != now:
+                    raise ConfigError(f"feature {feature.name!r}: {field} was {was!r} and cannot become {now!r}")

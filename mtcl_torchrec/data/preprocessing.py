@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from mtcl_torchrec.config import StatisticsConfig
 from mtcl_torchrec.data.batch import EncodedRows
-from mtcl_torchrec.data.encoding import FeatureEncoder, as_text, canonical
+from mtcl_torchrec.data.columns import as_text, canonical
+from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.statistics import CausalStatistics, Progress, quiet
+from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema, nearest
 
 
@@ -73,22 +77,63 @@ class Preprocessor:
                 columns += computed.columns() if block.prepared is not None else [*block.outcomes, *block.given]
         return list(dict.fromkeys(columns))
 
-    def fit(self, rows: Rows, progress: Progress = quiet) -> EncodedRows:
+    def fit(self, rows: Rows, progress: Progress = quiet, *, grown_from: FeatureEncoder | None = None) -> EncodedRows:
         """Learn from the training split and encode it, each row with what was known before it.
+
+        Args:
+            grown_from: see `FeatureEncoder.learn`.
 
         Raises:
             DataError: a column is missing or a value does not fit.
         """
         rows = self.fit_statistics(rows, progress)
+        self.encoder = FeatureEncoder(self._whole_schema()).fit(rows, grown_from=grown_from)
+        return self.encoder.encode(rows)
+
+    def fit_stream(
+        self, files: ParquetFiles, *, seed: int, workers: int = 1, grown_from: FeatureEncoder | None = None
+    ) -> StreamRows:
+        """Learn from a training split that does not fit into memory; every rank of a process group calls this.
+
+        Args:
+            files: opened with `columns`.
+            seed: of the shuffle.
+            workers: threads that read and encode ahead.
+            grown_from: see `FeatureEncoder.learn`.
+
+        Returns:
+            The training rows, which are read and encoded while they are trained on.
+
+        Raises:
+            ConfigError: there are statistics that were not prepared: they are counted over all rows in order of time.
+            DataError: a column is missing or a value does not fit.
+        """
+        if any(block.prepared is None for block in self.config):
+            raise ConfigError(
+                "statistics cannot be counted in a stream: run `mtcl prepare` first, and train the run that it writes"
+            )
+        empty = files.empty().frame
+        for column in self._keys():
+            if pa.types.is_nested(files.schema.field(column).type):
+                raise DataError(_holds_lists(files.name, column))
+            self._is_text[column] = not pd.api.types.is_numeric_dtype(canonical(empty[column]))
+        encoder = FeatureEncoder(self._whole_schema())
+        self.encoder = encoder.fit_stream(files, workers=workers, grown_from=grown_from)
+        return self.stream(files, seed=seed, workers=workers)
+
+    def stream(self, files: ParquetFiles, *, seed: int, workers: int = 1) -> StreamRows:
+        """Training rows in files, for what was learnt from them before; see `fit_stream`."""
+        return StreamRows(files.only(self.encoder.columns()), self.encoder.encode, seed=seed, workers=workers)
+
+    def _whole_schema(self) -> Schema:
         extra = [feature for block in self.statistics for feature in block.features(self.groups)]
-        self.encoder = FeatureEncoder(self.declared.model_copy(update={"features": (*self.declared.features, *extra)}))
-        return self.encoder.fit(rows).encode(rows)
+        return self.declared.model_copy(update={"features": (*self.declared.features, *extra)})
 
     def fit_statistics(self, rows: Rows, progress: Progress = quiet) -> Rows:
         """The training rows with the statistics' causal columns, unless they have them already."""
         for column in self._keys():
             if rows.frame[column].map(lambda v: hasattr(v, "__len__") and not isinstance(v, str)).any():
-                raise DataError(f"{rows.name}: column {column!r} holds lists, which name no user, item or key")
+                raise DataError(_holds_lists(rows.name, column))
             self._is_text[column] = not pd.api.types.is_numeric_dtype(canonical(rows.frame[column]))
         computed = [
             block.fit_transform(rows.frame, progress)
@@ -142,6 +187,10 @@ class Preprocessor:
         self._is_text = json.loads((folder / "keys.json").read_text())
         self.statistics = [CausalStatistics.load(folder / f"statistics_{i}") for i in range(len(statistics))]
         return self
+
+
+def _holds_lists(name: str, column: str) -> str:
+    return f"{name}: column {column!r} holds lists, which name no user, item or key"
 
 
 def _statistics(config: StatisticsConfig, schema: Schema) -> CausalStatistics:

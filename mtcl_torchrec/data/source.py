@@ -17,7 +17,7 @@ import pyarrow.parquet
 from mtcl_torchrec.config import DataConfig
 from mtcl_torchrec.schema import DataError, nearest
 
-_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,30 @@ class Rows:
         """The rows where `mask` is true."""
         return Rows(self.frame[mask], self.files, self.starts)
 
+    def at(self, positions: np.ndarray) -> Rows:
+        """The rows at `positions` of the frame, in their order.
+
+        Example:
+            >>> Rows(pd.DataFrame({"a": [5, 6, 7]})).at(np.array([2, 0])).frame["a"].tolist()
+            [7, 5]
+        """
+        return Rows(self.frame.iloc[positions], self.files, self.starts)
+
     @property
     def name(self) -> str:
         """The files, for a message."""
-        return ", ".join(self.files) or "the data frame"
+        return named(self.files) or "the data frame"
+
+
+def named(files: Sequence[str]) -> str:
+    """Files for a message, the first three by name.
+
+    Example:
+        >>> named(["a.csv", "b.csv"]), named([f"{i}.csv" for i in range(9)])
+        ('a.csv, b.csv', '0.csv, 1.csv, 2.csv and 6 more files')
+    """
+    more = f" and {len(files) - 3} more files" if len(files) > 4 else ""
+    return ", ".join(files[:3] if more else files) + more
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
@@ -89,7 +109,7 @@ def column_names(path: Path) -> list[str]:
             return list(pa.parquet.read_schema(path).names)
         with pa.csv.open_csv(path) as reader:
             return list(reader.schema.names)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
@@ -103,26 +123,27 @@ def read_rows(paths: Sequence[str], columns: Sequence[str] | None = None) -> Row
     wanted = None if columns is None else list(dict.fromkeys(columns))
     for path in find_files(paths):
         there = column_names(path)
-        for column in there if wanted is None else wanted:
-            if column not in there:
-                raise DataError(f"{path}: no column {column!r}{nearest(column, there)}")
-            if there.count(column) > 1:
-                raise DataError(f"{path}: {there.count(column)} columns are named {column!r}")
+        check_columns(path, there, there if wanted is None else wanted)
         try:
             table = _read_table(path, wanted)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
         tables.append(table)
         names.append(str(path))
         starts.append(total)
         total += table.num_rows
     if total == 0:
-        raise DataError(f"{', '.join(names) or 'no file'}: no rows")
-    try:
-        table = pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
-    except pa.ArrowException as error:
-        raise DataError(f"{', '.join(names)}: columns differ in kind ({error})") from None
-    return Rows(_to_pandas(table), tuple(names), tuple(starts))
+        raise DataError(f"{named(names) or 'no file'}: no rows")
+    return Rows(to_pandas(joined(tables, names)), tuple(names), tuple(starts))
+
+
+def check_columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise DataError if a wanted column is not there, with the nearest name, or is there twice."""
+    for column in wanted:
+        if column not in there:
+            raise DataError(f"{path}: no column {column!r}{nearest(column, there)}")
+        if there.count(column) > 1:
+            raise DataError(f"{path}: {there.count(column)} columns are named {column!r}")
 
 
 def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
@@ -137,7 +158,11 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
             if pa.types.is_binary(field.type):
                 raise DataError(f"{path}: column {field.name!r} is no UTF-8 text")
         table = table if columns is None else table.select(columns)
-    # Dictionaries differ between files, and decimals become Python objects: plain values instead.
+    return plain(table)
+
+
+def plain(table: pa.Table) -> pa.Table:
+    """Values instead of dictionaries, which differ between files, and of decimals, which become Python objects."""
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
@@ -146,7 +171,22 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
     return table.replace_schema_metadata(None)
 
 
-def _of_one_kind(tables: list[pa.Table]) -> list[pa.Table]:
+def joined(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
+    """The rows of plain tables, one after the other, each column in one kind.
+
+    Args:
+        names: the files, for a message.
+
+    Raises:
+        DataError: columns of one name differ in kind.
+    """
+    try:
+        return pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"{named(names)}: columns differ in kind ({error})") from None
+
+
+def _of_one_kind(tables: Sequence[pa.Table]) -> list[pa.Table]:
     """A column that is text in one file and something else in another becomes text in all."""
     texts = {
         field.name: field.type
@@ -163,8 +203,8 @@ def _of_one_kind(tables: list[pa.Table]) -> list[pa.Table]:
     return uniform
 
 
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """Integers and booleans with missing values stay what they are (pandas' nullable kinds)."""
+def to_pandas(table: pa.Table) -> pd.DataFrame:
+    """A frame; integers and booleans with missing values stay what they are (pandas' nullable kinds)."""
     nullable = {
         pa.bool_(): pd.BooleanDtype(),
         pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(),

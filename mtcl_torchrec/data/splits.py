@@ -65,7 +65,7 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
         if time.monotonic() - started > QUIET_SECONDS:
             say(f"  {key}")
 
-    train = preprocessor.fit(raw["train"], progress)
+    train = preprocessor.fit(raw["train"], progress, grown_from=grown_from)
     later = {name: preprocessor.conform(rows) for name, rows in raw.items() if name != "train"}
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:

@@ -1,0 +1,193 @@
+"""Parquet files of any size, read a few row groups at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from itertools import accumulate, groupby
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from mtcl_torchrec.data.position import shuffled
+from mtcl_torchrec.data.source import UNREADABLE, Rows, check_columns, find_files, joined, named, plain, to_pandas
+from mtcl_torchrec.schema import DataError
+
+WINDOW_ROWS = 262_144
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The smallest part of a Parquet file that can be read.
+
+    Args:
+        file: number of the file.
+        number: of the row group in it.
+        rows: in the group.
+        start: number of its first row among the rows of all files.
+    """
+
+    file: int
+    number: int
+    rows: int
+    start: int
+
+
+@dataclass(frozen=True)
+class ParquetWindow:
+    """Row groups that are in memory together."""
+
+    groups: tuple[RowGroup, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all groups."""
+        return sum(group.rows for group in self.groups)
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """The rows of Parquet files, of which only the footers have been read; see `open`.
+
+    Args:
+        files: paths.
+        sizes: bytes of each, to notice a file that changes meanwhile.
+        groups: the row groups of each file, empty ones too.
+        schema: of the wanted columns; a column has the same kind in the rows of all files.
+        window_rows: row groups are put together until they have this many rows.
+    """
+
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]
+    groups: tuple[tuple[RowGroup, ...], ...]
+    schema: pa.Schema
+    window_rows: int = WINDOW_ROWS
+
+    @classmethod
+    def open(
+        cls, paths: Sequence[str], columns: Sequence[str] | None = None, *, window_rows: int = WINDOW_ROWS
+    ) -> ParquetFiles:
+        """Read the footers of files, folders of them, and patterns.
+
+        Args:
+            columns: the only ones that are ever decoded; the default is all.
+            window_rows: rows that are in memory and shuffled together.  A row group that has more is read whole: files
+                that are to be streamed need row groups of a moderate size.
+
+        Raises:
+            DataError: a file is missing, broken or no Parquet, or lacks a column (the nearest name is suggested), a
+                column differs in kind between files, or there are no rows.
+        """
+        files = find_files(paths)
+        sizes, groups, schemas, start = [], [], dict[pa.Schema, str](), 0
+        for number, path in enumerate(files):
+            if path.suffix.lower() != ".parquet":
+                raise DataError(f"{path}: only Parquet files can be streamed")
+            sizes.append(path.stat().st_size)
+            counts, schema = _footer(path, columns)
+            starts = list(accumulate(counts, initial=start))
+            groups.append(tuple(RowGroup(number, i, n, starts[i]) for i, n in enumerate(counts)))
+            start = starts[-1]
+            schemas.setdefault(schema, str(path))
+        names = tuple(map(str, files))
+        if start == 0:
+            raise DataError(f"{named(names)}: no rows")
+        schema = joined([plain(schema.empty_table()) for schema in schemas], list(schemas.values())).schema
+        return cls(names, tuple(sizes), tuple(groups), schema, window_rows)
+
+    @property
+    def name(self) -> str:
+        """The files, for a message."""
+        return named(self.files)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(group.rows for groups in self.groups for group in groups)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for files with the same row groups, wherever they stand, and the same windows."""
+        sizes = [[group.rows for group in groups] for groups in self.groups]
+        return f"parquet, {self.rows} rows in {sha256(repr((sizes, self.window_rows)).encode()).hexdigest()[:16]}"
+
+    def only(self, columns: Sequence[str]) -> ParquetFiles:
+        """The same files; of the columns, only these are decoded.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        check_columns(Path(self.name), self.schema.names, columns)
+        return replace(self, schema=pa.schema([self.schema.field(c) for c in dict.fromkeys(columns)]))
+
+    def windows(self, seed: Sequence[int] | None = None) -> list[ParquetWindow]:
+        """All row groups, put together to windows of at least `window_rows` rows; the last may have fewer.
+
+        Args:
+            seed: numbers that shuffle the row groups of all files; None keeps their order.
+        """
+        groups = [group for of_file in self.groups for group in of_file if group.rows]
+        if seed is not None:
+            groups = [groups[i] for i in shuffled(len(groups), seed).tolist()]
+        windows, window, rows = [], list[RowGroup](), 0
+        for group in groups:
+            window.append(group)
+            rows += group.rows
+            if rows >= self.window_rows:
+                windows.append(ParquetWindow(tuple(window)))
+                window, rows = [], 0
+        return [*windows, ParquetWindow(tuple(window))] if window else windows
+
+    def read(self, window: ParquetWindow) -> Rows:
+        """The rows of a window: file by file, in the order of each file.
+
+        Raises:
+            DataError: a file cannot be read, or is not the one whose footer was read.
+        """
+        groups = sorted(window.groups, key=lambda group: group.start)
+        tables = [self.schema.empty_table()]
+        for file, of_file in groupby(groups, key=lambda group: group.file):
+            tables.append(self._read_groups(Path(self.files[file]), self.sizes[file], list(of_file)))
+        frame = to_pandas(joined(tables, self.files))
+        frame.index = pd.Index(np.concatenate([np.arange(g.start, g.start + g.rows) for g in groups]))
+        return self._rows(frame)
+
+    def empty(self) -> Rows:
+        """No rows, with all columns."""
+        return self._rows(to_pandas(self.schema.empty_table()))
+
+    def _rows(self, frame: pd.DataFrame) -> Rows:
+        return Rows(frame, self.files, self._starts)
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(accumulate((sum(g.rows for g in of_file) for of_file in self.groups[:-1]), initial=0))
+
+    def _read_groups(self, path: Path, size: int, groups: Sequence[RowGroup]) -> pa.Table:
+        try:
+            # Threads are for windows (`stream.in_order`), not for the columns of one: as many as were asked for.
+            with pa.parquet.ParquetFile(path, page_checksum_verification=True) as opened:
+                counts = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+                if path.stat().st_size != size or counts != [g.rows for g in self.groups[groups[0].file]]:
+                    raise DataError(f"{path}: the file has changed since training began to read it")
+                return plain(opened.read_row_groups([g.number for g in groups], self.schema.names, use_threads=False))
+        except UNREADABLE as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _footer(path: Path, columns: Sequence[str] | None) -> tuple[list[int], pa.Schema]:
+    """Rows of each row group, and the schema of the wanted columns."""
+    try:
+        with pa.parquet.ParquetFile(path) as opened:
+            schema, metadata = opened.schema_arrow.remove_metadata(), opened.metadata
+            counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    except UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    wanted = schema.names if columns is None else list(dict.fromkeys(columns))
+    check_columns(path, schema.names, wanted)
+    return counts, pa.schema([schema.field(name) for name in wanted])
