@@ -1,6 +1,6 @@
 """A run's configuration: data, schema, statistics, model, optimizers, training, fusion."""
 
-from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
+from mtcl_torchrec.config.data import DataConfig, StatisticsConfig, SyntheticConfig
 from mtcl_torchrec.config.model import FusionConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
@@ -22,6 +22,7 @@ __all__ = [
     "RunConfig",
     "ShardingConfig",
     "StatisticsConfig",
+    "SyntheticConfig",
     "TableOptimizerConfig",
     "TableShardingConfig",
     "TrainingConfig",

@@ -2,19 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mtcl_torchrec.config.base import Fraction, Part, Paths, as_list
 from mtcl_torchrec.schema import Group, check_unique, nearest
 
 
+class SyntheticConfig(Part):
+    """Rows of a world with known probabilities, generated while they are trained on; nothing is stored.
+
+    The dials are those of `mtcl_torchrec.data.synthetic.World`; what is left out is as the ready world has it.
+
+    Args:
+        world: a ready world.
+        rows, val_rows, test_rows: of each split; they follow each other in time.
+        seed: of the world: another seed is another world.
+        num_users, num_items: ids run from 1; the tables have one row more.
+        rates: task -> base rate of its event (mean of its label).
+        imbalance: divides the base rates.
+        correlation, conflict: how alike the tastes behind the tasks are, and how far one task's is turned against them.
+        signal, context: how much is knowable at all, and how much of that is context.
+        missing: share of labels that are not known.
+        cold_items, cold_after: share of items that appear only after that share of all rows.
+    """
+
+    world: Literal["shop", "social", "video", "courses", "health"]
+    rows: PositiveInt = 1_000_000
+    val_rows: PositiveInt = 50_000
+    test_rows: NonNegativeInt = 50_000
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    num_users: Annotated[int, Field(ge=1, le=10**12)] = 100_000
+    num_items: Annotated[int, Field(ge=2, le=10**12)] = 100_000
+    user_exponent: Annotated[float, Field(ge=0, le=3)] = 0.5
+    item_exponent: Annotated[float, Field(ge=0, le=3)] = 1.0
+    latent_dim: Annotated[int, Field(ge=6, le=64)] = 8
+    categories: Annotated[int, Field(ge=2, le=256)] = 16
+    signal: Annotated[float, Field(ge=0, le=5)] = 1.8
+    context: Annotated[float, Field(ge=0, le=0.95)] = 0.2
+    correlation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    conflict: Annotated[float, Field(ge=0, le=1)] | None = None
+    missing: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    cold_items: Annotated[float, Field(ge=0, le=0.95)] = 0.0
+    cold_after: Fraction = 0.9
+    days: Annotated[int, Field(ge=1, le=3650)] = 30
+    rates: dict[str, PositiveFloat] = Field(default_factory=dict)
+    imbalance: Annotated[float, Field(ge=1)] = 1.0
+
+    def dials(self) -> dict[str, Any]:
+        """What `ready_world` takes beside the name: the dials that were set, and all rows as the horizon."""
+        given = self.model_dump(exclude_unset=True, exclude={"world", "rows", "val_rows", "test_rows"})
+        return {**given, "horizon": self.rows + self.val_rows + self.test_rows}
+
+
 class DataConfig(Part):
-    """Where the rows are: either train / val / test, or one `log` that is split by time.
+    """Where the rows are: train / val / test, or one `log` that is split by time, or a `synthetic` world.
 
     A path may be a Parquet or CSV file, a folder of them, or a pattern such as ``part-*.parquet``; relative
     paths start at the folder of the YAML file.
+
+    Args:
+        train, val, test: files of each split.
+        log: files that are split by time.
+        val_fraction, test_fraction: shares of the log, the newest rows.
+        synthetic: a world instead of files.
+        stream: read the training split (Parquet) while it is trained on, instead of keeping it in memory.
+        window: rows of a stream that are shuffled among each other, and read at once.
+        workers: threads of each rank that read and encode a stream ahead of training.
     """
 
     train: Paths | None = None
@@ -23,19 +78,29 @@ class DataConfig(Part):
     log: Paths | None = None
     val_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.1
+    synthetic: SyntheticConfig | None = None
+    stream: bool = False
+    window: PositiveInt = 262_144
+    workers: PositiveInt = 1
 
     @model_validator(mode="after")
     def _one_way(self) -> DataConfig:
-        if (self.log is None) == (self.train is None):
-            raise ValueError("give either 'train' and 'val' (and 'test'), or one 'log' to be split by time")
+        if sum(part is not None for part in (self.log, self.train, self.synthetic)) != 1:
+            raise ValueError(
+                "give either 'train' and 'val' (and 'test'), or one 'log' to be split by time, or a 'synthetic' world"
+            )
         if self.train is not None and self.val is None:
             raise ValueError("'train' needs 'val': early stopping and the choice of the best epoch use it")
-        if self.log is not None and (self.val is not None or self.test is not None):
-            raise ValueError("'log' is split by time: it takes no 'val' and no 'test' beside it")
+        if self.train is None and (self.val is not None or self.test is not None):
+            raise ValueError("'val' and 'test' stand beside 'train': a log is split by time, a world has its own")
+        if self.log is not None and self.stream:
+            raise ValueError("a stream needs 'train' and 'val' files: 'log' is split by time, in memory")
         if self.log is not None and self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing to train on")
         if self.log is not None and self.val_fraction == 0:
             raise ValueError("val_fraction must be above 0: early stopping uses the validation part")
+        if self.model_fields_set & {"window", "workers"} and not (self.stream or self.synthetic):
+            raise ValueError("window and workers belong to a stream")
         return self
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.parquet import ParquetFiles
+from mtcl_torchrec.data.position import shuffled
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import Rows, read_splits
+from mtcl_torchrec.data.source import Rows, read_rows, read_splits
+from mtcl_torchrec.data.stream import StreamRows
+from mtcl_torchrec.data.synthetic import World
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
+from mtcl_torchrec.data.worlds import ready_world
+from mtcl_torchrec.schema import ConfigError
 
 QUIET_SECONDS = 20.0  # counting that takes longer says which keys are done
+SAMPLE_ROWS = 200_000  # of a world, from which scales are learnt
 
 Say = Callable[[str], None]
 
@@ -27,7 +36,7 @@ class Splits:
         train: the training split.
         raw: split (val, test) -> its rows as they were read.
         encoded: the same splits, encoded.
-        catalogue: what the log says of users and items, or None.
+        catalogue: what the log says of users and items, or None: of a stream, there is none.
     """
 
     train: TrainingRows
@@ -48,8 +57,13 @@ def load_splits(
         say: called with lines for the user.
 
     Raises:
+        ConfigError: what is asked for cannot be streamed.
         DataError: the data does not fit the schema.
     """
+    if run.data.synthetic is not None:
+        return _synthetic(run, preprocessor, grown_from, say)
+    if run.data.stream:
+        return _streamed(run, preprocessor, grown_from, say)
     return _in_memory(run, preprocessor, grown_from, say)
 
 
@@ -70,9 +84,92 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
         catalogue = Catalogue.build(run.data_schema, preprocessor.groups, raw["train"].frame, later["val"].frame)
-    return Splits(
-        train=MemoryRows(train, seed=run.training.seed),
-        raw=later,
-        encoded={name: preprocessor.encode(rows) for name, rows in later.items()},
-        catalogue=catalogue,
-    )
+    return _with_later(MemoryRows(train, seed=run.training.seed), later, preprocessor, catalogue)
+
+
+def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
+    assert run.data.train is not None
+    files = ParquetFiles.open(run.data.train, preprocessor.columns(), window_rows=run.data.window)
+    say(f"{files.rows:,} rows of train in {len(files.windows()):,} windows; one pass to learn from them")
+    train = preprocessor.fit_stream(files, seed=run.training.seed, workers=run.data.workers, grown_from=grown_from)
+    named = {"val": run.data.val, "test": run.data.test}
+    later = {
+        name: preprocessor.conform(read_rows(paths, preprocessor.columns()))
+        for name, paths in named.items()
+        if paths is not None
+    }
+    say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in later.items()))
+    return _with_later(train, later, preprocessor)
+
+
+def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
+    config = run.data.synthetic
+    assert config is not None
+    if run.statistics:
+        raise ConfigError("statistics are counted in memory: write the world to files with `mtcl synth` for them")
+    world = ready_world(config.world, **config.dials())
+    sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
+    preprocessor.fit(Rows(world.rows(sample)), grown_from=grown_from)
+    ends = np.cumsum([config.rows, config.val_rows, config.test_rows])
+    later = {
+        name: Rows(world.rows(np.arange(start, stop)))
+        for name, start, stop in (("val", ends[0], ends[1]), ("test", ends[1], ends[2]))
+        if stop > start
+    }
+    say(f"world {config.world!r}: {config.rows:,} rows of train, generated on the way")
+    source = WorldWindows(world, config.rows, run.data.window)
+    train = StreamRows(source, preprocessor.encoder.encode, seed=run.training.seed, workers=run.data.workers)
+    return _with_later(train, later, preprocessor)
+
+
+def _with_later(
+    train: TrainingRows, later: dict[str, Rows], preprocessor: Preprocessor, catalogue: Catalogue | None = None
+) -> Splits:
+    return Splits(train, later, {name: preprocessor.encode(rows) for name, rows in later.items()}, catalogue)
+
+
+@dataclass(frozen=True)
+class WorldWindow:
+    """Rows ``start`` to ``start + rows`` of a world."""
+
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class WorldWindows:
+    """The first rows of a synthetic world as a source of windows for `StreamRows`.
+
+    Args:
+        world: the world.
+        total: how many rows.
+        window_rows: rows of a window; the last may be shorter.
+
+    Example:
+        >>> source = WorldWindows(ready_world("shop", num_users=100, num_items=50), 1000, 400)
+        >>> [(w.start, w.rows) for w in source.windows()], len(source.read(source.windows()[2]))
+        ([(0, 400), (400, 400), (800, 200)], 200)
+    """
+
+    world: World
+    total: int
+    window_rows: int
+
+    @property
+    def fingerprint(self) -> str:
+        """The world's dials, and how it is cut."""
+        return f"{self.world!r}, {self.total} rows in windows of {self.window_rows}"
+
+    def windows(self, seed: Sequence[int] | None = None) -> list[WorldWindow]:
+        """All windows, in an order that follows from the numbers of `seed`; None is their own order."""
+        starts = range(0, self.total, self.window_rows)
+        cut = [WorldWindow(start, min(self.window_rows, self.total - start)) for start in starts]
+        return cut if seed is None else [cut[i] for i in shuffled(len(cut), seed).tolist()]
+
+    def read(self, window: WorldWindow) -> Rows:
+        """The rows of a window."""
+        return Rows(self.world.rows(np.arange(window.start, window.start + window.rows)))
+
+    def empty(self) -> Rows:
+        """No rows, with all columns."""
+        return Rows(self.world.rows(np.arange(0)))

@@ -27,7 +27,10 @@ class Recommender:
 
     def __init__(self, run: FinishedRun) -> None:
         if run.catalogue is None:
-            raise ConfigError("this run cannot recommend: its schema names no user or no item column")
+            raise ConfigError(
+                "this run cannot recommend, it has no catalogue: its schema names no user or no item column, or it was "
+                "trained on a stream"
+            )
         self.run = run
         self.catalogue = run.catalogue
 

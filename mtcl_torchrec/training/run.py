@@ -101,6 +101,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
 
     preprocessor = Preprocessor(run.data_schema, run.statistics)
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
+    if len(set(where.gather(splits.train.fingerprint))) > 1:
+        raise DataError("the ranks do not see the same training files")
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed)
     start = _start_of(folder, splits, say) if resume else _Start()
     state = _state_at(start, run, model, splits, where)

@@ -81,9 +81,9 @@ def _calm_threads() -> int:
 def _init_from_environment(backend: str) -> None:
     """Join the process group that ``torchrun`` describes.
 
-    On one host, torchrun (2.13) gives restarted ranks the store of their predecessors, with the addresses of the dead in
-    it (pytorch issue 135712); a prefix for each restart keeps them apart.  Between hosts the agents count restarts
-    differently: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    On one host, torchrun (2.13) gives restarted ranks the store of their predecessors, with the addresses of the dead
+    in it (pytorch issue 135712); a prefix for each restart keeps them apart.  The agents of several hosts count
+    restarts differently: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
     timeout, env = timedelta(minutes=30), os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
