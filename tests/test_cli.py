@@ -229,6 +229,42 @@ def test_torchrun_trains_one_run_on_two_ranks(tmp_path):
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["shop"]
 
 
+def test_a_run_is_resumed_and_flags_that_exclude_each_other_are_refused(mtcl, log, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        shop.RUN.replace("epochs: 4", "epochs: 1")
+        .replace("    - {name: stars, kind: regression, loss: huber, weight: 0.2}\n", "")
+        .replace(", stars: 0.5", "")
+    )  # noqa: E501
+    assert mtcl("train", "run.yaml", "--out", "run", "--device", "cpu", "--resume")[0] == 0  # nothing there: begins
+    (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("epochs: 1", "epochs: 2"))
+    status, _, error = mtcl("train", "run.yaml", "--out", "run", "--device", "cpu")
+    assert (status, "holds a run already; resume it" in one_line(error)) == (2, True)
+    status, shown, _ = mtcl("train", "run.yaml", "--out", "run", "--device", "cpu", "--resume")
+    assert status == 0
+    assert "going on after step" in shown
+    assert "epoch 2/2" in shown
+    assert "epoch 1/2" not in shown
+    assert "give one of them" in one_line(mtcl("train", "run.yaml", "--out", "run", "--resume", "--overwrite")[2])
+    assert "--resume needs --out" in one_line(mtcl("train", "run.yaml", "--resume")[2])
+
+
+def test_a_world_is_drafted_and_written(mtcl, tmp_path):
+    status, text, _ = mtcl("init", "--world", "courses")
+    assert status == 0
+    assert yaml.safe_load(text)["data"]["synthetic"]["world"] == "courses"
+    sizes = ("--users", 50, "--items", 20, "--horizon", 300)
+    assert mtcl("synth", "a.parquet", "--world", "courses", "--rows", 200, *sizes, "--set", "missing=0.5")[0] == 0
+    assert mtcl("synth", "b.parquet", "--world", "courses", "--rows", 100, "--start", 200, *sizes)[0] == 0
+    assert mtcl("synth", "all.parquet", "--world", "courses", "--rows", 300, *sizes)[0] == 0
+    one, rest, whole = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("a", "b", "all"))
+    assert (len(one), len(rest)) == (200, 100)
+    assert one["enrol"].isna().mean() > 0.3
+    pd.testing.assert_frame_equal(rest, whole[200:].reset_index(drop=True))
+    assert "--overwrite replaces it" in one_line(mtcl("synth", "a.parquet", "--rows", 10)[2])
+    assert "missing" in one_line(mtcl("synth", "c.parquet", "--rows", 10, "--set", "mising=0.5")[2])
+    assert "either files" in one_line(mtcl("init")[2])
+
+
 def test_the_module_is_the_command():
     shown = subprocess.run(
         [sys.executable, "-m", "mtcl_torchrec", "--help"], capture_output=True, text=True, check=True

@@ -204,6 +204,21 @@ def test_a_disk_that_is_full_on_the_way_is_told_and_at_the_end_of_an_epoch_stops
     assert FinishedRun.load(tmp_path / "run").finished
 
 
+def test_checkpoints_are_written_by_the_clock_of_the_first_rank(data, tmp_path):
+    run = runs(data)["memory"]
+    run.training.checkpoint.every_steps, run.training.checkpoint.every_minutes = 0, 1e-6
+    run.training.checkpoint.keep = 100
+    run_ranks(train, 2, dump_run(run), tmp_path / "run")
+    steps = {int(p.name[5:]) for p in (tmp_path / "run/checkpoints").glob("step_*")}
+    about = read_about(newest_checkpoint(tmp_path / "run/checkpoints"))
+    last, each = about["step"], about["step"] // 3
+    # The clock is read together with the losses; the end of an epoch has a checkpoint of its own.
+    assert steps == {each, 2 * each, last} | set(range(20, last, 20))
+    assert about["ranks"] == 2
+    assert about["versions"]["torch"] == torch.__version__
+    assert parse_run(about["run"]).data_schema == run.data_schema
+
+
 # ---------------------------------------------------------------- streams
 
 
