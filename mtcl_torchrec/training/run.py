@@ -143,7 +143,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console) -> RunR
     encoded |= {name: preprocessor.encode(rows) for name, rows in splits.items() if name != "train"}
     catalogue = _catalogue(run, preprocessor, splits)
     config = run.training
-    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=config.seed)
+    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=config.seed, precision=config.precision)
     steps = -(-len(encoded["train"]) // (config.batch_size * where.world_size)) * config.epochs
     train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
     optimizers, sharding = _for_modules(run)
@@ -340,7 +340,13 @@ class FinishedRun:
             catalogue = Catalogue.load(folder / "catalogue") if (folder / "catalogue").is_dir() else None
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: the run directory is damaged ({error})") from None
-        model = build_model(config.model, preprocessor.encoder, config.fusion, table_device="cpu")
+        model = build_model(
+            config.model,
+            preprocessor.encoder,
+            config.fusion,
+            table_device="cpu",
+            precision=config.training.precision,
+        )
         load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
         fused = model.output.fused_score
         if config.fusion is not None and isinstance(fused, WeightedMean):
