@@ -15,9 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.mc_embeddingbag import ShardedManagedCollisionEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -56,16 +58,17 @@ def _table_options(config: TableOptimizerConfig, table: str) -> dict[str, Any]:
     return {"lr": lr} if config.kind == "sgd" else {"lr": lr, "eps": config.eps}
 
 
-def check_table_types(module: nn.Module, config: TableOptimizerConfig, device: torch.device) -> None:
-    """Make sure that every table's data type can be trained; `build_optimizer` does so too, but after sharding.
+def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.device) -> None:
+    """Make sure that every table can be trained; `build_optimizer` does so too, but after sharding.
 
     Args:
         module: with its tables sharded or not.
         device: on which it is trained.
 
     Raises:
-        ConfigError: bf16 on the CPU, for which FBGEMM has no kernel; or fp16 or bf16 with an optimizer that is not
-            fused there, whose gradients and state would be as short (Adagrad's eps is 0 in fp16).
+        ConfigError: a bf16 table on the CPU, for which FBGEMM has no kernel; a table of fp16 or bf16 with an optimizer
+            that is not fused there, whose gradients and state would be as short (Adagrad's eps is 0 in fp16); row-wise
+            Adagrad under managed collision on the CPU, where FBGEMM cannot reset the state of an evicted row.
     """
     for table, of in _table_configs(module).items():
         if of.data_type == DataType.BF16 and device.type == "cpu":
@@ -75,17 +78,23 @@ def check_table_types(module: nn.Module, config: TableOptimizerConfig, device: t
                 f"table {table!r}: {of.data_type.value.lower()} needs an optimizer fused into backward, and "
                 f"{config.kind} has none on {device.type}; use fp32, or another kind"
             )
+    managed = (ManagedCollisionEmbeddingBagCollection, ShardedManagedCollisionEmbeddingBagCollection)
+    if device.type == "cpu" and config.kind == "rowwise_adagrad":
+        for table in (t for m in module.modules() if isinstance(m, managed) for t in _table_configs(m)):
+            raise ConfigError(
+                f"table {table!r}: under managed collision, rowwise_adagrad cannot reset an evicted row on the CPU; "
+                "use adagrad or sgd, or train on CUDA"
+            )
 
 
-def _table_configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
-    collections = [
-        m for m in module.modules() if isinstance(m, (EmbeddingBagCollection, ShardedEmbeddingBagCollection))
-    ]
-    return {
-        of.name: of
-        for m in collections
-        for of in (m.embedding_bag_configs() if isinstance(m, EmbeddingBagCollection) else m._embedding_bag_configs)
-    }
+def _table_configs(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
+    found: dict[str, EmbeddingBagConfig] = {}
+    for collection in module.modules():
+        if isinstance(collection, EmbeddingBagCollection):
+            found |= {config.name: config for config in collection.embedding_bag_configs()}
+        elif isinstance(collection, ShardedEmbeddingBagCollection):
+            found |= {config.name: config for config in collection._embedding_bag_configs}
+    return found
 
 
 def fuse_table_optimizer(module: nn.Module, config: TableOptimizerConfig) -> None:
@@ -120,9 +129,9 @@ def build_optimizer(
         model: sharded, with `fuse_table_optimizer` applied before.
 
     Raises:
-        ConfigError: a table of fewer than 32 bits has no fused optimizer.
+        ConfigError: see `check_tables`; or a table of fewer than 32 bits that was cut data-parallel.
     """
-    check_table_types(model, tables, torch.device(model.device))
+    check_tables(model, tables, torch.device(model.device))
     found_inf = next((m.found_inf for m in model.modules() if isinstance(m, MultiTaskLoss)), None)
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     unfused = {n: p for n, p in rest.items() if ".embedding_bags." in n and p.numel() > 0}
