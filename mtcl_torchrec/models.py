@@ -86,7 +86,7 @@ class MTCL(nn.Module):
         dense_groups: groups of each dense column; likewise.
         precision: ``"bf16"`` computes everything after the embeddings under autocast, in evaluation too; parameters,
             logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss
-            would reach tables whose optimizer is fused into backward.
+            would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is slower in it.
 
     Raises:
         ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
@@ -106,6 +106,24 @@ class MTCL(nn.Module):
         >>> out = model(torch.randn(3, 2), ids)
         >>> {name: tuple(value.shape) for name, value in out.items()}
         {'click': (3,), 'like': (3,), 'score': (3,)}
+
+        Ids of any size, each with a row of its own while there is room (zero-collision hashing):
+
+        >>> from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+        >>> from torchrec.modules.mc_modules import (
+        ...     DistanceLFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
+        ... )
+        >>> slots = MCHManagedCollisionModule(
+        ...     zch_size=100, device=torch.device("cpu"), eviction_policy=DistanceLFU_EvictionPolicy(),
+        ...     eviction_interval=100, input_hash_size=2**40,
+        ... )  # and buckets=world_size, where ranks share the table
+        >>> managed = ManagedCollisionEmbeddingBagCollection(
+        ...     EmbeddingBagCollection(tables=tables), ManagedCollisionCollection({"t": slots}, tables)
+        ... )
+        >>> model = MTCL(managed, 2, MMoE(num_experts=4, expert_layers=[16, 8]), [Task.binary("click")])
+        >>> values, lengths = torch.randint(2**40, (6,)), torch.ones(6, dtype=torch.int64)
+        >>> model(torch.randn(3, 2), KeyedJaggedTensor(["user", "item"], values=values, lengths=lengths))["click"].shape
+        torch.Size([3])
     """
 
     def __init__(

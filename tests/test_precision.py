@@ -29,9 +29,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def train_shop(data, folder, change=lambda text: text, device="cpu"):
-    run = parse_run(change(shop.RUN), folder=data)
-    return train_run(run, folder, device=device, console=Console(file=open("/dev/null", "w")))
+def train_shop(data, folder, change=lambda text: text):
+    run = parse_run(change(shop.RUN.replace("epochs: 4", "epochs: 2")), folder=data)
+    return train_run(run, folder, device="cpu", console=Console(file=open("/dev/null", "w")))
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +42,19 @@ def fp32(data, tmp_path_factory):
 # ---------------------------------------------------------------- bf16 after the embeddings
 
 
-def train_shop_on_ranks(data, folder, pipeline, batch_size):
-    changed = f"precision: bf16, pipeline: {pipeline}, batch_size: {batch_size},"
+def train_shop_on_ranks(data, folder, precision, pipeline):
+    changed = f"precision: {precision}, pipeline: {pipeline}, batch_size: 32,"
     result = train_shop(data, folder, lambda text: text.replace("batch_size: 32,", changed))
     return result.evaluations["val"].tasks["click"]["auc"]
 
 
 @pytest.mark.parametrize(("world_size", "pipeline"), [(1, "sparse_dist"), (2, "base")])
-def test_a_run_in_bf16_learns_what_one_in_fp32_does(data, fp32, tmp_path, world_size, pipeline):
-    aucs = run_ranks(train_shop_on_ranks, world_size, data, tmp_path / "run", pipeline, 32 // world_size)
-    expected = fp32.evaluations["val"].tasks["click"]["auc"]
-    assert aucs == [pytest.approx(expected, abs=0.02)] * world_size
-    assert expected > 0.8
+def test_a_run_in_bf16_learns_what_one_in_fp32_does(data, tmp_path, world_size, pipeline):
+    expected, *_ = run_ranks(train_shop_on_ranks, world_size, data, tmp_path / "fp32", "fp32", pipeline)
+    aucs = run_ranks(train_shop_on_ranks, world_size, data, tmp_path / "run", "bf16", pipeline)
+    assert aucs == [pytest.approx(expected, abs=0.01)] * world_size
+    assert aucs[0] != expected
+    assert expected > 0.7
     # Read back, it computes as it was trained and evaluated, and holds float32.
     run = FinishedRun.load(tmp_path / "run")
     assert run.model.tower.precision == "bf16"
@@ -120,7 +121,7 @@ def test_a_run_with_fp16_tables_learns_as_much_and_reads_back_the_same(data, fp3
     assert predictions["click"].dtype == np.float32
     from sklearn.metrics import roc_auc_score
 
-    assert roc_auc_score(frame["click"], predictions["click"]) > 0.75
+    assert roc_auc_score(frame["click"], predictions["click"]) > 0.7
 
 
 def train_tables(sharding, kind, data_type, max_gradient=0.0):
@@ -272,7 +273,7 @@ def test_a_data_parallel_table_of_fp16_is_refused():
         (2, "row_wise", "sgd"),
         (2, "column_wise", "adagrad"),
         (2, "auto", "rowwise_adagrad"),
-        (2, "data_parallel", "rowwise_adagrad"),
+        (2, "data_parallel", "sgd"),
         (1, "auto", "adam"),
         (2, "table_wise", "adam"),
     ],

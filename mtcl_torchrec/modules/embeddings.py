@@ -32,8 +32,12 @@ def build_embedding_bag_collection(
 ) -> EmbeddingBagCollection:
     """The EmbeddingBagCollection of a schema's sparse features.
 
+    Pooled embeddings are float32 whatever the data type of a table.  Where its optimizer steps, FBGEMM rounds an fp16
+    weight at random on CUDA, so that small steps count on average, and to the nearest on the CPU, where a step of less
+    than 1/4096 of the weight is lost.  An unsharded collection of TorchRec keeps a bf16 table in fp16.
+
     Args:
-        schema: declares features and tables; pooled embeddings are float32 whatever the data type of a table.
+        schema: declares features and tables.
         num_embeddings: table name -> its number of rows.
         device: ``"meta"`` for a model that `DistributedModelParallel` will materialise.
     """
