@@ -11,96 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, embedding_dims, looked_up_features, visible_columns
-from mtcl_torchrec.modules.experts import BatchedExperts
+from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
+from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
-from mtcl_torchrec.schema import GROUPS, Group, Task, check_unique, nearest
-
-
-class MultiTaskTower(nn.Module):
-    """Everything between the pooled embeddings and the logits: interaction, trunk, towers, heads.
-
-    It holds no embedding table, so TorchRec's pipelines treat it as one leaf and it may branch as it likes.
-    """
-
-    def __init__(
-        self,
-        dims: Mapping[str, int],
-        dense_in_features: int,
-        trunk: nn.Module,
-        tasks: Sequence[Task],
-        *,
-        interaction: Callable[[int], nn.Module] | None,
-        tower_layers: Sequence[int],
-        embedding_dropout: float,
-        dense_dropout: float,
-        dense_noise: float,
-        tower_dropout: float,
-        feature_groups: Mapping[str, Sequence[Group]] | None,
-        dense_groups: Sequence[Sequence[Group]] | None,
-    ) -> None:
-        super().__init__()
-        self.tasks = tuple(tasks)
-        self.dense_in_features = dense_in_features
-        width = sum(dims.values()) + dense_in_features
-        self.concat = PooledConcat(
-            dims, embedding_dropout=embedding_dropout, dense_dropout=dense_dropout, dense_noise=dense_noise
-        )
-        self.interaction = interaction(width) if interaction else nn.Identity()
-        build = getattr(trunk, "build", None)
-        if build is not None:
-            if any(True for _ in trunk.parameters()):
-                raise ValueError(f"this {type(trunk).__name__} is part of a model already; make one for each model")
-            build(width, len(self.tasks))
-        self.trunk = trunk
-        # Tasks that may see the same inputs go through the trunk together.
-        self._views: list[tuple[str, list[int]]] = []
-        self._sees_all = all(set(task.inputs) == set(GROUPS) for task in self.tasks)
-        for number, task in enumerate(self.tasks):
-            name = "sees_" + "_".join(sorted(task.inputs))
-            if not hasattr(self, name):
-                visible = visible_columns(task.inputs, dims, dense_in_features, feature_groups, dense_groups)
-                self.register_buffer(name, visible, persistent=False)
-                self._views.append((name, []))
-            next(numbers for view, numbers in self._views if view == name).append(number)
-        hidden = int(trunk.out_features)  # type: ignore[arg-type]
-        self.towers: nn.Module | None = None
-        if tower_layers:
-            self.towers = BatchedExperts(
-                hidden, tower_layers, len(self.tasks), reads=range(len(self.tasks)), dropout=tower_dropout
-            )
-            hidden = tower_layers[-1]
-        # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
-        self.heads = nn.ModuleList(nn.Linear(hidden, task.out_features) for task in self.tasks)
-
-    def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> Logits:
-        """Logits by task: (B,), or (B, num_classes) for a multiclass task.
-
-        Args:
-            dense_features: (B, D) float.
-            pooled: what the embedding-bag collection returned.
-        """
-        if dense_features.shape[1] != self.dense_in_features:
-            raise ValueError(
-                f"dense_features have {dense_features.shape[1]} columns, the model was built with "
-                f"dense_in_features={self.dense_in_features}"
-            )
-        x = self.concat(dense_features, pooled)
-        shared: list[torch.Tensor | None] = [None] * len(self.tasks)
-        for name, numbers in self._views:
-            seen = x if self._sees_all else x * getattr(self, name)
-            representations = self.trunk(self.interaction(seen), numbers)
-            for place, number in enumerate(numbers):
-                shared[number] = representations[:, place]
-        h = torch.stack([r for r in shared if r is not None])
-        if self.towers is not None:
-            h = self.towers(h)
-        logits = {}
-        for head, task, representation in zip(self.heads, self.tasks, h, strict=True):
-            out = head(representation)
-            logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
-        return logits
+from mtcl_torchrec.modules.towers import MultiTaskTower, Precision
+from mtcl_torchrec.schema import Group, Task, check_unique, nearest
 
 
 class FusedOutput(nn.Module):
@@ -152,7 +68,8 @@ class MTCL(nn.Module):
     tower and a head per task; the predictions are fused into one score that ranks.
 
     Args:
-        embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device.
+        embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device, or a
+            ManagedCollisionEmbeddingBagCollection.
         dense_in_features: D, number of dense features; 0 where there are none.
         trunk: `SharedBottom`, `MMoE`, `PLE`, `SingleTask`, or a module of the signature in
             `mtcl_torchrec.modules.trunks`.
@@ -167,6 +84,9 @@ class MTCL(nn.Module):
         tower_dropout: after each activation in a tower.
         feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs`.
         dense_groups: groups of each dense column; likewise.
+        precision: ``"bf16"`` computes everything after the embeddings under autocast, in evaluation too; parameters,
+            logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss
+            would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is slower in it.
 
     Raises:
         ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
@@ -186,6 +106,24 @@ class MTCL(nn.Module):
         >>> out = model(torch.randn(3, 2), ids)
         >>> {name: tuple(value.shape) for name, value in out.items()}
         {'click': (3,), 'like': (3,), 'score': (3,)}
+
+        Ids of any size, each with a row of its own while there is room (zero-collision hashing):
+
+        >>> from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+        >>> from torchrec.modules.mc_modules import (
+        ...     DistanceLFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
+        ... )
+        >>> slots = MCHManagedCollisionModule(
+        ...     zch_size=100, device=torch.device("cpu"), eviction_policy=DistanceLFU_EvictionPolicy(),
+        ...     eviction_interval=100, input_hash_size=2**40,
+        ... )  # and buckets=world_size, where ranks share the table
+        >>> managed = ManagedCollisionEmbeddingBagCollection(
+        ...     EmbeddingBagCollection(tables=tables), ManagedCollisionCollection({"t": slots}, tables)
+        ... )
+        >>> model = MTCL(managed, 2, MMoE(num_experts=4, expert_layers=[16, 8]), [Task.binary("click")])
+        >>> values, lengths = torch.randint(2**40, (6,)), torch.ones(6, dtype=torch.int64)
+        >>> model(torch.randn(3, 2), KeyedJaggedTensor(["user", "item"], values=values, lengths=lengths))["click"].shape
+        torch.Size([3])
     """
 
     def __init__(
@@ -204,6 +142,7 @@ class MTCL(nn.Module):
         tower_dropout: float = 0.0,
         feature_groups: Mapping[str, Sequence[Group]] | None = None,
         dense_groups: Sequence[Sequence[Group]] | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         if not tasks:
@@ -230,6 +169,7 @@ class MTCL(nn.Module):
             tower_dropout=tower_dropout,
             feature_groups=feature_groups,
             dense_groups=dense_groups,
+            precision=precision,
         )
         self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score))
 
@@ -276,6 +216,11 @@ class MTCLTrain(nn.Module):
     """`MTCL` with its loss, in the form TorchRec's train pipelines call:
     ``forward(batch) -> (loss, (loss, logits, labels))``.
 
+    A batch whose loss is not finite on some rank trains no table on any rank: the gradient of the embeddings is zero
+    then.  (Adam fused into backward, on CUDA, still moves that batch's rows by the momentum they have.)  For the dense
+    optimizer, make it ``fused=True`` and say ``optimizer.found_inf = train.loss.found_inf`` once the model is on its
+    device; it then leaves the same steps out.  ``train.loss.skipped()`` tells how many there were.
+
     Args:
         model: the model.
         l2_embedding: λ of λR, R being the mean squared norm of a row's pooled embeddings.
@@ -300,6 +245,7 @@ class MTCLTrain(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.skip_flag = SkipFlag()
         self.loss = MultiTaskLoss(model.tasks, l2_embedding=l2_embedding, process_group=process_group)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
@@ -312,5 +258,6 @@ class MTCLTrain(nn.Module):
             ``(loss, (loss, logits, labels))``; the second part is detached, logits by task name.
         """
         pooled = self.model.embedding_bag_collection(batch.sparse_features)
-        logits = self.model.tower(batch.dense_features, pooled)
-        return self.loss(logits, pooled, batch)
+        skip = self.skip_flag(batch.labels)
+        logits = self.model.tower(batch.dense_features, pooled, skip)
+        return self.loss(logits, pooled, batch, skip)

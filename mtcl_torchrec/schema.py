@@ -65,7 +65,8 @@ class Feature(_Declared):
             from 1, any other takes row 0) or ``"hash"`` (into 1 … vocabulary_size - 1).
         min_count: values rarer than this in the training split take row 0 (`vocabulary` only).
         table: features that name the same table share its rows; the default is a table of its own.
-        data_type: number format of the embedding table's weights.
+        data_type: number format of the embedding table's weights.  Shorter ones than fp32 need a fused optimizer, bf16
+            needs CUDA.
         transform: of a dense feature before it is standardised: ``"none"``, ``"log"``
             (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
         clip: a standardised dense value is cut at ± this many standard deviations.

@@ -234,7 +234,7 @@ def test_a_run_is_resumed_and_flags_that_exclude_each_other_are_refused(mtcl, lo
         shop.RUN.replace("epochs: 4", "epochs: 1")
         .replace("    - {name: stars, kind: regression, loss: huber, weight: 0.2}\n", "")
         .replace(", stars: 0.5", "")
-    )  # noqa: E501
+    )
     assert mtcl("train", "run.yaml", "--out", "run", "--device", "cpu", "--resume")[0] == 0  # nothing there: begins
     (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("epochs: 1", "epochs: 2"))
     status, _, error = mtcl("train", "run.yaml", "--out", "run", "--device", "cpu")

@@ -1,5 +1,6 @@
 """Whole runs through the public entry points: every trunk, optimizer and option trains, is stored and recommends."""
 
+import io
 import json
 import pickle
 import shutil
@@ -207,12 +208,12 @@ def test_weights_of_layers_decay_and_biases_and_scales_do_not(data):
 
 
 def test_early_stopping_keeps_the_best_epoch(data, tmp_path):
-    wild = {"training.epochs": 12, "training.patience": 2, "training.warmup_steps": 0, "optimizers.dense.lr": 0.05,
+    wild = {"training.epochs": 12, "training.patience": 1, "training.warmup_steps": 0, "optimizers.dense.lr": 0.05,
             "training.decay": "none", "optimizers.tables.lr": 0.5}  # fmt: skip
     result = trained(data, tmp_path / "run", wild)
     history = result.history
     assert history.stopped_early
-    assert len(history.epochs) == history.best_epoch + 2
+    assert len(history.epochs) == history.best_epoch + 1
     means = [np.mean([e[t]["auc"] for t in ("click", "buy")]) for e in history.epochs]
     assert history.best_epoch == 1 + int(np.argmax(means))
     # The evaluation is of the kept epoch, not of the last.
@@ -322,10 +323,24 @@ def test_a_configuration_that_cannot_be_built_leaves_an_earlier_run_alone(data, 
     assert len(Recommender.load(stored).recommend("u3", k=3)) == 3
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_task_named(data, tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss is not finite any more"):
+def test_a_loss_that_is_not_finite_too_often_stops_with_the_batch_and_the_task_named(data, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"step \d+ \(epoch 1\): the loss of .*click.* is not finite on rank 0; "
+    ):
         trained(data, tmp_path / "run", {"optimizers.dense.kind": "sgd", "optimizers.dense.lr": 1e30,
                                          "optimizers.dense.clip_norm": 0.0})  # fmt: skip
+
+
+def test_one_bad_label_costs_one_batch(tmp_path):
+    frame = shop.log(900)
+    frame.loc[100, "stars"] = 3e38
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    run = parse_run(shop.RUN.replace("loss: huber", "mean: 3.0, std: 1.0"), folder=tmp_path)
+    said = io.StringIO()
+    result = train_run(run, tmp_path / "run", device="cpu", console=Console(file=said, width=200))
+    assert result.history.skipped_steps == run.training.epochs
+    assert "the loss of stars is not finite on rank 0; the batch trained nothing (1 so far)" in said.getvalue()
+    assert result.history.epochs[-1]["click"]["auc"] > 0.6
 
 
 # ---------------------------------------------------------------- recommending

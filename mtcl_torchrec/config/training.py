@@ -18,8 +18,9 @@ class TableOptimizerConfig(Part):
         lr_of: table -> learning rate of its own; large tables overfit where small ones still learn.
         eps: added to the denominator of the adaptive kinds.
         init_scale: tables start uniform in ± this; the default is 1/√rows.
-        max_gradient: each number of a row's gradient is cut to ± this inside the fused kernel; 0 is off.  (A norm over
-            all parameters cannot include fused tables, whose gradients never exist as a whole.)
+        max_gradient: each number of the gradient of a pooled embedding (of the mean loss over the global batch) is cut
+            to ± this inside the fused kernel; 0 is off.  (A norm over all parameters cannot include fused tables, whose
+            gradients never exist as a whole.)
     """
 
     kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
 from mtcl_torchrec.schema import GROUPS, Group, Schema
 
@@ -31,12 +32,17 @@ def build_embedding_bag_collection(
 ) -> EmbeddingBagCollection:
     """The EmbeddingBagCollection of a schema's sparse features.
 
+    Pooled embeddings are float32 whatever the data type of a table.  Where its optimizer steps, FBGEMM rounds an fp16
+    weight at random on CUDA, so that small steps count on average, and to the nearest on the CPU, where a step of less
+    than 1/4096 of the weight is lost.  An unsharded collection of TorchRec keeps a bf16 table in fp16.
+
     Args:
         schema: declares features and tables.
         num_embeddings: table name -> its number of rows.
         device: ``"meta"`` for a model that `DistributedModelParallel` will materialise.
     """
     poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+    data_types = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
     tables = [
         EmbeddingBagConfig(
             name=table_module_name(table),
@@ -44,6 +50,7 @@ def build_embedding_bag_collection(
             embedding_dim=features[0].embedding_dim,
             feature_names=[f.name for f in features],
             pooling=poolings[features[0].pooling],
+            data_type=data_types[features[0].data_type],
         )
         for table, features in schema.tables().items()
     ]
@@ -72,6 +79,8 @@ def looked_up_features(embedding_bag_collection: nn.Module) -> set[str]:
 
 
 def _configs(embedding_bag_collection: nn.Module) -> list[EmbeddingBagConfig]:
+    if isinstance(embedding_bag_collection, ManagedCollisionEmbeddingBagCollection):
+        embedding_bag_collection = embedding_bag_collection._embedding_module
     configs: Any = getattr(embedding_bag_collection, "embedding_bag_configs", None)
     if configs is None:
         raise TypeError(

@@ -97,7 +97,7 @@ class ExpertLevel(nn.Module):
             logits = torch.bmm(x[[self.gate_reads[g] for g in gates]], weight.transpose(1, 2))
         hidden = _rows_and_columns(self.hidden, gates, experts).unsqueeze(1)
         if self.training and self.gate_dropout > 0:
-            draw = torch.rand_like(logits).masked_fill(hidden, -1.0)
+            draw = torch.rand_like(logits, dtype=torch.float32).masked_fill(hidden, -1.0)
             luckiest = draw == draw.amax(-1, keepdim=True)  # stays where all would go
             hidden = hidden | ((draw < self.gate_dropout) & ~luckiest)
         return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)

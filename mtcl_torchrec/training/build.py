@@ -11,6 +11,7 @@ from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection
 from mtcl_torchrec.modules.fusion import WeightedMean
+from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask, Trunk
 
 
@@ -40,6 +41,7 @@ def build_model(
     *,
     seed: int = 0,
     table_device: torch.device | str = "meta",
+    precision: Precision = "fp32",
 ) -> MTCL:
     """The model for a fitted encoder's features and tasks.
 
@@ -49,6 +51,7 @@ def build_model(
         fusion: weights of the fused score; None weighs every binary task the same, or all tasks where none is binary.
         seed: of the dense parameters, so that every rank starts from the same.
         table_device: where the embedding tables live until they are sharded.
+        precision: of everything after the embeddings, in training and afterwards.
     """
     tasks = encoder.resolved_tasks()
     if fusion is None:
@@ -76,4 +79,5 @@ def build_model(
             tower_dropout=config.tower_dropout,
             feature_groups={f.name: f.group for f in encoder.schema.sparse_features},
             dense_groups=encoder.dense_groups,
+            precision=precision,
         )

@@ -58,7 +58,13 @@ class FinishedRun:
             catalogue = Catalogue.load(folder / "catalogue") if (folder / "catalogue").is_dir() else None
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: the run directory is damaged ({error})") from None
-        model = build_model(config.model, preprocessor.encoder, config.fusion, table_device="cpu")
+        model = build_model(
+            config.model,
+            preprocessor.encoder,
+            config.fusion,
+            table_device="cpu",
+            precision=config.training.precision,
+        )
         load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
         fused = model.output.fused_score
         if config.fusion is not None and isinstance(fused, WeightedMean):

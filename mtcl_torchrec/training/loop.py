@@ -21,7 +21,7 @@ from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.training.checkpoint.state import TrainingState
 from mtcl_torchrec.training.history import TrainingHistory
-from mtcl_torchrec.training.optimizers import build_optimizer, fuse_table_optimizer, is_fused
+from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Ranks, shard
 
@@ -43,6 +43,7 @@ def parallelise(
         optimizers, sharding: their tables named as in the model.
         seed: of the tables' first values.
     """
+    check_tables(train_module, optimizers.tables, where.device)
     fused = is_fused(optimizers.tables, where.device)
     if fused:
         fuse_table_optimizer(train_module, optimizers.tables)
@@ -124,7 +125,7 @@ def fit(
         progress: reports, and knows the number of steps of the whole schedule.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss was not finite in too many batches.
     """
     pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
     clock = _Clock(config.checkpoint)
@@ -178,7 +179,10 @@ def _train_epoch(
         taken = min(rows_left, config.batch_size * where.world_size)
         rows_left -= taken
         losses, overdue = None, False
-        if state.step % LOSSES_EVERY == 0 or left == 0:
+        read = state.step % LOSSES_EVERY == 0 or left == 0
+        if read or where.device.type == "cpu":
+            _count_skipped(train_module, state, config, progress)
+        if read:
             losses, overdue = _losses_over_ranks(train_module, loss, where, clock.overdue)
         progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses)
         if left > 0 and clock.due(state.step, overdue):  # the end of an epoch has a checkpoint of its own
@@ -237,14 +241,28 @@ def _losses_over_ranks(
         values /= where.world_size
     *values_of, flagged = values.tolist()
     names = ["total", *(task.name for task in train_module.model.tasks)]
-    losses = dict(zip(names, values_of, strict=True))
-    bad = [name for name, value in losses.items() if not np.isfinite(value)]
-    if bad:
+    return dict(zip(names, values_of, strict=True)), flagged > 0
+
+
+def _count_skipped(
+    train_module: MTCLTrain, state: TrainingState, config: TrainingConfig, progress: TrainingProgress
+) -> None:
+    """Say which batch was skipped since the last look, and stop when there are too many; the same on every rank."""
+    skipped, history = train_module.loss.skipped(), state.history
+    if skipped.steps == history.skipped_steps:
+        return
+    history.skipped_steps = skipped.steps
+    where = f"rank {skipped.last_rank}" if skipped.last_rank is not None else f"{skipped.last_ranks} ranks"
+    what = (
+        f"step {skipped.last_batch} (epoch {state.position.epoch}): the loss of {', '.join(skipped.last_parts)} is not "
+        f"finite on {where}"
+    )
+    if skipped.steps > config.max_skipped_steps:
         raise FloatingPointError(
-            f"the loss is not finite any more ({', '.join(bad)}); "
-            "lower the learning rates or look for extreme dense values"
+            f"{what}; {skipped.steps} such batches are more than max_skipped_steps: lower the learning rates or look "
+            "for extreme labels"
         )
-    return losses, flagged > 0
+    progress.line(f"{what}; the batch trained nothing ({skipped.steps} so far)")
 
 
 def _validate(plain: MTCL, validation: Validation, batch_size: int, where: Ranks) -> dict[str, Metrics]:

@@ -81,7 +81,7 @@ def train_run(
     Raises:
         DataError: the data does not fit the schema, or the checkpoint does not fit the model.
         FileExistsError: `folder` holds a run and `existing` is "refuse", or something that is no run.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss was not finite in too many batches.
     """
     console = console or Console()
     with ranks(device) as where:
@@ -103,7 +103,9 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")
-    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed)
+    model = build_model(
+        run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, precision=run.training.precision
+    )
     start = _start_of(folder, splits, say) if resume else _Start()
     state = _state_at(start, run, model, splits, where)
     say(_describe(model, preprocessor, where))

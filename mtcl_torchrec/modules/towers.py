@@ -1,0 +1,124 @@
+"""Everything between the pooled embeddings and the logits: the part of a model that holds no table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, visible_columns
+from mtcl_torchrec.modules.experts import BatchedExperts
+from mtcl_torchrec.modules.guard import stop_gradient_if
+from mtcl_torchrec.modules.losses import Logits
+from mtcl_torchrec.schema import GROUPS, Group, Task
+
+Precision = Literal["fp32", "bf16"]
+
+
+class MultiTaskTower(nn.Module):
+    """Everything between the pooled embeddings and the logits: interaction, trunk, towers, heads.
+
+    It holds no embedding table, so TorchRec's pipelines treat it as one leaf and it may branch as it likes.
+
+    Args:
+        dims: key of each pooled embedding -> its width.
+        precision: ``"bf16"`` computes it under autocast; its parameters and logits stay float32.
+        others: see `mtcl_torchrec.MTCL`.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        dense_in_features: int,
+        trunk: nn.Module,
+        tasks: Sequence[Task],
+        *,
+        interaction: Callable[[int], nn.Module] | None,
+        tower_layers: Sequence[int],
+        embedding_dropout: float,
+        dense_dropout: float,
+        dense_noise: float,
+        tower_dropout: float,
+        feature_groups: Mapping[str, Sequence[Group]] | None,
+        dense_groups: Sequence[Sequence[Group]] | None,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision is one of {', '.join(get_args(Precision))}, not {precision!r}")
+        self.precision = precision
+        self.tasks = tuple(tasks)
+        self.dense_in_features = dense_in_features
+        width = sum(dims.values()) + dense_in_features
+        self.concat = PooledConcat(
+            dims, embedding_dropout=embedding_dropout, dense_dropout=dense_dropout, dense_noise=dense_noise
+        )
+        self.interaction = interaction(width) if interaction else nn.Identity()
+        build = getattr(trunk, "build", None)
+        if build is not None:
+            if any(True for _ in trunk.parameters()):
+                raise ValueError(f"this {type(trunk).__name__} is part of a model already; make one for each model")
+            build(width, len(self.tasks))
+        self.trunk = trunk
+        # Tasks that may see the same inputs go through the trunk together.
+        self._views: list[tuple[str, list[int]]] = []
+        self._sees_all = all(set(task.inputs) == set(GROUPS) for task in self.tasks)
+        for number, task in enumerate(self.tasks):
+            name = "sees_" + "_".join(sorted(task.inputs))
+            if not hasattr(self, name):
+                visible = visible_columns(task.inputs, dims, dense_in_features, feature_groups, dense_groups)
+                self.register_buffer(name, visible, persistent=False)
+                self._views.append((name, []))
+            next(numbers for view, numbers in self._views if view == name).append(number)
+        hidden = int(trunk.out_features)  # type: ignore[arg-type]
+        self.towers: nn.Module | None = None
+        if tower_layers:
+            self.towers = BatchedExperts(
+                hidden, tower_layers, len(self.tasks), reads=range(len(self.tasks)), dropout=tower_dropout
+            )
+            hidden = tower_layers[-1]
+        # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
+        self.heads = nn.ModuleList(nn.Linear(hidden, task.out_features) for task in self.tasks)
+
+    def forward(self, dense_features: torch.Tensor, pooled: Pooled, skip: torch.Tensor | None = None) -> Logits:
+        """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task.
+
+        Args:
+            dense_features: (B, D) float.
+            pooled: what the embedding-bag collection returned.
+            skip: () bool: the embeddings' gradient is exactly zero where this is True by the time of backward.
+        """
+        if dense_features.shape[1] != self.dense_in_features:
+            raise ValueError(
+                f"dense_features have {dense_features.shape[1]} columns, the model was built with "
+                f"dense_in_features={self.dense_in_features}"
+            )
+        x = self.concat(dense_features, pooled)
+        if skip is not None:
+            x = stop_gradient_if(x, skip)
+        if self.precision == "fp32":
+            return self._logits(x)
+        # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
+        # backward would step with the scaled gradient.
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits = self._logits(x)
+        return {name: value.float() for name, value in logits.items()}
+
+    def _logits(self, x: torch.Tensor) -> Logits:
+        """Logits from the concatenated inputs (B, Σ dims + D)."""
+        shared: list[torch.Tensor | None] = [None] * len(self.tasks)
+        for name, numbers in self._views:
+            seen = x if self._sees_all else x * getattr(self, name)
+            representations = self.trunk(self.interaction(seen), numbers)
+            for place, number in enumerate(numbers):
+                shared[number] = representations[:, place]
+        h = torch.stack([r for r in shared if r is not None])
+        if self.towers is not None:
+            h = self.towers(h)
+        logits = {}
+        for head, task, representation in zip(self.heads, self.tasks, h, strict=True):
+            out = head(representation)
+            logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
+        return logits
