@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mtcl_torchrec.config import ShardingConfig
-from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingKind
+from mtcl_torchrec.config.sharding import COLUMN_CUTS, ComputeKernel, ShardingKind
 from mtcl_torchrec.schema import ConfigError, nearest
 from mtcl_torchrec.training.hardware import GB, Hardware, configured
 
@@ -217,46 +218,93 @@ def quiet_planner() -> Iterator[None]:
 
 
 class TableStorageEstimator(EmbeddingStorageEstimator):
-    """TorchRec's estimate, and what it leaves out: the gradient of a table whose optimizer is not fused into backward,
-    as large as the table, and once more in DistributedDataParallel's buckets where the table is data-parallel."""
+    """TorchRec's estimate, and what it leaves out.
+
+    A table whose optimizer is not fused into backward has a gradient as large as itself; a data-parallel one is held
+    once more in the buckets of its exchange.  FBGEMM keeps element-wise optimizer state as fp32, also that of an fp16
+    table.
+    """
 
     def estimate(self, sharding_options: list[ShardingOption], *args: Any, **options: Any) -> None:
         """Set the storage of each shard."""
         super().estimate(sharding_options, *args, **options)
         for option in sharding_options:
-            if option.compute_kernel == EmbeddingComputeKernel.DENSE.value:
-                on_gpu = self._topology.compute_device != "cpu"
-                extra = 2 * option.tensor.numel() * option.tensor.element_size()
-                for shard in option.shards:
-                    shard.storage += Storage(hbm=extra if on_gpu else 0, ddr=0 if on_gpu else extra)
+            table, kernel = option.tensor, option.compute_kernel
+            narrow = 4 - table.element_size()
+            states = {torch.optim.Adagrad: 1, torch.optim.Adam: 2}
+            state = narrow * states.get(getattr(table, "_optimizer_classes", [None])[0], 0)
+            per_number = 2 * table.element_size() if kernel == "dense" else state
+            on_device = self._topology.compute_device != "cpu" and kernel in ("dense", "fused")
+            for shard in option.shards:
+                extra = shard.size[0] * shard.size[1] * per_number
+                shard.storage += Storage(hbm=extra if on_device else 0, ddr=0 if on_device else extra)
 
 
-def planner(
-    cluster: Topology,
-    constraints: dict[str, ParameterConstraints],
-    *,
-    batch_size: int,
-    timeout_s: float | None = None,
-) -> EmbeddingShardingPlanner:
-    """TorchRec's planner over a cluster whose reserve is taken off already.
+class OrderedEnumerator(EmbeddingEnumerator):
+    """TorchRec's enumerator, which goes through sets of strings: equally good plans would differ from one process to
+    the next, and with them the last bits of a run that is resumed."""
+
+    def enumerate(self, module: nn.Module, sharders: list[Any]) -> list[ShardingOption]:
+        """Every way to cut every table, table by table, kinds and kernels in the order in which they are declared."""
+        options = super().enumerate(module, sharders)
+        kinds, kernels = get_args(ShardingKind), get_args(ComputeKernel)
+        tables = list(dict.fromkeys(option.fqn for option in options))
+        return sorted(
+            options,
+            key=lambda o: (tables.index(o.fqn), kinds.index(o.sharding_type), kernels.index(o.compute_kernel)),
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """TorchRec's planner over a cluster, with all that it may choose from.
 
     Args:
+        cluster: with its reserve taken off already.
+        constraints: of each table.
         batch_size: rows a step and rank.
         timeout_s: no further proposal is tried after this many seconds.
     """
-    estimators = [
-        EmbeddingPerfEstimator(topology=cluster, constraints=constraints),
-        TableStorageEstimator(topology=cluster, constraints=constraints),
-    ]
-    return EmbeddingShardingPlanner(
-        topology=cluster,
-        batch_size=batch_size,
-        enumerator=EmbeddingEnumerator(cluster, batch_size, constraints, estimator=estimators),
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-        constraints=constraints,
-        debug=False,
-        timeout_seconds=None if timeout_s is None else max(1, round(timeout_s)),
-    )
+
+    cluster: Topology
+    constraints: dict[str, ParameterConstraints]
+    batch_size: int
+    timeout_s: float | None = None
+
+    def options(self, module: nn.Module, sharder: TableSharder) -> list[ShardingOption]:
+        """Every way to cut every table, with estimates."""
+        return self._enumerator().enumerate(module, [sharder])
+
+    def best(self, module: nn.Module, sharder: TableSharder) -> tuple[ShardingPlan, list[ShardingOption]]:
+        """The plan of the least estimated time, also with its estimates.
+
+        Raises:
+            PlannerError: no plan fits.
+        """
+        chosen: list[ShardingOption] = []
+
+        def keep(options: list[ShardingOption]) -> list[ShardingOption]:
+            chosen.extend(options)
+            return options
+
+        planner = EmbeddingShardingPlanner(
+            topology=self.cluster,
+            batch_size=self.batch_size,
+            enumerator=self._enumerator(),
+            storage_reservation=FixedPercentageStorageReservation(0.0),
+            constraints=self.constraints,
+            debug=False,
+            callbacks=[keep],
+            timeout_seconds=None if self.timeout_s is None else max(1, round(self.timeout_s)),
+        )
+        return planner.plan(module, [sharder]), chosen
+
+    def _enumerator(self) -> OrderedEnumerator:
+        estimators = [
+            EmbeddingPerfEstimator(topology=self.cluster, constraints=self.constraints),
+            TableStorageEstimator(topology=self.cluster, constraints=self.constraints),
+        ]
+        return OrderedEnumerator(self.cluster, self.batch_size, self.constraints, estimator=estimators)
 
 
 def plan_tables(
@@ -286,20 +334,22 @@ def plan_tables(
     cluster = topology(configured(hardware, sharding), world_size, ranks_per_host, reserve=sharding.reserve)
     try:
         with quiet_planner():
-            plan = planner(cluster, constraints, batch_size=batch_size).plan(module, [table_sharder(sharding)])
+            plan, _ = Search(cluster, constraints, batch_size).best(module, table_sharder(sharding))
     except PlannerError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"the embedding tables fit on no plan for {world_size} ranks: {reason}") from None
-    _complete(plan, sharding, fused=fused)
+    complete(plan, sharding, fused=fused)
     return plan
 
 
-def _complete(plan: ShardingPlan, sharding: ShardingConfig, *, fused: bool) -> None:
+def complete(plan: ShardingPlan, sharding: ShardingConfig, *, fused: bool) -> None:
     """Put into the plan what the planner cannot say."""
     for tables in plan.plan.values():
         for name, parameter in tables.items():
             # The planner offers the unfused kernel to data-parallel tables only.
-            if not fused or "dense" in sharding.kernels_of(name):
+            kernels = sharding.kernels_of(name)
+            asked = "dense" in kernels and "fused" not in kernels and parameter.compute_kernel == "fused"
+            if not fused or asked:
                 parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
             # Once its pieces have their places within one host, this is column-wise sharding, and TorchRec's DTensors
             # (as of 1.8) know it by that name only.
