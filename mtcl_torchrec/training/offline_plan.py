@@ -66,7 +66,8 @@ def plan_offline(
 
     Tables live on the meta device.  Dense parameters are counted as built: 4 bytes each for the parameter, its gradient
     and each state of its optimizer.  Activations are what autograd keeps of a row for backward, as measured here on a
-    small batch in fp32, doubled for their gradients.  Times are TorchRec's estimates from bandwidths; measure before you buy.
+    small batch in fp32, doubled for their gradients.  Times are TorchRec's estimates from bandwidths; measure before
+    you buy.
 
     Args:
         run: its sharding part says what the planner may do.
