@@ -81,14 +81,15 @@ def table_constraints(
     for name, config in configs.items():
         own = sharding.tables.get(name)
         kinds, kernels = list(sharding.kinds_of(name)), list(sharding.kernels_of(name)) or ["fused"]
-        _refuse(name, kinds, kernels, device_type, optimizer)
+        shown = name.removeprefix("table_")  # as the schema has it, see `table_module_name`
+        _refuse(shown, kinds, kernels, device_type, optimizer)
         # The planner knows the dense kernel for data-parallel tables only; `plan_tables` puts it in place of "fused".
         known = ["fused" if kernel == "dense" else kernel for kernel in kernels]
         constraints[name] = ParameterConstraints(
             sharding_types=kinds or usual,
             compute_kernels=[*known, "dense"],
             min_partition=_min_partition(
-                name, config.embedding_dim, kinds, own.min_partition if own else None, world_size
+                shown, config.embedding_dim, kinds, own.min_partition if own else None, world_size
             ),
             pooling_factors=[own.pooling_factor if own and own.pooling_factor else 1.0] * len(config.feature_names),
             cache_params=CacheParams(load_factor=own.cache_load_factor) if own and own.cache_load_factor else None,
