@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -25,6 +26,9 @@ from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.hardware import KNOWN
+from mtcl_torchrec.training.offline_plan import parse_rows, plan_offline
+from mtcl_torchrec.training.plan_report import print_plan
 from mtcl_torchrec.training.run import RunResult, evaluate_rows, train_run
 from mtcl_torchrec.training.sharding import Device, ranks
 
@@ -249,6 +253,40 @@ def prepare(
     console = _console()
     prepare_files(load_run(run_yaml), out, lambda text: console.print(text, highlight=False))
     console.print(f"wrote {out}; train with: mtcl train {out}/run.yaml", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    run_yaml: Annotated[Path, typer.Argument(help="The run; its `sharding` part says what the planner may do.")],
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks: one for each GPU.")],
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(KNOWN)}.")] = "h200",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a step and rank; the run's by default.")] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="table=N, for a table whose rows would be learnt from the data; may be repeated."),
+    ] = None,
+    fitted: Annotated[Path | None, typer.Option(help="A trained run that knows the rows of its tables.")] = None,
+    ranks_per_host: Annotated[int | None, typer.Option(min=1, help="The run's, or 8, by default.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which no better plan is sought.")] = 120,
+    out: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file, too.")] = None,
+) -> None:
+    """Say where a run's tables would go on a cluster that is not there, and whether they fit.
+
+    Needs no GPU and no data.  Memory and times are estimates from datasheets.  Exit status 1: it does not fit.
+    """
+    console = _console()
+    run = load_run(run_yaml)
+    encoder = None if fitted is None else FinishedRun.load(fitted).preprocessor.encoder
+    with console.status(f"planning {len(run.data_schema.tables())} tables for {world_size} ranks …"):
+        report = plan_offline(
+            run, world_size, device, batch_size=batch_size, num_rows_of=parse_rows(rows or []),
+            ranks_per_host=ranks_per_host, fitted=encoder, timeout_s=timeout,
+        )  # fmt: skip
+    print_plan(report, console)
+    if out is not None:
+        out.write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
+    if not report.fits:
+        raise typer.Exit(1)
 
 
 def _note_if_unfinished(run: FinishedRun, folder: Path) -> None:

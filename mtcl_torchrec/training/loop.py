@@ -34,6 +34,7 @@ def parallelise(
     optimizers: OptimizersConfig,
     *,
     sharding: ShardingConfig | None = None,
+    batch_size: int = 512,
     seed: int = 0,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Shard the tables and build the optimizers.
@@ -41,7 +42,11 @@ def parallelise(
     Args:
         train_module: with its tables on the meta device.
         optimizers, sharding: their tables named as in the model.
+        batch_size: rows a step and rank; the planner's estimates depend on it.
         seed: of the tables' first values.
+
+    Raises:
+        ConfigError: the tables fit nowhere, or what is configured cannot be done; the same on every rank.
     """
     check_tables(train_module, optimizers.tables, where.device)
     fused = is_fused(optimizers.tables, where.device)
@@ -51,8 +56,9 @@ def parallelise(
         train_module,
         where,
         sharding=sharding,
+        optimizer=optimizers.tables.kind,
         fused_tables=fused,
-        column_wise_allowed=optimizers.tables.kind != "rowwise_adagrad",
+        batch_size=batch_size,
         seed=seed,
         init_scale=optimizers.tables.init_scale,
         zero_first_row=True,

@@ -35,6 +35,7 @@ from mtcl_torchrec.training.directory import CHECKPOINTS, MARKER, Existing, clai
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
+from mtcl_torchrec.training.planning import plan_as_json
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 
@@ -170,7 +171,9 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
     config = run.training
     optimizers, sharding = _for_modules(run)
     train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
-    sharded, optimizer = parallelise(train_module, where, optimizers, sharding=sharding, seed=config.seed)
+    sharded, optimizer = parallelise(
+        train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
+    )
     total = start.step + _steps_left(start.position, splits, run, where)
     return TrainingState(
         model=sharded,
@@ -254,6 +257,7 @@ def _about(state: TrainingState, run: RunConfig, splits: Splits, where: Ranks) -
         "rows": splits.train.fingerprint,
         "ranks": where.world_size,
         "batch_size": run.training.batch_size,
+        "plan": plan_as_json(state.model.plan),
         "run": dump_run(run),
         "versions": {name: _version(name) for name in ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu")},
     }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,17 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingEnv
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.hardware import this_hardware
+from mtcl_torchrec.training.planning import TableOptimizer, plan_tables, table_sharder
 
 Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills
@@ -136,88 +131,92 @@ def ranks(device: Device = "auto") -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-@contextmanager
-def _without_warnings(logger: str) -> Iterator[None]:
-    """TorchRec's planner warns of a topology that is given by hand, as documented."""
-    before = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).setLevel(before)
-
-
-class RowWiseOnCpuSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, with row-wise sharding offered on CPU too: gloo has the collectives it needs."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Sharding types the planner may choose from."""
-        types = super().sharding_types(compute_device_type)
-        return types if "row_wise" in types else [*types, "row_wise"]
-
-
 def shard(
     module: nn.Module,
     where: Ranks,
     *,
     sharding: ShardingConfig | None = None,
+    optimizer: TableOptimizer = "rowwise_adagrad",
     fused_tables: bool = True,
-    column_wise_allowed: bool = True,
+    batch_size: int = 512,
     seed: int = 0,
     init_scale: float | None = None,
     zero_first_row: bool = False,
 ) -> DistributedModelParallel:
     """Cut the module's embedding tables over the ranks and fill them.
 
+    The plan is the result's ``plan``; `plan_as_json` makes plain data of it.
+
     Args:
         module: holds EmbeddingBagCollections on the meta device.
         sharding: what the planner may do, its tables named as in the model.
+        optimizer: of the tables; some kinds of sharding would make another of it, and are not taken.
         fused_tables: False keeps table gradients for an ordinary optimizer (compute kernel "dense").
-        column_wise_allowed: whether the planner may cut columns (row-wise Adagrad would be another optimizer then).
+        batch_size: rows a step and rank, from which the planner estimates times and buffers.
         seed, init_scale, zero_first_row: of `fill_tables`.
+
+    Raises:
+        ConfigError: the tables fit nowhere, or what is configured cannot be done; the same on every rank.
     """
     sharding = sharding or ShardingConfig()
-    # Data-parallel tables take an ordinary optimizer over all rows: worth it on GPUs, where they save communication.
-    usual = ["table_wise", "row_wise"]
-    usual += ["column_wise"] if column_wise_allowed else []
-    usual += ["data_parallel"] if where.device.type == "cuda" and where.world_size > 1 else []
-    constraints = {
-        config.name: ParameterConstraints(sharding_types=list(sharding.kinds_of(config.name)) or usual)
-        for ebc in module.modules()
-        if isinstance(ebc, EmbeddingBagCollection)
-        for config in ebc.embedding_bag_configs()
-    }
-    sharders = [RowWiseOnCpuSharder()]
-    with warnings.catch_warnings(), _without_warnings("torchrec.distributed.planner"):
-        warnings.simplefilter("ignore", FutureWarning)
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(
-                world_size=where.world_size,
-                compute_device=where.device.type,
-                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", where.world_size)),
-            ),
-            storage_reservation=FixedPercentageStorageReservation(0.15),
-            constraints=constraints,
-        )
-        try:
-            plan = planner.collective_plan(module, sharders, dist.group.WORLD)
-        except PlannerError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"the embedding tables fit on no plan for {where.world_size} ranks: {reason}") from None
-        if not fused_tables:
-            # The planner offers sharded tables fused kernels only; the unfused one takes the same cuts.
-            for tables in plan.plan.values():
-                for parameter in tables.values():
-                    parameter.compute_kernel = EmbeddingComputeKernel.DENSE.value
-        model = DistributedModelParallel(
-            module,
-            env=ShardingEnv(where.world_size, where.rank, dist.group.WORLD, output_dtensor=True),
-            device=where.device,
-            plan=plan,
-            sharders=sharders,
-        )
+    plan = _agreed_plan(module, where, sharding, optimizer, fused_tables, batch_size)
+    model = DistributedModelParallel(
+        module,
+        env=ShardingEnv(where.world_size, where.rank, dist.group.WORLD, output_dtensor=True),
+        device=where.device,
+        plan=plan,
+        sharders=[table_sharder(sharding)],
+    )
     fill_tables(model, seed=seed, scale=init_scale, zero_first_row=zero_first_row)
     return model
+
+
+def _agreed_plan(
+    module: nn.Module,
+    where: Ranks,
+    sharding: ShardingConfig,
+    optimizer: TableOptimizer,
+    fused_tables: bool,
+    batch_size: int,
+) -> ShardingPlan:
+    """Rank 0's plan on every rank, or its error: a rank that waited for a plan would wait for ever."""
+    plan, mistake = None, ""
+    if where.first:
+        try:
+            plan = plan_tables(
+                module,
+                sharding,
+                this_hardware(where.device),
+                world_size=where.world_size,
+                ranks_per_host=ranks_per_host(where, sharding),
+                optimizer=optimizer,
+                fused=fused_tables,
+                batch_size=batch_size,
+            )
+        except ConfigError as error:
+            mistake = str(error)
+        except Exception as error:  # whatever the planner meets
+            mistake = f"the embedding tables cannot be planned: {type(error).__name__}: {error}"
+    plan, mistake = where.broadcast((plan, mistake))  # type: ignore[misc]
+    if plan is None:
+        raise ConfigError(mistake)
+    return plan
+
+
+def ranks_per_host(where: Ranks, sharding: ShardingConfig) -> int:
+    """How many ranks share a host, as ``torchrun`` says.
+
+    Raises:
+        ConfigError: the configuration says otherwise.
+    """
+    # TorchRec makes its process groups within and between hosts from the same figure.
+    actual = get_local_size(where.world_size) if where.world_size > 1 else 1
+    if sharding.ranks_per_host is not None and min(sharding.ranks_per_host, where.world_size) != actual:
+        raise ConfigError(
+            f"sharding.ranks_per_host is {sharding.ranks_per_host}, but {actual} of {where.world_size} ranks run on "
+            "each host; correct it, or leave it out"
+        )
+    return actual
 
 
 def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
