@@ -26,9 +26,9 @@ from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.hardware import KNOWN
-from mtcl_torchrec.training.offline_plan import parse_rows, plan_offline
-from mtcl_torchrec.training.plan_report import print_plan
+from mtcl_torchrec.training.planning.hardware import KNOWN
+from mtcl_torchrec.training.planning.offline import parse_rows, plan_offline
+from mtcl_torchrec.training.planning.report import print_plan
 from mtcl_torchrec.training.run import RunResult, evaluate_rows, train_run
 from mtcl_torchrec.training.sharding import Device, ranks
 

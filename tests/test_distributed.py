@@ -21,7 +21,7 @@ from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
-from mtcl_torchrec.training.planning import plan_as_json
+from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.sharding import fill_tables, local_shards, ranks, tables_of
 
 ROWS, STEPS, GLOBAL_BATCH = 90, 12, 8  # the last global batch has 2 rows: some ranks of 4 get none

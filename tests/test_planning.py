@@ -20,11 +20,10 @@ from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.build import build_model
-from mtcl_torchrec.training.hardware import KNOWN, configured, known_hardware
-from mtcl_torchrec.training.offline_plan import UnfittedEncoder, plan_offline, saved_for_backward
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer
-from mtcl_torchrec.training.plan_report import print_plan
-from mtcl_torchrec.training.planning import (
+from mtcl_torchrec.training.planning.hardware import KNOWN, configured, known_hardware
+from mtcl_torchrec.training.planning.offline import UnfittedEncoder, plan_offline, saved_for_backward
+from mtcl_torchrec.training.planning.planner import (
     Search,
     plan_as_json,
     plan_tables,
@@ -32,6 +31,7 @@ from mtcl_torchrec.training.planning import (
     table_sharder,
     topology,
 )
+from mtcl_torchrec.training.planning.report import print_plan
 from mtcl_torchrec.training.sharding import ranks, shard
 
 TERABYTE = "benchmarks/plans/one_terabyte.yaml"

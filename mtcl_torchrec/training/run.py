@@ -35,7 +35,7 @@ from mtcl_torchrec.training.directory import CHECKPOINTS, MARKER, Existing, clai
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
-from mtcl_torchrec.training.planning import plan_as_json
+from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 

@@ -21,8 +21,8 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.hardware import this_hardware
-from mtcl_torchrec.training.planning import TableOptimizer, plan_tables, table_sharder
+from mtcl_torchrec.training.planning.hardware import this_hardware
+from mtcl_torchrec.training.planning.planner import TableOptimizer, plan_tables, table_sharder
 
 Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills

@@ -26,7 +26,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ComputeKernel, ShardingKind
 from mtcl_torchrec.schema import ConfigError, nearest
-from mtcl_torchrec.training.hardware import GB, Hardware, configured
+from mtcl_torchrec.training.planning.hardware import GB, Hardware, configured
 
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 MIN_COLUMNS = 128  # TorchRec's least width of a column-wise shard

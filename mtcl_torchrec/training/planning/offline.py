@@ -22,10 +22,9 @@ from mtcl_torchrec.models import MTCL, MTCLTrain, MultiTaskTower
 from mtcl_torchrec.modules.embeddings import embedding_dims, table_module_name
 from mtcl_torchrec.schema import GROUPS, ConfigError, Feature, Schema, nearest
 from mtcl_torchrec.training.build import build_model
-from mtcl_torchrec.training.hardware import GB, Hardware, configured, known_hardware
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer, is_fused
-from mtcl_torchrec.training.plan_report import PHASES, Phase, PlanReport, RankMemory, TablePlan
-from mtcl_torchrec.training.planning import (
+from mtcl_torchrec.training.planning.hardware import GB, Hardware, configured, known_hardware
+from mtcl_torchrec.training.planning.planner import (
     Search,
     complete,
     plan_as_json,
@@ -35,6 +34,7 @@ from mtcl_torchrec.training.planning import (
     table_sharder,
     topology,
 )
+from mtcl_torchrec.training.planning.report import PHASES, Phase, PlanReport, RankMemory, TablePlan
 
 RANKS_PER_HOST = 8  # GPUs in a server
 
@@ -71,7 +71,7 @@ def plan_offline(
 
     Args:
         run: its sharding part says what the planner may do.
-        device: a name in `mtcl_torchrec.training.hardware.KNOWN`.
+        device: a name in `mtcl_torchrec.training.planning.hardware.KNOWN`.
         batch_size: rows a step and rank; the default is the run's.
         num_rows_of: table -> rows, before what the schema says.
         ranks_per_host: the default is the run's, or 8, or fewer where there are fewer ranks.
