@@ -25,7 +25,8 @@ from mtcl_torchrec.config import DenseOptimizerConfig, TableOptimizerConfig
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
 from mtcl_torchrec.training.loop import build_pipeline, plain_model
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer
-from mtcl_torchrec.training.sharding import RowWiseOnCpuSharder, fill_tables, local_shards, ranks, tables_of
+from mtcl_torchrec.training.planning.planner import TableSharder
+from mtcl_torchrec.training.sharding import fill_tables, local_shards, ranks, tables_of
 
 ROWS, USERS, SPACE, STEPS = 128, 40, 2**40, 60
 
@@ -76,7 +77,7 @@ def train_on_ranks(pipeline, kind):
         module = train_module(buckets=where.world_size)
         tables = TableOptimizerConfig(kind=kind, lr=0.2)
         fuse_table_optimizer(module, tables)
-        sharders = [ManagedCollisionEmbeddingBagCollectionSharder(RowWiseOnCpuSharder())]
+        sharders = [ManagedCollisionEmbeddingBagCollectionSharder(TableSharder())]
         planner = EmbeddingShardingPlanner(
             topology=Topology(where.world_size, "cpu", local_world_size=where.world_size),
             storage_reservation=FixedPercentageStorageReservation(0.15),

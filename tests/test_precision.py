@@ -14,9 +14,10 @@ from mtcl_torchrec import ConfigError
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig, parse_run
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.optimizers import check_tables
-from mtcl_torchrec.training.run import FinishedRun, train_run
+from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import fill_tables, local_shards, ranks, tables_of
 
 STEPS = 8
