@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -138,6 +139,7 @@ def test_new_data_and_new_ids_find_rows_of_their_own(data, tmp_path):
     vocabulary = FinishedRun.load(tmp_path / "run").preprocessor.encoder._vocabularies["user_id"]
     newer = shop.log(300, seed=9)
     newer["user_id"] = "a" + newer["user_id"]  # before "u1" in the alphabet
+    newer.loc[newer["genre"] == "drama", "genre"] = "audio"  # a new class of the task "taste"
     pd.concat([frame, newer]).to_parquet(folder / "log.parquet", index=False)
     run.training.epochs, run.optimizers.tables.lr, run.optimizers.dense.lr = 2, 1e-12, 1e-12
     said = train(dump_run(run), tmp_path / "run", "resume")
@@ -163,6 +165,23 @@ def test_an_epoch_starts_again_where_its_rows_have_changed(data, tmp_path):
     said = train(dump_run(run), tmp_path / "run", "resume")
     assert "the training data is not what it was: its epoch starts again" in said
     assert "epoch 1, 0% of it done" in said
+
+
+@pytest.mark.parametrize("moment", ["written", "moved", "done"])
+def test_what_preprocessing_learnt_survives_an_interruption_of_its_own_rewriting(data, tmp_path, moment):
+    run = runs(data)["memory"]
+    run.training.epochs = 1
+    train(dump_run(run), tmp_path / "run")
+    learnt = tmp_path / "run/preprocessing"
+    shutil.copytree(learnt, tmp_path / "run/preprocessing.writing")
+    if moment != "written":
+        learnt.rename(tmp_path / "run/preprocessing.old")
+    if moment == "done":
+        (tmp_path / "run/preprocessing.writing").rename(learnt)
+    assert len(Recommender.load(tmp_path / "run").recommend("u3", k=3)) == 3
+    run.training.epochs = 2
+    assert "epoch 2/2" in train(dump_run(run), tmp_path / "run", "resume")
+    assert not list((tmp_path / "run").glob("*.old")) + list((tmp_path / "run").glob("*.writing"))
 
 
 def test_what_was_trained_before_an_interruption_recommends(data, tmp_path):

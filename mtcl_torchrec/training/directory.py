@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,9 @@ from mtcl_torchrec.training.sharding import Ranks
 CHECKPOINTS = "checkpoints"
 MARKER = ".mtcl-run"  # this folder is a run directory, whatever else it holds yet; in it, which launch wrote the run
 WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
+
+PREPROCESSING = "preprocessing"
+CATALOGUE = "catalogue"
 
 Existing = Literal["refuse", "overwrite", "resume"]
 
@@ -48,6 +53,35 @@ def claim_run_directory(folder: Path, where: Ranks, *, existing: Existing = "ref
 def sign_run_directory(folder: Path) -> None:
     """Note that what the folder holds from now on is of this launch."""
     (folder / MARKER).write_text(_launch())
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder anew; whenever that is interrupted, `readable_folder` finds the old one or the new one, whole.
+
+    Args:
+        write: is given the folder to write to.
+    """
+    fresh, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write(fresh)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def readable_folder(folder: Path) -> Path:
+    """The folder, or after an interruption of `replace_folder` the one before it."""
+    old = folder.with_name(folder.name + ".old")
+    return old if old.is_dir() and not folder.is_dir() else folder
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file anew, whole or not at all."""
+    fresh = path.with_name(path.name + ".writing")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def fresh_run_directory(name: str, where: Ranks) -> Path:

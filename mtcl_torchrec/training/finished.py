@@ -18,7 +18,7 @@ from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
-from mtcl_torchrec.training.directory import CHECKPOINTS, WEIGHTS_PREFIX
+from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING, WEIGHTS_PREFIX, readable_folder
 
 
 @dataclass
@@ -54,8 +54,11 @@ class FinishedRun:
             raise DataError(f"{folder}: the run has kept no epoch yet (no complete checkpoint in {CHECKPOINTS}/)")
         config = parse_run((folder / "run.yaml").read_text(encoding="utf-8"), name=str(folder / "run.yaml"))
         try:
-            preprocessor = Preprocessor.load(folder / "preprocessing", config.data_schema, config.statistics)
-            catalogue = Catalogue.load(folder / "catalogue") if (folder / "catalogue").is_dir() else None
+            preprocessor = Preprocessor.load(
+                readable_folder(folder / PREPROCESSING), config.data_schema, config.statistics
+            )
+            known = readable_folder(folder / CATALOGUE)
+            catalogue = Catalogue.load(known) if known.is_dir() else None
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: the run directory is damaged ({error})") from None
         model = build_model(

@@ -31,15 +31,24 @@ from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import CheckpointStore, best_checkpoint, newest_checkpoint, read_about
-from mtcl_torchrec.training.directory import CHECKPOINTS, MARKER, Existing, claim_run_directory, sign_run_directory
+from mtcl_torchrec.training.directory import (
+    CATALOGUE,
+    CHECKPOINTS,
+    MARKER,
+    PREPROCESSING,
+    Existing,
+    claim_run_directory,
+    readable_folder,
+    replace_file,
+    replace_folder,
+    sign_run_directory,
+)
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
-
-PREPROCESSING = "preprocessing"
 
 Say = Callable[[str], None]
 
@@ -136,7 +145,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
 def _earlier_encoder(folder: Path) -> FeatureEncoder:
     """What the run in the folder has learnt: a known id keeps its row, whatever data comes."""
     try:
-        return FeatureEncoder.load(folder / PREPROCESSING / "encoder")
+        return FeatureEncoder.load(readable_folder(folder / PREPROCESSING) / "encoder")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: the run directory is damaged ({error})") from None
 
@@ -200,16 +209,14 @@ def _open_directory(
 ) -> None:
     """Write what is known before training.  Only now, with data and model found right, does an earlier run go."""
     if where.first:
-        for part in () if keep else (CHECKPOINTS, "tensorboard"):
-            shutil.rmtree(folder / part, ignore_errors=True)
-        for part in (PREPROCESSING, "catalogue"):
+        for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
         sign_run_directory(folder)
-        (folder / "run.yaml").write_text(dump_run(_with_paths_from(run, folder)), encoding="utf-8")
-        preprocessor.save(folder / PREPROCESSING)
+        replace_file(folder / "run.yaml", dump_run(_with_paths_from(run, folder)))
+        replace_folder(folder / PREPROCESSING, preprocessor.save)
         if catalogue is not None:
-            catalogue.save(folder / "catalogue")
+            replace_folder(folder / CATALOGUE, catalogue.save)
     where.barrier()
 
 
@@ -332,4 +339,4 @@ def evaluate_rows(
 def write_metrics(path: Path, history: TrainingHistory, evaluations: dict[str, Evaluation]) -> None:
     """Everything measured, as JSON; what is not defined is null."""
     content = {"history": history.to_json(), "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()}}
-    path.write_text(json.dumps(content, indent=1))
+    replace_file(path, json.dumps(content, indent=1))

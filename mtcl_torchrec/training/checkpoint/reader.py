@@ -24,6 +24,7 @@ from mtcl_torchrec.training.sharding import is_table
 
 WEIGHTS = "weights."  # what stands before a parameter's name
 AVERAGE = "average."  # and before its moving average's
+_HEAD = ".tower.heads."
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -66,7 +67,8 @@ class SafeReader(FileSystemReader):
 
 
 class GrownTablesPlanner(DefaultLoadPlanner):
-    """Reads tensors only, and lets a table have more rows than were saved: the further ones keep their first values.
+    """Reads tensors only, and lets a table have more rows, or a softmax head more classes, than were saved: the further
+    ones keep their first values.
 
     torch would unpickle, without restriction, what a checkpoint calls an object instead of a tensor.
     """
@@ -83,7 +85,7 @@ class GrownTablesPlanner(DefaultLoadPlanner):
             there = saved.get(name)
             if there is not None and not isinstance(there, TensorStorageMetadata):
                 raise ValueError(f"{name} is no tensor there")
-            if there is None or not is_table(name):
+            if there is None or not (is_table(name) or _HEAD in name):
                 continue
             size = wanted.size()
             if there.size != size and there.size[1:] == size[1:] and there.size[0] < size[0]:
