@@ -234,6 +234,8 @@ def test_checkpoints_are_written_by_the_clock_of_the_first_rank(data, tmp_path):
     # The clock is read together with the losses; the end of an epoch has a checkpoint of its own.
     assert steps == {each, 2 * each, last} | set(range(20, last, 20))
     assert about["ranks"] == 2
+    assert set(about["plan"]) == {f"table_{name}" for name in run.data_schema.tables()}
+    assert all(table["kind"] in ("table_wise", "row_wise") for table in about["plan"].values())
     assert about["versions"]["torch"] == torch.__version__
     assert parse_run(about["run"]).data_schema == run.data_schema
 

@@ -62,7 +62,8 @@ class CheckpointConfig(Part):
         every_steps: write after this many steps; 0 is off.
         every_minutes: write when this much time has passed; 0 is off.
         keep: how many of the newest are kept, beside the best epoch's.
-        asynchronous: write in the background while training goes on; the end of an epoch always waits.
+        asynchronous: write in the background while training goes on, from a copy that takes as much host memory as this
+            rank's part of the state; the end of an epoch always waits.
     """
 
     every_steps: NonNegativeInt = 0

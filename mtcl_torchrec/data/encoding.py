@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,12 @@ class FeatureEncoder:
         return self.learn(summary, rows.name, grown_from=grown_from)
 
     def fit_stream(
-        self, files: ParquetFiles, *, workers: int = 1, grown_from: FeatureEncoder | None = None
+        self,
+        files: ParquetFiles,
+        *,
+        workers: int = 1,
+        grown_from: FeatureEncoder | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> FeatureEncoder:
         """Learn the same from files in one pass, in memory for the vocabularies and some windows; see `learn`.
 
@@ -120,12 +126,13 @@ class FeatureEncoder:
 
         Args:
             workers: threads that read ahead.
+            progress: called with the share of this rank's part that is read.
 
         Raises:
             DataError: as `fit`, on every rank.
         """
         summary = self.summary(grown_from=grown_from)
-        summary = summarise(summary, files.only(summary.columns()), workers)
+        summary = summarise(summary, files.only(summary.columns()), workers, progress)
         return self.learn(summary, files.name, grown_from=grown_from)
 
     def summary(self, *, grown_from: FeatureEncoder | None = None) -> SplitSummary:

@@ -5,7 +5,7 @@ The pass may see the rows in any number of parts, on any number of ranks; the pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -150,24 +150,30 @@ def _label_moments(rows: Rows, task: Task) -> Moments:
     return Moments(int(present.sum()), int((~present).sum()))
 
 
-def summarise(summary: SplitSummary, source: WindowSource, workers: int = 1) -> SplitSummary:
+def summarise(
+    summary: SplitSummary, source: WindowSource, workers: int = 1, progress: Callable[[float], None] | None = None
+) -> SplitSummary:
     """Learn from all rows of a source; each rank of the process group reads its part, and all get the whole.
 
     Args:
         summary: of no rows yet.
         source: of the summary's columns.
         workers: threads that read ahead.
+        progress: called with the share of this rank's part that is read.
 
     Raises:
         DataError: what a rank found wrong, on every rank, so that none is left waiting.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    reads = (partial(source.read, window) for window in source.windows()[rank::world_size])
+    windows = source.windows()[rank::world_size]
+    reads = (partial(source.read, window) for window in windows)
     wrong: DataError | None = None
     try:
         with closing(in_order(reads, workers)) as parts:
-            for rows in parts:
+            for done, rows in enumerate(parts, start=1):
                 summary.add(rows)
+                if progress is not None:
+                    progress(done / len(windows))
                 if summary.complete:
                     break
                 del rows

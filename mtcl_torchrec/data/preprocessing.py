@@ -4,7 +4,7 @@ model."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -91,7 +91,13 @@ class Preprocessor:
         return self.encoder.encode(rows)
 
     def fit_stream(
-        self, files: ParquetFiles, *, seed: int, workers: int = 1, grown_from: FeatureEncoder | None = None
+        self,
+        files: ParquetFiles,
+        *,
+        seed: int,
+        workers: int = 1,
+        grown_from: FeatureEncoder | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> StreamRows:
         """Learn from a training split that does not fit into memory; every rank of a process group calls this.
 
@@ -100,6 +106,7 @@ class Preprocessor:
             seed: of the shuffle.
             workers: threads that read and encode ahead.
             grown_from: see `FeatureEncoder.learn`.
+            progress: called with the share of this rank's part that is read.
 
         Returns:
             The training rows, which are read and encoded while they are trained on.
@@ -118,7 +125,7 @@ class Preprocessor:
                 raise DataError(_holds_lists(files.name, column))
             self._is_text[column] = not pd.api.types.is_numeric_dtype(canonical(empty[column]))
         encoder = FeatureEncoder(self._whole_schema())
-        self.encoder = encoder.fit_stream(files, workers=workers, grown_from=grown_from)
+        self.encoder = encoder.fit_stream(files, workers=workers, grown_from=grown_from, progress=progress)
         return self.stream(files, seed=seed, workers=workers)
 
     def stream(self, files: ParquetFiles, *, seed: int, workers: int = 1) -> StreamRows:

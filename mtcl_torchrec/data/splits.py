@@ -22,7 +22,7 @@ from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
 from mtcl_torchrec.data.worlds import ready_world
 from mtcl_torchrec.schema import ConfigError
 
-QUIET_SECONDS = 20.0  # counting that takes longer says which keys are done
+QUIET_SECONDS = 20.0  # what takes longer says how far it is
 SAMPLE_ROWS = 200_000  # of a world, from which scales are learnt
 
 Say = Callable[[str], None]
@@ -91,7 +91,17 @@ def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEnc
     assert run.data.train is not None
     files = ParquetFiles.open(run.data.train, preprocessor.columns(), window_rows=run.data.window)
     say(f"{files.rows:,} rows of train in {len(files.windows()):,} windows; one pass to learn from them")
-    train = preprocessor.fit_stream(files, seed=run.training.seed, workers=run.data.workers, grown_from=grown_from)
+    said = time.monotonic()
+
+    def progress(share: float) -> None:
+        nonlocal said
+        if time.monotonic() - said > QUIET_SECONDS:
+            said = time.monotonic()
+            say(f"  {share:.0%} read")
+
+    train = preprocessor.fit_stream(
+        files, seed=run.training.seed, workers=run.data.workers, grown_from=grown_from, progress=progress
+    )
     named = {"val": run.data.val, "test": run.data.test}
     later = {
         name: preprocessor.conform(read_rows(paths, preprocessor.columns()))
