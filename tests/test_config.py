@@ -159,7 +159,7 @@ def test_a_missing_key_is_named(path, line):
         (("data", "train"), [], "data.train: ", "at least 1 item"),
         (("data", "val"), del_, "data: ", "'train' needs 'val'"),
         (("data", "log"), "x.csv", "data: ", "give either 'train' and 'val'"),
-        (("data",), {"log": "x.csv", "test": "y.csv"}, "data: ", "no 'val' and no 'test'"),
+        (("data",), {"log": "x.csv", "test": "y.csv"}, "data: ", "a log is split by time"),
         (("data",), {"log": "x.csv", "val_fraction": 0}, "data: ", "must be above 0"),
         (
             ("data",),

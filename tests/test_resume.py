@@ -127,6 +127,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, kind):
     assert about["history"]["epochs"][-1]["click"]["auc"] > 0.6
 
 
+def test_both_pipelines_train_the_same_in_every_epoch(data, tmp_path):
+    run = runs(data)["memory"]
+    train(dump_run(run), tmp_path / "sparse_dist")
+    run.training.pipeline = "base"
+    train(dump_run(run), tmp_path / "base")
+    (tensors, about), (expected, expected_about) = state_of(tmp_path / "base"), state_of(tmp_path / "sparse_dist")
+    assert about["step"] == expected_about["step"]
+    for name, value in expected.items():
+        assert torch.equal(tensors[name], value), name
+
+
 def test_new_data_and_new_ids_find_rows_of_their_own(data, tmp_path):
     """Resumed on a longer log: known ids keep their rows, new ones get the next, the table grows."""
     folder = tmp_path / "log"

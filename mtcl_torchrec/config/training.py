@@ -20,7 +20,8 @@ class TableOptimizerConfig(Part):
         init_scale: tables start uniform in ± this; the default is 1/√rows.
         max_gradient: each number of the gradient of a pooled embedding (of the mean loss over the global batch) is cut
             to ± this inside the fused kernel; 0 is off.  (A norm over all parameters cannot include fused tables, whose
-            gradients never exist as a whole.)
+            gradients never exist as a whole.)  Of a mean-pooled bag in a row-wise table, the gradient is divided by the
+            length of the bag before it is cut, else afterwards.
     """
 
     kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"

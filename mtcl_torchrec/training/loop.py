@@ -140,8 +140,7 @@ def fit(
         started = time.perf_counter()
         _train_epoch(pipeline, state, rows, config, where, clock=clock, save=save, progress=progress)
         state.history.seconds.append(time.perf_counter() - started)
-        if isinstance(pipeline, TrainPipelineSparseDist):
-            pipeline.detach()
+        _let_go(pipeline)
         line, scalars = _judge_epoch(state, validation, config, where)
         state.position = state.position.next_epoch()
         save(state, background=False)
@@ -152,6 +151,14 @@ def fit(
     if history.stopped_early:
         progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
     return history
+
+
+def _let_go(pipeline: TrainPipelineBase | TrainPipelineSparseDist) -> None:
+    """Give the model back for other uses, and be ready for the batches of another epoch."""
+    if isinstance(pipeline, TrainPipelineSparseDist):
+        pipeline.detach()
+    else:
+        pipeline.reset()  # without it, the end of an epoch's batches would be the end of every later epoch's
 
 
 def _train_epoch(

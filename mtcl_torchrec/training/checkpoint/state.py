@@ -144,13 +144,14 @@ def _like_table(value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         value = value.view(-1)  # one number a row
     if not isinstance(table, DTensor):
         return value
-    shards = local_shards(table)
-    if len(shards) > 1:
-        raise NotImplementedError("an ordinary optimizer over several shards of one table on one rank")
-    offsets = [tuple(shards[0][1:])[: value.dim()]]
-    shape = torch.Size([table.shape[0], *table.shape[1:]][: value.dim()])
+    shards, pieces = local_shards(table), [value]
+    if len(shards) > 1:  # several cuts of columns on one rank lie one behind the other in one parameter
+        flat = value.view(-1).split([shard.numel() for shard, _, _ in shards])
+        pieces = [piece.view(shard.shape) for piece, (shard, _, _) in zip(flat, shards, strict=True)]
+    offsets = [(row, column)[: value.dim()] for _, row, column in shards]
+    shape = table.shape[: value.dim()]
     return DTensor.from_local(
-        LocalShardsWrapper([value], offsets),
+        LocalShardsWrapper(pieces, offsets),
         table.device_mesh,
         table.placements,
         run_check=False,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torchrec.optim
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -232,7 +233,7 @@ class TableStorageEstimator(EmbeddingStorageEstimator):
         for option in sharding_options:
             table, kernel = option.tensor, option.compute_kernel
             narrow = 4 - table.element_size()
-            states = {torch.optim.Adagrad: 1, torch.optim.Adam: 2}
+            states = {torchrec.optim.Adagrad: 1, torchrec.optim.Adam: 2}  # as `fuse_table_optimizer` marks tables
             state = narrow * states.get(getattr(table, "_optimizer_classes", [None])[0], 0)
             per_number = 2 * table.element_size() if kernel == "dense" else state
             on_device = self._topology.compute_device != "cpu" and kernel in ("dense", "fused")
