@@ -19,7 +19,7 @@ from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, split_by_time
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.checkpoint.store import best_checkpoint
+from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.run import train_run
 
@@ -254,7 +254,8 @@ def test_a_checkpoint_that_would_run_code_is_refused_unread(stored, tmp_path):
 
 @pytest.mark.parametrize("broken", [".metadata", "state.json", "preprocessing/encoder/encoder.json"])
 def test_a_damaged_run_directory_is_one_clear_error(stored, broken):
-    path = stored / broken if "/" in broken else best_checkpoint(stored / "checkpoints") / broken
+    of = {".metadata": best_checkpoint, "state.json": newest_checkpoint}  # the newest knows which is best
+    path = of[broken](stored / "checkpoints") / broken if broken in of else stored / broken
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"no readable checkpoint|damaged"):
