@@ -251,6 +251,42 @@ def test_checkpoints_are_written_by_the_clock_of_the_first_rank(data, tmp_path):
     assert parse_run(about["run"]).data_schema == run.data_schema
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "12"), ("step", -1), ("position", {"epoch": 0, "taken": []}), ("position", [1]),
+     ("history", {"epochs": 3}), ("history", {"unknown": 1}), ("rows", None)],
+)  # fmt: skip
+def test_a_state_that_makes_no_sense_is_one_clear_error(data, tmp_path, key, value):
+    run = runs(data)["memory"]
+    if not (data / "spoilt").exists():
+        train(dump_run(run), data / "spoilt", stop=8)
+    shutil.copytree(data / "spoilt", tmp_path / "run")
+    path = newest_checkpoint(tmp_path / "run/checkpoints") / "state.json"
+    about = json.loads(path.read_text())
+    if value is None:
+        del about[key]
+    else:
+        about[key] = value
+    path.write_text(json.dumps(about))
+    with pytest.raises(DataError, match=r"damaged checkpoint|no position"):
+        train(dump_run(run), tmp_path / "run", "resume")
+
+
+def test_where_the_best_checkpoint_is_gone_another_epoch_is_kept(data, tmp_path):
+    run = runs(data)["memory"]
+    run.training.epochs = 1
+    train(dump_run(run), tmp_path / "run")
+    run.training.epochs = 2
+    best = read_about(newest_checkpoint(tmp_path / "run/checkpoints"))["history"]["best_step"]
+    train(dump_run(run), tmp_path / "run", "resume", stop=best + 9)
+    shutil.rmtree(tmp_path / f"run/checkpoints/step_{best:09d}")
+    about = read_about(newest_checkpoint(tmp_path / "run/checkpoints"))
+    assert about["step"] > about["history"]["best_step"] == best
+    said = train(dump_run(run), tmp_path / "run", "resume")
+    assert "is gone: of the epochs to come" in said
+    assert read_about(newest_checkpoint(tmp_path / "run/checkpoints"))["history"]["best_epoch"] == 2
+
+
 # ---------------------------------------------------------------- streams
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mtcl_torchrec.evaluation.metrics import Metrics
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 
 
 @dataclass
@@ -14,7 +14,7 @@ class TrainingHistory:
     """What happened.
 
     Args:
-        epochs: validation metrics by task, of each epoch.
+        epochs: validation metrics by task, of each epoch; None where one is not defined.
         best_epoch: counted from 1; 0 while there is none.
         best_auc: its mean validation AUC.
         best_step: the step after which it was evaluated.
@@ -23,22 +23,28 @@ class TrainingHistory:
         skipped_steps: batches that trained nothing because their loss was not finite.
     """
 
-    epochs: list[dict[str, Metrics]] = field(default_factory=list)
-    best_epoch: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epochs: list[dict[str, dict[str, float | None]]] = field(default_factory=list)
+    best_epoch: NonNegativeInt = 0
     best_auc: float | None = None
-    best_step: int = 0
+    best_step: NonNegativeInt = 0
     seconds: list[float] = field(default_factory=list)
     stopped_early: bool = False
-    skipped_steps: int = 0
+    skipped_steps: NonNegativeInt = 0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it; what is not defined is null."""
         return finite(asdict(self))
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> TrainingHistory:
-        """Read what `to_json` wrote."""
-        return cls(**content)
+    def from_json(cls, content: Any) -> TrainingHistory:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        return TypeAdapter(cls).validate_python(content)
 
 
 def finite(value: Any) -> Any:

@@ -216,7 +216,7 @@ def _judge_epoch(
     if state.average is not None:
         state.average.swap()
     value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)
-    history.epochs.append(metrics)
+    history.epochs.append({name: {**of} for name, of in metrics.items()})
     # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
     best = history.best_auc is None or not value <= history.best_auc
     if best:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeInt, TypeAdapter
 from rich.console import Console
 
 from mtcl_torchrec.config import OptimizersConfig, RunConfig, ShardingConfig, dump_run
@@ -127,7 +128,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     history = _fit(run, folder, state, splits, where, console, say)
     best = best_checkpoint(folder / CHECKPOINTS)
     if best is None:
-        raise DataError(f"{folder}: the best epoch's checkpoint is gone")
+        raise DataError(f"{folder}: the best epoch's checkpoint is gone, and no epoch is left to train: raise epochs")
     load_weights(state.model, best)
     evaluations = {
         name: evaluate_rows(
@@ -166,13 +167,23 @@ def _start_of(folder: Path, splits: Splits, say: Say) -> _Start:
     assert newest is not None
     about = read_about(newest)
     try:
-        position = Position.from_json(about["position"])
-        if about["rows"] != splits.train.fingerprint and position.taken:
-            say("the training data is not what it was: its epoch starts again")
-            position = Position(position.epoch)
-        return _Start(about["step"], position, TrainingHistory.from_json(about["history"]), newest)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{newest}: damaged checkpoint (state.json: {error})") from None
+        step = TypeAdapter(NonNegativeInt).validate_python(about["step"], strict=True)
+        position, rows = Position.from_json(about["position"]), about["rows"]
+        history = TrainingHistory.from_json(about["history"])
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{newest}: damaged checkpoint (state.json: {_first_line(error)}); remove it to go on with the "
+                        "one before") from None  # fmt: skip
+    if rows != splits.train.fingerprint and position.taken:
+        say("the training data is not what it was: its epoch starts again")
+        position = Position(position.epoch)
+    if history.best_epoch and best_checkpoint(folder / CHECKPOINTS) is None:
+        say(f"the checkpoint of epoch {history.best_epoch}, the best, is gone: of the epochs to come, one will be kept")
+        history.best_epoch, history.best_step, history.best_auc = 0, 0, None
+    return _Start(step, position, history, newest)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150]
 
 
 def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
