@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -262,17 +263,21 @@ def _over_ranks(setting: Setting, of_ranks: list[dict[str, Any]]) -> dict[str, A
 # ---------------------------------------------------------------------- several settings
 
 
-def sweep(settings: list[tuple[int, Setting]], repeats: int, timeout_s: float, console: Console) -> list[dict]:
+def sweep(
+    settings: list[tuple[int, Setting]], repeats: int, timeout_s: float, out: Path | None, console: Console
+) -> list[dict[str, Any]]:
     """Measure each setting in processes of its own, all settings once, then all again.
 
     Args:
         settings: number of ranks and setting.
         timeout_s: for one run; what takes longer is stopped and reported as failed.
+        out: written after each run, so that nothing is lost if the sweep is broken off.
 
     Returns:
         One result for each run that did not fail.
     """
-    results = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `_launch`, which ends the ranks
+    results: list[dict[str, Any]] = []
     for repeat, (world_size, setting) in product(range(repeats), settings):
         name = f"{world_size} × {setting.vocabulary:,} rows, {setting.input}"
         load = os.getloadavg()[0]
@@ -281,6 +286,7 @@ def sweep(settings: list[tuple[int, Setting]], repeats: int, timeout_s: float, c
             console.print(f"FAILED: {name}", highlight=False)
             continue
         results.append(result | {"repeat": repeat, "load_before": load})
+        write(results, out)
         console.print(f"{name}: {result['samples_per_s']:,.0f} samples/s (load {load:.1f})", highlight=False)
     return results
 
@@ -351,6 +357,13 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         table.add_row("data ready after, s", *(f"{r['setup_s']['data']:.1f}" for r in group))
         table.add_row("model ready after, s", *(f"{r['setup_s']['model']:.1f}" for r in group))
         console.print(table, "")
+
+
+def write(results: list[dict[str, Any]], out: Path | None) -> None:
+    """All results as JSON."""
+    if out is not None:
+        content = {"about": about(), "method": METHOD, "parts": PARTS, "runs": results}
+        out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def about() -> dict[str, Any]:
@@ -447,14 +460,11 @@ def main() -> int:
         raise SystemExit("under torchrun, give one setting: no --ranks, no --repeats, no lists")
     else:
         combinations = [(n, setting) for setting in settings for n in given.ranks or [1]]
-        results, first = sweep(combinations, given.repeats, given.timeout, console), True
+        results, first = sweep(combinations, given.repeats, given.timeout, given.json, console), True
         planned = given.repeats * len(combinations)
     if first:
-        shown = of_median_speed(results)
-        show(shown, console)
-        if given.json:
-            content = {"about": about(), "method": METHOD, "parts": PARTS, "runs": results}
-            given.json.write_text(json.dumps(content, indent=1) + "\n")
+        show(of_median_speed(results), console)
+        write(results, given.json)
     return int(len(results) < planned)
 
 
