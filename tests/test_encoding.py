@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
 
+from mtcl_torchrec.data.columns import split_bag
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.source import Rows, read_rows
 from mtcl_torchrec.schema import DataError, Feature, Schema, Task
@@ -233,6 +234,30 @@ def test_a_missing_column_is_named_when_learning_and_when_encoding():
 def test_bags_come_from_texts_and_lists(values):
     assert bags_of(bag(), values) == [[1, 2], [], [], [2], [3, 1, 1]]
     assert bags_of(bag(), values, ["z|a", None]) == [[0, 1], []]
+
+
+def members():
+    """Values of a bag, of one kind or of several."""
+    whole, number = st.integers(-(2**63), 2**63 - 1), st.integers(0, 9)
+    kinds = (whole, st.integers(0, 2**64 - 1), st.text(max_size=2), whole | st.none(), st.floats(0, 9) | number)
+    return st.one_of(*(st.lists(st.lists(kind, max_size=3), min_size=1, max_size=6) for kind in kinds))
+
+
+@given(members(), st.sampled_from(["list", "tuple", "array", "int32", "object"]))
+@settings(max_examples=150, deadline=None)
+def test_columns_of_lists_alone_split_as_rows_that_are_taken_one_by_one(lists, form):
+    def cell(values):
+        if form == "int32" and all(isinstance(v, int) and abs(v) < 2**31 for v in values):
+            return np.array(values, np.int32)
+        made = {"list": list, "tuple": tuple, "object": lambda v: np.array(v, object)}
+        return made.get(form, np.array)(values)
+
+    column = pd.Series([cell(values) for values in lists], dtype=object)
+    one_by_one = pd.Series([*column, None], dtype=object)  # a missing bag: each row is looked at by itself
+    values, lengths = split_bag(bag(), column)
+    expected, expected_lengths = split_bag(bag(), one_by_one)
+    assert lengths.tolist() == expected_lengths.tolist()[:-1]
+    pd.testing.assert_series_equal(values, expected)
 
 
 @pytest.mark.parametrize(("separator", "text"), [(",", "a,b"), (".", "a.b"), ("||", "a||b"), ("a+", "1a+2")])

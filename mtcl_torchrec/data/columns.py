@@ -103,21 +103,35 @@ def as_text(values: pd.Series) -> pd.Series:
 
 def split_bag(feature: Feature, column: pd.Series) -> tuple[pd.Series, np.ndarray]:
     """All values of a bag column one after the other, and how many each row has, (N,) int64."""
+    cells = canonical(column).tolist()
+    kinds = set(map(type, cells))
+    if not kinds <= {list, tuple} and not (kinds == {np.ndarray} and _alike(cells)):
+        cells, kinds = [_members(feature, cell) for cell in cells], {list}
+    lengths = np.fromiter(map(len, cells), np.int64, len(cells))
+    values: Any
+    if kinds == {np.ndarray}:
+        whole = np.concatenate(cells)
+        values = whole.astype(np.int64, copy=False) if whole.dtype.kind == "i" else whole.tolist()
+    else:
+        values = list(chain.from_iterable(cells))
+    return canonical(pd.Series(values, dtype=None if len(values) else object)), lengths
 
-    def parts(row: Any) -> list[Any]:
-        if isinstance(row, str):
-            return [part for part in row.split(feature.separator) if part]
-        if isinstance(row, np.ndarray):
-            return row.tolist()
-        if isinstance(row, (list, tuple)):
-            return list(row)
-        # A file in which no row has two values is read as plain numbers: bags of one.
-        return [] if pd.isna(row) else [row]
 
-    lists = [parts(row) for row in canonical(column).tolist()]
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    values = list(chain.from_iterable(lists))
-    return canonical(pd.Series(values, dtype=None if values else object)), lengths
+def _alike(arrays: list[np.ndarray]) -> bool:
+    """Whether arrays can be joined with each value as it is."""
+    return len({(array.dtype, array.ndim) for array in arrays}) == 1 and arrays[0].ndim == 1
+
+
+def _members(feature: Feature, cell: Any) -> list[Any]:
+    """The values of one row's bag, in whatever form it comes."""
+    if isinstance(cell, str):
+        return [part for part in cell.split(feature.separator) if part]
+    if isinstance(cell, np.ndarray):
+        return cell.tolist()
+    if isinstance(cell, (list, tuple)):
+        return list(cell)
+    # A file in which no row has two values is read as plain numbers: bags of one.
+    return [] if pd.isna(cell) else [cell]
 
 
 # ---------------------------------------------------------------------- numbers

@@ -1,0 +1,472 @@
+"""How fast this package trains, and where a step's time goes, on a synthetic world of any size.
+
+One setting, on one rank or under torchrun:
+
+    python benchmarks/training.py --vocabulary 1_000_000
+    torchrun --nproc_per_node 2 benchmarks/training.py --vocabulary 1_000_000 --trunk ple --json two.json
+
+Lists of settings: each runs in processes of its own, interleaved, as often as --repeats says; of each setting, the
+repeat of median speed is shown.
+
+    python benchmarks/training.py --ranks 1,2,4 --vocabulary 100_000,1_000_000,30_000_000 --repeats 3 --json all.json
+
+samples/s and ms per step are measured on the train pipeline of `mtcl train`, with nothing added but a clock.  After
+that, further steps are made by hand with no overlap and a clock around each part (on CUDA the device is waited for at
+each): these are the parts, means over steps and ranks, and they add up to the step taken apart, not to the pipelined
+step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count, product
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from step_parts import PARTS, take_apart
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from mtcl_torchrec.config import RunConfig, parse_run
+from mtcl_torchrec.config.sharding import ShardingKind
+from mtcl_torchrec.data.batch import MTBatch
+from mtcl_torchrec.data.position import Position
+from mtcl_torchrec.data.preprocessing import Preprocessor
+from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.splits import load_splits
+from mtcl_torchrec.data.synthetic import write_parquet
+from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
+from mtcl_torchrec.data.worlds import READY_WORLDS, ready_world, world_run
+from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.models import MTCLTrain
+from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.loop import build_pipeline, parallelise
+from mtcl_torchrec.training.optimizers import build_schedule
+from mtcl_torchrec.training.sharding import Ranks, local_shards, ranks, tables_of
+
+METHOD = (__doc__ or "").rsplit("\n\n", 1)[-1].strip().replace("\n", " ")
+INPUTS = ("memory", "generated", "parquet")
+MEMORY_ROWS = 500_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run measures; the fields are the options of the command line."""
+
+    world: str = "shop"
+    vocabulary: int = 1_000_000
+    dim: int = 16
+    batch_size: int = 4096
+    steps: int = 60
+    warmup_steps: int = 10
+    apart_steps: int = 20
+    trunk: str = "mmoe"
+    experts: int = 4
+    expert_layers: str = "128,64"
+    sharding: str = "auto"
+    table_optimizer: str = "rowwise_adagrad"
+    pipeline: str = "sparse_dist"
+    input: str = "memory"
+    rows: int = 0
+    window: int = 65_536
+    workers: int = 1
+    device: str = "auto"
+
+    def flags(self) -> list[str]:
+        """The setting as options of the command line."""
+        return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items()]
+
+    def rows_for(self, world_size: int) -> int:
+        """Rows of the training split, whole steps of all ranks."""
+        step = self.batch_size * world_size
+        needed = step * (self.warmup_steps + self.steps + self.apart_steps + 4)  # a pipeline reads ahead
+        wanted = self.rows or (min(needed, MEMORY_ROWS) if self.input == "memory" else needed)
+        return max(wanted // step, 1) * step
+
+
+# ---------------------------------------------------------------------- one setting, on this process's ranks
+
+
+def configured(setting: Setting, world_size: int, files: Path) -> RunConfig:
+    """The run that `mtcl init --world` would write, with this setting's sizes.
+
+    Args:
+        files: folder of the Parquet files, for that input.
+    """
+    size = {"num_users": setting.vocabulary, "num_items": setting.vocabulary}
+    raw = yaml.safe_load(world_run(setting.world, rows=setting.rows_for(world_size), val_rows=1, test_rows=0, **size))
+    if setting.input == "parquet":
+        raw["data"] = {"train": [str(files / "train.parquet")], "val": [str(files / "val.parquet")], "stream": True}
+    raw["data"] |= {"window": setting.window, "workers": setting.workers}
+    for feature in raw["schema"]["features"]:
+        if feature["name"] in (raw["schema"]["user"], raw["schema"]["item"]):
+            feature["embedding_dim"] = setting.dim
+    experts = {"mmoe": "num_experts", "ple": "shared_experts"}.get(setting.trunk)
+    layers = [int(width) for width in setting.expert_layers.split(",")]
+    raw["model"]["trunk"] = {"kind": setting.trunk, "expert_layers": layers}
+    if experts:
+        raw["model"]["trunk"][experts] = setting.experts
+    raw["optimizers"]["tables"]["kind"] = setting.table_optimizer
+    raw["sharding"] = {} if setting.sharding == "auto" else {"kinds": setting.sharding}
+    raw["training"] |= {"batch_size": setting.batch_size, "pipeline": setting.pipeline}
+    return parse_run(yaml.safe_dump(raw))
+
+
+def training_rows(setting: Setting, run: RunConfig, files: Path, where: Ranks) -> tuple[TrainingRows, Preprocessor]:
+    """The training split by the setting's kind of input, and what was learnt from it."""
+    preprocessor = Preprocessor(run.data_schema, run.statistics)
+    rows = setting.rows_for(where.world_size)
+    size = {"num_users": setting.vocabulary, "num_items": setting.vocabulary}
+    world = ready_world(setting.world, horizon=rows + 1, **size)
+    if setting.input == "parquet" and where.first:
+        write_parquet(world, files / "train.parquet", rows=rows, row_group_size=setting.window)
+        write_parquet(world, files / "val.parquet", rows=1, start=rows)
+    where.barrier()
+    splits = load_splits(run, preprocessor, say=lambda _: None)
+    if setting.input != "memory":
+        return splits.train, preprocessor
+    encoded = preprocessor.encode(Rows(world.rows(np.arange(rows))))
+    return MemoryRows(encoded, seed=run.training.seed), preprocessor
+
+
+class Batches(Iterator[MTBatch]):
+    """The batches of epoch after epoch, and how long they were waited for."""
+
+    def __init__(self, rows: TrainingRows, where: Ranks, batch_size: int) -> None:
+        cut = {"rank": where.rank, "world_size": where.world_size, "batch_size": batch_size}
+        self._batches = (batch for epoch in count(1) for batch in rows.batches(Position(epoch), **cut))
+        self.waited_s = 0.0
+
+    def __next__(self) -> MTBatch:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.waited_s += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self._batches.close()
+
+
+def measure(setting: Setting, where: Ranks) -> dict[str, Any]:
+    """Train a while and measure; every rank calls this and gets the result."""
+    with tempfile.TemporaryDirectory(prefix="mtcl-benchmark-") as temporary:
+        files = Path(str(where.broadcast(temporary)))
+        started = time.perf_counter()
+        run = configured(setting, where.world_size, files)
+        rows, preprocessor = training_rows(setting, run, files, where)
+        data_s = time.perf_counter() - started
+        batches = Batches(rows, where, setting.batch_size)
+        try:
+            own = _train(setting, run, preprocessor, batches, where) | {"data_s": data_s}
+        finally:
+            batches.close()
+        where.barrier()
+    return _over_ranks(setting, where.gather(own))
+
+
+def _train(
+    setting: Setting, run: RunConfig, preprocessor: Preprocessor, batches: Batches, where: Ranks
+) -> dict[str, Any]:
+    """What this rank measured."""
+    started = time.perf_counter()
+    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed)
+    sharded, optimizer = parallelise(MTCLTrain(model), where, run.optimizers, sharding=run.sharding)
+    model_s = time.perf_counter() - started
+    total = setting.warmup_steps + setting.steps + setting.apart_steps
+    schedule = build_schedule(optimizer, run.training.warmup_steps, total, run.training.decay)
+    pipeline = build_pipeline(sharded, optimizer, where.device, run.training.pipeline)
+    sharded.train()
+    for _ in range(setting.warmup_steps):
+        pipeline.progress(batches)
+        schedule.step()
+    _settle(where)
+    batches.waited_s = 0.0
+    ends = [time.perf_counter()]
+    for _ in range(setting.steps):
+        pipeline.progress(batches)
+        schedule.step()
+        ends.append(time.perf_counter())
+    _settle(where)
+    seconds, waited = time.perf_counter() - ends[0], batches.waited_s
+    if isinstance(pipeline, TrainPipelineSparseDist):
+        pipeline.detach()
+    apart = take_apart(sharded, optimizer, schedule, batches, where.device, setting.apart_steps)
+    cuda = where.device.type == "cuda"
+    return {
+        "seconds": seconds,
+        "step_ms": (np.diff(ends) * 1000).tolist(),
+        "waited_s": waited,
+        "apart_ms": apart,
+        "model_s": model_s,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated(where.device) if cuda else None,
+        "table_bytes": _table_bytes(sharded),
+        "dense_parameters": sum(p.numel() for p in model.tower.parameters()),
+    }
+
+
+def _settle(where: Ranks) -> None:
+    """Until the devices of all ranks have done what they were given."""
+    if where.device.type == "cuda":
+        torch.cuda.synchronize(where.device)
+    where.barrier()
+
+
+def _table_bytes(model: DistributedModelParallel) -> int:
+    """This rank's embedding rows, without optimizer state."""
+    shards = [shard for table in tables_of(model).values() for shard, *_ in local_shards(table)]
+    return sum(shard.numel() * shard.element_size() for shard in shards)
+
+
+def _over_ranks(setting: Setting, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result from those of all ranks."""
+    seconds = max(own["seconds"] for own in of_ranks)
+    steps = np.array([own.pop("step_ms") for own in of_ranks]).max(0)
+    world_size = len(of_ranks)
+    return {
+        "ranks": world_size,
+        "setting": asdict(setting) | {"rows": setting.rows_for(world_size)},
+        "samples_per_s": setting.batch_size * world_size * setting.steps / seconds,
+        "step_ms": {
+            "mean": seconds * 1000 / setting.steps,
+            "median": float(np.median(steps)),
+            "p90": float(np.quantile(steps, 0.9)),
+            "waiting for input": statistics.fmean(own["waited_s"] for own in of_ranks) * 1000 / setting.steps,
+        },
+        "apart_ms": {part: statistics.fmean(own["apart_ms"][part] for own in of_ranks) for part in ("step", *PARTS)},
+        "setup_s": {name: max(own[f"{name}_s"] for own in of_ranks) for name in ("data", "model")},
+        "peak_rss_bytes": max(own["peak_rss_bytes"] for own in of_ranks),
+        "peak_cuda_bytes": max(own["peak_cuda_bytes"] or 0 for own in of_ranks) or None,
+        "table_bytes": sum(own["table_bytes"] for own in of_ranks),
+        "of_ranks": of_ranks,
+    }
+
+
+# ---------------------------------------------------------------------- several settings
+
+
+def sweep(
+    settings: list[tuple[int, Setting]], repeats: int, timeout_s: float, out: Path | None, console: Console
+) -> list[dict[str, Any]]:
+    """Measure each setting in processes of its own, all settings once, then all again.
+
+    Args:
+        settings: number of ranks and setting.
+        timeout_s: for one run; what takes longer is stopped and reported as failed.
+        out: written after each run, so that nothing is lost if the sweep is broken off.
+
+    Returns:
+        One result for each run that did not fail.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `_launch`, which ends the ranks
+    results: list[dict[str, Any]] = []
+    for repeat, (world_size, setting) in product(range(repeats), settings):
+        name = f"{world_size} × {setting.vocabulary:,} rows, {setting.input}"
+        load = os.getloadavg()[0]
+        result = _launch(world_size, setting, timeout_s, console)
+        if result is None:
+            console.print(f"FAILED: {name}", highlight=False)
+            continue
+        results.append(result | {"repeat": repeat, "load_before": load})
+        write(results, out)
+        console.print(f"{name}: {result['samples_per_s']:,.0f} samples/s (load {load:.1f})", highlight=False)
+    return results
+
+
+def _launch(world_size: int, setting: Setting, timeout_s: float, console: Console) -> dict[str, Any] | None:
+    with tempfile.TemporaryDirectory(prefix="mtcl-benchmark-") as temporary:
+        out, log = Path(temporary) / "result.json", Path(temporary) / "log.txt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+        command += [str(Path(__file__).resolve()), *setting.flags(), f"--json={out}"]
+        # One thread each, so that numbers of ranks can be compared.
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                console.print(f"no result after {timeout_s:.0f} s", highlight=False)
+            finally:
+                _stop(process)
+        if not out.exists():
+            console.print(log.read_text(errors="replace")[-3000:], highlight=False, markup=False)
+            return None
+        return json.loads(out.read_text())["runs"][0]
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End torchrun, which ends its ranks; they are in sessions of their own, so it must get the time to do so."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def of_median_speed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each setting the repeat whose samples/s are the median (of an even number: the slower of the two)."""
+    by_setting: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_setting.setdefault(json.dumps([result["ranks"], result["setting"]]), []).append(result)
+    ordered = [sorted(group, key=lambda r: r["samples_per_s"]) for group in by_setting.values()]
+    return [group[(len(group) - 1) // 2] for group in ordered]
+
+
+# ---------------------------------------------------------------------- what is shown and stored
+
+
+def show(results: list[dict[str, Any]], console: Console) -> None:
+    """A table for each input and vocabulary, with a column for each number of ranks."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["setting"]["input"], result["setting"]["vocabulary"]), []).append(result)
+    for (source, vocabulary), group in groups.items():
+        title = f"{vocabulary:,} users and as many items, input: {source}"
+        table = plain_table(title, ["", *(f"{r['ranks']} rank{'s' * (r['ranks'] > 1)}" for r in group)])
+        table.add_row("samples/s", *(f"{r['samples_per_s']:,.0f}" for r in group))
+        for name, key in (("ms per step", "mean"), ("  median", "median"), ("  90th percentile", "p90"),
+                          ("  waiting for input", "waiting for input")):  # fmt: skip
+            table.add_row(name, *(f"{r['step_ms'][key]:,.1f}" for r in group))
+        for part in ("step", *PARTS):
+            name = "the step taken apart, ms" if part == "step" else f"  {part}"
+            table.add_row(name, *(f"{r['apart_ms'][part]:,.1f}" for r in group))
+        table.add_row("tables, all ranks, GB", *(f"{r['table_bytes'] / 1e9:.2f}" for r in group))
+        table.add_row("peak memory, a rank, GB", *(f"{r['peak_rss_bytes'] / 1e9:.2f}" for r in group))
+        if any(r["peak_cuda_bytes"] for r in group):
+            table.add_row("peak on the GPU, GB", *(f"{(r['peak_cuda_bytes'] or 0) / 1e9:.2f}" for r in group))
+        table.add_row("data ready after, s", *(f"{r['setup_s']['data']:.1f}" for r in group))
+        table.add_row("model ready after, s", *(f"{r['setup_s']['model']:.1f}" for r in group))
+        console.print(table, "")
+
+
+def write(results: list[dict[str, Any]], out: Path | None) -> None:
+    """All results as JSON."""
+    if out is not None:
+        content = {"about": about(), "method": METHOD, "parts": PARTS, "runs": results}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def about() -> dict[str, Any]:
+    """The machine and the software."""
+    return {
+        "machine": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu")},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _whole(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option, default = parser.add_argument, Setting()
+    option("--world", choices=READY_WORLDS, default=default.world)
+    option("--vocabulary", "--rows-per-table", type=_whole, default=[default.vocabulary], metavar="N[,N…]",
+           help="users, and as many items: rows of the two large tables")  # fmt: skip
+    option("--dim", type=int, default=default.dim, help="of the two large tables")
+    option("--batch-size", type=int, default=default.batch_size, help="rows of a step, for each rank")
+    option("--steps", type=int, default=default.steps, help="that are measured")
+    option("--warmup-steps", type=int, default=default.warmup_steps, help="before that")
+    option("--apart-steps", type=int, default=default.apart_steps, help="after that, taken apart")
+    option("--trunk", choices=["mmoe", "ple", "shared_bottom", "single_task"], default=default.trunk)
+    option("--experts", type=int, default=default.experts, help="of MMoE; shared ones of PLE")
+    option("--expert-layers", default=default.expert_layers, metavar="W[,W…]", help="widths")
+    option("--sharding", choices=["auto", *get_args(ShardingKind)], default=default.sharding)
+    option("--table-optimizer", choices=["rowwise_adagrad", "adagrad", "sgd", "adam"], default=default.table_optimizer)
+    option("--pipeline", choices=["sparse_dist", "base"], default=default.pipeline)
+    option("--input", default=[default.input], type=lambda text: text.split(","), metavar="KIND[,KIND…]",
+           help="memory: rows encoded once, what the model alone can do; generated: computed and encoded while "
+           "training; parquet: written first, then read and encoded as a stream")  # fmt: skip
+    option("--rows", type=int, default=default.rows, help="of the training split; 0: as many as are trained on, in "
+           f"memory {MEMORY_ROWS:,} at most")  # fmt: skip
+    option("--window", type=int, default=default.window, help="rows of a stream that are read at once")
+    option("--workers", type=int, default=default.workers, help="threads of each rank that read ahead of a stream")
+    option("--device", choices=["auto", "cpu", "cuda"], default=default.device)
+    option("--ranks", type=_whole, metavar="N[,N…]", help="numbers of ranks to start; without it, and under torchrun, "
+           "one setting is measured in this process")  # fmt: skip
+    option("--repeats", type=int, default=1, help="of each setting")
+    option("--timeout", type=float, default=600, help="seconds for one run of several")
+    option("--json", type=Path, help="write all results")
+    arguments = parser.parse_args()
+    wrong = [kind for kind in arguments.input if kind not in INPUTS]
+    if wrong:
+        parser.error(f"--input: {wrong[0]!r} is none of {', '.join(INPUTS)}")
+    return arguments
+
+
+def main() -> int:
+    """Measure, print, write JSON; 1 where a run of several failed."""
+    given = _arguments()
+    single = {f.name: getattr(given, f.name) for f in fields(Setting) if f.name not in ("vocabulary", "input")}
+    settings = [
+        replace(Setting(**single), input=source, vocabulary=vocabulary)
+        for source, vocabulary in product(given.input, given.vocabulary)
+    ]
+    console = Console(soft_wrap=True)
+    if given.ranks is None and given.repeats == 1 and len(settings) == 1:
+        with ranks(given.device) as where:
+            results, planned, first = [measure(settings[0], where)], 1, where.first
+    elif "RANK" in os.environ:
+        raise SystemExit("under torchrun, give one setting: no --ranks, no --repeats, no lists")
+    else:
+        combinations = [(n, setting) for setting in settings for n in given.ranks or [1]]
+        results, first = sweep(combinations, given.repeats, given.timeout, given.json, console), True
+        planned = given.repeats * len(combinations)
+    if first:
+        show(of_median_speed(results), console)
+        write(results, given.json)
+    return int(len(results) < planned)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The benchmark of training: what it measures fits together, and taking a step apart does not change the step."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from mtcl_torchrec.models import MTCLTrain
+from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.loop import build_pipeline, parallelise
+from mtcl_torchrec.training.optimizers import build_schedule
+from mtcl_torchrec.training.sharding import local_shards, ranks, tables_of
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = {"vocabulary": 500, "batch_size": 64, "steps": 3, "warmup_steps": 1, "apart_steps": 2, "experts": 2,
+        "expert_layers": "16,8", "window": 100, "device": "cpu"}  # fmt: skip
+
+
+def script(name):
+    """A benchmark as a module, by the path on which it finds its neighbours."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def measured(options):
+    training = script("training")
+    with ranks("cpu") as where:
+        return training.measure(training.Setting(**TINY | options), where)
+
+
+# Bytes of the shop's tables: 500 users and items of dimension 16, and the small ones; row 0 of each is "unknown".
+TABLE_BYTES = 4 * (16 * (501 + 501) + 8 * (9 + 17 + 13) + 4 * (25 + 4 + 9))
+
+
+@pytest.mark.parametrize(("world_size", "kind", "sharding"), [(1, "memory", "auto"), (2, "generated", "row_wise"),
+                                                              (2, "parquet", "table_wise")])  # fmt: skip
+def test_figures_fit_together(world_size, kind, sharding):
+    results = run_ranks(measured, world_size, {"input": kind, "sharding": sharding})
+    result = results[0]
+    assert all(other == result for other in results)
+    assert result["ranks"] == len(result["of_ranks"]) == world_size
+    assert result["samples_per_s"] == pytest.approx(64 * world_size * 1000 / result["step_ms"]["mean"])
+    assert 0 < result["step_ms"]["median"] <= result["step_ms"]["p90"]
+    assert result["table_bytes"] == TABLE_BYTES
+    apart = dict(result["apart_ms"])
+    step = apart.pop("step")
+    assert list(apart) == list(script("step_parts").PARTS)
+    assert sum(apart.values()) == pytest.approx(step)
+    assert min(apart.values()) >= 0
+    for part in ("input", "embedding forward", "trunk", "heads", "dense backward", "embedding backward", "optimizer"):
+        assert apart[part] > 0, part
+    if world_size > 1:
+        assert min(apart[part] for part in ("input dist", "output dist", "gradient dist", "dense all-reduce")) > 0
+    assert apart["other"] < step / 2
+    json.dumps(result)
+
+
+def after_five_steps(kind, by_hand):
+    """Tables, dense parameters and learning rates after five steps, the last three by hand or all by the pipeline."""
+    training, parts = script("training"), script("step_parts")
+    setting = training.Setting(**TINY | {"sharding": kind, "table_optimizer": "adagrad"})
+    with ranks("cpu") as where:
+        run = training.configured(setting, where.world_size, Path())
+        rows, preprocessor = training.training_rows(setting, run, Path(), where)
+        train_module = MTCLTrain(build_model(run.model, preprocessor.encoder, run.fusion, seed=0))
+        model, optimizer = parallelise(train_module, where, run.optimizers, sharding=run.sharding)
+        schedule = build_schedule(optimizer, 2, 9, "linear")
+        batches = training.Batches(rows, where, setting.batch_size)
+        taken = [next(batches) for _ in range(5)]
+        pipeline = build_pipeline(model, optimizer, where.device, "base")
+        model.train()
+        fed = iter(taken[:2] if by_hand else taken)
+        for _ in range(2 if by_hand else 5):
+            pipeline.progress(fed)
+            schedule.step()
+        if by_hand:
+            parts.take_apart(model, optimizer, schedule, iter(taken[2:]), where.device, 3)
+        assert not train_module.model.tower._forward_hooks
+        values = {f"{name} {i}": t.clone() for name, of in tables_of(model).items()
+                  for i, (t, *_) in enumerate(local_shards(of))}  # fmt: skip
+        values |= {name: value.detach().clone() for name, value in train_module.model.tower.named_parameters()}
+        return values | {"learning rates": torch.tensor(schedule.get_last_lr())}
+
+
+def differing(kind):
+    """How many values there are, and the names of those that are not the same both ways."""
+    one, other = after_five_steps(kind, False), after_five_steps(kind, True)
+    assert one.keys() == other.keys()
+    return len(one), [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "auto"), (2, "row_wise"), (2, "data_parallel")])
+def test_steps_that_are_taken_apart_train_as_the_pipeline_does(world_size, kind):
+    for values, wrong in run_ranks(differing, world_size, kind):
+        assert values > 20
+        assert wrong == []
+
+
+def test_the_repeat_of_median_speed_is_shown():
+    training = script("training")
+    runs = [{"ranks": n, "setting": {}, "samples_per_s": s} for n, s in ((1, 5), (2, 9), (1, 7), (1, 6), (2, 8))]
+    assert [(r["ranks"], r["samples_per_s"]) for r in training.of_median_speed(runs)] == [(1, 6), (2, 8)]
+
+
+@pytest.mark.full
+def test_a_sweep_writes_every_run_and_says_what_failed(tmp_path):
+    def sweep(out, *options):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+        command = [sys.executable, str(BENCHMARKS / "training.py"), *flags, f"--json={tmp_path / out}", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return done, json.loads((tmp_path / out).read_text())
+
+    done, content = sweep("good.json", "--ranks=1,2", "--vocabulary=400,500")
+    assert done.returncode == 0, done.stderr
+    assert [(r["ranks"], r["setting"]["vocabulary"]) for r in content["runs"]] == [
+        (1, 400),
+        (2, 400),
+        (1, 500),
+        (2, 500),
+    ]
+    assert "400 users" in done.stdout
+    assert "embedding backward" in done.stdout
+    assert {"machine", "versions", "commit"} <= set(content["about"])
+    done, content = sweep("failed.json", "--ranks=1", "--repeats=2", "--sharding=column_wise")
+    assert done.returncode == 1
+    assert content["runs"] == []
+    assert "row-wise Adagrad" in done.stdout
