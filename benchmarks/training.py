@@ -188,7 +188,9 @@ def _train(
     """What this rank measured."""
     started = time.perf_counter()
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed)
-    sharded, optimizer = parallelise(MTCLTrain(model), where, run.optimizers, sharding=run.sharding)
+    sharded, optimizer = parallelise(
+        MTCLTrain(model), where, run.optimizers, sharding=run.sharding, batch_size=setting.batch_size
+    )
     model_s = time.perf_counter() - started
     total = setting.warmup_steps + setting.steps + setting.apart_steps
     schedule = build_schedule(optimizer, run.training.warmup_steps, total, run.training.decay)

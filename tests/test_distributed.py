@@ -40,7 +40,7 @@ def rows():
     )
     # A rare label: in many steps only one rank has it, in some none.
     labels[torch.rand(ROWS, generator=g) < 0.85, 1] = float("nan")
-    sizes = {"user": 203, "item": 30, "last_item": 30, "hour": 3}
+    sizes = {"user": 203, "item": 30, "last_item": 30, "hour": 3, "day": 9}
     ids = torch.stack([torch.randint(0, size, (ROWS,), generator=g) for size in sizes.values()], 1)
     lengths = torch.randint(0, 4, (ROWS,), generator=g)  # a bag may be empty
     tags = Bag(
@@ -71,6 +71,7 @@ def train_module(device="meta", trunk="shared_bottom"):
         table("t_users", 203, 8, "user"),  # divides by neither 2 nor 4
         table("t_items", 30, 16, "item", "last_item"),
         table("t_hours", 3, 4, "hour"),  # fewer rows than ranks, and too narrow to be cut
+        table("t_days", 9, 8, "day"),  # in parts of 3, none is left for a fourth rank
         table("t_tags", 50, 12, "tags"),
     ]
     torch.manual_seed(7)

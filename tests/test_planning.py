@@ -27,6 +27,7 @@ from mtcl_torchrec.training.planning.planner import (
     Search,
     plan_as_json,
     plan_tables,
+    table_configs,
     table_constraints,
     table_sharder,
     topology,
@@ -280,6 +281,23 @@ def test_storage_counts_what_an_optimizer_keeps():
     storage = {o.sharding_type: o.shards[0].storage.hbm for o in search.options(module, table_sharder(sharding))}
     assert storage["table_wise"] == pytest.approx(64_000 * (2 + 4 + 4), rel=0.01)
     assert storage["data_parallel"] == pytest.approx(64_000 * 2 * (1 + 2 + 2), rel=0.01)
+
+
+def test_on_a_cpu_no_rank_is_left_without_rows_of_a_table_cut_by_rows():
+    """FBGEMM's backward pass is wrong there: other tables move too little, or memory is overwritten."""
+    module = tables((9, 4), (8, 8), (3, 4))
+
+    def kinds(device, **configured):
+        found = table_constraints(module, ShardingConfig(**configured), device_type=device, world_size=4,
+                                  ranks_per_host=2, optimizer="rowwise_adagrad")  # fmt: skip
+        return [constraint.sharding_types for constraint in found.values()]
+
+    assert kinds("cpu", kinds="row_wise") == [["table_wise"], ["row_wise"], ["table_wise"]]
+    assert kinds("cuda", kinds="row_wise") == [["row_wise"]] * 3
+    assert kinds("cpu", kinds=["table_row_wise", "row_wise"])[2] == ["table_row_wise"]
+    first = next(iter(table_configs(module)))
+    with pytest.raises(ConfigError, match=r"its 9 rows would leave some of 4 ranks without any.*take table_wise"):
+        kinds("cpu", tables={first: {"kinds": "row_wise"}})
 
 
 def test_equally_good_plans_are_found_in_one_order():

@@ -54,7 +54,8 @@ class ShardingConfig(Part):
     """How tables are cut.
 
     Args:
-        kinds: sharding types that every table may take; empty leaves it to the planner.
+        kinds: sharding types that every table may take; empty leaves it to the planner.  On a CPU, a table with so few
+            rows that a row-wise cut would leave a rank without any is cut table-wise instead.
         compute_kernels: ``fused`` keeps a table and its optimizer state in device memory.  ``fused_uvm_caching`` keeps
             it in host memory and caches hot rows on the GPU, ``fused_uvm`` leaves it in host memory altogether; both
             are much slower and so never chosen unless they are named.  ``dense`` takes an ordinary optimizer over all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -86,8 +86,18 @@ def table_constraints(
         _refuse(shown, kinds, kernels, device_type, optimizer)
         # The planner knows the dense kernel for data-parallel tables only; `plan_tables` puts it in place of "fused".
         known = ["fused" if kernel == "dense" else kernel for kernel in kernels]
+        allowed = list(kinds or usual)
+        if device_type == "cpu":
+            short = {
+                kind: parts
+                for kind, parts in (("row_wise", world_size), ("table_row_wise", ranks_per_host))
+                if not _every_part_has_rows(config.num_embeddings, parts)
+            }
+            if own is not None:
+                _refuse_empty_shards(shown, config.num_embeddings, own.kinds, short)
+            allowed = [kind for kind in allowed if kind not in short] or ["table_wise"]
         constraints[name] = ParameterConstraints(
-            sharding_types=kinds or usual,
+            sharding_types=allowed,
             compute_kernels=[*known, "dense"],
             min_partition=_min_partition(
                 shown, config.embedding_dim, kinds, own.min_partition if own else None, world_size
@@ -96,6 +106,26 @@ def table_constraints(
             cache_params=CacheParams(load_factor=own.cache_load_factor) if own and own.cache_load_factor else None,
         )
     return constraints
+
+
+def _every_part_has_rows(rows: int, parts: int) -> bool:
+    """Whether no part is empty when a table's rows are cut as TorchRec does: all parts but the last are equally large.
+
+    Example:
+        >>> _every_part_has_rows(9, 4), _every_part_has_rows(8, 4)  # 3, 3, 3, 0 and 2, 2, 2, 2
+        (False, True)
+    """
+    return -(-rows // parts) * (parts - 1) < rows
+
+
+def _refuse_empty_shards(name: str, rows: int, kinds: Sequence[ShardingKind], short: Mapping[str, int]) -> None:
+    """FBGEMM's backward pass on CPU (1.8) updates other tables wrongly, or crashes, where a shard has no rows."""
+    for kind in kinds:
+        if kind in short:
+            raise ConfigError(
+                f"sharding of table {name!r}: cut {kind}, its {rows} rows would leave some of {short[kind]} ranks "
+                "without any, which is not right on a CPU; take table_wise"
+            )
 
 
 def _usual_kinds(device_type: str, world_size: int, ranks_per_host: int, optimizer: TableOptimizer) -> list[str]:
