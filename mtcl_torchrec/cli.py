@@ -258,7 +258,7 @@ def prepare(
 @app.command()
 def plan(
     run_yaml: Annotated[Path, typer.Argument(help="The run; its `sharding` part says what the planner may do.")],
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks: one for each GPU.")],
+    world_size: Annotated[int, typer.Option(min=1, max=8192, help="Ranks: one for each GPU.")],
     device: Annotated[str, typer.Option(help=f"One of {', '.join(KNOWN)}.")] = "h200",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a step and rank; the run's by default.")] = None,
     rows: Annotated[

@@ -121,7 +121,8 @@ def resumed(folder, sharding, kind, averaging):
         checkpoint = newest_checkpoint(folder)
         about = read_about(checkpoint)
         state = new_state(where, sharding, kind, averaging)
-        state.step, state.position = about["step"], Position.from_json(about["position"])
+        state.step = state.scheduled = state.averaged = about["step"]
+        state.position = Position.from_json(about["position"])
         state.load(checkpoint, where)
         losses = train(state, where, STEPS - state.step)
         result = everything(state, where), losses
@@ -190,7 +191,7 @@ def save_and_show(folder, sharding, kind):
 def load_and_show(folder, sharding, kind):
     with ranks("cpu") as where:
         state = new_state(where, sharding, kind)
-        state.step = 4
+        state.step = state.averaged = 4
         state.load(best_checkpoint(folder), where)
         assert state.average.steps == 4
         result = everything(state, where)

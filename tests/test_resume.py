@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from mtcl_torchrec.config import dump_run, parse_run
 from mtcl_torchrec.data.worlds import world_run
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.checkpoint.state import TrainingState
 from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_about
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.progress import TrainingProgress
@@ -166,6 +168,24 @@ def test_new_data_and_new_ids_find_rows_of_their_own(data, tmp_path):
     assert len(Recommender.load(tmp_path / "run").recommend("au3", k=3)) == 3
 
 
+def test_the_schedule_goes_on_where_it_was_in_the_data(data, tmp_path, monkeypatch):
+    """Not at the same number of steps, which are of another size on other ranks or with another batch size."""
+    run = runs(data)["memory"]
+    run.training.warmup_steps, run.training.epochs, run.training.batch_size = 0, 1, 32  # 33 steps
+    train(dump_run(run), tmp_path / "run", stop=15)
+    run.training.batch_size = 8
+    rates, load = [], TrainingState.load
+
+    def loaded(self, *arguments):
+        load(self, *arguments)
+        rates.extend(group["lr"] for group in self.optimizer.param_groups)
+
+    monkeypatch.setattr(TrainingState, "load", loaded)
+    train(dump_run(run), tmp_path / "run", "resume", stop=16)
+    left = 1 - 14 * 32 / 1050  # of the rows, after the checkpoint of step 14: so is the rate of a linear decay to 0
+    assert rates == [pytest.approx(lr * left, rel=0.02) for lr in [0.1] * (len(rates) - 2) + [0.01] * 2]
+
+
 def test_an_epoch_starts_again_where_its_rows_have_changed(data, tmp_path):
     folder = tmp_path / "log"
     folder.mkdir()
@@ -173,9 +193,49 @@ def test_an_epoch_starts_again_where_its_rows_have_changed(data, tmp_path):
     run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 2, checkpoint: {every_steps: 3}"), folder=folder)
     train(dump_run(run), tmp_path / "run", stop=8)
     shop.log(1000).to_parquet(folder / "log.parquet", index=False)
-    said = train(dump_run(run), tmp_path / "run", "resume")
+    said = train(dump_run(run), tmp_path / "run", "resume", stop=9)
     assert "the training data is not what it was: its epoch starts again" in said
     assert "epoch 1, 0% of it done" in said
+    shop.log(1000, seed=5).to_parquet(folder / "log.parquet", index=False)  # as many rows, others
+    assert "is not what it was" in train(dump_run(run), tmp_path / "run", "resume")
+
+
+def test_an_epoch_of_a_stream_starts_again_where_files_have_changed_places(data, tmp_path):
+    (tmp_path / "train").mkdir()
+    frame = shop.log(800)
+    for name, half in (("a", frame[:400]), ("b", frame[400:])):
+        half.to_parquet(tmp_path / f"train/{name}.parquet", index=False, row_group_size=100)
+    run = parse_run(STREAM.replace("train: train", f"train: {tmp_path}/train"), folder=data)
+    train(dump_run(run), tmp_path / "run", stop=10)
+    again = train(dump_run(run), tmp_path / "run", "resume", stop=12)
+    assert "is not what it was" not in again
+    (tmp_path / "train/a.parquet").rename(tmp_path / "train/c.parquet")
+    assert "is not what it was" in train(dump_run(run), tmp_path / "run", "resume")
+
+
+def test_weights_that_overflow_are_told(data, tmp_path):
+    run = runs(data)["memory"]
+    run.optimizers.dense.kind, run.optimizers.dense.lr, run.optimizers.dense.clip_norm = "sgd", 1e30, 0.0
+    run.training.max_skipped_steps = 10**6
+    with pytest.raises(FloatingPointError, match=r"predictions of .*click.* are not finite on the validation rows"):
+        train(dump_run(run), tmp_path / "run")
+
+
+def test_a_failed_write_on_the_way_is_told_also_where_it_is_not_in_the_background(data, tmp_path, monkeypatch):
+    run = runs(data)["memory"]
+    run.training.checkpoint.asynchronous, run.training.epochs = False, 1
+    mkdir = Path.mkdir
+
+    def full(self, *arguments, **options):
+        if "step_000000007" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    said = train(dump_run(run), tmp_path / "run")
+    assert "WARNING" in said
+    assert "No space left on device" in said
+    assert FinishedRun.load(tmp_path / "run").finished
 
 
 @pytest.mark.parametrize("moment", ["written", "moved", "done"])
@@ -253,8 +313,8 @@ def test_checkpoints_are_written_by_the_clock_of_the_first_rank(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("step", "12"), ("step", -1), ("position", {"epoch": 0, "taken": []}), ("position", [1]),
-     ("history", {"epochs": 3}), ("history", {"unknown": 1}), ("rows", None)],
+    [("step", "12"), ("step", -1), ("step", 6), ("averaged", 0.5), ("position", {"epoch": 1, "taken": [[1, 32, 999]]}), ("position", {"epoch": 0, "taken": []}), ("position", [1]),
+     ("history", {"epochs": 3}), ("history", {"best_auc": "x"}), ("history", {"unknown": 1}), ("rows", None)],
 )  # fmt: skip
 def test_a_state_that_makes_no_sense_is_one_clear_error(data, tmp_path, key, value):
     run = runs(data)["memory"]

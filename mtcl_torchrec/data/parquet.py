@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,6 +58,7 @@ class ParquetFiles:
     Args:
         files: paths.
         sizes: bytes of each, to notice a file that changes meanwhile.
+        footers: digest of each file's footer, which holds the sizes and, mostly, least and largest values of its parts.
         groups: the row groups of each file, empty ones too.
         schema: of the wanted columns; a column has the same kind in the rows of all files.
         window_rows: row groups are put together until they have this many rows.
@@ -64,6 +66,7 @@ class ParquetFiles:
 
     files: tuple[str, ...]
     sizes: tuple[int, ...]
+    footers: tuple[str, ...]
     groups: tuple[tuple[RowGroup, ...], ...]
     schema: pa.Schema
     window_rows: int = WINDOW_ROWS
@@ -84,12 +87,13 @@ class ParquetFiles:
                 column differs in kind between files, or there are no rows.
         """
         files = find_files(paths)
-        sizes, groups, schemas, start = [], [], dict[pa.Schema, str](), 0
+        sizes, footers, groups, schemas, start = [], [], [], dict[pa.Schema, str](), 0
         for number, path in enumerate(files):
             if path.suffix.lower() != ".parquet":
                 raise DataError(f"{path}: only Parquet files can be streamed")
             sizes.append(path.stat().st_size)
-            counts, schema = _footer(path, columns)
+            counts, schema, digest = _footer(path, columns)
+            footers.append(digest)
             starts = list(accumulate(counts, initial=start))
             groups.append(tuple(RowGroup(number, i, n, starts[i]) for i, n in enumerate(counts)))
             start = starts[-1]
@@ -98,7 +102,7 @@ class ParquetFiles:
         if start == 0:
             raise DataError(f"{named(names)}: no rows")
         schema = joined([plain(schema.empty_table()) for schema in schemas], list(schemas.values())).schema
-        return cls(names, tuple(sizes), tuple(groups), schema, window_rows)
+        return cls(names, tuple(sizes), tuple(footers), tuple(groups), schema, window_rows)
 
     @property
     def name(self) -> str:
@@ -112,9 +116,9 @@ class ParquetFiles:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for files with the same row groups, wherever they stand, and the same windows."""
-        sizes = [[group.rows for group in groups] for groups in self.groups]
-        return f"parquet, {self.rows} rows in {sha256(repr((sizes, self.window_rows)).encode()).hexdigest()[:16]}"
+        """Equal for the same files in the same order, wherever they stand, and the same windows."""
+        digest = sha256(repr((self.sizes, self.footers, self.window_rows)).encode()).hexdigest()
+        return f"parquet, {self.rows} rows in {digest[:16]}"
 
     def only(self, columns: Sequence[str]) -> ParquetFiles:
         """The same files; of the columns, only these are decoded.
@@ -180,14 +184,17 @@ class ParquetFiles:
             raise DataError(f"{path}: cannot be read ({error})") from None
 
 
-def _footer(path: Path, columns: Sequence[str] | None) -> tuple[list[int], pa.Schema]:
-    """Rows of each row group, and the schema of the wanted columns."""
+def _footer(path: Path, columns: Sequence[str] | None) -> tuple[list[int], pa.Schema, str]:
+    """Rows of each row group, the schema of the wanted columns, and a digest of the footer."""
     try:
         with pa.parquet.ParquetFile(path) as opened:
             schema, metadata = opened.schema_arrow.remove_metadata(), opened.metadata
             counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        with path.open("rb") as raw:  # a file ends in its footer, the footer's length in 4 bytes, and 4 letters
+            raw.seek(-8 - metadata.serialized_size, os.SEEK_END)
+            digest = sha256(raw.read()).hexdigest()
     except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     wanted = schema.names if columns is None else list(dict.fromkeys(columns))
     check_columns(path, schema.names, wanted)
-    return counts, pa.schema([schema.field(name) for name in wanted])
+    return counts, pa.schema([schema.field(name) for name in wanted]), digest

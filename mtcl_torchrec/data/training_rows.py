@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from hashlib import sha256
 from typing import Protocol
+
+import numpy as np
 
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch, global_batches, iterate
 from mtcl_torchrec.data.position import Position, rows_taken
@@ -68,8 +72,17 @@ class MemoryRows:
 
     @property
     def fingerprint(self) -> str:
-        """The number of rows and the seed."""
-        return f"memory, {len(self.rows)} rows, seed {self.seed}"
+        """The number of rows, what they hold, and the seed."""
+        return f"memory, {len(self.rows)} rows, seed {self.seed}, {self._digest}"
+
+    @cached_property
+    def _digest(self) -> str:
+        bags = [part for bag in self.rows.bags.values() for part in (bag.values, bag.offsets)]
+        weights = [] if self.rows.weights is None else [self.rows.weights]
+        digest = sha256()
+        for tensor in (self.rows.dense, self.rows.ids, self.rows.labels, *weights, *bags):
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+        return digest.hexdigest()[:16]
 
     def rows_left(self, position: Position) -> int:
         """Rows of the epoch that were not taken yet."""

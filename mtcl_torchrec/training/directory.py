@@ -52,7 +52,7 @@ def claim_run_directory(folder: Path, where: Ranks, *, existing: Existing = "ref
 
 def sign_run_directory(folder: Path) -> None:
     """Note that what the folder holds from now on is of this launch."""
-    (folder / MARKER).write_text(_launch())
+    replace_file(folder / MARKER, _launch())
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -109,11 +109,12 @@ def _fresh_folder(name: str) -> Path:
 
 
 def _restarted(folder: Path) -> bool:
-    """Whether this process was started again by the launcher whose run the folder holds."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return False
-    marker = folder / MARKER
-    return marker.is_file() and marker.read_text() == _launch()
+    """Whether this process was started again by the launcher whose run the folder holds.
+
+    The launcher's count of restarts does not tell: it leaves out those that a rank on another host was the cause of.
+    """
+    launch, marker = _launch(), folder / MARKER
+    return bool(launch) and marker.is_file() and marker.read_text() == launch
 
 
 def _launch() -> str:

@@ -78,8 +78,8 @@ def build_pipeline(
 class SaveState(Protocol):
     """Writes the state of training; every rank calls it at the same step."""
 
-    def __call__(self, state: TrainingState, *, background: bool) -> None:
-        """Write it; in the background, where that is asked for."""
+    def __call__(self, state: TrainingState, *, on_the_way: bool) -> None:
+        """Write it; on the way through an epoch, where training may go on if that fails, or at its end."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def fit(
         _let_go(pipeline)
         line, scalars = _judge_epoch(state, validation, config, where)
         state.position = state.position.next_epoch()
-        save(state, background=False)
+        save(state, on_the_way=False)
         clock.saved_at = time.monotonic()
         progress.epoch(step=state.step, scalars=scalars, line=line)
     history = state.history
@@ -199,7 +199,7 @@ def _train_epoch(
             losses, overdue = _losses_over_ranks(train_module, loss, where, clock.overdue)
         progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses)
         if left > 0 and clock.due(state.step, overdue):  # the end of an epoch has a checkpoint of its own
-            save(state, background=config.checkpoint.asynchronous)
+            save(state, on_the_way=True)
             clock.saved_at = time.monotonic()
     if next(batches, None) is not None:
         raise AssertionError("the training rows had more batches than they said")
@@ -280,6 +280,12 @@ def _count_skipped(
 
 def _validate(plain: MTCL, validation: Validation, batch_size: int, where: Ranks) -> dict[str, Metrics]:
     predictions = predict(plain, validation.rows, batch_size=batch_size, device=where.device)
+    bad = [name for name, values in predictions.items() if not np.isfinite(values).all()]
+    if bad:  # the same on every rank, which all have all predictions
+        raise FloatingPointError(
+            f"predictions of {', '.join(bad)} are not finite on the validation rows: the weights have overflowed; "
+            "lower the learning rates"
+        )
     metrics = None
     if where.first:
         labels = validation.rows.labels.numpy()

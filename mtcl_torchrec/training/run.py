@@ -31,7 +31,13 @@ from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
-from mtcl_torchrec.training.checkpoint.store import CheckpointStore, best_checkpoint, newest_checkpoint, read_about
+from mtcl_torchrec.training.checkpoint.store import (
+    CheckpointStore,
+    best_checkpoint,
+    checkpoint_name,
+    newest_checkpoint,
+    read_about,
+)
 from mtcl_torchrec.training.directory import (
     CATALOGUE,
     CHECKPOINTS,
@@ -100,7 +106,7 @@ def train_run(
         try:
             return _train(run, folder, where, console, resume)
         except BaseException:
-            if where.first and [p.name for p in folder.iterdir()] == [MARKER]:
+            if where.first and folder.is_dir() and [p.name for p in folder.iterdir()] == [MARKER]:
                 shutil.rmtree(folder)  # nothing came of it
             raise
 
@@ -156,6 +162,7 @@ class _Start:
     """Where training starts: at its beginning, or after a checkpoint."""
 
     step: int = 0
+    averaged: int = 0
     position: Position = field(default_factory=Position)
     history: TrainingHistory = field(default_factory=TrainingHistory)
     checkpoint: Path | None = None
@@ -167,9 +174,11 @@ def _start_of(folder: Path, splits: Splits, say: Say) -> _Start:
     assert newest is not None
     about = read_about(newest)
     try:
-        step = TypeAdapter(NonNegativeInt).validate_python(about["step"], strict=True)
+        step, averaged = (_count(about[name]) for name in ("step", "averaged"))
         position, rows = Position.from_json(about["position"]), about["rows"]
         history = TrainingHistory.from_json(about["history"])
+        if newest.name != checkpoint_name(step):
+            raise ValueError(f"step is {step}")
     except (KeyError, ValueError) as error:
         raise DataError(f"{newest}: damaged checkpoint (state.json: {_first_line(error)}); remove it to go on with the "
                         "one before") from None  # fmt: skip
@@ -179,7 +188,21 @@ def _start_of(folder: Path, splits: Splits, say: Say) -> _Start:
     if history.best_epoch and best_checkpoint(folder / CHECKPOINTS) is None:
         say(f"the checkpoint of epoch {history.best_epoch}, the best, is gone: of the epochs to come, one will be kept")
         history.best_epoch, history.best_step, history.best_auc = 0, 0, None
-    return _Start(step, position, history, newest)
+    _check_position(position, splits, newest)
+    return _Start(step, averaged, position, history, newest)
+
+
+def _check_position(position: Position, splits: Splits, checkpoint: Path) -> None:
+    """No more batches can have been taken than there were."""
+    at = Position(position.epoch)
+    for world_size, batch_size, batches in position.taken:
+        if batches > splits.train.steps(at, world_size=world_size, batch_size=batch_size):
+            raise DataError(f"{checkpoint}: damaged checkpoint (state.json: position beyond the epoch's rows)")
+        at = at.after(batches, world_size=world_size, batch_size=batch_size)
+
+
+def _count(value: object) -> int:
+    return TypeAdapter(NonNegativeInt).validate_python(value, strict=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -194,7 +217,9 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
     sharded, optimizer = parallelise(
         train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
     )
-    total = start.step + _steps_left(start.position, splits, run, where)
+    # In steps of this many ranks and this batch size, which may have been others before: the schedule goes on where it
+    # was in the data.
+    total = _steps_left(Position(), splits, run, where)
     return TrainingState(
         model=sharded,
         optimizer=optimizer,
@@ -202,6 +227,8 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
         average=WeightAverage(sharded, config.averaging) if config.averaging > 0 else None,
         position=start.position,
         step=start.step,
+        scheduled=total - _steps_left(start.position, splits, run, where),
+        averaged=start.averaged,
         history=start.history,
     )
 
@@ -236,9 +263,15 @@ def _fit(
 ) -> TrainingHistory:
     store = CheckpointStore(folder / CHECKPOINTS, where, keep=run.training.checkpoint.keep)
 
-    def save(state: TrainingState, *, background: bool) -> None:
+    def save(state: TrainingState, *, on_the_way: bool) -> None:
         complain(store.failure(wait=True))
-        store.save(state.tensors(where, copy=background), _about(state, run, splits, where), background=background)
+        background = on_the_way and run.training.checkpoint.asynchronous
+        try:
+            store.save(state.tensors(where, copy=background), _about(state, run, splits, where), background=background)
+        except OSError as error:
+            if not on_the_way:
+                raise
+            complain(str(error))
 
     def complain(failure: str | None) -> None:
         if failure is not None:
@@ -270,6 +303,7 @@ def _about(state: TrainingState, run: RunConfig, splits: Splits, where: Ranks) -
     return {
         "format": 1,
         "step": state.step,
+        "averaged": 0 if state.average is None else state.average.steps,
         "position": state.position.to_json(),
         "history": state.history.to_json(),
         "rows": splits.train.fingerprint,

@@ -36,6 +36,9 @@ class TrainingState:
         average: of the weights, or None.
         position: in the training rows.
         step: steps done, over all epochs.
+        scheduled: steps of the schedule that were behind when training started; other than `step` where the ranks or the
+            batch size had changed.
+        averaged: steps that the average knows.
         history: of the epochs that are over.
         random_restored: whether the random generators go on where a checkpoint left them.
     """
@@ -46,6 +49,8 @@ class TrainingState:
     average: WeightAverage | None = None
     position: Position = field(default_factory=Position)
     step: int = 0
+    scheduled: int = 0
+    averaged: int = 0
     history: TrainingHistory = field(default_factory=TrainingHistory)
     random_restored: bool = False
 
@@ -91,7 +96,7 @@ class TrainingState:
         self.model.load_state_dict({n.removeprefix(WEIGHTS): v for n, v in weights.items()})
         if self.average is not None:
             if any(n.startswith(AVERAGE) for n in saved):
-                self.average.steps = self.step
+                self.average.steps = self.averaged
             else:
                 self.average.restart()
         _restore_random(random, where)
@@ -109,11 +114,11 @@ class TrainingState:
                 optimizer.zero_grad()
 
     def _set_learning_rates(self) -> None:
-        self.schedule.last_epoch = self.step
+        self.schedule.last_epoch = self.scheduled
         for group, base, factor in zip(
             self.schedule.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
-            group["lr"] = base * factor(self.step)
+            group["lr"] = base * factor(self.scheduled)
 
 
 def optimizer_tensors(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> dict[str, Any]:

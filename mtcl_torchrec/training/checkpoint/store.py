@@ -61,12 +61,20 @@ class CheckpointStore:
             OSError: it could not be written (only where `background` is False); earlier ones are untouched.
         """
         self.wait()
-        fresh = self.folder / f"{_name(about['step'])}{UNFINISHED}"
+        fresh = self.folder / f"{checkpoint_name(about['step'])}{UNFINISHED}"
+        failed: object = None
         if self.where.first:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-        self.where.barrier()
-        self._pending = self._writer.submit(self._write, tensors, about, fresh)
+            try:
+                shutil.rmtree(fresh, ignore_errors=True)
+                fresh.mkdir(parents=True)
+            except OSError as error:
+                failed = self._what_failed(about, error)
+        failed = self.where.broadcast(failed)
+        if failed is not None:
+            self._pending = Future()
+            self._pending.set_result(failed)
+        else:
+            self._pending = self._writer.submit(self._write, tensors, about, fresh)
         if not background:
             failed = self.where.broadcast(self.failure(wait=True))
             if failed:
@@ -96,18 +104,21 @@ class CheckpointStore:
                 dcp.save(tensors, storage_writer=FileSystemWriter(fresh), process_group=self._group)
             if self.where.first:
                 _write_synced(fresh / ABOUT, json.dumps(about, indent=1))
-                final = self.folder / _name(about["step"])
+                final = self.folder / checkpoint_name(about["step"])
                 shutil.rmtree(final, ignore_errors=True)
                 fresh.rename(final)
                 self._prune(about)
         except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
             if self.where.first:
                 shutil.rmtree(fresh, ignore_errors=True)
-            last = newest_checkpoint(self.folder)
-            kept = f"the last good one is {last.name}" if last else "there is none before it"
-            room = f"{shutil.disk_usage(self.folder).free / 1e9:.1f} GB are free there"
-            return f"{self.folder / _name(about['step'])} could not be written ({_reason(error)}; {room}); {kept}"
+            return self._what_failed(about, error)
         return None
+
+    def _what_failed(self, about: dict[str, Any], error: BaseException) -> str:
+        last = newest_checkpoint(self.folder)
+        kept = f"the last good one is {last.name}" if last else "there is none before it"
+        room = f"{shutil.disk_usage(self.folder).free / 1e9:.1f} GB are free there" if self.folder.is_dir() else "gone"
+        return f"{self.folder / checkpoint_name(about['step'])} could not be written ({_reason(error)}; {room}); {kept}"
 
     def _prune(self, about: dict[str, Any]) -> None:
         complete = _complete(self.folder)
@@ -128,7 +139,7 @@ def best_checkpoint(folder: Path) -> Path | None:
     newest = newest_checkpoint(folder)
     if newest is None:
         return None
-    best = folder / _name(read_about(newest)["history"]["best_step"])
+    best = folder / checkpoint_name(read_about(newest)["history"]["best_step"])
     return best if (best / ABOUT).is_file() else None
 
 
@@ -158,7 +169,8 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found)
 
 
-def _name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after a step."""
     return f"step_{step:09d}"
 
 

@@ -37,6 +37,7 @@ from mtcl_torchrec.training.planning.planner import (
 from mtcl_torchrec.training.planning.report import PHASES, Phase, PlanReport, RankMemory, TablePlan
 
 RANKS_PER_HOST = 8  # GPUs in a server
+MOST_ROWS = 10**13  # of one table
 
 
 class UnfittedEncoder(FeatureEncoder):
@@ -134,8 +135,12 @@ def parse_rows(texts: Sequence[str]) -> dict[str, int]:
         table, _, number = text.partition("=")
         try:
             rows[table.strip()] = int(float(number.replace("_", "").replace(",", "")))
+            if not 2 <= rows[table.strip()] <= MOST_ROWS:
+                raise ValueError
         except (ValueError, OverflowError):
-            raise ConfigError(f"--rows takes table=N, such as user_id=2_000_000, not {text!r}") from None
+            raise ConfigError(
+                f"--rows takes table=N, such as user_id=2_000_000, not {text!r} (2 to {MOST_ROWS:,} rows)"
+            ) from None
     return rows
 
 
