@@ -313,8 +313,9 @@ def test_checkpoints_are_written_by_the_clock_of_the_first_rank(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("step", "12"), ("step", -1), ("step", 6), ("averaged", 0.5), ("position", {"epoch": 1, "taken": [[1, 32, 999]]}), ("position", {"epoch": 0, "taken": []}), ("position", [1]),
-     ("history", {"epochs": 3}), ("history", {"best_auc": "x"}), ("history", {"unknown": 1}), ("rows", None)],
+    [("step", "12"), ("step", -1), ("step", 6), ("averaged", 0.5), ("position", {"epoch": 1, "taken": [[1, 32, 999]]}),
+     ("position", {"epoch": 0, "taken": []}), ("position", [1]), ("history", {"epochs": 3}),
+     ("history", {"best_auc": "x"}), ("history", {"unknown": 1}), ("rows", None)],
 )  # fmt: skip
 def test_a_state_that_makes_no_sense_is_one_clear_error(data, tmp_path, key, value):
     run = runs(data)["memory"]

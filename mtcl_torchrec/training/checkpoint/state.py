@@ -36,8 +36,8 @@ class TrainingState:
         average: of the weights, or None.
         position: in the training rows.
         step: steps done, over all epochs.
-        scheduled: steps of the schedule that were behind when training started; other than `step` where the ranks or the
-            batch size had changed.
+        scheduled: steps of the schedule that were behind when training started; other than `step` where ranks or batch
+            size had changed.
         averaged: steps that the average knows.
         history: of the epochs that are over.
         random_restored: whether the random generators go on where a checkpoint left them.
