@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,30 @@ def test_twenty_deaths_while_training_and_while_writing(data, tmp_path, undistur
     assert sum("writing" in death for death in deaths) >= 3
     assert sum("training" in death for death in deaths) >= 3
     assert {death.split("rank ")[1][0] for death in deaths} == {"0", "1"}
+
+
+@pytest.mark.full
+def test_the_agent_of_another_host_restarts_its_ranks_into_the_same_run(data, tmp_path, undisturbed):
+    """Two agents stand for two hosts.  The one whose rank did not die restarts it without counting a restart."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MORTAL_KILLS": "1", "MORTAL_SEED": "5",
+        "MORTAL_LOG": str(tmp_path / "deaths.txt"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
+        "--monitor-interval=0.1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=mortal",
+        str(HERE / "mortal.py"), "train", str(data / "run.yaml"), "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    agents = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for agent, (_, error) in [(agent, agent.communicate(timeout=300)) for agent in agents]:
+        assert agent.returncode == 0, error[-3000:]
+    assert (tmp_path / "deaths.txt").read_text()
+    assert_same_result(tmp_path / "run", undisturbed)
