@@ -101,7 +101,7 @@ def train(
     run_yaml: Annotated[Path, typer.Argument(help="The run: data, schema, model, optimizers, training, fusion.")],
     out: Annotated[Path | None, typer.Option(help="Run directory; a fresh one under runs/ by default.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that stands in --out, as if never stopped.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out as if never stopped, or begin it.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train what a YAML file describes; keep the best epoch; evaluate it on the validation and test split.
@@ -234,6 +234,8 @@ def synth(
 
 def _dial(pair: str) -> tuple[str, Any]:
     name, _, value = pair.partition("=")
+    if name.strip() == "rates":
+        raise ConfigError("--set takes dial=number; rates of single tasks stand in a YAML: data.synthetic.rates")
     try:
         return name.strip(), float(value) if "." in value or "e" in value else int(value)
     except ValueError:

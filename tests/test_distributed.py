@@ -47,8 +47,14 @@ def rows():
         torch.randint(0, 50, (int(lengths.sum()),), generator=g), torch.cat([torch.zeros(1), lengths]).cumsum(0).long()
     )
     weights = torch.rand(ROWS, 3, generator=g) + 0.5
+    words = Bag(torch.randint(0, 40, (2 * ROWS,), generator=g), 2 * torch.arange(ROWS + 1))
     return EncodedRows(
-        torch.randn(ROWS, 2, generator=g), (*sizes, "tags"), ids, labels, bags={"tags": tags}, weights=weights
+        torch.randn(ROWS, 2, generator=g),
+        (*sizes, "tags", "words"),
+        ids,
+        labels,
+        bags={"tags": tags, "words": words},
+        weights=weights,
     )
 
 
@@ -73,6 +79,7 @@ def train_module(device="meta", trunk="shared_bottom"):
         table("t_hours", 3, 4, "hour"),  # fewer rows than ranks, and too narrow to be cut
         table("t_days", 9, 8, "day"),  # in parts of 3, none is left for a fourth rank
         table("t_tags", 50, 12, "tags"),
+        table("t_words", 40, 8, "words"),
     ]
     torch.manual_seed(7)
     ebc = EmbeddingBagCollection(tables=configs, device=torch.device(device))
@@ -104,6 +111,8 @@ MIX = {
 MIXES = {
     "mix": {"tables": MIX},
     "mix without columns": {"tables": {**MIX, "t_items": {"kinds": "table_row_wise"}}},
+    # TorchRec alone would divide the sums of t_words by the lengths of its bags.
+    "mix of bags": {"tables": {"t_tags": {"kinds": "row_wise"}, "t_words": {"kinds": "table_wise"}}},
     "unfused": {"compute_kernels": "dense"},
     "auto": {},
 }
@@ -272,6 +281,7 @@ CASES = {
         ("column_wise", "adagrad", "sparse_dist"),
         ("data_parallel", "rowwise_adagrad", "sparse_dist"),
         ("unfused", "adagrad", "base"),
+        ("mix of bags", "rowwise_adagrad", "sparse_dist"),
     ],
     4: [
         ("row_wise", "rowwise_adagrad", "base"),

@@ -101,7 +101,7 @@ def single_rows():
     """Bags of one id: a mean over more is divided before the cut in a table that is cut by rows, else after it."""
     data = rows()
     tags = Bag(torch.arange(len(data)) % 50, torch.arange(len(data) + 1))
-    return dataclasses.replace(data, bags={"tags": tags})
+    return dataclasses.replace(data, bags={**data.bags, "tags": tags})
 
 
 def of_type(data_type, device="meta"):

@@ -79,8 +79,10 @@ def draft_run(
             continue
         group = "user" if column == user else "item" if column == item else _group(frame, column, user, item)
         line = _feature_line(frame[column], column, group)
-        # A 0/1 column that differs from row to row may be an outcome under any name.
-        outcome = group is None or (group == "context" and _is_binary(frame[column]))
+        # A 0/1 column that differs from row to row may be an outcome under any name, and what is known of some rows
+        # only may be known because of one (stars where something was bought).
+        varies = group == "context" and not column.lower().startswith("context")
+        outcome = group is None or (varies and (_is_binary(frame[column]) or _often_missing(frame[column])))
         (doubtful if outcome else features).append(line)
     if not features:
         raise DataError(f"{rows.name}: found no input column beside the labels")
@@ -110,6 +112,10 @@ def _is_binary(column: pd.Series) -> bool:
     if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
         return False
     return set(column.dropna().unique()) <= {0, 1}
+
+
+def _often_missing(column: pd.Series) -> bool:
+    return bool(column.isna().mean() > 0.05)
 
 
 def _is_event(column: pd.Series, name: str) -> bool:

@@ -10,6 +10,8 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import read_splits
 from mtcl_torchrec.schema import ConfigError
 
+ROW_GROUP = 131_072  # rows; the least that a stream reads at once
+
 
 def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None:
     """Compute a run's statistics once: its splits with their columns, the statistics, and a YAML that uses both.
@@ -33,10 +35,13 @@ def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None
     prepared |= {name: preprocessor.with_statistics(rows) for name, rows in splits.items() if name != "train"}
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in prepared.items():
-        rows.frame.to_parquet(out / f"{name}.parquet", index=False)
+        rows.frame.to_parquet(out / f"{name}.parquet", index=False, row_group_size=min(run.data.window, ROW_GROUP))
         say(f"{name}: {len(rows):,} rows, {rows.frame.shape[1]} columns")
     ready = run.model_copy(deep=True)
-    ready.data = DataConfig(**{name: [f"{name}.parquet"] for name in prepared})
+    streamed = (
+        run.data.model_dump(include={"stream", "window", "workers"}, exclude_unset=True) if run.data.stream else {}
+    )
+    ready.data = DataConfig(**{name: [f"{name}.parquet"] for name in prepared}, **streamed)
     for i, (block, config) in enumerate(zip(preprocessor.statistics, ready.statistics, strict=True)):
         block.save(out / f"statistics_{i}")
         config.prepared = f"statistics_{i}"

@@ -29,7 +29,7 @@ class Recommender:
         if run.catalogue is None:
             raise ConfigError(
                 "this run cannot recommend, it has no catalogue: its schema names no user or no item column, or it was "
-                "trained on a stream"
+                "trained on a stream or on a synthetic world"
             )
         self.run = run
         self.catalogue = run.catalogue

@@ -103,6 +103,8 @@ def train_run(
     console = console or Console()
     with ranks(device) as where:
         resume = claim_run_directory(folder, where, existing=existing)
+        if existing == "resume" and not resume and where.first:
+            console.print(f"nothing to go on with in {folder}: beginning", highlight=False, markup=False)
         try:
             return _train(run, folder, where, console, resume)
         except BaseException:
@@ -130,6 +132,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         state.load(start.checkpoint, where)
         left = splits.train.rows_left(state.position) / max(splits.train.rows_per_epoch, 1)
         say(f"going on after step {state.step:,}: epoch {state.position.epoch}, {1 - left:.0%} of it done")
+        if state.position.epoch > run.training.epochs:
+            say(f"all {run.training.epochs} epochs are done: nothing is trained; raise training.epochs to go on")
     _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
     history = _fit(run, folder, state, splits, where, console, say)
     best = best_checkpoint(folder / CHECKPOINTS)

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import PoolingType
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
@@ -167,6 +169,7 @@ def shard(
         plan=plan,
         sharders=[table_sharder(sharding)],
     )
+    correct_mean_pooling(model)
     fill_tables(model, seed=seed, scale=init_scale, zero_first_row=zero_first_row)
     return model
 
@@ -217,6 +220,23 @@ def ranks_per_host(where: Ranks, sharding: ShardingConfig) -> int:
             "each host; correct it, or leave it out"
         )
     return actual
+
+
+def correct_mean_pooling(model: nn.Module) -> None:
+    """Mend a sharded model in which TorchRec (1.8) would divide some pooled embeddings by the length of their bags.
+
+    It averages the bags of tables cut by rows after their sums have come together, and divides the features of all
+    other tables of the collection on the way, summed ones and those that were averaged already.
+    """
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            cut_by_rows = module._pooling_type_to_rs_features
+            if PoolingType.MEAN.value in cut_by_rows:
+                known = {feature for features in cut_by_rows.values() for feature in features}
+                of_others = [
+                    f for table in module._embedding_bag_configs for f in table.feature_names if f not in known
+                ]
+                cut_by_rows[PoolingType.SUM.value].extend(of_others)  # these are divided by 1
 
 
 def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
