@@ -131,6 +131,16 @@ def test_init_takes_no_outcome_for_an_input_and_weighs_a_skip_down(mtcl, tmp_pat
     assert mtcl("train", "run.yaml", "--device", "cpu")[0] == 0
 
 
+def test_init_takes_no_column_for_an_input_that_is_known_of_some_rows_only(mtcl, tmp_path):
+    frame = shop.log()
+    frame["rating"] = frame["stars"].round().astype("Int64")  # given where something was bought
+    frame.drop(columns="stars").to_parquet(tmp_path / "log.parquet", index=False)
+    status, text, _ = mtcl("init", "log.parquet")
+    assert status == 0
+    assert "rating" not in [f["name"] for f in yaml.safe_load(text)["schema"]["features"]]
+    assert "# - {name: rating" in text
+
+
 def test_prepared_data_train_the_same_model_as_raw_data(mtcl, tmp_path):
     shop.log().to_parquet(tmp_path / "log.parquet", index=False)
     (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 4", "epochs: 1"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import shop
 import torch
@@ -268,6 +269,8 @@ def test_what_was_trained_before_an_interruption_recommends(data, tmp_path):
     again = train(dump_run(run), tmp_path / "run", "resume")  # nothing is left to do
     assert "epoch 3/3" in said
     assert "epoch 3/3" not in again
+    assert "all 3 epochs are done: nothing is trained" in again
+    assert "nothing to go on with" in train(dump_run(run), tmp_path / "other", "resume", stop=1)
 
 
 def test_a_disk_that_is_full_on_the_way_is_told_and_at_the_end_of_an_epoch_stops(data, tmp_path, monkeypatch):
@@ -394,8 +397,11 @@ def test_statistics_cannot_be_counted_in_a_stream_and_prepared_ones_can(data, tm
         train(dump_run(run), tmp_path / "run")
     prepare_files(run, tmp_path / "prepared", lambda _: None)
     prepared = (tmp_path / "prepared/run.yaml").read_text()
+    assert "stream: true" in prepared
+    assert "window: 150" in prepared
+    assert pq.ParquetFile(tmp_path / "prepared/train.parquet").metadata.row_group(0).num_rows == 150
     ready = parse_run(prepared, folder=tmp_path / "prepared")
-    ready.data.stream, ready.training.epochs = True, 1
+    ready.training.epochs = 1
     train(dump_run(ready), tmp_path / "run")
     assert (
         len(FinishedRun.load(tmp_path / "run").preprocessor.encoder.dense_groups) == 4
