@@ -73,8 +73,8 @@ def assert_same_result(folder, expected_folder):
     assert len(expected) > 20
 
 
-def kill(times, data, tmp_path, undisturbed, *out):
-    said = torchrun("train", data / "run.yaml", *out, folder=tmp_path, kills=times, seed=times)
+def kill(times, seed, data, tmp_path, undisturbed, *out):
+    said = torchrun("train", data / "run.yaml", *out, folder=tmp_path, kills=times, seed=seed)
     deaths = (tmp_path / "deaths.txt").read_text().splitlines()
     assert len(deaths) == times
     assert "going on after step" in said
@@ -87,12 +87,14 @@ def kill(times, data, tmp_path, undisturbed, *out):
 
 def test_a_job_whose_ranks_are_killed_ends_as_if_nothing_had_happened(data, tmp_path, undisturbed):
     """Also without --out: the ranks that are started again find the folder of their job."""
-    kill(3, data, tmp_path, undisturbed)
+    deaths = kill(2, 14, data, tmp_path, undisturbed)
+    assert "training" in deaths[0]
+    assert "writing" in deaths[1]
 
 
 @pytest.mark.full
 def test_twenty_deaths_while_training_and_while_writing(data, tmp_path, undisturbed):
-    deaths = kill(20, data, tmp_path, undisturbed, "--out", tmp_path / "run")
+    deaths = kill(20, 20, data, tmp_path, undisturbed, "--out", tmp_path / "run")
     assert sum("writing" in death for death in deaths) >= 3
     assert sum("training" in death for death in deaths) >= 3
     assert {death.split("rank ")[1][0] for death in deaths} == {"0", "1"}

@@ -94,8 +94,14 @@ def train(run_yaml, folder, existing="refuse", stop=None):
     return said.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["stream", "memory"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "kind"),
+    [
+        (1, "memory"),
+        (2, "stream"),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in [(1, "stream"), (2, "memory")]),
+    ],
+)
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(data, tmp_path, kind, world_size):
     run = dump_run(runs(data)[kind])
     run_ranks(train, world_size, run, tmp_path / "straight")
@@ -132,6 +138,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, kind):
 
 def test_both_pipelines_train_the_same_in_every_epoch(data, tmp_path):
     run = runs(data)["memory"]
+    run.training.epochs = 2
     train(dump_run(run), tmp_path / "sparse_dist")
     run.training.pipeline = "base"
     train(dump_run(run), tmp_path / "base")
