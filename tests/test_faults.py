@@ -73,8 +73,8 @@ def assert_same_result(folder, expected_folder):
     assert len(expected) > 20
 
 
-def kill(times, seed, data, tmp_path, undisturbed, *out):
-    said = torchrun("train", data / "run.yaml", *out, folder=tmp_path, kills=times, seed=seed)
+def kill(times, seed, data, tmp_path, undisturbed, *out, run="run.yaml"):
+    said = torchrun("train", data / run, *out, folder=tmp_path, kills=times, seed=seed)
     deaths = (tmp_path / "deaths.txt").read_text().splitlines()
     assert len(deaths) == times
     assert "going on after step" in said
@@ -93,8 +93,11 @@ def test_a_job_whose_ranks_are_killed_ends_as_if_nothing_had_happened(data, tmp_
 
 
 @pytest.mark.full
-def test_twenty_deaths_while_training_and_while_writing(data, tmp_path, undisturbed):
-    deaths = kill(20, 20, data, tmp_path, undisturbed, "--out", tmp_path / "run")
+def test_twenty_deaths_while_training_and_while_writing(data, tmp_path):
+    (data / "long.yaml").write_text(RUN.replace("epochs: 3", "epochs: 12"))  # each life comes some steps further
+    torchrun("train", data / "long.yaml", "--out", data / "long", folder=data)
+    out = ("--out", tmp_path / "run")
+    deaths = kill(20, 20, data, tmp_path, data / "long", *out, run="long.yaml")
     assert sum("writing" in death for death in deaths) >= 3
     assert sum("training" in death for death in deaths) >= 3
     assert {death.split("rank ")[1][0] for death in deaths} == {"0", "1"}
