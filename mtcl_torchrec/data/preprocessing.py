@@ -86,9 +86,14 @@ class Preprocessor:
         Raises:
             DataError: a column is missing or a value does not fit.
         """
+        rows = self.learn(rows, progress, grown_from=grown_from)
+        return self.encoder.encode(rows)
+
+    def learn(self, rows: Rows, progress: Progress = quiet, *, grown_from: FeatureEncoder | None = None) -> Rows:
+        """As `fit`, without encoding: the rows with the statistics' causal columns."""
         rows = self.fit_statistics(rows, progress)
         self.encoder = FeatureEncoder(self._whole_schema()).fit(rows, grown_from=grown_from)
-        return self.encoder.encode(rows)
+        return rows
 
     def fit_stream(
         self,

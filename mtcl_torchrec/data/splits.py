@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,11 @@ from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.parquet import ParquetFiles
-from mtcl_torchrec.data.position import shuffled
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_rows, read_splits
 from mtcl_torchrec.data.stream import StreamRows
-from mtcl_torchrec.data.synthetic import World
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
+from mtcl_torchrec.data.world_windows import WorldWindows
 from mtcl_torchrec.data.worlds import ready_world
 from mtcl_torchrec.schema import ConfigError
 
@@ -119,7 +118,7 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
         raise ConfigError("statistics are counted in memory: write the world to files with `mtcl synth` for them")
     world = ready_world(config.world, **config.dials())
     sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
-    preprocessor.fit(Rows(world.rows(sample)), grown_from=grown_from)
+    preprocessor.learn(Rows(world.rows(sample)), grown_from=grown_from)
     ends = np.cumsum([config.rows, config.val_rows, config.test_rows])
     later = {
         name: Rows(world.rows(np.arange(start, stop)))
@@ -136,50 +135,3 @@ def _with_later(
     train: TrainingRows, later: dict[str, Rows], preprocessor: Preprocessor, catalogue: Catalogue | None = None
 ) -> Splits:
     return Splits(train, later, {name: preprocessor.encode(rows) for name, rows in later.items()}, catalogue)
-
-
-@dataclass(frozen=True)
-class WorldWindow:
-    """Rows ``start`` to ``start + rows`` of a world."""
-
-    start: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class WorldWindows:
-    """The first rows of a synthetic world as a source of windows for `StreamRows`.
-
-    Args:
-        world: the world.
-        total: how many rows.
-        window_rows: rows of a window; the last may be shorter.
-
-    Example:
-        >>> source = WorldWindows(ready_world("shop", num_users=100, num_items=50), 1000, 400)
-        >>> [(w.start, w.rows) for w in source.windows()], len(source.read(source.windows()[2]))
-        ([(0, 400), (400, 400), (800, 200)], 200)
-    """
-
-    world: World
-    total: int
-    window_rows: int
-
-    @property
-    def fingerprint(self) -> str:
-        """The world's dials, and how it is cut."""
-        return f"{self.world!r}, {self.total} rows in windows of {self.window_rows}"
-
-    def windows(self, seed: Sequence[int] | None = None) -> list[WorldWindow]:
-        """All windows, in an order that follows from the numbers of `seed`; None is their own order."""
-        starts = range(0, self.total, self.window_rows)
-        cut = [WorldWindow(start, min(self.window_rows, self.total - start)) for start in starts]
-        return cut if seed is None else [cut[i] for i in shuffled(len(cut), seed).tolist()]
-
-    def read(self, window: WorldWindow) -> Rows:
-        """The rows of a window."""
-        return Rows(self.world.rows(np.arange(window.start, window.start + window.rows)))
-
-    def empty(self) -> Rows:
-        """No rows, with all columns."""
-        return Rows(self.world.rows(np.arange(0)))

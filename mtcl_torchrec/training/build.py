@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from mtcl_torchrec.config import FusionConfig, ModelConfig, TrunkConfig
+from mtcl_torchrec.config import FusionConfig, ModelConfig, OptimizersConfig, RunConfig, ShardingConfig, TrunkConfig
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
-from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection
+from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, table_module_name
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask, Trunk
@@ -81,3 +81,13 @@ def build_model(
             dense_groups=encoder.dense_groups,
             precision=precision,
         )
+
+
+def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:
+    """Optimizers and sharding with tables named as in the model."""
+    lr_of = {table_module_name(table): lr for table, lr in run.optimizers.tables.lr_of.items()}
+    tables = {table_module_name(table): of for table, of in run.sharding.tables.items()}
+    return (
+        run.optimizers.model_copy(update={"tables": run.optimizers.tables.model_copy(update={"lr_of": lr_of})}),
+        run.sharding.model_copy(update={"tables": tables}),
+    )

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import NonNegativeInt, TypeAdapter
 from rich.console import Console
 
-from mtcl_torchrec.config import OptimizersConfig, RunConfig, ShardingConfig, dump_run
+from mtcl_torchrec.config import RunConfig, dump_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
@@ -26,10 +26,9 @@ from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
-from mtcl_torchrec.modules.embeddings import table_module_name
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
-from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.build import build_model, for_modules
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
@@ -216,7 +215,7 @@ def _first_line(error: Exception) -> str:
 def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
     """Sharded model, optimizer and schedule, with all weights as they are before the first step."""
     config = run.training
-    optimizers, sharding = _for_modules(run)
+    optimizers, sharding = for_modules(run)
     train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
     sharded, optimizer = parallelise(
         train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
@@ -239,11 +238,11 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
 
 def _steps_left(position: Position, splits: Splits, run: RunConfig, where: Ranks) -> int:
     """Steps from a position to the end of the last epoch."""
-    steps = 0
-    while position.epoch <= run.training.epochs:
-        steps += splits.train.steps(position, world_size=where.world_size, batch_size=run.training.batch_size)
-        position = position.next_epoch()
-    return steps
+    cut = {"world_size": where.world_size, "batch_size": run.training.batch_size}
+    later = run.training.epochs - position.epoch  # whole epochs, each of as many steps
+    if later < 0:
+        return 0
+    return splits.train.steps(position, **cut) + later * splits.train.steps(Position(), **cut)
 
 
 def _open_directory(
@@ -282,7 +281,7 @@ def _fit(
             say(f"WARNING: {failure}; training goes on")
 
     users = user_groups(run.data_schema, splits.raw["val"].frame)
-    total = state.step + _steps_left(state.position, splits, run, where)  # also for a start in the middle
+    total = state.step + _steps_left(state.position, splits, run, where)
     try:
         with TrainingProgress(
             active=where.first, total_steps=total, log_dir=folder / "tensorboard", console=console, done=state.step
@@ -337,16 +336,6 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
         if block.prepared is not None:
             block.prepared = os.path.relpath(block.prepared, folder)
     return seen
-
-
-def _for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:
-    """Optimizers and sharding with tables named as in the model."""
-    lr_of = {table_module_name(table): lr for table, lr in run.optimizers.tables.lr_of.items()}
-    tables = {table_module_name(table): of for table, of in run.sharding.tables.items()}
-    return (
-        run.optimizers.model_copy(update={"tables": run.optimizers.tables.model_copy(update={"lr_of": lr_of})}),
-        run.sharding.model_copy(update={"tables": tables}),
-    )
 
 
 def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:

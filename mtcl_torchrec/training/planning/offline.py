@@ -21,7 +21,7 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.models import MTCL, MTCLTrain, MultiTaskTower
 from mtcl_torchrec.modules.embeddings import embedding_dims, table_module_name
 from mtcl_torchrec.schema import GROUPS, ConfigError, Feature, Schema, nearest
-from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.build import build_model, for_modules
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.planning.hardware import GB, Hardware, configured, known_hardware
 from mtcl_torchrec.training.planning.planner import (
@@ -29,6 +29,7 @@ from mtcl_torchrec.training.planning.planner import (
     complete,
     plan_as_json,
     quiet_planner,
+    state_numbers,
     table_configs,
     table_constraints,
     table_sharder,
@@ -84,17 +85,15 @@ def plan_offline(
     """
     hardware = configured(known_hardware(device), run.sharding)
     batch_size = batch_size or run.training.batch_size
-    hosts_of = ranks_per_host or run.sharding.ranks_per_host or RANKS_PER_HOST
-    hosts_of = min(hosts_of, world_size)
+    full_host = ranks_per_host or run.sharding.ranks_per_host or RANKS_PER_HOST
+    hosts_of = min(full_host, world_size)
     schema = _sized_schema(run, num_rows_of or {}, fitted)
     model = build_model(run.model, UnfittedEncoder(schema), run.fusion)
     memory = _rank_memory(run, model, hardware, batch_size, hosts_of)
     module = MTCLTrain(model)
-    tables = run.optimizers.tables.model_copy(update={"lr_of": {}})
+    optimizers, sharding = for_modules(run)
+    tables = optimizers.tables
     fuse_table_optimizer(module, tables)  # tells the planner the size of the optimizer's state
-    sharding = run.sharding.model_copy(
-        update={"tables": {table_module_name(table): of for table, of in run.sharding.tables.items()}}
-    )
     sharder = table_sharder(sharding)
     constraints = table_constraints(
         module, sharding, device_type=hardware.kind, world_size=world_size, ranks_per_host=hosts_of,
@@ -113,7 +112,7 @@ def plan_offline(
             plan, chosen = search.best(module, sharder)
         except PlannerError:
             options = search.options(module, sharder)
-            shortfall, hint = _shortfall(options, search, memory, hardware, names)
+            shortfall, hint = _shortfall(options, search, memory, hardware, names, full_host)
             return replace(report, planning_s=time.perf_counter() - started, shortfall=shortfall, hint=hint)
     seconds = time.perf_counter() - started
     complete(plan, sharding, fused=is_fused(tables, torch.device(hardware.kind)))
@@ -267,7 +266,12 @@ def _placed(
 
 
 def _shortfall(
-    options: list[ShardingOption], search: Search, memory: RankMemory, hardware: Hardware, names: Mapping[str, str]
+    options: list[ShardingOption],
+    search: Search,
+    memory: RankMemory,
+    hardware: Hardware,
+    names: Mapping[str, str],
+    full_host: int,
 ) -> tuple[str, str]:
     """Why no plan fits, with the least memory that would do, and what helps."""
     by_table: dict[str, list[ShardingOption]] = {}
@@ -305,21 +309,26 @@ def _shortfall(
         )
     else:
         cause = f"the pieces of the tables need {needed:,.1f} GB of a rank, which has {free:,.1f} GB for them"
-    return f"{short}: {cause}", _hint(worst, total, free, world, search, cuttable=not stuck)
+    return f"{short}: {cause}", _hint(worst, total / free, search, full_host, cuttable=not stuck)
 
 
-def _hint(worst: ShardingOption, total: float, free: float, world: int, search: Search, *, cuttable: bool) -> str:
-    """What helps, the surest first."""
-    per_host = search.cluster.local_world_size
+def _hint(worst: ShardingOption, ranks_filled: float, search: Search, full_host: int, *, cuttable: bool) -> str:
+    """What helps, the surest first.
+
+    Args:
+        ranks_filled: how many ranks the tables would fill.
+        full_host: ranks of a whole host.
+    """
     ways = []
     if not cuttable and "row_wise" not in (search.constraints[worst.name].sharding_types or []):
         ways.append("row_wise for that table")
-    elif total > free * world:
-        hosts = math.ceil(total / free / per_host)
-        ways.append(f"at least {hosts * per_host} ranks")
+    elif ranks_filled > search.cluster.world_size:
+        ranks = math.ceil(ranks_filled)
+        # Several hosts are planned as full ones.
+        ways.append(f"at least {ranks if ranks <= full_host else math.ceil(ranks / full_host) * full_host} ranks")
     else:
         ways.append("more ranks")
-    if getattr(worst.tensor, "_optimizer_classes", [None])[0] in (torch.optim.Adam, torch.optim.Adagrad):
+    if state_numbers(worst.tensor):
         ways.append("rowwise_adagrad, which keeps one number of state a row")
     if worst.tensor.element_size() == 4:
         ways.append("data_type: fp16 for large tables")

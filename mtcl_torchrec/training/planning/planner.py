@@ -34,6 +34,13 @@ MIN_COLUMNS = 128  # TorchRec's least width of a column-wise shard
 COLUMN_STEP = 4  # FBGEMM's kernels read four numbers at a time
 
 
+def state_numbers(table: torch.Tensor) -> int:
+    """Numbers of state that the optimizer which `fuse_table_optimizer` gave a table keeps for each weight; 0 for
+    row-wise Adagrad, which keeps one a row."""
+    kept = {torchrec.optim.Adagrad: 1, torchrec.optim.Adam: 2}
+    return kept.get(getattr(table, "_optimizer_classes", [None])[0], 0)
+
+
 class TableSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder, with every sharding type on a CPU too: gloo has the collectives that they need."""
 
@@ -263,9 +270,7 @@ class TableStorageEstimator(EmbeddingStorageEstimator):
         for option in sharding_options:
             table, kernel = option.tensor, option.compute_kernel
             narrow = 4 - table.element_size()
-            states = {torchrec.optim.Adagrad: 1, torchrec.optim.Adam: 2}  # as `fuse_table_optimizer` marks tables
-            state = narrow * states.get(getattr(table, "_optimizer_classes", [None])[0], 0)
-            per_number = 2 * table.element_size() if kernel == "dense" else state
+            per_number = 2 * table.element_size() if kernel == "dense" else narrow * state_numbers(table)
             on_device = self._topology.compute_device != "cpu" and kernel in ("dense", "fused")
             for shard in option.shards:
                 extra = shard.size[0] * shard.size[1] * per_number
