@@ -361,7 +361,8 @@ def test_every_trunk_batch_and_average_is_the_same_on_two_ranks():
 
 def test_numbers_on_the_wire_keep_their_precision():
     """fp16 and bf16 (TorchRec's qcomms) train what fp32 does, as near as their 11 and 8 bits of a number are:
-    within 2⁻¹⁰ and 2⁻⁶ after `STEPS` steps, on average.  A table that is data-parallel sends no pooled embeddings, and changes nothing."""
+    within 2⁻¹⁰ and 2⁻⁶ after `STEPS` steps, on average.  A data-parallel table sends no pooled embeddings, and changes
+    nothing."""
     expected = train_plainly("sgd")
     wires = [("table_wise", "fp16"), ("row_wise", "bf16"), ("column_wise", "bf16"), ("data_parallel", "fp16")]
     cases = [(sharding, "sgd", "base", "shared_bottom", True, 0.0, wire) for sharding, wire in wires]
