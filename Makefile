@@ -35,7 +35,7 @@ types: $(READY)
 $(READY): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(CPU_FBGEMM) -e '.[torchrec,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(CPU_FBGEMM) -e '.[torchrec,tensorboard,balance,dev]'
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
-"""A run's configuration: data, schema, statistics, model, optimizers, training, fusion."""
+"""A run's configuration: data, schema, statistics, model, optimizers, training, balance, fusion."""
 
+from mtcl_torchrec.config.balance import BalanceConfig, LossWeightingConfig, SurgeryConfig
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig, SyntheticConfig
 from mtcl_torchrec.config.model import FusionConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
@@ -13,15 +14,18 @@ from mtcl_torchrec.config.training import (
 )
 
 __all__ = [
+    "BalanceConfig",
     "CheckpointConfig",
     "DataConfig",
     "DenseOptimizerConfig",
     "FusionConfig",
+    "LossWeightingConfig",
     "ModelConfig",
     "OptimizersConfig",
     "RunConfig",
     "ShardingConfig",
     "StatisticsConfig",
+    "SurgeryConfig",
     "SyntheticConfig",
     "TableOptimizerConfig",
     "TableShardingConfig",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mtcl_torchrec.config.balance import BalanceConfig
 from mtcl_torchrec.config.base import Part
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
 from mtcl_torchrec.config.model import FusionConfig, ModelConfig
@@ -46,6 +47,7 @@ class RunConfig(Part):
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizers: OptimizersConfig = Field(default_factory=OptimizersConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    balance: BalanceConfig = Field(default_factory=BalanceConfig)
     sharding: ShardingConfig = Field(default_factory=ShardingConfig)
     fusion: FusionConfig | None = None
 

@@ -12,6 +12,7 @@ from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, visible_colum
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.modules.losses import Logits
+from mtcl_torchrec.modules.trunks import ExpertLevel
 from mtcl_torchrec.schema import GROUPS, Group, Task
 
 Precision = Literal["fp32", "bf16"]
@@ -106,8 +107,14 @@ class MultiTaskTower(nn.Module):
             logits = self._logits(x)
         return {name: value.float() for name, value in logits.items()}
 
+    def expert_levels(self) -> list[ExpertLevel]:
+        """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
+        return [module for module in self.trunk.modules() if isinstance(module, ExpertLevel)]
+
     def _logits(self, x: torch.Tensor) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
+        for level in self.expert_levels():
+            level.forget_mixes()
         shared: list[torch.Tensor | None] = [None] * len(self.tasks)
         for name, numbers in self._views:
             seen = x if self._sees_all else x * getattr(self, name)

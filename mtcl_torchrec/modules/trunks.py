@@ -7,13 +7,16 @@ A trunk of your own is any `nn.Module` with
 
 - ``forward(x, tasks)``: x (B, D), tasks a sequence of n task numbers → (B, n, H), the representation of each,
 - ``out_features``: H,
-- optionally ``build(in_features, num_tasks)``, called once before training, for what depends on those two numbers.
+- optionally ``build(in_features, num_tasks)``, called once before training, for what depends on those two numbers,
+- optionally ``shared(x, tasks)`` and ``split(shared, tasks)``, which do in two steps what ``forward`` does in one, see
+  `Trunk`: gradients of several tasks can then be balanced where the tasks part.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +24,40 @@ from torch import nn
 from mtcl_torchrec.modules.experts import BatchedExperts, Norm
 
 
+class Shared(NamedTuple):
+    """What n tasks share just before they part: every path from a task's loss to what is shared leads through it.
+
+    Args:
+        common: tensors of any shape that several tasks read.  `Trunk.split` also takes them with a leading dimension n,
+            a copy for each task.
+        own: tensors (n, ...), the slice of each read by one task alone.
+    """
+
+    common: tuple[torch.Tensor, ...]
+    own: tuple[torch.Tensor, ...] = ()
+
+
+class Mix(NamedTuple):
+    """How a level mixed its newest training batch, still part of the graph.
+
+    Args:
+        gates, experts: which gates and which experts, g and e of them.
+        weights: (g, B, e).
+        outputs: of the experts, (e, B, H), or (g, e, B, H): a copy for each gate.
+    """
+
+    gates: list[int]
+    experts: list[int]
+    weights: torch.Tensor
+    outputs: torch.Tensor
+
+
 class ExpertLevel(nn.Module):
     """Experts and the gates that mix them.
+
+    Attributes:
+        mixes: what the level did since `forget_mixes` was called, for penalties and for a look at the use of experts;
+            kept only in training, one for each call of `split`.
 
     Args:
         in_features: D.
@@ -60,6 +95,7 @@ class ExpertLevel(nn.Module):
             in_features, expert_layers, num_experts, reads=expert_reads, norm=norm, dropout=dropout
         )
         self.gate_dropout = gate_dropout
+        self.mixes: list[Mix] = []
         self.gate_reads = None if gate_reads is None else list(gate_reads)
         self._seen = [torch.nonzero(row).flatten().tolist() for row in sees]
         self.gate_weight: nn.Parameter | None = None
@@ -74,27 +110,62 @@ class ExpertLevel(nn.Module):
         Args:
             x: (B, D), or (S, B, D) where experts read different streams.
         """
-        wanted = range(len(self._seen)) if gates is None else gates
-        used = sorted({expert for g in wanted for expert in self._seen[g]})
-        outputs = self.experts(x, used)
+        return self.split(self.shared(x, gates), gates)
+
+    def shared(self, x: torch.Tensor, gates: Sequence[int] | None = None) -> Shared:
+        """What the gates read: the outputs of the experts that they see (E, B, H), and their input."""
+        outputs = self.experts(x, self._used(gates))
+        if self.gate_weight is None:
+            return Shared((outputs,))
+        if self.gate_reads is None:
+            return Shared((outputs, x))
+        return Shared((outputs,), (x[[self.gate_reads[g] for g in self._wanted(gates)]],))
+
+    def split(self, shared: Shared, gates: Sequence[int] | None = None) -> torch.Tensor:
+        """Mixtures (G, B, H) from what `shared` returned for the same gates."""
+        outputs, wanted, used = shared.common[0], self._wanted(gates), self._used(gates)
+        copied = outputs.dim() == 4  # (G, E, B, H): a copy of all outputs for each gate
         if self.gate_weight is None:
             at = [used.index(self._seen[g][0]) for g in wanted]
+            if copied:
+                return outputs[range(len(at)), at]
             return outputs if at == list(range(len(outputs))) else outputs[at]
-        weights = self.gate_weights(x, list(wanted), used)
+        weights = self.gate_weights(shared.own[0] if shared.own else shared.common[1], wanted, used)
+        if self.training:
+            self.mixes.append(Mix(wanted, used, weights, outputs))
         # The sum over a handful of experts, not B tiny matrix products.
-        mixed = weights[..., 0].unsqueeze(-1) * outputs[0]
+        of = outputs.unbind(1 if copied else 0)
+        mixed = weights[..., 0].unsqueeze(-1) * of[0]
         for e in range(1, len(used)):
-            mixed = torch.addcmul(mixed, weights[..., e].unsqueeze(-1), outputs[e])
+            mixed = torch.addcmul(mixed, weights[..., e].unsqueeze(-1), of[e])
         return mixed
 
+    def forget_mixes(self) -> None:
+        """Let go of what `mixes` holds."""
+        self.mixes.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "mixes": []}  # tensors of a graph cannot be copied
+
+    def _wanted(self, gates: Sequence[int] | None) -> list[int]:
+        return list(range(len(self._seen)) if gates is None else gates)
+
+    def _used(self, gates: Sequence[int] | None) -> list[int]:
+        """The experts that the gates see."""
+        return sorted({expert for g in self._wanted(gates) for expert in self._seen[g]})
+
     def gate_weights(self, x: torch.Tensor, gates: list[int], experts: list[int]) -> torch.Tensor:
-        """Softmax weights (len(gates), B, len(experts)) of the gates over the experts."""
+        """Softmax weights (len(gates), B, len(experts)) of the gates over the experts.
+
+        Args:
+            x: (B, D) that all gates read, or (len(gates), B, D).
+        """
         assert self.gate_weight is not None
         weight = _rows_and_columns(self.gate_weight, gates, experts)
-        if self.gate_reads is None:
+        if x.dim() == 2:
             logits = torch.matmul(x, weight.flatten(0, 1).T).view(len(x), len(gates), len(experts)).transpose(0, 1)
         else:
-            logits = torch.bmm(x[[self.gate_reads[g] for g in gates]], weight.transpose(1, 2))
+            logits = torch.bmm(x, weight.transpose(1, 2))
         hidden = _rows_and_columns(self.hidden, gates, experts).unsqueeze(1)
         if self.training and self.gate_dropout > 0:
             draw = torch.rand_like(logits, dtype=torch.float32).masked_fill(hidden, -1.0)
@@ -125,8 +196,16 @@ class Trunk(nn.Module):
         """
 
     @abstractmethod
+    def shared(self, x: torch.Tensor, tasks: Sequence[int]) -> Shared:
+        """What the n tasks share before they part, from the input x (B, D)."""
+
+    @abstractmethod
+    def split(self, shared: Shared, tasks: Sequence[int]) -> torch.Tensor:
+        """Representations (B, n, H) of the tasks, from what `shared` returned for the same tasks."""
+
     def forward(self, x: torch.Tensor, tasks: Sequence[int]) -> torch.Tensor:
         """Representations (B, len(tasks), H) of the tasks from the input x (B, D)."""
+        return self.split(self.shared(x, tasks), tasks)
 
 
 class _OneLevel(Trunk):
@@ -155,9 +234,13 @@ class _OneLevel(Trunk):
             gate_dropout=self.gate_dropout,
         )
 
-    def forward(self, x: torch.Tensor, tasks: Sequence[int]) -> torch.Tensor:
-        """See `Trunk.forward`."""
-        return self.level(x, tasks).transpose(0, 1)
+    def shared(self, x: torch.Tensor, tasks: Sequence[int]) -> Shared:
+        """See `Trunk.shared`."""
+        return self.level.shared(x, tasks)
+
+    def split(self, shared: Shared, tasks: Sequence[int]) -> torch.Tensor:
+        """See `Trunk.split`."""
+        return self.level.split(shared, tasks).transpose(0, 1)
 
 
 class SharedBottom(_OneLevel):
@@ -306,8 +389,18 @@ class PLE(Trunk):
             )
         self.levels = nn.ModuleList(levels)
 
-    def forward(self, x: torch.Tensor, tasks: Sequence[int]) -> torch.Tensor:
-        """See `Trunk.forward`."""
+    def shared(self, x: torch.Tensor, tasks: Sequence[int]) -> Shared:
+        """See `Trunk.shared`."""
         for level in self.levels[:-1]:
             x = level(x)
-        return self.levels[-1](x, tasks).transpose(0, 1)
+        return self._last.shared(x, tasks)
+
+    def split(self, shared: Shared, tasks: Sequence[int]) -> torch.Tensor:
+        """See `Trunk.split`."""
+        return self._last.split(shared, tasks).transpose(0, 1)
+
+    @property
+    def _last(self) -> ExpertLevel:
+        last = self.levels[-1]
+        assert isinstance(last, ExpertLevel)
+        return last
