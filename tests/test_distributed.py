@@ -3,10 +3,12 @@
 import functools
 import gc
 import os
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -416,3 +418,25 @@ def test_tables_start_the_same_however_they_are_cut(sharding):
     assert len(np.unique(table, axis=0)) == 203
     assert np.abs(table).max() <= 203**-0.5
     assert (table[0] == 0).all()
+
+
+def groups_one_after_the_other():
+    """Sums over the ranks in several groups; rank 0 is slow to leave, and the next group begins without it."""
+    destroy, sums = dist.destroy_process_group, []
+
+    def slow_destroy():
+        time.sleep(0.3 * (dist.get_rank() == 0))
+        destroy()
+
+    dist.destroy_process_group = slow_destroy
+    for turn in range(3):
+        with ranks("cpu") as where:
+            total = torch.tensor(float(where.rank + turn))
+            dist.all_reduce(total)
+            sums.append(float(total))
+    return sums
+
+
+def test_a_process_may_train_several_times():
+    """Each group finds its own members, although all of them meet at one address."""
+    assert run_ranks(groups_one_after_the_other, 2, timeout=20) == [[1.0, 3.0, 5.0]] * 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -28,6 +30,7 @@ from mtcl_torchrec.training.planning.planner import TableOptimizer, plan_tables,
 
 Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills
+TIMEOUT = timedelta(minutes=30)  # of a collective
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,34 @@ def _calm_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // (2 * processes))
 
 
+_groups = itertools.count()
+
+
+@cache
+def _store(address: str, port: int, world_size: int, serves: bool) -> dist.TCPStore:
+    """The store of this process's groups; one for all of them: a store that is opened again on the same port may be
+    found by some ranks before the old one is closed, and they wait there for ever."""
+    return dist.TCPStore(address, port, world_size, is_master=serves, timeout=TIMEOUT, multi_tenant=True)
+
+
 def _init_from_environment(backend: str) -> None:
     """Join the process group that ``torchrun`` describes.
 
-    On one host, torchrun (2.13) gives restarted ranks the store of their predecessors, with the addresses of the dead
-    in it (pytorch issue 135712); a prefix for each restart keeps them apart.  The agents of several hosts count
-    restarts differently: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    The store keeps the addresses of earlier groups, so each group has a prefix of its own.  On one host, torchrun
+    (2.13) gives restarted ranks the store of their predecessors, with the addresses of the dead in it (pytorch issue
+    135712), so a restart has a prefix too.  The agents of several hosts count restarts differently: start torchrun with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
-    timeout, env = timedelta(minutes=30), os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]:
-        dist.init_process_group(backend, timeout=timeout)
-        return
+    env = os.environ
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    shared = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
-    store = dist.PrefixStore(f"restart_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    agent_serves = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _store(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size, rank == 0 and not agent_serves)
+    prefix = f"group_{next(_groups)}"
+    if agent_serves and env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+        prefix = f"restart_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}"
+    dist.init_process_group(
+        backend, timeout=TIMEOUT, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size
+    )
 
 
 @contextmanager
