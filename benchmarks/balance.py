@@ -1,0 +1,373 @@
+"""Every architecture, loss weighting and gradient surgery beside the weighted sum and single-task twins of equal size.
+
+    python benchmarks/balance.py --data kuairand --jobs 2 --out results/balance.jsonl    # train what is not there yet
+    python benchmarks/balance.py --show results/balance.jsonl --picture balance.png      # table and picture of it
+
+Each method gets the same budget: every learning rate of --rates once (first seed), the best of which by mean validation
+AUC trains the other seeds too.  A twin is the MMoE of the weighted sum, as large as it is, trained on one task alone.
+Δm is the mean over the tasks of the relative gain on AUC − 0.5 over the twins' mean, on the test split, in percent.
+
+Every finished training is a line of --out; a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+TASKS = {
+    "kuairand": ("click", "long_view", "like"),
+    "agreeing": ("like", "share", "hide"),
+    "opposed": ("like", "share", "hide"),
+}
+SUM, TWIN = "mmoe", "single task"  # the weighted sum of an MMoE, and its twins
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared.
+
+    Args:
+        name: shown in the table.
+        family: architecture, loss weighting or gradient surgery.
+        changes: merged into the run's YAML.
+    """
+
+    name: str
+    family: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def _trunk(name: str, **trunk: Any) -> Method:
+    return Method(name, "architecture", {"model": {"trunk": trunk}})
+
+
+def _weighting(kind: str, **options: Any) -> Method:
+    return Method(kind.replace("_", " "), "loss weighting", {"balance": {"weighting": {"kind": kind, **options}}})
+
+
+def _surgery(kind: str, cut: str = "trunk", **options: Any) -> Method:
+    name = kind.replace("_", "-") + ("" if cut == "trunk" else f" ({cut})")
+    return Method(name, "gradient surgery", {"balance": {"surgery": {"kind": kind, "cut": cut, **options}}})
+
+
+METHODS = (
+    Method(SUM, "architecture"),
+    _trunk("shared bottom", kind="shared_bottom", expert_layers=[256, 128]),
+    _trunk("ple", kind="ple", shared_experts=1, task_experts=1, levels=1),
+    _trunk("separate", kind="single_task"),
+    _weighting("uncertainty"),
+    _weighting("dwa"),
+    _weighting("imtl_l"),
+    _weighting("famo"),
+    _weighting("tchebycheff"),
+    _weighting("geometric_mean"),
+    _surgery("upgrad"),
+    _surgery("upgrad", "embeddings"),
+    _surgery("upgrad", "both"),
+    _surgery("upgrad", "tables"),
+    _surgery("mgda"),
+    _surgery("imtl_g"),
+    _surgery("pcgrad"),
+    _surgery("gradvac"),
+    _surgery("cagrad"),
+    _surgery("nash_mtl"),
+    _surgery("fairgrad"),
+    _surgery("aligned_mtl"),
+    _surgery("gradnorm"),
+    _surgery("db_mtl"),
+)
+BY_NAME = {method.name: method for method in METHODS}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: a method, or the twin of a task, with a factor on the dense learning rate and a seed."""
+
+    data: str
+    method: str
+    rate: float
+    seed: int
+    only: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from others."""
+        return (self.data, self.method, self.only, self.rate, self.seed)
+
+
+def main() -> None:
+    """Train what is missing, or show what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=list(TASKS), default=["kuairand"])
+    parser.add_argument("--methods", nargs="+", choices=[*BY_NAME, TWIN], metavar="METHOD", help="default: all of them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0], help="factors on the dense learning rate")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each of one thread")
+    parser.add_argument("--out", type=Path, help="JSON lines, one for each training; what is there is not done again")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file")
+    parser.add_argument("--picture", type=Path, help="with --show: Δm of every method as a picture")
+    parser.add_argument("--small", action="store_true", help="a tenth of the rows, to try the script")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(train_one(Training(**json.loads(arguments.one)), arguments.small)))
+    elif arguments.show:
+        results = read(arguments.show)
+        for data in dict.fromkeys(r["data"] for r in results):
+            show([r for r in results if r["data"] == data], data)
+        if arguments.picture:
+            draw(results, arguments.picture)
+    elif arguments.out:
+        for data in arguments.data:
+            sweep(data, arguments)
+    else:
+        parser.error("--out FILE to train, --show FILE to look")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The trainings that a file holds; a last line that was cut off is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    results = []
+    for line in lines:
+        try:
+            results.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return results
+
+
+def sweep(data: str, arguments: argparse.Namespace) -> None:
+    """Train every method on one set of data: the first seed with every rate, then the best rate with the others."""
+    names = arguments.methods or [TWIN, *BY_NAME]
+    first, *others = arguments.seeds
+    kinds = [(name, only) for name in names for only in (TASKS[data] if name == TWIN else (None,))]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        tried = [Training(data, name, rate, first, only) for name, only in kinds for rate in arguments.rates]
+        _train_missing(tried, arguments, pool)
+        results = [r for r in read(arguments.out) if r["seed"] == first and r["rate"] in arguments.rates]
+        again = [
+            Training(data, name, best_rate(results, data, name, only), seed, only)
+            for seed in others
+            for name, only in kinds
+        ]
+        _train_missing(again, arguments, pool)
+
+
+def best_rate(results: list[dict[str, Any]], data: str, name: str, only: str | None) -> float:
+    """The rate with the best mean validation AUC."""
+    fitting = [r for r in results if (r["data"], r["method"], r["only"]) == (data, name, only)]
+    return max(fitting, key=lambda r: statistics.mean(r["val"].values()))["rate"]
+
+
+def _train_missing(trainings: list[Training], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
+    done = {(r["data"], r["method"], r["only"], r["rate"], r["seed"]) for r in read(arguments.out)}
+    missing = [training for training in trainings if training.key not in done]
+    for i, result in enumerate(pool.map(lambda t: _in_a_process(t, arguments.small), missing), 1):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        aucs = " ".join(f"{task} {auc:.4f}" for task, auc in result["test"].items())
+        what = f"{result['data']}: {result['method']} rate {result['rate']} seed {result['seed']}"
+        print(f"{i}/{len(missing)} {what} in {result['seconds']:.0f} s: {aucs}", flush=True)
+
+
+def _in_a_process(training: Training, small: bool) -> dict[str, Any]:
+    """The result of a training in a process of its own, on one thread."""
+    command = [sys.executable, __file__, "--one", json.dumps(training.__dict__)] + ["--small"] * small
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{training}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_one(training: Training, small: bool) -> dict[str, Any]:
+    """Train one model and say how well it predicts."""
+    from mtcl_torchrec.training.run import train_run
+
+    with tempfile.TemporaryDirectory() as temporary:
+        run = configured(training, small, Path(temporary))
+        started = time.perf_counter()
+        result = train_run(run, Path(temporary) / "run", device="cpu", console=Console(quiet=True))
+        aucs = {
+            split: {task: result.evaluations[split].tasks[task]["auc"] for task in TASKS[training.data]
+                    if training.only in (None, task)}
+            for split in ("val", "test")
+        }  # fmt: skip
+    return (
+        training.__dict__
+        | aucs
+        | {
+            "epoch": result.history.best_epoch,
+            "train_seconds": round(sum(result.history.seconds), 2),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+    )
+
+
+def configured(training: Training, small: bool, folder: Path) -> Any:
+    """The run of a training."""
+    from mtcl_torchrec.config import parse_run
+
+    raw = kuairand_run(small, folder) if training.data == "kuairand" else world_run(training.data == "opposed", small)
+    tasks = [task for task in raw["schema"]["tasks"] if task["name"] in TASKS[training.data]]
+    raw["schema"]["tasks"] = [task for task in tasks if training.only in (None, task["name"])]
+    raw["fusion"] = {"weights": {task["name"]: 1 for task in raw["schema"]["tasks"]}}
+    raw["training"] |= {"watch": [], "patience": 0, "seed": training.seed}
+    raw["optimizers"]["dense"]["lr"] *= training.rate
+    merge(raw, BY_NAME[training.method].changes if training.method != TWIN else {})
+    return parse_run(yaml.safe_dump(raw, sort_keys=False), folder=folder)
+
+
+def merge(raw: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Write changes into nested dictionaries.  What names its own `kind` keeps only the widths and dropout it had."""
+    for key, value in changes.items():
+        if not isinstance(value, dict):
+            raw[key] = value
+            continue
+        if "kind" in value:
+            kept = {k: v for k, v in raw.get(key, {}).items() if k in ("expert_layers", "dropout")}
+            raw[key] = kept | value
+        else:
+            merge(raw.setdefault(key, {}), value)
+
+
+def kuairand_run(small: bool, folder: Path) -> dict[str, Any]:
+    """The demo's data and model, with its statistics counted once for all trainings."""
+    from mtcl_torchrec.config import parse_run
+    from mtcl_torchrec.data import kuairand
+    from mtcl_torchrec.data.prepare import prepare_files
+
+    prepared = Path(tempfile.gettempdir()) / f"mtcl-balance-{os.getuid()}"
+    if not (prepared / "run.yaml").exists():
+        part = Path(tempfile.mkdtemp(dir=prepared.parent))
+        kuairand.write(part / "data")
+        prepare_files(parse_run(kuairand.example_run(), folder=part), part / "prepared", lambda _: None)
+        with contextlib.suppress(OSError):  # another process was faster
+            (part / "prepared").rename(prepared)
+    raw = yaml.safe_load((prepared / "run.yaml").read_text())
+    for split in ("train", "val", "test"):
+        raw["data"][split] = str(prepared / f"{split}.parquet")
+    for block in raw["statistics"]:
+        block["prepared"] = str(prepared / block["prepared"])
+    for task in raw["schema"]["tasks"]:
+        task.pop("weight", None)
+    raw["training"]["epochs"] = 1 if small else 3
+    return raw
+
+
+def world_run(opposed: bool, small: bool) -> dict[str, Any]:
+    """The synthetic world "social", its tasks of one mind or the third against the first two."""
+    from mtcl_torchrec.data.worlds import world_run as ready_run
+
+    size = 10 if small else 1
+    text = ready_run(
+        "social", rows=200_000 // size, val_rows=50_000 // size, test_rows=100_000 // size, num_users=3000,
+        num_items=3000, correlation=0.9, conflict=float(opposed), rates={"like": 0.25, "share": 0.15, "hide": 0.1},
+    )  # fmt: skip
+    raw = yaml.safe_load(text)
+    raw["training"]["epochs"] = 2
+    return raw
+
+
+def by_method(results: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each method's trainings at its best rate."""
+    for name in [TWIN, *BY_NAME]:
+        of = [r for r in results if r["method"] == name]
+        if not of:
+            continue
+        first = min(r["seed"] for r in of)
+        tried = [r for r in of if r["seed"] == first]
+        best = {only: best_rate(tried, of[0]["data"], name, only) for only in {r["only"] for r in of}}
+        yield name, [r for r in of if r["rate"] == best[r["only"]]]
+
+
+def twin_aucs(results: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Task -> test AUC of its twins, one for each seed."""
+    aucs: dict[str, list[float]] = {}
+    for name, of in by_method(results):
+        for r in of if name == TWIN else []:
+            aucs.setdefault(r["only"], []).append(r["test"][r["only"]])
+    return aucs
+
+
+def gain(result: dict[str, Any], twins: dict[str, list[float]]) -> float:
+    """Δm of one training, in percent."""
+    gains = [(result["test"][t] - statistics.mean(a)) / (statistics.mean(a) - 0.5) for t, a in twins.items()]
+    return 100 * statistics.mean(gains)
+
+
+def show(results: list[dict[str, Any]], data: str) -> None:
+    """One table."""
+    from mtcl_torchrec.evaluation.report import plain_table
+
+    twins, tasks = twin_aucs(results), TASKS[data]
+    baseline = statistics.median(r["train_seconds"] for name, of in by_method(results) if name == SUM for r in of)
+    table = plain_table(f"{data}: test AUC and Δm, mean ± standard deviation over seeds", ["", *tasks, "Δm %", "time"])
+    for name, of in by_method(results):
+        if name == TWIN:
+            table.add_row(name, *(_spread(twins[task], 4) for task in tasks), "", "")
+            continue
+        below = ["↓" if _mean_below(of, twins, task) else "" for task in tasks]
+        aucs = [_spread([r["test"][task] for r in of], 4) + mark for task, mark in zip(tasks, below, strict=True)]
+        time_ratio = statistics.median(r["train_seconds"] for r in of) / baseline
+        table.add_row(name, *aucs, _spread([gain(r, twins) for r in of], 2), f"{time_ratio:.2f}")
+    Console(width=120).print(table)
+
+
+def _mean_below(of: list[dict[str, Any]], twins: dict[str, list[float]], task: str) -> bool:
+    """Whether a task is below its twin by more than the twin's spread."""
+    spread = statistics.stdev(twins[task]) if len(twins[task]) > 1 else 0.0
+    return statistics.mean(r["test"][task] for r in of) < statistics.mean(twins[task]) - spread
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """Δm of every method, a panel for each set of data."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = list(dict.fromkeys(r["data"] for r in results))
+    colours = {"architecture": "#4477aa", "loss weighting": "#ccbb44", "gradient surgery": "#aa3377"}
+    figure, panels = pyplot.subplots(1, len(sets), figsize=(1 + 4 * len(sets), 7), squeeze=False)
+    for panel, data in zip(panels[0], sets, strict=True):
+        of_data = [r for r in results if r["data"] == data]
+        twins = twin_aucs(of_data)
+        rows = [(n, [gain(r, twins) for r in of]) for n, of in by_method(of_data) if n != TWIN][::-1]
+        for y, (name, gains) in enumerate(rows):
+            error = statistics.stdev(gains) if len(gains) > 1 else 0
+            panel.errorbar(statistics.mean(gains), y, xerr=error, fmt="o", color=colours[BY_NAME[name].family])
+        panel.set_yticks(range(len(rows)), [name for name, _ in rows])
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set_title(data)
+        panel.set_xlabel("Δm over single-task twins, %")
+        panel.grid(axis="x", alpha=0.3)
+    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=c, label=f) for f, c in colours.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
