@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 # Forked from a server that has imported the package: ranks start in a fraction of a second.
 _context.set_forkserver_preload(["mtcl_torchrec.training.run"])
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _main(fn: Callable, rank: int, world_size: int, port: int, args: tuple, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     try:
         pipe.send(("done", fn(*args)))
@@ -40,10 +35,12 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 180) -
     Raises:
         AssertionError: a rank failed, died or did not finish in time; the message holds its traceback.
     """
-    port, processes, pipes = _free_port(), [], []
+    # As torchrun does: a store that stands before the ranks start, on a port that nobody else can take.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, pipes = [], []
     for rank in range(world_size):
         here, there = _context.Pipe()
-        process = _context.Process(target=_main, args=(fn, rank, world_size, port, args, there), daemon=True)
+        process = _context.Process(target=_main, args=(fn, rank, world_size, store.port, args, there), daemon=True)
         process.start()
         there.close()
         processes.append(process)
