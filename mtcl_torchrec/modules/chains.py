@@ -239,3 +239,66 @@ def conditional_risk(
     miss = (imputed - labels) * q.detach()
     rows = imputed_error + weights * (error - imputed_error) + task.chain.imputation_weight * weights * miss.square()
     return rows, torch.ones_like(weights)
+
+
+class ChainLoss:
+    """What chains change in the loss of all tasks; without a chain, nothing.
+
+    Args:
+        tasks: all tasks, in the order of the label columns.
+
+    Attributes:
+        links: see `chain_links`.
+        names: of the second parts C of some tasks' losses, those of the conditional predictions.
+
+    Raises:
+        ValueError: see `chain_links`.
+
+    Example:
+        >>> ChainLoss([Task.binary("click"), Task.binary("buy", after="click", chain="escm2_dr")]).names
+        ['buy|click']
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)
+        self.links = chain_links(tasks)
+        self._risks = [(i, parent) for i, parent in self.links if tasks[i].chain.kind in ("escm2_ips", "escm2_dr")]
+        self.names = [tasks[i].conditional_name or "" for i, _ in self._risks]
+
+    def labels(self, labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, T) labels with the zeros that are known, see `fill_known_zeros`."""
+        return fill_known_zeros(self.links, labels, mask)
+
+    def rows(self, task: Task, rows: torch.Tensor, logits: Logits) -> torch.Tensor:
+        """(B,): a task's loss of each row, with what its chain adds to it or weights it by."""
+        if task.after is None:
+            return rows
+        if task.chain.kind == "aitm":
+            return rows + excess(task, logits[task.name], logits[task.after])
+        return task.chain.joint_weight * rows
+
+    def conditional(
+        self, logits: Logits, labels: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The second parts of this rank: their sums, C of (), and what divides them after a sum over ranks, (C,).
+
+        Args:
+            logits: of the tower.
+            labels: (B, T), 0 where missing or masked out: nothing is known to have happened there.
+            weights: (B, T), 0 there.
+        """
+        sums, counts = [], [weights.new_zeros(0)]
+        for child, parent in self._risks:
+            rows, counted = conditional_risk(self.tasks[child], logits, labels[:, child], labels[:, parent] == 1)
+            sums.append((weights[:, child] * rows).sum())
+            counts.append((weights[:, child] * counted).sum().reshape(1))
+        return sums, torch.cat(counts)
+
+    def per_task(self, averages: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+        """(T,) losses of the tasks, from the averages of their first parts (T,) and of the second ones (C,)."""
+        if not self._risks:
+            return averages
+        of = list(averages.unbind())
+        for (child, _), average in zip(self._risks, conditional.unbind(), strict=True):
+            of[child] = of[child] + self.tasks[child].chain.conditional_weight * average
+        return torch.stack(of)

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mtcl_torchrec.modules.chains import conditional_risk, excess, fill_known_zeros
+from mtcl_torchrec.modules.chains import ChainLoss
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gradient_if
 from mtcl_torchrec.modules.heads import loss_per_row
-from mtcl_torchrec.schema import Task, chain_links
+from mtcl_torchrec.schema import Task
 
 Logits = dict[str, torch.Tensor]
 
@@ -62,11 +62,8 @@ class MultiTaskLoss(nn.Module):
         self.process_group = process_group
         self.last_task_losses = torch.zeros(len(self.tasks))
         self.register_buffer("task_weights", torch.tensor([t.weight for t in self.tasks]), persistent=False)
-        self.links = chain_links(self.tasks)
-        # Tasks with a second part, of the conditional prediction; its name is that of the prediction.
-        self._conditional = [(i, p) for i, p in self.links if self.tasks[i].chain.kind in ("escm2_ips", "escm2_dr")]
-        conditional = [self.tasks[i].conditional_name or "" for i, _ in self._conditional]
-        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *conditional, "l2_embedding"])
+        self.chains = ChainLoss(self.tasks)
+        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *self.chains.names, "l2_embedding"])
 
     @property
     def found_inf(self) -> torch.Tensor:
@@ -100,7 +97,7 @@ class MultiTaskLoss(nn.Module):
         """
         skip = torch.zeros((), dtype=torch.bool, device=batch.labels.device) if skip is None else skip
         mask = getattr(batch, "mask", None)
-        labels = fill_known_zeros(self.links, self._labels(batch), mask)
+        labels = self.chains.labels(self._labels(batch), mask)
         present = ~torch.isnan(labels)
         if mask is not None:
             present = present & mask.bool()
@@ -112,42 +109,25 @@ class MultiTaskLoss(nn.Module):
         parts = []
         for i, task in enumerate(self.tasks):
             rows = loss_per_row(task, safe[task.name], known[:, i])
-            parts.append((weights[:, i] * self._in_chain(task, rows, safe)).sum())
-        counts = [weights.sum(0)]
-        for i, parent in self._conditional:
-            # A masked or missing label of the parent is 0 here: in such a row nothing is known to have happened.
-            rows, counted = conditional_risk(self.tasks[i], safe, known[:, i], known[:, parent] == 1)
-            parts.append((weights[:, i] * rows).sum())
-            counts.append((weights[:, i] * counted).sum().reshape(1))
+            parts.append((weights[:, i] * self.chains.rows(task, rows, safe)).sum())
+        conditional, counts = self.chains.conditional(safe, known, weights)
+        parts += conditional
         if self.l2_embedding:
             parts.append((labelled * stop_gradient_if(_values(pooled), skip).float().square().sum(1)).sum())
         else:
             parts.append(labelled.new_zeros(()))
         sums = torch.stack(parts)
-        totals, ranks = self._over_ranks(torch.cat([*counts, labelled.sum().reshape(1)]), sums.detach(), skip)
+        totals, ranks = self._over_ranks(
+            torch.cat([weights.sum(0), counts, labelled.sum().reshape(1)]), sums.detach(), skip
+        )
         averages = torch.where(totals <= 0, 0.0, ranks * sums / totals.clamp(min=1e-30))
-        per_task = self._per_task(averages)
+        per_task = self.chains.per_task(averages[: len(self.tasks)], averages[len(self.tasks) : -1])
         loss = (self.task_weights * per_task).sum()
         if self.l2_embedding:
             loss = loss + self.l2_embedding * averages[-1]
         self.last_task_losses = per_task.detach()
         detached = {name: value.detach() for name, value in logits.items()}
-        return loss, (loss.detach(), detached, (labels if self.links else batch.labels).detach())
-
-    def _in_chain(self, task: Task, rows: torch.Tensor, logits: Logits) -> torch.Tensor:
-        """(B,): the loss of the event in each row, with what the task's chain adds to it or weights it by."""
-        if task.after is None:
-            return rows
-        if task.chain.kind == "aitm":
-            return rows + excess(task, logits[task.name], logits[task.after])
-        return task.chain.joint_weight * rows
-
-    def _per_task(self, averages: torch.Tensor) -> torch.Tensor:
-        """(T,): the losses of the tasks from the averages of all parts."""
-        of = list(averages[: len(self.tasks)].unbind())
-        for part, (child, _) in enumerate(self._conditional, start=len(of)):
-            of[child] = of[child] + self.tasks[child].chain.conditional_weight * averages[part]
-        return torch.stack(of) if self._conditional else averages[: len(self.tasks)]
+        return loss, (loss.detach(), detached, (labels if self.chains.links else batch.labels).detach())
 
     def _labels(self, batch: Any) -> torch.Tensor:
         labels = batch.labels.float()
