@@ -14,13 +14,14 @@ from mtcl_torchrec.data.batch import MTBatch
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask
-from mtcl_torchrec.schema import ConfigError, DataError, Feature, Schema, Task
+from mtcl_torchrec.schema import Chain, ConfigError, DataError, Feature, Schema, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MTCL",
     "PLE",
+    "Chain",
     "ConfigError",
     "DataError",
     "Feature",

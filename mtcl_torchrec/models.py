@@ -29,13 +29,16 @@ class FusedOutput(nn.Module):
         self.item_classes = dict(item_classes)
 
     def forward(self, logits: Logits, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
-        """Each task's prediction, and ``"score"`` (B,) in [0, 1] where there is a fused score.
+        """Each task's prediction, chains' conditional ones, and with a fused score ``"score"`` (B,) in [0, 1].
 
         Args:
             logits: what the tower returned.
             sparse_features: the candidates, for the class of each in a multiclass task.
         """
         out = {name: prediction(task, logits[name].float()) for name, task in self.tasks.items()}
+        for task in self.tasks.values():
+            if task.conditional_name is not None:
+                out[task.conditional_name] = torch.sigmoid(logits[task.conditional_name].float())
         if self.fused_score is not None:
             parts = self.parts(out, sparse_features)
             out["score"] = self.fused_score(parts)
@@ -182,7 +185,8 @@ class MTCL(nn.Module):
 
         Returns:
             task name -> (B,) probability or value, (B, num_classes) probabilities for a multiclass task; and
-            ``"score"`` (B,) in [0, 1].
+            ``"score"`` (B,) in [0, 1].  For ``buy`` after ``click`` it is the probability of both, and ``"buy|click"``,
+            where there is one, that of ``buy`` given ``click`` (see `mtcl_torchrec.modules.chains`).
         """
         pooled = self.embedding_bag_collection(sparse_features)
         logits = self.tower(dense_features, pooled)

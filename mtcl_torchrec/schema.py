@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Group = Literal["user", "item", "context"]
 GROUPS: tuple[Group, ...] = ("user", "item", "context")
@@ -128,6 +138,46 @@ class Feature(_Declared):
         return self.table or self.name
 
 
+ChainKind = Literal["esmm", "escm2_ips", "escm2_dr", "aitm"]
+# The kinds that each option of a chain belongs to.
+_CHAIN_OPTIONS: dict[str, tuple[ChainKind, ...]] = {
+    "joint_weight": ("escm2_ips", "escm2_dr"),
+    "conditional_weight": ("escm2_ips", "escm2_dr"),
+    "min_propensity": ("escm2_ips", "escm2_dr"),
+    "self_normalised": ("escm2_ips",),
+    "imputation_weight": ("escm2_dr",),
+    "calibrator_weight": ("aitm",),
+}
+
+
+class Chain(_Declared):
+    """How a task learns from the event that it comes after; see `mtcl_torchrec.modules.chains`.
+
+    Args:
+        kind: ``"esmm"`` (the product of the probabilities, learnt over the whole space), ``"escm2_ips"`` and
+            ``"escm2_dr"`` (and the conditional probability from weighted rows), or ``"aitm"`` (the parent's tower
+            tells the child's).
+        joint_weight: λ_g of ESCM²: of the loss of the event over the whole space.
+        conditional_weight: λ_c of ESCM²: of the loss of the conditional probability.
+        min_propensity: ESCM² weights a row at most by one over this.
+        self_normalised: whether those weights are divided by their mean over the global batch; of ``"escm2_ips"``.
+        imputation_weight: of the loss of the imputed errors, within `conditional_weight`; of ``"escm2_dr"``.
+        calibrator_weight: α of AITM: of the excess of the child's probability over its parent's.
+
+    Example:
+        >>> Task.binary("buy", after="click", chain={"kind": "escm2_ips", "min_propensity": 0.1}).chain.min_propensity
+        0.1
+    """
+
+    kind: ChainKind = "esmm"
+    joint_weight: NonNegativeFloat = 1.0
+    conditional_weight: NonNegativeFloat = 0.1
+    min_propensity: Annotated[float, Field(gt=0, le=1)] = 0.05
+    self_normalised: bool = False
+    imputation_weight: NonNegativeFloat = 1.0
+    calibrator_weight: NonNegativeFloat = 0.6
+
+
 class Task(_Declared):
     """One event or quantity to predict.
 
@@ -152,10 +202,18 @@ class Task(_Declared):
         huber_delta: where Huber's loss turns from square to linear, in standard deviations of the label.
         mean, std: of a regression task's label: the head predicts the standardised label.  Training
             from files takes them from the training split when they are left out.
+        after: the binary task whose event comes before this one in a chain (``buy`` after ``click``): this event cannot
+            happen without that one.  The task then predicts the probability of its event over *all* rows.  Its label is
+            0 where the parent's is 0, also where it is missing there (or hidden by `mask`); 1 beside a parent's 0 is an
+            error in the data.
+        chain: of a task that comes after another: the name of a kind, or a mapping with the options of `Chain`; the
+            default is ``"esmm"``.
 
     Example:
         >>> Task.binary("click", weight=2.0).label_column
         'click'
+        >>> Task.binary("buy", after="click").conditional_name
+        'buy|click'
         >>> Task.multiclass("category", num_classes=18).kind
         'multiclass'
     """
@@ -173,6 +231,20 @@ class Task(_Declared):
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     mean: float | None = None
     std: Annotated[float, Field(gt=0)] | None = None
+    after: str | None = None
+    chain: Chain = Field(default_factory=Chain)
+
+    @field_validator("chain", mode="before")
+    @classmethod
+    def _a_kind_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        value = {"kind": value} if isinstance(value, str) else value
+        kind, kinds = value.get("kind", "esmm") if isinstance(value, dict) else "esmm", get_args(ChainKind)
+        if kind not in kinds:
+            raise ValueError(
+                f"task {info.data.get('name')!r}: no chain {kind!r}{nearest(str(kind), kinds)}; "
+                f"there are {', '.join(kinds)}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
@@ -188,7 +260,28 @@ class Task(_Declared):
             raise ValueError("'score' is the key of the fused score and cannot name a task")
         if not self.name:
             raise ValueError("a task needs a name")
+        self._check_chain()
         return self
+
+    def _check_chain(self) -> None:
+        """Raise ValueError where `after` and `chain` do not fit this task or each other."""
+        if self.after is None:
+            if "chain" in self.model_fields_set:
+                raise ValueError(f"task {self.name!r}: chain needs after, the task whose event comes before")
+            return
+        if self.kind != "binary":
+            raise ValueError(f"task {self.name!r}: after belongs to binary tasks")
+        if self.after == self.name:
+            raise ValueError(f"task {self.name!r}: after: a task cannot come after itself")
+        for option, kinds in _CHAIN_OPTIONS.items():
+            if option in self.chain.model_fields_set and self.chain.kind not in kinds:
+                raise ValueError(
+                    f"task {self.name!r}: chain.{option} belongs to {' and '.join(kinds)}, not to {self.chain.kind}"
+                )
+        if self.chain.joint_weight == self.chain.conditional_weight == 0:
+            raise ValueError(
+                f"task {self.name!r}: chain.joint_weight and chain.conditional_weight are both 0: nothing trains it"
+            )
 
     @classmethod
     def binary(cls, name: str, **options: Any) -> Task:
@@ -214,6 +307,11 @@ class Task(_Declared):
     def out_features(self) -> int:
         """Logits of the task's head."""
         return self.num_classes or 1
+
+    @property
+    def conditional_name(self) -> str | None:
+        """Key of the prediction given the parent's event, ``"buy|click"``; None where no head predicts that."""
+        return f"{self.name}|{self.after}" if self.after and self.chain.kind != "aitm" else None
 
 
 class Schema(_Declared):
@@ -246,6 +344,7 @@ class Schema(_Declared):
     def _consistent(self) -> Schema:
         check_unique("feature", [f.name for f in self.features])
         check_unique("task", [t.name for t in self.tasks])
+        chain_links(self.tasks)
         sparse = {f.name: f for f in self.sparse_features}
         for task in self.tasks:
             if task.item_class is not None and task.item_class not in sparse:
@@ -300,3 +399,46 @@ def check_unique(what: str, names: Sequence[str]) -> None:
         if name in seen:
             raise ValueError(f"{what} {name!r} is declared twice")
         seen.add(name)
+
+
+def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:
+    """(child, parent), numbers of tasks, of each task that comes after another; a parent's own link comes first.
+
+    Raises:
+        ValueError: a parent that is missing or not binary, a circle, a mask that hides what the chain is about, or a
+            task called what the conditional prediction of another is called.
+
+    Example:
+        >>> chain_links([Task.binary("buy", after="cart"), Task.binary("cart", after="view"), Task.binary("view")])
+        [(1, 2), (0, 1)]
+    """
+    number = {task.name: i for i, task in enumerate(tasks)}
+    for task in tasks:
+        if task.conditional_name in number:
+            raise ValueError(
+                f"task {task.conditional_name!r}: the conditional prediction of {task.name!r} is called so"
+            )
+        if task.after is None:
+            continue
+        if task.after not in number:
+            others = [name for name in number if name != task.name]
+            raise ValueError(f"task {task.name!r}: after: no task {task.after!r}{nearest(task.after, others)}")
+        parent = tasks[number[task.after]]
+        if parent.kind != "binary":
+            raise ValueError(f"task {task.name!r}: after: {task.after!r} is a {parent.kind} task, not a binary one")
+        if task.mask == parent.label_column:
+            raise ValueError(
+                f"task {task.name!r}: mask {task.mask!r} would hide rows that it learns from after {task.after!r}; "
+                f"leave mask out: the label counts as 0 where {task.mask!r} is 0"
+            )
+    links: list[tuple[int, int]] = []
+    placed = {i for i, task in enumerate(tasks) if task.after is None}
+    while len(placed) < len(tasks):
+        ready = [(i, number[t.after]) for i, t in enumerate(tasks) if i not in placed and t.after]
+        ready = [(child, parent) for child, parent in ready if parent in placed]
+        if not ready:
+            circle = ", ".join(repr(task.name) for i, task in enumerate(tasks) if i not in placed)
+            raise ValueError(f"after: the tasks {circle} come after each other in a circle")
+        links += ready
+        placed |= {child for child, _ in ready}
+    return links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.schema import DataError, Feature, Task, nearest
+from mtcl_torchrec.schema import DataError, Feature, Task, chain_links, nearest
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -208,3 +209,32 @@ def unmasked(rows: Rows, task: Task) -> np.ndarray:
     if task.mask is None:
         return np.ones(len(rows), bool)
     return np.nan_to_num(numbers(rows, task.mask, f"mask of task {task.name!r}")) != 0
+
+
+def fill_known_zeros(rows: Rows, tasks: Sequence[Task], labels: list[np.ndarray]) -> None:
+    """In place: a label of a chain is 0 where the event before it did not happen, instead of missing.
+
+    Args:
+        tasks: all tasks.
+        labels: (N,) of each, NaN where missing or masked out.
+
+    Raises:
+        DataError: an event is said to have happened without the one before it.
+    """
+    links = dict(chain_links(tasks))
+    never = [label == 0 for label in labels]
+    for child, parent in links.items():
+        alone = never[parent] & (labels[child] == 1)
+        if alone.any():
+            at, before = int(np.argmax(alone)), parent
+            while before in links and never[links[before]][at]:  # its own 0 may be one that was filled in
+                before = links[before]
+            task, missing = tasks[child], tasks[before]
+            raise DataError(
+                f"{rows.locate(at)}: {task.label_column} = 1 and {missing.label_column} = 0; task {task.name!r} comes "
+                f"after {missing.name!r} and cannot happen without it"
+            )
+        labels[child] = np.where(np.isnan(labels[child]) & never[parent], 0.0, labels[child]).astype(
+            labels[child].dtype
+        )
+        never[child] |= never[parent]

@@ -17,6 +17,7 @@ from mtcl_torchrec.data.columns import (
     as_text,
     column_of,
     dense_values,
+    fill_known_zeros,
     ids_of,
     label_of,
     numbers,
@@ -275,6 +276,7 @@ class FeatureEncoder:
                         "a sample weight is a number of at least 0")  # fmt: skip
                 weight = given.astype(np.float32)
             weights.append(weight)
+        fill_known_zeros(rows, self.schema.tasks, labels)
         any_weight = any(task.sample_weight for task in self.schema.tasks)
         return (
             torch.from_numpy(np.stack(labels, 1)),

@@ -27,7 +27,7 @@ def predict(
         device: where the model is; the default is the CPU.
 
     Returns:
-        task name -> (N,) or (N, C) float32; and ``"score"`` (N,).
+        task name -> (N,) or (N, C) float32; the conditional predictions of chains; and ``"score"`` (N,).
     """
     device = device or torch.device("cpu")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

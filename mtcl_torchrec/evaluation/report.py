@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, task_metrics
-from mtcl_torchrec.schema import Schema, Task
+from mtcl_torchrec.schema import Schema, Task, chain_links
 
 BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}
 
@@ -22,7 +22,8 @@ class Evaluation:
 
     Args:
         kinds: task name -> kind of the task.
-        tasks: task name -> its metrics.
+        tasks: task name -> its metrics; and, in a chain of events, ``"buy|click"`` -> those of the prediction given the
+            parent's event, on the rows where that happened.
         ranking: ranking rule -> {"auc <task>", "gauc <task>"}; the fused score and what it is compared with.
         rows: number of rows.
     """
@@ -51,6 +52,12 @@ def evaluate_predictions(
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
     """
     by_task = {t.name: task_metrics(t, labels[:, i], predictions[t.name], users) for i, t in enumerate(tasks)}
+    kinds: dict[str, str] = {t.name: t.kind for t in tasks}
+    for child, parent in chain_links(tasks):
+        name = tasks[child].conditional_name
+        if name is not None:
+            given = np.where(labels[:, parent] == 1, labels[:, child], np.nan)
+            by_task[name], kinds[name] = task_metrics(tasks[child], given, predictions[name], users), "binary"
     rules = {"fused": predictions.get("score"), "popular": popularity}
     ranking: dict[str, Metrics] = {}
     for rule, scores in rules.items():
@@ -65,7 +72,7 @@ def evaluate_predictions(
             ranking[rule][f"auc {task.name}"] = auc(y, s)
             if users is not None:
                 ranking[rule][f"gauc {task.name}"] = gauc(y, s, users[present])
-    return Evaluation({t.name: t.kind for t in tasks}, by_task, ranking, len(labels))
+    return Evaluation(kinds, by_task, ranking, len(labels))
 
 
 def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtcl_torchrec.modules.chains import ChainLoss
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gradient_if
 from mtcl_torchrec.modules.heads import loss_per_row
@@ -23,6 +24,9 @@ class MultiTaskLoss(nn.Module):
     Lᵢ = Σ_b v_b ℓᵢ(b) / Σ_b v_b over the rows b of the *global* batch whose label is present, v_b being their sample
     weights.  R = mean of ‖pooled embeddings‖² over the global batch's rows that have a label.  (Decay of the dense
     weights is the dense optimizer's, as AdamW does it.)
+
+    In a chain of events (`mtcl_torchrec.modules.chains`) a label that is missing where the parent's is 0 counts as 0,
+    and Lᵢ of a child is the sum of its parts, each divided by its own count over the global batch.
 
     Each rank returns its share times the number of ranks, since DDP and TorchRec average gradients over ranks: the
     mean of the ranks' losses is L, and their averaged gradient is the gradient of L, also where one rank has few
@@ -58,7 +62,8 @@ class MultiTaskLoss(nn.Module):
         self.process_group = process_group
         self.last_task_losses = torch.zeros(len(self.tasks))
         self.register_buffer("task_weights", torch.tensor([t.weight for t in self.tasks]), persistent=False)
-        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), "l2_embedding"])
+        self.chains = ChainLoss(self.tasks)
+        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *self.chains.names, "l2_embedding"])
 
     @property
     def found_inf(self) -> torch.Tensor:
@@ -79,45 +84,50 @@ class MultiTaskLoss(nn.Module):
         """The loss and what metrics need.
 
         Args:
-            logits: task name -> (B,) or (B, C).
+            logits: of the tower: task name -> (B,) or (B, C), and what `Chains` adds.
             pooled: the embedding-bag collection's output, for R.
             batch: has labels (B, T), and may have weights (B, T) and mask (B, T).
             skip: () bool, set to whether the batch is to be skipped; for the guard inside the tower.
 
         Returns:
-            ``(loss, (loss, logits, labels))``, the second part detached.
+            ``(loss, (loss, logits, labels))``, the second part detached; the labels with the zeros that chains imply.
 
         Raises:
             ValueError: the labels do not have one column per task.
         """
         skip = torch.zeros((), dtype=torch.bool, device=batch.labels.device) if skip is None else skip
-        labels = self._labels(batch)
-        present = ~torch.isnan(labels)
         mask = getattr(batch, "mask", None)
+        labels = self.chains.labels(self._labels(batch), mask)
+        present = ~torch.isnan(labels)
         if mask is not None:
             present = present & mask.bool()
         sample_weights = getattr(batch, "weights", None)
         weights = present.float() if sample_weights is None else torch.where(present, sample_weights, 0.0)
         labelled = present.any(1).float()
+        known = torch.where(present, labels, 0.0)
+        safe = {name: stop_gradient_if(value, skip) for name, value in logits.items()}
         parts = []
         for i, task in enumerate(self.tasks):
-            label = torch.where(present[:, i], labels[:, i], 0.0)
-            rows = loss_per_row(task, stop_gradient_if(logits[task.name], skip), label)
-            parts.append((weights[:, i] * rows).sum())
+            rows = loss_per_row(task, safe[task.name], known[:, i])
+            parts.append((weights[:, i] * self.chains.rows(task, rows, safe)).sum())
+        conditional, counts = self.chains.conditional(safe, known, weights)
+        parts += conditional
         if self.l2_embedding:
             parts.append((labelled * stop_gradient_if(_values(pooled), skip).float().square().sum(1)).sum())
         else:
             parts.append(labelled.new_zeros(()))
         sums = torch.stack(parts)
-        totals, ranks = self._over_ranks(torch.cat([weights.sum(0), labelled.sum().reshape(1)]), sums.detach(), skip)
+        totals, ranks = self._over_ranks(
+            torch.cat([weights.sum(0), counts, labelled.sum().reshape(1)]), sums.detach(), skip
+        )
         averages = torch.where(totals <= 0, 0.0, ranks * sums / totals.clamp(min=1e-30))
-        per_task = averages[:-1]
+        per_task = self.chains.per_task(averages[: len(self.tasks)], averages[len(self.tasks) : -1])
         loss = (self.task_weights * per_task).sum()
         if self.l2_embedding:
             loss = loss + self.l2_embedding * averages[-1]
         self.last_task_losses = per_task.detach()
         detached = {name: value.detach() for name, value in logits.items()}
-        return loss, (loss.detach(), detached, batch.labels.detach())
+        return loss, (loss.detach(), detached, (labels if self.chains.links else batch.labels).detach())
 
     def _labels(self, batch: Any) -> torch.Tensor:
         labels = batch.labels.float()
@@ -134,7 +144,7 @@ class MultiTaskLoss(nn.Module):
         """Counts of labels over all ranks, and the number of ranks; sets `skip` on the way.
 
         Args:
-            counts, sums: (T + 1,) of this rank.
+            counts, sums: of this rank, one number for each part of the loss.
             skip: () bool.
         """
         bad = ~(sums.abs() <= LARGEST)  # NaN too

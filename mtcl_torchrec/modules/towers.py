@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from mtcl_torchrec.modules.chains import Chains
 from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.guard import stop_gradient_if
@@ -80,11 +81,12 @@ class MultiTaskTower(nn.Module):
                 hidden, tower_layers, len(self.tasks), reads=range(len(self.tasks)), dropout=tower_dropout
             )
             hidden = tower_layers[-1]
+        self.chains = Chains(self.tasks, hidden)
         # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
         self.heads = nn.ModuleList(nn.Linear(hidden, task.out_features) for task in self.tasks)
 
     def forward(self, dense_features: torch.Tensor, pooled: Pooled, skip: torch.Tensor | None = None) -> Logits:
-        """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task.
+        """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task; and those that `Chains` adds.
 
         Args:
             dense_features: (B, D) float.
@@ -100,12 +102,12 @@ class MultiTaskTower(nn.Module):
         if skip is not None:
             x = stop_gradient_if(x, skip)
         if self.precision == "fp32":
-            return self._logits(x)
+            return self.chains(self._logits(x))
         # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
         # backward would step with the scaled gradient.
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = self._logits(x)
-        return {name: value.float() for name, value in logits.items()}
+        return self.chains({name: value.float() for name, value in logits.items()})
 
     def expert_levels(self) -> list[ExpertLevel]:
         """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
@@ -124,7 +126,8 @@ class MultiTaskTower(nn.Module):
         h = torch.stack([r for r in shared if r is not None])
         if self.towers is not None:
             h = self.towers(h)
-        logits = {}
+        h = self.chains.transfer(h)
+        logits = self.chains.imputed(h)
         for head, task, representation in zip(self.heads, self.tasks, h, strict=True):
             out = head(representation)
             logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
