@@ -158,7 +158,7 @@ class PairwiseLoss(nn.Module):
 
     (RankNet, Burges et al., ICML 2005; BPR, Rendle et al., UAI 2009.)
 
-    A pair weighs the product of its rows' weights, so a row that is masked, has no label or was left out has none.  With
+    A pair weighs the product of its rows' weights: a row that is masked, has no label or was left out has none.  With
     the plain loss of rows beside it, the predictions stay probabilities: among rows of log-odds a and b, the first is
     the positive one of a pair in σ(a - b) of all cases, so the true log-odds minimise both.
 
