@@ -160,7 +160,8 @@ class Task(_Declared):
         focal_gamma: γ of the focal loss, of a binary task; 0 is the plain one.  Its predictions rank, but they are
             pulled towards ½ and no probabilities (see `calibrated`).
         pairwise: weight, in this binary task's loss, of a logistic loss over pairs of a positive and a negative row of
-            one request (see `Schema.request`); for tasks so sparse that a row alone says little.
+            one request (see `Schema.request`); for tasks so sparse that a row alone says little.  Rows of a request
+            that lie in different batches, or on different ranks, are not compared.
 
     Example:
         >>> Task.binary("click", weight=2.0).label_column
