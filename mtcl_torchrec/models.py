@@ -15,6 +15,8 @@ from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
+from mtcl_torchrec.modules.rare import warn_of_uncalibrated
+from mtcl_torchrec.modules.regularisers import Regularisers
 from mtcl_torchrec.modules.towers import MultiTaskTower, Precision
 from mtcl_torchrec.schema import Group, Task, check_unique, nearest
 
@@ -152,6 +154,7 @@ class MTCL(nn.Module):
             raise ValueError("a model needs at least one task")
         names = [task.name for task in tasks]
         check_unique("task", names)
+        warn_of_uncalibrated(tasks)
         for name in getattr(fused_score, "tasks", ()):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
@@ -225,9 +228,14 @@ class MTCLTrain(nn.Module):
     optimizer, make it ``fused=True`` and say ``optimizer.found_inf = train.loss.found_inf`` once the model is on its
     device; it then leaves the same steps out.  ``train.loss.skipped()`` tells how many there were.
 
+    ``train.loss.freeze("like")`` stops a task from moving what the tasks share, see
+    `mtcl_torchrec.modules.freezing.FrozenTasks`.
+
     Args:
         model: the model.
-        l2_embedding: λ of λR, R being the mean squared norm of a row's pooled embeddings.
+        regularisers: penalties by name, such as ``{"l2_embedding": 1e-4}``; see
+            `mtcl_torchrec.modules.regularisers.Regularisers`.
+        seed: of the draws of `Task.negative_rate`.
         process_group: the ranks that share a global batch; None is the default group.
 
     Example:
@@ -245,12 +253,18 @@ class MTCLTrain(nn.Module):
     """
 
     def __init__(
-        self, model: MTCL, *, l2_embedding: float = 0.0, process_group: dist.ProcessGroup | None = None
+        self,
+        model: MTCL,
+        *,
+        regularisers: Mapping[str, float] | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.skip_flag = SkipFlag()
-        self.loss = MultiTaskLoss(model.tasks, l2_embedding=l2_embedding, process_group=process_group)
+        penalties = Regularisers(regularisers, model.tower)
+        self.loss = MultiTaskLoss(model.tasks, regularisers=penalties, seed=seed, process_group=process_group)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
         """The loss of a batch.
@@ -263,5 +277,6 @@ class MTCLTrain(nn.Module):
         """
         pooled = self.model.embedding_bag_collection(batch.sparse_features)
         skip = self.skip_flag(batch.labels)
-        logits = self.model.tower(batch.dense_features, pooled, skip)
+        frozen = self.loss.frozen_tasks(batch.labels)
+        logits = self.model.tower(batch.dense_features, pooled, skip, frozen)
         return self.loss(logits, pooled, batch, skip)

@@ -7,6 +7,7 @@ data or tensors; every other room of the package is told by these objects what t
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,6 +25,7 @@ from pydantic import (
 
 Group = Literal["user", "item", "context"]
 GROUPS: tuple[Group, ...] = ("user", "item", "context")
+_FOR_BINARY = ("negative_rate", "pos_weight", "focal_gamma", "pairwise")  # fields of a task
 
 
 def _as_tuple(value: Any) -> Any:
@@ -208,12 +210,22 @@ class Task(_Declared):
             error in the data.
         chain: of a task that comes after another: the name of a kind, or a mapping with the options of `Chain`; the
             default is ``"esmm"``.
+        negative_rate: r in (0, 1], of a binary task: each of its negatives trains with probability r, drawn anew in
+            every step; the row stays for the other tasks.  Predictions are corrected exactly, see `logit_shift`.
+        pos_weight: w, of a binary task: its positives weigh w times in the loss; corrected likewise.
+        focal_gamma: γ of the focal loss, of a binary task; 0 is the plain one.  Its predictions rank, but they are
+            pulled towards ½ and no probabilities (see `calibrated`).
+        pairwise: weight, in this binary task's loss, of a logistic loss over pairs of a positive and a negative row of
+            one request (see `Schema.request`); for tasks so sparse that a row alone says little.  Rows of a request
+            that lie in different batches, or on different ranks, are not compared.
 
     Example:
         >>> Task.binary("click", weight=2.0).label_column
         'click'
         >>> Task.binary("buy", after="click").conditional_name
         'buy|click'
+        >>> round(Task.binary("like", negative_rate=0.1, pos_weight=2.0).logit_shift, 4)
+        2.9957
         >>> Task.multiclass("category", num_classes=18).kind
         'multiclass'
     """
@@ -246,6 +258,11 @@ class Task(_Declared):
             )
         return value
 
+    negative_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    pos_weight: Annotated[float, Field(gt=0)] = 1.0
+    focal_gamma: Annotated[float, Field(ge=0)] = 0.0
+    pairwise: Annotated[float, Field(ge=0)] = 0.0
+
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         if self.kind == "multiclass" and self.num_classes is None and self.item_class is None:
@@ -256,6 +273,8 @@ class Task(_Declared):
             raise ValueError(f"task {self.name!r}: item_class belongs to multiclass tasks")
         if self.kind != "regression" and self.model_fields_set & {"loss", "huber_delta", "mean", "std"}:
             raise ValueError(f"task {self.name!r}: loss, huber_delta, mean and std belong to regression tasks")
+        if self.kind != "binary" and (given := [f for f in _FOR_BINARY if f in self.model_fields_set]):
+            raise ValueError(f"task {self.name!r}: {given[0]} belongs to binary tasks")
         if self.name == "score":
             raise ValueError("'score' is the key of the fused score and cannot name a task")
         if not self.name:
@@ -313,6 +332,21 @@ class Task(_Declared):
         """Key of the prediction given the parent's event, ``"buy|click"``; None where no head predicts that."""
         return f"{self.name}|{self.after}" if self.after and self.chain.kind != "aitm" else None
 
+    @property
+    def logit_shift(self) -> float:
+        """log w - log r: by how much the log-odds lie higher in what the loss sees than in all rows.
+
+        Where a negative trains with probability r and a positive weighs w, a probability p becomes
+        p' = w p / (w p + r (1 - p)), and logit p' = logit p + log w - log r.  The model's logits are those of p, and
+        the loss adds the shift: every prediction, and the fused score, is that of all rows.
+        """
+        return math.log(self.pos_weight) - math.log(self.negative_rate)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the prediction estimates a probability, class probabilities or mean; a focal loss's does not."""
+        return self.focal_gamma == 0
+
 
 class Schema(_Declared):
     """Features, tasks, and the columns that name the user, the item and the time.
@@ -323,6 +357,7 @@ class Schema(_Declared):
         user: column that names the user (metrics within a user, `recommend --user`).
         item: column that names the item.
         time: column of the event's time; a number or a timestamp.
+        request: column that names the request whose rows `Task.pairwise` compares; the default is the user.
 
     Example:
         >>> schema = Schema(
@@ -339,6 +374,7 @@ class Schema(_Declared):
     user: str | None = None
     item: str | None = None
     time: str | None = None
+    request: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -352,6 +388,11 @@ class Schema(_Declared):
                     f"task {task.name!r}: item_class {task.item_class!r} is no id feature"
                     f"{nearest(task.item_class, sparse)}"
                 )
+        paired = next((t.name for t in self.tasks if t.pairwise), None)
+        if paired is not None and (self.request or self.user) is None:
+            raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
+        if paired is None and self.request is not None:
+            raise ValueError("request says which rows `pairwise` compares, and no task has a pairwise term")
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
             for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
@@ -377,11 +418,18 @@ class Schema(_Declared):
             tables.setdefault(feature.table_name, []).append(feature)
         return tables
 
+    @property
+    def request_column(self) -> str | None:
+        """The column that names the request, where some task compares rows of one."""
+        return (self.request or self.user) if any(t.pairwise for t in self.tasks) else None
+
     def label_columns(self) -> list[str]:
         """Every column that the tasks read, once."""
         columns: list[str] = []
         for task in self.tasks:
             columns += [c for c in (task.label_column, task.mask, task.sample_weight) if c]
+        if self.request_column is not None:
+            columns.append(self.request_column)
         return list(dict.fromkeys(columns))
 
 
@@ -405,8 +453,8 @@ def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:
     """(child, parent), numbers of tasks, of each task that comes after another; a parent's own link comes first.
 
     Raises:
-        ValueError: a parent that is missing or not binary, a circle, a mask that hides what the chain is about, or a
-            task called what the conditional prediction of another is called.
+        ValueError: a parent that is missing, not binary or no probability, a circle, a mask that hides what the chain
+            is about, or a task called what the conditional prediction of another is called.
 
     Example:
         >>> chain_links([Task.binary("buy", after="cart"), Task.binary("cart", after="view"), Task.binary("view")])
@@ -426,6 +474,11 @@ def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:
         parent = tasks[number[task.after]]
         if parent.kind != "binary":
             raise ValueError(f"task {task.name!r}: after: {task.after!r} is a {parent.kind} task, not a binary one")
+        if task.chain.kind != "aitm" and not parent.calibrated:
+            raise ValueError(
+                f"task {task.name!r}: after: the chain reckons with the probability of {task.after!r}, and a focal "
+                "loss predicts none; take aitm, or leave focal_gamma out"
+            )
         if task.mask == parent.label_column:
             raise ValueError(
                 f"task {task.name!r}: mask {task.mask!r} would hide rows that it learns from after {task.after!r}; "

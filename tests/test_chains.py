@@ -606,3 +606,24 @@ def finished_run_is_of_one_mind(folder):
     assert ranked["score"].between(0, 1).all()
     for child, parent in (("buy", "click"), ("keep", "buy"), ("dr", "click")):
         assert (ranked[child] <= ranked[parent] + 1e-6).all()
+
+
+def test_a_focal_loss_is_no_probability_to_reckon_with():
+    focal = Task.binary("click", focal_gamma=2.0)
+    with pytest.raises(ValueError, match="task 'buy': after: the chain reckons with the probability of 'click'"):
+        chain_links([focal, Task.binary("buy", after="click")])
+    assert chain_links([focal, Task.binary("buy", after="click", chain="aitm")]) == [(1, 0)]
+
+
+@pytest.mark.parametrize("chain", ["esmm", "escm2_dr", "aitm"])
+def test_a_frozen_child_moves_no_parent(chain):
+    tasks = [Task.binary("click"), Task.binary("buy", after="click", chain=chain)]
+    torch.manual_seed(0)
+    chains, frozen = Chains(tasks, width=4), torch.tensor([False, True])
+    for cut in (frozen, None):
+        h = torch.randn(2, 5, 4, requires_grad=True)
+        moved = chains.transfer(h, cut)
+        logits = chains({"click": moved[0].sum(1), "buy": moved[1].sum(1)}, cut)
+        (parents,) = torch.autograd.grad(logits["buy"].sum(), h)
+        assert (parents[0] == 0).all() == (cut is not None)
+        assert (parents[1] != 0).any()

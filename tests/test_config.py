@@ -150,7 +150,7 @@ def test_a_missing_key_is_named(path, line):
         (("training", "epochs"), 1.5, "training.epochs: ", "(given: 1.5)"),
         (("training",), [1], "training: ", "(given: [1])"),
         (("training", "averaging"), 1.0, "training.averaging: ", "less than 1"),
-        (("training", "l2_embedding"), float("inf"), "training.l2_embedding: ", "finite"),
+        (("training", "regularisers"), {"l2_dense": float("inf")}, "training.regularisers.l2_dense: ", "finite"),
         (("model", "trunk", "kind"), "moe", "model.trunk.kind: ", "'mmoe'"),
         (("model", "trunk", "expert_layers"), [], "model.trunk.expert_layers: ", "at least 1"),
         (("model", "tower_layers", 0), -4, "model.tower_layers.0: ", "greater than 0"),

@@ -87,7 +87,7 @@ def train_module(device="meta", trunk="shared_bottom"):
     ebc = EmbeddingBagCollection(tables=configs, device=torch.device(device))
     torch.manual_seed(7)
     model = MTCL(ebc, 2, TRUNKS[trunk](), TASKS, WeightedMean({"click": 1.0, "rare": 1.0}), tower_layers=[4])
-    return MTCLTrain(model, l2_embedding=0.01)
+    return MTCLTrain(model, regularisers={"l2_embedding": 0.01})
 
 
 def eps_of(kind):

@@ -58,7 +58,7 @@ def train_module(device="meta", buckets=1):
     tasks = [Task.binary("click"), Task.regression("seconds")]
     return MTCLTrain(
         MTCL(collection(device, buckets), 1, SharedBottom([8]), tasks, WeightedMean({"click": 1.0}), tower_layers=[]),
-        l2_embedding=1e-4,
+        regularisers={"l2_embedding": 1e-4},
     )
 
 

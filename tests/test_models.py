@@ -175,7 +175,7 @@ def test_task_weights_multiply_the_losses():
 def test_the_penalty_is_the_mean_squared_norm_of_the_pooled_embeddings():
     batch = Batch(*features(), labels())
     without, _ = MTCLTrain(model())(batch)
-    train = MTCLTrain(model(), l2_embedding=0.3)
+    train = MTCLTrain(model(), regularisers={"l2_embedding": 0.3})
     pooled = train.model.embedding_bag_collection(batch.sparse_features).values()
     torch.testing.assert_close(train(batch)[0], without + 0.3 * pooled.square().sum(1).mean())
 

@@ -104,7 +104,7 @@ def test_a_run_read_back_predicts_the_same(data, finished):
         {"optimizers.tables.kind": "sgd", "optimizers.tables.lr": 1.0},
         {"optimizers.tables.kind": "adam", "optimizers.tables.lr": 0.01},
         {"optimizers.dense.kind": "sgd", "optimizers.dense.lr": 0.3, "training.decay": "cosine"},
-        {"training.averaging": 0.9, "training.l2_embedding": 1e-4, "training.decay": "none"},
+        {"training.averaging": 0.9, "training.regularisers.l2_embedding": 1e-4, "training.decay": "none"},
         {"sharding.kinds": "row_wise", "training.pipeline": "base"},
         {"sharding.kinds": "data_parallel", "model.tower_layers": []},
         {

@@ -9,6 +9,7 @@ from mtcl_torchrec.config.training import (
     CheckpointConfig,
     DenseOptimizerConfig,
     OptimizersConfig,
+    RegularisersConfig,
     TableOptimizerConfig,
     TrainingConfig,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "LossWeightingConfig",
     "ModelConfig",
     "OptimizersConfig",
+    "RegularisersConfig",
     "RunConfig",
     "ShardingConfig",
     "StatisticsConfig",

@@ -60,6 +60,12 @@ class RunConfig(Part):
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
+        if self.model.trunk.kind in ("shared_bottom", "single_task"):
+            for name in ("expert_orthogonality", "gate_balance"):
+                if getattr(self.training.regularisers, name):
+                    raise ValueError(
+                        f"training.regularisers.{name}: a {self.model.trunk.kind} trunk has no gate that mixes experts"
+                    )
         tables = self.data_schema.tables()
         for name in self.optimizers.tables.lr_of:
             if name not in tables:

@@ -73,6 +73,22 @@ class CheckpointConfig(Part):
     asynchronous: bool = True
 
 
+class RegularisersConfig(Part):
+    """The weight λ of each penalty in the loss; see `mtcl_torchrec.modules.regularisers.Regularisers`.
+
+    Args:
+        l2_embedding: of the mean of ‖pooled embeddings‖² over rows.
+        l2_dense: of the sum of squares of all dense weights.
+        expert_orthogonality: of the mean squared cosine between the outputs of two experts.
+        gate_balance: of CV² of the experts' importance.
+    """
+
+    l2_embedding: NonNegativeFloat = 0.0
+    l2_dense: NonNegativeFloat = 0.0
+    expert_orthogonality: NonNegativeFloat = 0.0
+    gate_balance: NonNegativeFloat = 0.0
+
+
 class TrainingConfig(Part):
     """How long and in which steps.
 
@@ -80,11 +96,14 @@ class TrainingConfig(Part):
         epochs: passes over the training split, at most.
         batch_size: rows a step and rank.
         patience: stop after this many epochs without a better mean validation AUC; 0 never stops.
+        task_patience: freeze a task after this many epochs in which its own validation metric has not improved: it no
+            longer moves what the tasks share, while the others go on; 0 never does.  Training stops when all are
+            frozen.  Which epoch is kept is still decided by the mean.
         watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task.
         warmup_steps: the learning rates rise linearly from 0 over this many steps.
         decay: how the learning rates fall from then to the last step of the last epoch.
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
-        l2_embedding: λ of the loss's λR, R being the mean of ‖pooled embeddings‖² over rows.
+        regularisers: penalties in the loss.
         pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
         precision: ``bf16`` computes the dense part (everything after the embeddings, up to the losses) under autocast.
         max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
@@ -97,11 +116,12 @@ class TrainingConfig(Part):
     batch_size: PositiveInt = 1024
     eval_batch_size: PositiveInt = 8192
     patience: NonNegativeInt = 3
+    task_patience: NonNegativeInt = 0
     watch: list[str] = Field(default_factory=list)
     warmup_steps: NonNegativeInt = 100
     decay: Literal["none", "linear", "cosine"] = "linear"
     averaging: Fraction = 0.0
-    l2_embedding: NonNegativeFloat = 0.0
+    regularisers: RegularisersConfig = Field(default_factory=RegularisersConfig)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -22,6 +22,9 @@ class MTBatch(Pipelineable):
         labels: (B, T) float32, one column per task in the model's order; NaN is a missing label.
         weights: (B, T) float32 sample weights, or None for equal ones.
         mask: (B, T) bool, False where a label must not count, or None.
+        requests: (B,) int64 keys of the requests that the rows belong to, negative where a row belongs to none; needed
+            where a task has a pairwise term.
+        largest_request: rows of the largest request; found out where `requests` lie on the CPU.
     """
 
     dense_features: torch.Tensor
@@ -29,6 +32,13 @@ class MTBatch(Pipelineable):
     labels: torch.Tensor
     weights: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    requests: torch.Tensor | None = None
+    largest_request: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.requests is not None and self.largest_request is None and self.requests.device.type == "cpu":
+            known = self.requests[self.requests >= 0]
+            self.largest_request = int(known.unique(return_counts=True)[1].max()) if len(known) else 0
 
     def to(
         self, device: torch.device, non_blocking: bool = False, data_copy_stream: torch.Stream | None = None
@@ -44,12 +54,14 @@ class MTBatch(Pipelineable):
             self.labels.to(device, non_blocking=non_blocking),
             move(self.weights),
             move(self.mask),
+            move(self.requests),
+            self.largest_request,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Mark every tensor as used on `stream`."""
         self.sparse_features.record_stream(stream)
-        for tensor in (self.dense_features, self.labels, self.weights, self.mask):
+        for tensor in (self.dense_features, self.labels, self.weights, self.mask, self.requests):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -61,6 +73,8 @@ class MTBatch(Pipelineable):
             self.labels.pin_memory(),
             None if self.weights is None else self.weights.pin_memory(),
             None if self.mask is None else self.mask.pin_memory(),
+            None if self.requests is None else self.requests.pin_memory(),
+            self.largest_request,
         )
 
 
@@ -118,6 +132,7 @@ class EncodedRows:
         bags: the other sparse features.
         labels: (N, T) float32, NaN where missing or masked out.
         weights: (N, T) float32, or None.
+        requests: (N,) int64 keys of the rows' requests, -1 where missing; or None, where no task compares rows.
     """
 
     dense: torch.Tensor
@@ -126,6 +141,7 @@ class EncodedRows:
     labels: torch.Tensor
     bags: dict[str, Bag] = field(default_factory=dict)
     weights: torch.Tensor | None = None
+    requests: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -139,6 +155,7 @@ class EncodedRows:
             labels=self.labels[start:stop].clone(),
             bags={key: bag.slice(start, stop) for key, bag in self.bags.items()},
             weights=None if self.weights is None else self.weights[start:stop].clone(),
+            requests=None if self.requests is None else self.requests[start:stop].clone(),
         )
 
     @classmethod
@@ -153,9 +170,8 @@ class EncodedRows:
             ids=torch.cat([part.ids for part in parts]),
             labels=torch.cat([part.labels for part in parts]),
             bags={key: Bag.cat([part.bags[key] for part in parts]) for key in first.bags},
-            weights=torch.cat([part.weights for part in parts if part.weights is not None])
-            if first.weights is not None
-            else None,
+            weights=_cat([part.weights for part in parts]),
+            requests=_cat([part.requests for part in parts]),
         )
 
     def batch(self, index: torch.Tensor | None = None) -> MTBatch:
@@ -181,6 +197,7 @@ class EncodedRows:
             sparse_features=KeyedJaggedTensor(keys=list(self.keys), values=values, lengths=lengths),
             labels=self.labels if index is None else self.labels[index],
             weights=self.weights if index is None or self.weights is None else self.weights[index],
+            requests=self.requests if index is None or self.requests is None else self.requests[index],
         )
 
     def blank(self) -> MTBatch:
@@ -194,7 +211,13 @@ class EncodedRows:
             ),
             labels=torch.full((1, self.labels.shape[1]), float("nan")),
             weights=None if self.weights is None else torch.ones(1, self.weights.shape[1]),
+            requests=None if self.requests is None else torch.full((1,), -1),
         )
+
+
+def _cat(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def global_batches(

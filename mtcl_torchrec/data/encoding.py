@@ -225,6 +225,7 @@ class FeatureEncoder:
             bags=bags,
             labels=labels,
             weights=weights,
+            requests=self._requests(rows) if with_labels else None,
         )
 
     def _row_numbers(
@@ -234,10 +235,8 @@ class FeatureEncoder:
         if feature.encoding == "vocabulary":
             return table_rows(self._vocabularies[feature.table_name], values)
         if feature.encoding == "hash":
-            codes, once = pd.factorize(values)  # each value once: its text is hashed, and making that takes long
-            texts = as_text(pd.Series(once)).to_numpy(dtype=object)
-            hashed = pd.util.hash_array(texts, categorize=False) % np.uint64(size - 1)
-            return np.r_[hashed.astype(np.int64) + 1, 0][codes]  # a missing value has code -1
+            hashed, codes = _hashed(values)
+            return np.r_[(hashed % np.uint64(size - 1)).astype(np.int64) + 1, 0][codes]
         whole = as_integers(values)
         if whole is not None and (len(whole) == 0 or (whole.min() >= 0 and whole.max() < size)):
             return np.array(whole)
@@ -283,6 +282,13 @@ class FeatureEncoder:
             torch.from_numpy(np.stack(weights, 1)) if any_weight else None,
         )
 
+    def _requests(self, rows: Rows) -> torch.Tensor | None:
+        """Keys of the requests, the same in whatever part of the data a request is met."""
+        if self.schema.request_column is None:
+            return None
+        hashed, codes = _hashed(ids_of(rows, self.schema.request_column))
+        return torch.from_numpy(np.r_[(hashed >> np.uint64(1)).astype(np.int64), -1][codes])
+
     def _classes(self, rows: Rows, task: Task) -> np.ndarray:
         """A multiclass label as the row that the item's own class would have; row 0, unknown, is no label."""
         own = next(f for f in self.schema.sparse_features if f.name == task.item_class)
@@ -322,6 +328,13 @@ class FeatureEncoder:
         for i, table in enumerate(about["vocabularies"]):
             self._vocabularies[table] = pd.Index(pd.read_parquet(folder / f"vocabulary_{i}.parquet")["value"])
         return self
+
+
+def _hashed(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes (V,) uint64 of the V values that occur, and which of them each row has (N,), -1 where it has none."""
+    codes, once = pd.factorize(values)  # each value once: its text is hashed, and making that takes long
+    texts = as_text(pd.Series(once)).to_numpy(dtype=object)
+    return pd.util.hash_array(texts, categorize=False), codes
 
 
 def _refuse_other_meaning(old: Schema, new: Schema) -> None:

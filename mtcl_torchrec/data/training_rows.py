@@ -78,9 +78,9 @@ class MemoryRows:
     @cached_property
     def _digest(self) -> str:
         bags = [part for bag in self.rows.bags.values() for part in (bag.values, bag.offsets)]
-        weights = [] if self.rows.weights is None else [self.rows.weights]
+        optional = [tensor for tensor in (self.rows.weights, self.rows.requests) if tensor is not None]
         digest = sha256()
-        for tensor in (self.rows.dense, self.rows.ids, self.rows.labels, *weights, *bags):
+        for tensor in (self.rows.dense, self.rows.ids, self.rows.labels, *optional, *bags):
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()[:16]
 

@@ -115,17 +115,27 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
     return metrics
 
 
+def task_quality(task: Task, metrics: Metrics) -> float:
+    """What one task is judged by, the higher the better: AUC, 1 - NE of a multiclass task, R² of a regression.
+
+    NaN where that is not defined.
+
+    Example:
+        >>> task_quality(Task.multiclass("taste", 3), {"ne": 0.75})
+        0.25
+    """
+    if task.kind == "binary":
+        return metrics.get("auc", np.nan)
+    return 1 - metrics.get("ne", np.nan) if task.kind == "multiclass" else metrics.get("r2", np.nan)
+
+
 def mean_auc(tasks: list[Task] | tuple[Task, ...], metrics: dict[str, Metrics]) -> float:
     """What early stopping watches: the mean AUC of the binary tasks, or, where there is none, the mean of 1 − NE and
     R².
 
     Tasks whose metric is not defined on this data are left out.
     """
-    values = [metrics[t.name].get("auc", np.nan) for t in tasks if t.kind == "binary"]
-    if not values:
-        values = [
-            1 - metrics[t.name].get("ne", np.nan) if t.kind == "multiclass" else metrics[t.name].get("r2", np.nan)
-            for t in tasks
-        ]
+    watched = [t for t in tasks if t.kind == "binary"] or tasks
+    values = [task_quality(t, metrics[t.name]) for t in watched]
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.schema import Task, chain_links
 
 Logits = dict[str, torch.Tensor]
@@ -104,14 +105,18 @@ class Chains(nn.Module):
         self.transfers = nn.ModuleDict({str(i): InformationTransfer(width) for i, k in kinds.items() if k == "aitm"})
         self.imputing = nn.ModuleDict({str(i): nn.Linear(width, 1) for i, k in kinds.items() if k == "escm2_dr"})
 
-    def transfer(self, representations: torch.Tensor) -> torch.Tensor:
-        """The representations (T, B, H), those of AITM's tasks with what their parents tell."""
+    def transfer(self, representations: torch.Tensor, frozen: torch.Tensor | None = None) -> torch.Tensor:
+        """The representations (T, B, H), those of AITM's tasks with what their parents tell.
+
+        Args:
+            frozen: (T,) bool: children that do not move their parents.
+        """
         if not self.transfers:
             return representations
         of = list(representations.unbind(0))
         for child, parent in self.links:
             if str(child) in self.transfers:
-                of[child] = self.transfers[str(child)](of[parent], of[child])
+                of[child] = self.transfers[str(child)](_unmoved(of[parent], frozen, child), of[child])
         return torch.stack(of)
 
     def imputed(self, representations: torch.Tensor) -> Logits:
@@ -121,11 +126,12 @@ class Chains(nn.Module):
             for i, head in self.imputing.items()
         }
 
-    def forward(self, logits: Logits) -> Logits:
+    def forward(self, logits: Logits, frozen: torch.Tensor | None = None) -> Logits:
         """Logits of the heads to logits of the events.
 
         Args:
             logits: task name -> float32 logit; of a task with a conditional prediction, of that.
+            frozen: (T,) bool: children that do not move their parents.
 
         Returns:
             The same; such a task's logit is that of its event over all rows, and `Task.conditional_name` is the key of
@@ -136,8 +142,12 @@ class Chains(nn.Module):
             task = self.tasks[child]
             if task.conditional_name is not None:
                 out[task.conditional_name] = logits[task.name]
-                out[task.name] = event_logit(out[self.tasks[parent].name], logits[task.name])
+                out[task.name] = event_logit(_unmoved(out[self.tasks[parent].name], frozen, child), logits[task.name])
         return out
+
+
+def _unmoved(parent: torch.Tensor, frozen: torch.Tensor | None, child: int) -> torch.Tensor:
+    return parent if frozen is None else stop_gradient_if(parent, frozen[child])
 
 
 def imputed_name(task: Task) -> str:
@@ -279,20 +289,20 @@ class ChainLoss:
 
     def conditional(
         self, logits: Logits, labels: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The second parts of this rank: their sums, C of (), and what divides them after a sum over ranks, (C,).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second parts of this rank: their sums (C,), and what divides them after a sum over ranks (C,).
 
         Args:
             logits: of the tower.
             labels: (B, T), 0 where missing or masked out: nothing is known to have happened there.
             weights: (B, T), 0 there.
         """
-        sums, counts = [], [weights.new_zeros(0)]
+        sums, counts = [weights.new_zeros(0)], [weights.new_zeros(0)]
         for child, parent in self._risks:
             rows, counted = conditional_risk(self.tasks[child], logits, labels[:, child], labels[:, parent] == 1)
-            sums.append((weights[:, child] * rows).sum())
+            sums.append((weights[:, child] * rows).sum().reshape(1))
             counts.append((weights[:, child] * counted).sum().reshape(1))
-        return sums, torch.cat(counts)
+        return torch.cat(sums), torch.cat(counts)
 
     def per_task(self, averages: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
         """(T,) losses of the tasks, from the averages of their first parts (T,) and of the second ones (C,)."""

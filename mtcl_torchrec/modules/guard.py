@@ -49,7 +49,7 @@ def stop_gradient_if(x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: any shape.
-        skip: () bool; may be written until then.
+        skip: bool, () or of a shape that fits that of `x`; may be written until then.
 
     Example:
         >>> x, skip = torch.ones(2, requires_grad=True), torch.tensor(False)
@@ -69,7 +69,7 @@ class Skipped:
     Args:
         steps: how many.
         last_batch: number of the last one among all training batches, from 1; 0 while there is none.
-        last_parts: the tasks whose loss was not finite in it; ``"l2_embedding"`` is the penalty on embeddings.
+        last_parts: the tasks whose loss was not finite in it, and the regularisers that were not.
         last_ranks: on how many ranks.
         last_rank: the one rank that had it, None where several had.
         by_part: part of the loss -> in how many batches it was not finite.

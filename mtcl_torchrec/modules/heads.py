@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from mtcl_torchrec.modules.rare import binary_loss
 from mtcl_torchrec.schema import Task
 
 
@@ -12,8 +13,8 @@ def loss_per_row(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> torc
     """The task's loss of each row, not reduced, in float32.
 
     Args:
-        task: binary (BCE with logits), multiclass (cross-entropy) or regression (MSE or Huber of the standardised
-            label).
+        task: binary (BCE with logits; `mtcl_torchrec.modules.rare` says what rare tasks add), multiclass
+            (cross-entropy) or regression (MSE or Huber of the standardised label).
         logits: (B,), or (B, num_classes) for a multiclass task.
         labels: (B,) float, no NaN.
 
@@ -26,7 +27,7 @@ def loss_per_row(task: Task, logits: torch.Tensor, labels: torch.Tensor) -> torc
     """
     logits = logits.float()
     if task.kind == "binary":
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return binary_loss(task, logits, labels)
     if task.kind == "multiclass":
         return F.cross_entropy(logits, labels.long(), reduction="none")
     standardised = (labels - (task.mean or 0.0)) / (task.std or 1.0)

@@ -11,6 +11,7 @@ from torch import nn
 from mtcl_torchrec.modules.chains import Chains
 from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
+from mtcl_torchrec.modules.freezing import stop_where_frozen
 from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.modules.losses import Logits
 from mtcl_torchrec.modules.trunks import ExpertLevel
@@ -83,15 +84,27 @@ class MultiTaskTower(nn.Module):
             hidden = tower_layers[-1]
         self.chains = Chains(self.tasks, hidden)
         # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
-        self.heads = nn.ModuleList(nn.Linear(hidden, task.out_features) for task in self.tasks)
+        heads = [nn.Linear(hidden, task.out_features) for task in self.tasks]
+        with torch.no_grad():  # a head starts at even odds in what its task's loss sees
+            for head, task in zip(heads, self.tasks, strict=True):
+                if task.conditional_name is None:
+                    head.bias.sub_(task.logit_shift)
+        self.heads = nn.ModuleList(heads)
 
-    def forward(self, dense_features: torch.Tensor, pooled: Pooled, skip: torch.Tensor | None = None) -> Logits:
+    def forward(
+        self,
+        dense_features: torch.Tensor,
+        pooled: Pooled,
+        skip: torch.Tensor | None = None,
+        frozen: torch.Tensor | None = None,
+    ) -> Logits:
         """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task; and those that `Chains` adds.
 
         Args:
             dense_features: (B, D) float.
             pooled: what the embedding-bag collection returned.
             skip: () bool: the embeddings' gradient is exactly zero where this is True by the time of backward.
+            frozen: (T,) bool: the tasks that move nothing but their tower and head.
         """
         if dense_features.shape[1] != self.dense_in_features:
             raise ValueError(
@@ -102,18 +115,18 @@ class MultiTaskTower(nn.Module):
         if skip is not None:
             x = stop_gradient_if(x, skip)
         if self.precision == "fp32":
-            return self.chains(self._logits(x))
+            return self.chains(self._logits(x, frozen), frozen)
         # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
         # backward would step with the scaled gradient.
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self._logits(x)
-        return self.chains({name: value.float() for name, value in logits.items()})
+            logits = self._logits(x, frozen)
+        return self.chains({name: value.float() for name, value in logits.items()}, frozen)
 
     def expert_levels(self) -> list[ExpertLevel]:
         """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
         return [module for module in self.trunk.modules() if isinstance(module, ExpertLevel)]
 
-    def _logits(self, x: torch.Tensor) -> Logits:
+    def _logits(self, x: torch.Tensor, frozen: torch.Tensor | None) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
         for level in self.expert_levels():
             level.forget_mixes()
@@ -123,10 +136,10 @@ class MultiTaskTower(nn.Module):
             representations = self.trunk(self.interaction(seen), numbers)
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
-        h = torch.stack([r for r in shared if r is not None])
+        h = stop_where_frozen(torch.stack([r for r in shared if r is not None]), frozen)
         if self.towers is not None:
             h = self.towers(h)
-        h = self.chains.transfer(h)
+        h = self.chains.transfer(h, frozen)
         logits = self.chains.imputed(h)
         for head, task, representation in zip(self.heads, self.tasks, h, strict=True):
             out = head(representation)

@@ -19,7 +19,8 @@ class TrainingHistory:
         best_auc: its mean validation AUC.
         best_step: the step after which it was evaluated.
         seconds: of each epoch's training, without evaluation.
-        stopped_early: whether patience ran out.
+        stopped_early: whether patience ran out, or every task is frozen.
+        frozen: task -> the first epoch in which it was frozen.
         skipped_steps: batches that trained nothing because their loss was not finite.
     """
 
@@ -31,6 +32,7 @@ class TrainingHistory:
     best_step: NonNegativeInt = 0
     seconds: list[float] = field(default_factory=list)
     stopped_early: bool = False
+    frozen: dict[str, NonNegativeInt] = field(default_factory=dict)
     skipped_steps: NonNegativeInt = 0
 
     def to_json(self) -> dict[str, Any]:

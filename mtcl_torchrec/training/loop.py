@@ -20,6 +20,7 @@ from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.training.checkpoint.state import TrainingState
+from mtcl_torchrec.training.freezing import all_frozen, freeze_stalled
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.progress import TrainingProgress
@@ -122,7 +123,8 @@ def fit(
     save: SaveState,
     progress: TrainingProgress,
 ) -> TrainingHistory:
-    """Train from where `state` stands to the last epoch, or until no epoch has been better for a while.
+    """Train from where `state` stands to the last epoch, or until no epoch has been better for a while or all tasks
+    are frozen.
 
     Args:
         state: with a sharded `MTCLTrain`; it is changed.
@@ -136,20 +138,27 @@ def fit(
     pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
     clock = _Clock(config.checkpoint)
     state.model.train()
-    while state.position.epoch <= config.epochs and not _patience_is_over(state.history, config):
+    tasks = plain_model(state.model).tasks
+    while (
+        state.position.epoch <= config.epochs
+        and not _patience_is_over(state.history, config)
+        and not all_frozen(state.history, tasks)
+    ):
         started = time.perf_counter()
         _train_epoch(pipeline, state, rows, config, where, clock=clock, save=save, progress=progress)
         state.history.seconds.append(time.perf_counter() - started)
         _let_go(pipeline)
         line, scalars = _judge_epoch(state, validation, config, where)
+        said = freeze_stalled(_train_module(state.model).loss, state.history, config.task_patience)
         state.position = state.position.next_epoch()
         save(state, on_the_way=False)
         clock.saved_at = time.monotonic()
-        progress.epoch(step=state.step, scalars=scalars, line=line)
+        progress.epoch(step=state.step, scalars=scalars, line="\n".join([line, *said]))
     history = state.history
     history.stopped_early = len(history.epochs) < config.epochs
     if history.stopped_early:
-        progress.line(f"no better epoch for {config.patience}: stopping; epoch {history.best_epoch} is kept")
+        why = f"no better epoch for {config.patience}" if _patience_is_over(history, config) else "all tasks are frozen"
+        progress.line(f"{why}: stopping; epoch {history.best_epoch} is kept")
     return history
 
 

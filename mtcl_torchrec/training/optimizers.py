@@ -27,6 +27,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mtcl_torchrec.config import DenseOptimizerConfig, TableOptimizerConfig
 from mtcl_torchrec.modules.losses import MultiTaskLoss
+from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.schema import ConfigError
 
 # What TorchRec fuses into backward.  Its own classes for SGD and the like stand for FBGEMM's and take its options.
@@ -43,8 +44,6 @@ _UNFUSED_CLASSES: dict[str, Any] = {
     "adam": torch.optim.Adam,
 }
 _DENSE_CLASSES: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-
-_UNDECAYED = {"bias", "biases", "scales", "shifts"}  # parts of names
 
 
 def is_fused(config: TableOptimizerConfig, device: torch.device) -> bool:
@@ -167,8 +166,8 @@ def _unfused_table_optimizer(
 def _dense_optimizer(
     parameters: dict[str, nn.Parameter], config: DenseOptimizerConfig, found_inf: torch.Tensor | None
 ) -> KeyedOptimizer:
-    decaying = [p for n, p in parameters.items() if not _UNDECAYED & set(n.split("."))]
-    lasting = [p for n, p in parameters.items() if _UNDECAYED & set(n.split("."))]
+    decaying = [p for n, p in parameters.items() if is_weight(n)]
+    lasting = [p for n, p in parameters.items() if not is_weight(n)]
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((decaying, config.weight_decay), (lasting, 0.0))

@@ -26,6 +26,7 @@ from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.rare import uncalibrated_lines
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_model, for_modules
@@ -127,6 +128,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     start = _start_of(folder, splits, say) if resume else _Start()
     state = _state_at(start, run, model, splits, where)
     say(_describe(model, preprocessor, where))
+    for line in uncalibrated_lines(model.tasks):
+        say(line)
     if start.checkpoint is not None:
         state.load(start.checkpoint, where)
         left = splits.train.rows_left(state.position) / max(splits.train.rows_per_epoch, 1)
@@ -216,7 +219,7 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
     """Sharded model, optimizer and schedule, with all weights as they are before the first step."""
     config = run.training
     optimizers, sharding = for_modules(run)
-    train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
+    train_module = MTCLTrain(model, regularisers=config.regularisers.model_dump(), seed=config.seed)
     sharded, optimizer = parallelise(
         train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
     )

@@ -1,0 +1,189 @@
+"""Penalties that join the loss by name: on embeddings, dense weights, experts that are alike, gates that neglect some.
+
+Each is a function of averages over the rows of the *global* batch that have a label: sums are formed on every rank and
+added up over the ranks, and only then does the penalty become one number.  So it is that of the global batch however
+many ranks share it, also where it is no average itself (the square in `gate_balance`), and so is its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mtcl_torchrec.modules.embeddings import Pooled
+from mtcl_torchrec.modules.guard import stop_gradient_if
+from mtcl_torchrec.schema import nearest
+
+REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")
+_OF_EXPERTS = ("expert_orthogonality", "gate_balance")
+_NO_WEIGHTS = {"bias", "biases", "scales", "shifts"}  # parts of names
+
+
+class _Mixing(Protocol):
+    """What is asked of a tower: see `mtcl_torchrec.modules.towers.MultiTaskTower`."""
+
+    def expert_levels(self) -> Sequence[Any]: ...
+
+    def named_parameters(self) -> Any: ...
+
+
+def is_weight(name: str) -> bool:
+    """Whether a dense parameter is a weight, which decays, and no bias or scale of a norm.
+
+    Example:
+        >>> is_weight("towers.weights.0"), is_weight("towers.biases.0")
+        (True, False)
+    """
+    return not _NO_WEIGHTS & set(name.split("."))
+
+
+class Regularisers(nn.Module):
+    """Σ λₖ Rₖ of one batch.
+
+    - ``l2_embedding``: mean of ‖pooled embeddings‖² over rows, which pulls at the table rows that the batch looked up.
+    - ``l2_dense``: Σ W² over all dense weights, biases and scales of norms left out.  Under Adam this is not AdamW's
+      decay, which the dense optimizer has as `weight_decay`.
+    - ``expert_orthogonality``: mean of cos² between the outputs of two experts, over rows and pairs of a level: 0 where
+      they are orthogonal, 1 where they say the same (after Guo et al., *Advancing Expert Specialization for Better
+      MoE*, 2025, who push experts' outputs apart likewise).
+    - ``gate_balance``: CV² of the experts' importance, its sum of gate weights over rows and gates (Shazeer et al.,
+      *Outrageously Large Neural Networks*, ICLR 2017, eq. 6–7), mean over levels.  Where gates see different experts
+      (PLE), importance is divided by what an expert would get if every gate mixed evenly: Σₑ (useₑ - evenₑ)² / evenₑ
+      over Σₑ evenₑ, which is CV² where all gates see all experts.
+
+    Args:
+        weights: name -> λ; a name that is left out has 0.
+        tower: holds the dense parameters and tells its levels of experts; needed for all but ``l2_embedding``.  It
+            does not become a part of this module.
+
+    Raises:
+        ValueError: an unknown name, a negative λ, or a penalty on experts where there are none.
+
+    Example:
+        >>> Regularisers({"l2_embedding": 1e-4}).active
+        ('l2_embedding',)
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None, tower: _Mixing | None = None) -> None:
+        super().__init__()
+        for name, weight in (weights or {}).items():
+            if name not in REGULARISERS:
+                raise ValueError(f"no regulariser {name!r}{nearest(name, REGULARISERS)}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"regulariser {name!r}: a weight is a number of at least 0, not {weight}")
+        self.weights = {name: float(w) for name in REGULARISERS if (w := (weights or {}).get(name, 0.0)) > 0}
+        self._tower = (tower,)  # in a tuple, so that its parameters are not counted twice
+        for name in self.active:
+            if name != "l2_embedding" and tower is None:
+                raise ValueError(f"regulariser {name!r} needs the model's tower")
+            if name in _OF_EXPERTS and tower is not None and not tower.expert_levels():
+                raise ValueError(_no_experts(name))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The regularisers with a weight above 0."""
+        return tuple(self.weights)
+
+    def sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each active regulariser needs to know of this rank's rows, summed over them: (Q,), Q its own.
+
+        In evaluation mode those of experts have nothing: levels keep what they mixed in training only.
+
+        Args:
+            pooled: the embedding-bag collection's output.
+            labelled: (B,) float, 1 where a row has a label.
+            skip: () bool: gradients are exactly zero where this is True by the time of the backward pass.
+
+        Raises:
+            ValueError: a penalty on experts, and in this batch none were mixed.
+        """
+        asked = [name for name in self.active if self.training or name not in _OF_EXPERTS]
+        return {name: getattr(self, f"_{name}_sums")(pooled, labelled, skip) for name in asked}
+
+    def penalty(self, averages: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """() Σ λₖ Rₖ from the averages over the global batch of what `sums` added up."""
+        return torch.stack([self.weights[name] * self.value(name, of) for name, of in averages.items()]).sum()
+
+    def value(self, name: str, average: torch.Tensor) -> torch.Tensor:
+        """() one regulariser from its averages (Q,)."""
+        return self._gate_balance(average) if name == "gate_balance" else average.sum()
+
+    # ------------------------------------------------------------------ what is summed over rows
+
+    def _l2_embedding_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        values = stop_gradient_if(_values(pooled), skip)
+        return (labelled * values.float().square().sum(1)).sum().reshape(1)
+
+    def _l2_dense_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        tower = self._tower[0]
+        assert tower is not None
+        squares = [p.square().sum() for name, p in tower.named_parameters() if is_weight(name) and p.requires_grad]
+        # The same for every row, so that its average over rows is what it is.
+        return (labelled.sum() * stop_gradient_if(torch.stack(squares).sum(), skip)).reshape(1)
+
+    def _expert_orthogonality_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        found = []
+        for mixes in self._mixes("expert_orthogonality"):
+            for mix in mixes:
+                outputs = stop_gradient_if(mix.outputs, skip).float()
+                if outputs.dim() == 4:  # (g, e, B, H), a copy for each gate, which take equal parts in the gradient
+                    outputs = outputs.mean(0)
+                directions = F.normalize(outputs, dim=-1).unbind(0)
+                pairs = [(a * b).sum(-1).square() for a, b in combinations(directions, 2)]
+                found.append(torch.stack(pairs).mean(0))
+        return (labelled * torch.stack(found).mean(0)).sum().reshape(1)
+
+    def _gate_balance_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        weights = (stop_gradient_if(mix.weights, skip) for mixes in self._mixes("gate_balance") for mix in mixes)
+        return torch.cat([(labelled.unsqueeze(1) * w.float()).sum(1).flatten() for w in weights])
+
+    # ------------------------------------------------------------------ what becomes of the averages
+
+    def _gate_balance(self, average: torch.Tensor) -> torch.Tensor:
+        """From the mean weight that each gate gives to each expert, all levels one after the other."""
+        levels, at = [], 0
+        for mixes in self._mixes("gate_balance"):
+            use: dict[int, list[torch.Tensor]] = defaultdict(list)
+            even: dict[int, list[torch.Tensor]] = defaultdict(list)
+            for mix in mixes:
+                size = (len(mix.gates), len(mix.experts))
+                given = average[at : at + size[0] * size[1]].view(size)
+                at += size[0] * size[1]
+                seen = (given > 0).float()
+                fair = seen / seen.sum(1, keepdim=True).clamp(min=1)
+                for column, expert in enumerate(mix.experts):
+                    use[expert].append(given[:, column].sum())
+                    even[expert].append(fair[:, column].sum())
+            used = torch.stack([torch.stack(use[e]).sum() for e in use])
+            fairly = torch.stack([torch.stack(even[e]).sum() for e in use])
+            apart = torch.where(fairly > 0, (used - fairly).square() / fairly.clamp(min=1e-30), 0.0)
+            levels.append(apart.sum() / fairly.sum().clamp(min=1e-30))
+        return torch.stack(levels).mean()
+
+    def _mixes(self, name: str) -> list[list[Any]]:
+        """What each level mixed of two experts or more."""
+        tower = self._tower[0]
+        assert tower is not None
+        levels = [[mix for mix in level.mixes if len(mix.experts) > 1] for level in tower.expert_levels()]
+        mixing = [mixes for mixes in levels if mixes]
+        if not mixing:
+            raise ValueError(_no_experts(name))
+        return mixing
+
+
+def _no_experts(name: str) -> str:
+    return f"regulariser {name!r}: the trunk has no gate that mixes several experts"
+
+
+def _values(pooled: Pooled) -> torch.Tensor:
+    if isinstance(pooled, tuple):
+        pooled = pooled[0]
+    # A pipeline hands over a promise of a KeyedTensor, which is neither a KeyedTensor nor a tensor.
+    return pooled if isinstance(pooled, torch.Tensor) else pooled.values()
