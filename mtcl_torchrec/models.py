@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
@@ -224,6 +225,8 @@ class MTCLTrain(nn.Module):
     Args:
         model: the model.
         l2_embedding: λ of λR, R being the mean squared norm of a row's pooled embeddings.
+        loss_weighting: weights that follow the losses, such as `mtcl_torchrec.modules.balance.weighting.FAMO`; None is
+            the weighted sum.  Its parameters, where it has some, belong into the dense optimizer, without weight decay.
         process_group: the ranks that share a global batch; None is the default group.
 
     Example:
@@ -241,12 +244,19 @@ class MTCLTrain(nn.Module):
     """
 
     def __init__(
-        self, model: MTCL, *, l2_embedding: float = 0.0, process_group: dist.ProcessGroup | None = None
+        self,
+        model: MTCL,
+        *,
+        l2_embedding: float = 0.0,
+        loss_weighting: LossWeighting | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.skip_flag = SkipFlag()
-        self.loss = MultiTaskLoss(model.tasks, l2_embedding=l2_embedding, process_group=process_group)
+        self.loss = MultiTaskLoss(
+            model.tasks, l2_embedding=l2_embedding, weighting=loss_weighting, process_group=process_group
+        )
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
         """The loss of a batch.

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gradient_if
 from mtcl_torchrec.modules.heads import loss_per_row
@@ -32,9 +33,15 @@ class MultiTaskLoss(nn.Module):
     gradients of the logits and of the pooled embeddings are exactly zero then, and `found_inf` is 1.  The value that is
     returned stays what it is.
 
+    With a `weighting`, the model is trained by Σ aᵢ wᵢ Lᵢ + λR instead, aᵢ being the weighting's own weights of this
+    batch, and what is returned is its S + λR, the same on every rank.  Each rank sends its sums along with the counts,
+    in the one all-reduce there is.
+
     Args:
         tasks: the tasks, in the order of the label columns.
         l2_embedding: λ.
+        weighting: how weights follow the losses, see `mtcl_torchrec.modules.balance.weighting`; None is the weighted
+            sum.
         process_group: the ranks that share a global batch; None is the default group.
 
     Example:
@@ -50,11 +57,15 @@ class MultiTaskLoss(nn.Module):
         tasks: Sequence[Task],
         *,
         l2_embedding: float = 0.0,
+        weighting: LossWeighting | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
+        if weighting is not None and weighting.num_tasks != len(self.tasks):
+            raise ValueError(f"the loss weighting is made for {weighting.num_tasks} tasks, not for {len(self.tasks)}")
         self.l2_embedding = l2_embedding
+        self.weighting = weighting
         self.process_group = process_group
         self.last_task_losses = torch.zeros(len(self.tasks))
         self.register_buffer("task_weights", torch.tensor([t.weight for t in self.tasks]), persistent=False)
@@ -109,10 +120,14 @@ class MultiTaskLoss(nn.Module):
         else:
             parts.append(labelled.new_zeros(()))
         sums = torch.stack(parts)
-        totals, ranks = self._over_ranks(torch.cat([weights.sum(0), labelled.sum().reshape(1)]), sums.detach(), skip)
-        averages = torch.where(totals <= 0, 0.0, ranks * sums / totals.clamp(min=1e-30))
+        counts = torch.cat([weights.sum(0), labelled.sum().reshape(1)])
+        totals, sums_of_all, bad, ranks = self._over_ranks(counts, sums.detach(), skip)
+        averages = _averages(ranks * sums, totals)
         per_task = averages[:-1]
-        loss = (self.task_weights * per_task).sum()
+        if self.weighting is None:
+            loss = (self.task_weights * per_task).sum()
+        else:
+            loss = self._weighted(per_task, _averages(sums_of_all, totals)[:-1], totals[:-1] > 0, bad)
         if self.l2_embedding:
             loss = loss + self.l2_embedding * averages[-1]
         self.last_task_losses = per_task.detach()
@@ -130,8 +145,28 @@ class MultiTaskLoss(nn.Module):
             )
         return labels
 
-    def _over_ranks(self, counts: torch.Tensor, sums: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Counts of labels over all ranks, and the number of ranks; sets `skip` on the way.
+    def _weighted(
+        self, per_task: torch.Tensor, of_all: torch.Tensor, present: torch.Tensor, bad: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighting's S in value and for its own parameters; Σ aᵢ wᵢ Lᵢ for the gradient of the model.
+
+        Args:
+            per_task: (T,) this rank's share of the tasks' losses, times the number of ranks.
+            of_all: (T,) the losses of the global batch, the same on every rank.
+            present: (T,) bool: which tasks have a label in it.
+            bad: () bool: the batch is skipped, or would be in training.
+        """
+        assert self.weighting is not None
+        values = self.task_weights * of_all
+        combined, weights = self.weighting(values, present & (self.task_weights > 0) & ~bad)
+        combined = torch.where(bad, values.sum(), combined)  # the value stays what it is, without a gradient
+        return combined + (weights * self.task_weights * (per_task - per_task.detach())).sum()
+
+    def _over_ranks(
+        self, counts: torch.Tensor, sums: torch.Tensor, skip: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Counts of labels over all ranks, sums of losses over them where a weighting needs them, whether any rank has
+        a part that is not finite, and the number of ranks; sets `skip` on the way.
 
         Args:
             counts, sums: (T + 1,) of this rank.
@@ -143,13 +178,19 @@ class MultiTaskLoss(nn.Module):
         rank = dist.get_rank() if together else 0
         ranks = dist.get_world_size(self.process_group) if together else 1
         # One collective for the counts and for who found what.
-        everything = torch.cat([counts, bad, any_bad, any_bad * rank])
+        parts = [counts, bad, any_bad, any_bad * rank, *(() if self.weighting is None else (sums,))]
+        everything = torch.cat(parts)
         if ranks > 1:
             dist.all_reduce(everything, group=self.process_group)
-        counts, found = everything[: len(counts)], everything[len(counts) :]
+        n = len(counts)
+        counts, found, sums = everything[:n], everything[n : 2 * n + 2], everything[2 * n + 2 :]
         if self.training:
             skip.copy_(self.skipped_steps.record(found))
-        return counts, ranks
+        return counts, sums, found[-2] > 0, ranks
+
+
+def _averages(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return torch.where(counts <= 0, 0.0, sums / counts.clamp(min=1e-30))
 
 
 def _values(pooled: Pooled) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 
+from mtcl_torchrec.training.balance import Balance
+
 
 @dataclass
 class TrainingHistory:
@@ -21,6 +23,7 @@ class TrainingHistory:
         seconds: of each epoch's training, without evaluation.
         stopped_early: whether patience ran out.
         skipped_steps: batches that trained nothing because their loss was not finite.
+        balance: how the tasks get along, after the newest reading.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -32,6 +35,7 @@ class TrainingHistory:
     seconds: list[float] = field(default_factory=list)
     stopped_early: bool = False
     skipped_steps: NonNegativeInt = 0
+    balance: Balance = field(default_factory=Balance)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it; what is not defined is null."""

@@ -48,7 +48,7 @@ class GateSums:
     """How this rank's newest training batch used the experts of one level, as sums over rows.
 
     Args:
-        weights: (G, E) float64, sum of each gate's weights.
+        weights: (G, E) float64, sum of each gate's weights; NaN where it does not see the expert.
         entropy: (G,) float64, sum of each gate's entropy in units of log(number of experts it sees).
         rows: (G,) float64, number of rows that went through each gate.
     """
@@ -69,7 +69,7 @@ def gate_sums(level: ExpertLevel) -> GateSums | None:
         >>> _ = level.gate_weight.data.zero_(), level(torch.randn(5, 2))
         >>> sums = gate_sums(level)
         >>> sums.weights, sums.entropy
-        (tensor([[2.5000, 2.5000], [0.0000, 5.0000]], dtype=torch.float64), tensor([5., 0.], dtype=torch.float64))
+        (tensor([[2.5000, 2.5000], [   nan, 5.0000]], dtype=torch.float64), tensor([5., 0.], dtype=torch.float64))
     """
     if level.gate_weight is None:
         return None
@@ -86,4 +86,4 @@ def gate_sums(level: ExpertLevel) -> GateSums | None:
         weights.index_add_(0, gates, of_gate)
         entropy.index_add_(0, gates, torch.special.entr(shares).sum((1, 2)) / choices[gates])
         rows.index_add_(0, gates, rows.new_full((len(mix.gates),), shares.shape[1]))
-    return GateSums(weights, entropy, rows)
+    return GateSums(weights.masked_fill(~sees, float("nan")), entropy, rows)

@@ -50,6 +50,8 @@ class LossWeighting(nn.Module):
     """Base of the weightings: a subclass says what S is, and what it learns from a batch.
 
     Attributes:
+        title: its name in a sentence.
+        scale_free: whether the declared weights of the tasks cancel out.
         mean_weights: (T,) moving averages of the weights, over the batches that had the task.
         seen, clamped: (T,) int64, number of training batches that had the task, and in how many its weight was held.
 
@@ -63,13 +65,13 @@ class LossWeighting(nn.Module):
         ValueError: `max_factor` is below 1.
     """
 
+    title = "the loss weighting"
+    scale_free = False
     mean_weights: torch.Tensor
     seen: torch.Tensor
     clamped: torch.Tensor
 
-    def __init__(
-        self, num_tasks: int, *, neutral: float, max_factor: float = 100.0, lr: float | None = None
-    ) -> None:
+    def __init__(self, num_tasks: int, *, neutral: float, max_factor: float = 100.0, lr: float | None = None) -> None:
         super().__init__()
         if max_factor < 1:
             raise ValueError(f"max_factor is at least 1, not {max_factor}")
@@ -130,6 +132,8 @@ class LossWeighting(nn.Module):
 class _Learned(LossWeighting):
     """S of a TorchJD scalarizer that has one parameter for each task."""
 
+    scale_free = True
+
     def __init__(
         self, scalarizer: nn.Module, num_tasks: int, *, neutral: float, max_factor: float, lr: float | None
     ) -> None:
@@ -163,6 +167,8 @@ class UncertaintyWeighting(_Learned):
         tensor([0.5000, 0.5000])
     """
 
+    title = "uncertainty weighting"
+
     def __init__(self, num_tasks: int, *, lr: float | None = None, max_factor: float = 100.0) -> None:
         super().__init__(_torchjd().UW(num_tasks), num_tasks, neutral=0.5, max_factor=max_factor, lr=lr)
 
@@ -185,6 +191,8 @@ class IMTLL(_Learned):
         >>> weights
         tensor([1., 0.])
     """
+
+    title = "IMTL-L"
 
     def __init__(self, num_tasks: int, *, lr: float | None = None, max_factor: float = 100.0) -> None:
         super().__init__(_torchjd().IMTLL(num_tasks), num_tasks, neutral=1.0, max_factor=max_factor, lr=lr)
@@ -211,6 +219,8 @@ class SmoothTchebycheff(LossWeighting):
         (tensor(1.), True)
     """
 
+    title = "smooth Tchebycheff"
+
     def __init__(self, num_tasks: int, *, mu: float = 0.1, max_factor: float = 100.0) -> None:
         super().__init__(num_tasks, neutral=1 / num_tasks**2, max_factor=max_factor)
         self.scalarizer = _torchjd().STCH(mu)
@@ -234,6 +244,9 @@ class GeometricMean(LossWeighting):
         >>> combined.detach(), weights
         (tensor(0.6000), tensor([0.3333, 0.7500]))
     """
+
+    title = "the geometric mean"
+    scale_free = True
 
     def __init__(self, num_tasks: int, *, max_factor: float = 100.0) -> None:
         super().__init__(num_tasks, neutral=1 / num_tasks, max_factor=max_factor)
@@ -269,6 +282,7 @@ class DWA(LossWeighting):
         tensor([1.0997, 0.9003])
     """
 
+    title = "DWA"
     total: torch.Tensor
     count: torch.Tensor
     newer: torch.Tensor
@@ -330,6 +344,8 @@ class FAMO(LossWeighting):
         tensor([0.2500, 0.7500])
     """
 
+    title = "FAMO"
+    scale_free = True
     logits: torch.Tensor
     first_moment: torch.Tensor
     second_moment: torch.Tensor
