@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,9 @@ from mtcl_torchrec import PLE, MMoE, SharedBottom
 from mtcl_torchrec.config import LossWeightingConfig, parse_run
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.models import MTCLTrain
-from mtcl_torchrec.modules.balance.statistics import GradientStatistics, gate_sums
+from mtcl_torchrec.modules.balance.statistics import gate_sums
 from mtcl_torchrec.modules.balance.weighting import DWA
-from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights, read_step
+from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights, _gate_names, read_step
 from mtcl_torchrec.training.diagnosis import MOST_LINES, diagnose
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, train_module_of
@@ -203,11 +204,15 @@ def test_an_expert_that_a_gate_never_takes_is_found():
 
 
 def some_statistics():
-    k = torch.arange(9.0).reshape(3, 3) / 10
-    steps = torch.tensor(50)
-    return GradientStatistics(
-        ["click", "rare", "seconds"], k - 0.5, k, torch.tensor([1.0, 2.0, float("nan")]), steps, steps // 5, steps * 0
+    part = SimpleNamespace(
+        name="trunk",
+        cosine=[[1.0, -0.5, 0.1], [-0.5, 1.0, math.nan], [0.1, math.nan, 1.0]],
+        conflicts=[[0.0, 0.6, 0.1], [0.6, 0.0, math.nan], [0.1, math.nan, 0.0]],
+        weights=[1.0, 2.0, math.nan],
+        clamped=10,
+        degenerate=0,
     )
+    return SimpleNamespace(tasks=("click", "rare", "seconds"), steps=50, parts=(part,))
 
 
 def read_a_step():
@@ -247,8 +252,10 @@ def test_readings_are_those_of_the_global_batch_on_every_rank():
             assert use.entropy == pytest.approx(e, abs=1e-6)
     assert [use.weights[0] is None for use in one.gates if use.gate == "rare"] == [True, True]
     (seen,) = one.gradients
-    assert seen.conflicting[1] == pytest.approx([0.3, 0.4, 0.5])
-    assert (seen.steps, seen.clamped, seen.degenerate) == (50, pytest.approx(0.2), 0.0)
+    assert (seen.cosine[1], seen.conflicting[1]) == ([-0.5, 1.0, None], [0.6, 0.0, None])
+    assert (seen.steps, seen.clamped, seen.degenerate) == (50, 0.2, 0.0)
+    assert one.scalars()["cosine_trunk/click-rare"] == -0.5
+    assert "cosine_trunk/rare-seconds" not in one.scalars()
     assert seen.weights == {"click": 1.0, "rare": 2.0, "seconds": None}
     assert one.loss_weights.method == "DWA"
     assert two[0][0] == two[1][0]
@@ -260,6 +267,23 @@ def test_readings_are_those_of_the_global_batch_on_every_rank():
     assert [overdue for _, overdue in told] == [False, True, False]
     history = TrainingHistory(balance=one)
     assert TrainingHistory.from_json(json.loads(json.dumps(history.to_json()))) == history
+
+
+def test_an_expert_that_is_added_beside_its_gate_is_not_idle():
+    uses = gates([0.0, 0.5, 0.5], [0.0, 0.6, 0.4])
+    assert diagnose(Balance(gates=uses))[0].startswith("expert 0 is unused")
+    uses[1].native = [0]
+    assert "unused" not in diagnose(Balance(gates=uses))[0]
+
+
+def test_gates_that_are_not_the_tasks_have_names_of_their_own():
+    trunk = MMoE(2, [4])
+    trunk.build(3, 2)
+    assert _gate_names(trunk.level, ["a", "b"]) == ["a", "b"]
+    assert _gate_names(trunk.level, ["a"]) == ["a", "shared"]
+    assert _gate_names(trunk.level, ["a", "b", "c"]) == ["gate 0", "gate 1"]
+    trunk.level.gate_names = ["buyers", "viewers"]
+    assert _gate_names(trunk.level, ["a", "b"]) == ["buyers", "viewers"]
 
 
 def test_a_reading_in_a_skipped_batch_keeps_what_is_known():

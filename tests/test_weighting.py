@@ -163,7 +163,7 @@ def _with_gradients(weighting, combined):
 
 @pytest.mark.parametrize("kind", OPTIONS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_weights_are_finite_and_in_their_range_whatever_the_losses(kind, data):
     weighting = made(kind)
     number = st.one_of(st.sampled_from([0.0, 1e-30, 1e30, 3e-9]), st.floats(0, 100, width=32))
@@ -407,7 +407,7 @@ schema:
           {name: stars, kind: regression, weight: 0.2}]
 model: {trunk: {kind: mmoe, num_experts: 2, expert_layers: [8], gate_dropout: 0.1}, tower_layers: []}
 optimizers: {tables: {lr: 0.1}, dense: {lr: 0.01}}
-training: {epochs: 1, batch_size: 16, warmup_steps: 2, log_every: 3, checkpoint: {every_steps: 3}}
+training: {epochs: 1, batch_size: 16, warmup_steps: 2, log_every: 3, checkpoint: {every_steps: 6}}
 """
 
 
@@ -441,7 +441,7 @@ def run_kind(yaml, folder, existing="refuse", stop=None):
 
 
 def run_and_resume(data, folder, resumed):
-    with ranks("cpu"):
+    with ranks("cpu") as where:
         said = {}
         for kind, options in OPTIONS.items():
             run = parse_run(RUN, folder=data)
@@ -450,6 +450,7 @@ def run_and_resume(data, folder, resumed):
             said[kind] = run_kind(yaml, folder / kind)
             if kind in resumed:
                 run_kind(yaml, folder / f"{kind}_stopped", stop=8)
+                where.barrier()
                 assert read_about(newest_checkpoint(folder / f"{kind}_stopped/checkpoints"))["step"] == 6
                 run_kind(yaml, folder / f"{kind}_stopped", "resume")
         return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from pydantic import NonNegativeInt, PositiveInt
 
 from mtcl_torchrec.models import MTCLTrain
-from mtcl_torchrec.modules.balance.statistics import GateSums, GradientStatistics, gate_sums
+from mtcl_torchrec.modules.balance.statistics import GateSums, GradientStatistics, HasGradientStatistics, gate_sums
+from mtcl_torchrec.modules.trunks import ExpertLevel
 from mtcl_torchrec.training.sharding import Ranks
 
 MEMORY = 0.1  # of the averages over readings: about the last ten
@@ -33,7 +35,7 @@ class LossWeights:
 
 @dataclass
 class GradientAgreement:
-    """What gradient surgery saw at one cut; see `mtcl_torchrec.modules.balance.statistics.GradientStatistics`.
+    """What gradient surgery met at one cut; see `mtcl_torchrec.modules.balance.statistics.PartStatistics`.
 
     Args:
         clamped, degenerate: shares of the steps.
@@ -58,12 +60,14 @@ class GateUse:
         gate: the task that it belongs to, or another name.
         weights: mean weight of each expert, None where the gate does not see it.
         entropy: mean entropy over rows, 1 for a gate that gives the experts it sees equal weights, 0 for a hard choice.
+        native: the experts that are added to what the gate mixes, whatever their weight.
     """
 
     level: PositiveInt
     gate: str
     weights: list[float | None]
     entropy: float
+    native: list[NonNegativeInt] = field(default_factory=list)
 
     def move(self, towards: GateUse, share: float) -> None:
         """Take in a newer reading of the same gate."""
@@ -118,7 +122,8 @@ class Balance:
 def read_step(
     train_module: MTCLTrain, loss: torch.Tensor, where: Ranks, balance: Balance, *, overdue: bool = False
 ) -> tuple[dict[str, float], bool]:
-    """Read the newest training step, in one collective and one wait for the device; every rank calls it.
+    """Read the newest training step, in one collective and one wait for the device (gradient surgery may wait again);
+    every rank calls it.
 
     Args:
         loss: of the step on this rank.
@@ -132,21 +137,22 @@ def read_step(
     sums = [(n, found) for n, level in levels if (found := gate_sums(level)) is not None]
     losses = torch.cat([loss.detach().reshape(1), train_module.loss.last_task_losses])
     told = losses.new_tensor([float(overdue and where.first) * where.world_size])
-    of_ranks = [losses, told, *(t for _, s in sums for t in (s.weights.flatten(), s.entropy, s.rows))]
-    values = torch.cat([t.double() for t in of_ranks])
+    of_ranks = [losses, told, *(t for _, s in sums for t in (s.weights, s.native, s.entropy, s.rows))]
+    values = torch.cat([t.double().flatten() for t in of_ranks])
     if where.world_size > 1:
         dist.all_reduce(values)
-    weighting, cuts = train_module.loss.weighting, _gradient_statistics(train_module)
+    weighting = train_module.loss.weighting
     alike = [] if weighting is None else [weighting.mean_weights, weighting.clamped / weighting.seen]
-    alike += [t.to(values.device).flatten() for cut in cuts for t in _tensors(cut)]
     numbers = _Numbers(torch.cat([values, *(t.double() for t in alike)]).tolist())
     tasks = [task.name for task in train_module.model.tasks]
     means = [value / where.world_size for value in numbers.take(len(tasks) + 2)]
-    gates = [use for n, s in sums for use in _gate_uses(n, s, numbers, tasks)]
+    names = {n: _gate_names(level, tasks) for n, level in levels}
+    gates = [use for n, s in sums for use in _gate_uses(n, names[n], s, numbers)]
     if weighting is not None:
         mean, clamped = (dict(zip(tasks, numbers.finite(len(tasks)), strict=True)) for _ in range(2))
         balance.loss_weights = LossWeights(weighting.title, mean, clamped)
-    balance.gradients = [_agreement(cut, numbers) for cut in cuts]
+    surgery: HasGradientStatistics | None = getattr(train_module, "surgery", None)
+    balance.gradients = [] if surgery is None else _agreements(surgery.statistics())
     balance._meet(gates)
     balance.readings += 1
     return dict(zip(["total", *tasks], means, strict=False)), means[-1] > 0
@@ -166,44 +172,50 @@ class _Numbers:
         return [value if math.isfinite(value) else None for value in self.take(count)]
 
 
-def _gate_uses(level: int, sums: GateSums, numbers: _Numbers, tasks: list[str]) -> list[GateUse]:
+def _gate_uses(level: int, names: Sequence[str], sums: GateSums, numbers: _Numbers) -> list[GateUse]:
     """Of a level's gates that met rows; those whose weights are not finite (a skipped batch) are left out."""
     num_gates, num_experts = sums.weights.shape
     weights = [numbers.finite(num_experts) for _ in range(num_gates)]
+    native = [numbers.take(num_experts) for _ in range(num_gates)]
     entropies, rows = numbers.take(num_gates), numbers.take(num_gates)
     return [
         GateUse(
             level,
-            _gate_name(gate, num_gates, tasks),
+            names[gate],
             [None if w is None else w / rows[gate] for w in weights[gate]],
             entropies[gate] / rows[gate],
+            [expert for expert, added in enumerate(native[gate]) if added],
         )
         for gate in range(num_gates)
         if rows[gate] > 0 and math.isfinite(entropies[gate])
     ]
 
 
-def _gate_name(gate: int, num_gates: int, tasks: list[str]) -> str:
-    """A level has a gate for each task, and possibly one for what they share; or gates of other kinds."""
-    if num_gates not in (len(tasks), len(tasks) + 1):
-        return f"gate {gate}"
-    return tasks[gate] if gate < len(tasks) else "shared"
+def _gate_names(level: ExpertLevel, tasks: list[str]) -> list[str]:
+    """A level says the names of its gates, or has one for each task, and possibly one for what they share."""
+    named: Sequence[str] | None = getattr(level, "gate_names", None)
+    if named is not None:
+        return list(named)
+    num_gates = len(level.hidden)
+    if num_gates in (len(tasks), len(tasks) + 1):
+        return [*tasks, "shared"][:num_gates]
+    return [f"gate {gate}" for gate in range(num_gates)]
 
 
-def _gradient_statistics(train_module: MTCLTrain) -> list[GradientStatistics]:
-    surgery = getattr(train_module, "surgery", None)
-    found = [] if surgery is None else surgery.statistics()
-    return [found] if isinstance(found, GradientStatistics) else list(found)
+def _agreements(met: GradientStatistics) -> list[GradientAgreement]:
+    def known(values: Sequence[float]) -> list[float | None]:
+        return [value if math.isfinite(value) else None for value in values]
 
-
-def _tensors(cut: GradientStatistics) -> list[torch.Tensor]:
-    steps = cut.steps.double()
-    return [cut.cosine, cut.conflicting, cut.weights, steps, cut.clamped / steps, cut.degenerate / steps]
-
-
-def _agreement(cut: GradientStatistics, numbers: _Numbers) -> GradientAgreement:
-    tasks = list(cut.tasks)
-    cosine, conflicting = ([numbers.finite(len(tasks)) for _ in tasks] for _ in range(2))
-    weights = dict(zip(tasks, numbers.finite(len(tasks)), strict=True))
-    (steps,), (clamped,), (degenerate,) = numbers.take(1), numbers.finite(1), numbers.finite(1)
-    return GradientAgreement(cut.cut, tasks, cosine, conflicting, weights, int(steps), clamped, degenerate)
+    return [
+        GradientAgreement(
+            cut=part.name,
+            tasks=list(met.tasks),
+            cosine=[known(row) for row in part.cosine],
+            conflicting=[known(row) for row in part.conflicts],
+            weights=dict(zip(met.tasks, known(part.weights), strict=True)),
+            steps=met.steps,
+            clamped=part.clamped / met.steps if met.steps else None,
+            degenerate=part.degenerate / met.steps if met.steps else None,
+        )
+        for part in met.parts
+    ]

@@ -138,7 +138,9 @@ def _about_experts(uses: Sequence[GateUse], where: str) -> Iterator[_Finding]:
 
 
 def _idle(uses: Sequence[GateUse]) -> Iterator[int]:
-    for expert in range(len(uses[0].weights)):
+    """Experts that no gate takes, and that no gate adds beside."""
+    native = {expert for use in uses for expert in use.native}
+    for expert in sorted(set(range(len(uses[0].weights))) - native):
         shares = [(use.weights[expert], sum(w is not None for w in use.weights)) for use in uses]
         known = [(weight, seen) for weight, seen in shares if weight is not None]
         if known and all(weight < UNUSED / seen for weight, seen in known):

@@ -11,36 +11,54 @@ import torch
 from mtcl_torchrec.modules.trunks import ExpertLevel
 
 
-@dataclass(frozen=True)
-class GradientStatistics:
-    """What gradient surgery has seen at one cut, the same on every rank; all tensors are on its device.
+class PartStatistics(Protocol):
+    """What gradient surgery met at one place where it compares gradients; NaN where there was nothing to see.
 
-    Args:
-        tasks: names of the K tasks whose gradients are compared, in the order of the rows.
-        cosine: (K, K) moving average of the cosine between the gradients of two tasks.
-        conflicting: (K, K) share, in [0, 1], of the steps in which that cosine was negative.
-        weights: (K,) moving average of the weights that the tasks' gradients were given.
-        steps: () number of training steps that were counted.
-        clamped: () in how many of them a weight was held within its range.
-        degenerate: () in how many of them the Gramian allowed no solution and the plain sum was taken.
-        cut: where the gradients were taken, for people: ``"trunk"``, ``"embeddings"``, a group of features.
+    Attributes:
+        name: of the place, for people: ``"trunk"``, ``"embeddings"``, a group of features.
+        cosine: (T, T) moving average of the cosine between the gradients of two tasks.
+        conflicts: (T, T) share of the steps, of those in which both had a gradient, in which it was negative.
+        weights: (T,) moving average of the weights that the tasks' gradients were given.
+        clamped: steps in which a weight was held in its range.
+        degenerate: steps in which the weights could not be told.
     """
 
-    tasks: Sequence[str]
-    cosine: torch.Tensor
-    conflicting: torch.Tensor
-    weights: torch.Tensor
-    steps: torch.Tensor
-    clamped: torch.Tensor
-    degenerate: torch.Tensor
-    cut: str = "trunk"
+    @property
+    def name(self) -> str: ...
+    @property
+    def cosine(self) -> Sequence[Sequence[float]]: ...
+    @property
+    def conflicts(self) -> Sequence[Sequence[float]]: ...
+    @property
+    def weights(self) -> Sequence[float]: ...
+    @property
+    def clamped(self) -> int: ...
+    @property
+    def degenerate(self) -> int: ...
+
+
+class GradientStatistics(Protocol):
+    """What gradient surgery met since training began, the same on every rank.
+
+    Attributes:
+        tasks: their names, in the order of the rows.
+        steps: backward passes.
+        parts: one for each place where gradients are compared.
+    """
+
+    @property
+    def tasks(self) -> Sequence[str]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def parts(self) -> Sequence[PartStatistics]: ...
 
 
 class HasGradientStatistics(Protocol):
     """Gradient surgery, as the training loop sees it."""
 
-    def statistics(self) -> GradientStatistics | Sequence[GradientStatistics]:
-        """Of its one cut, or of each."""
+    def statistics(self) -> GradientStatistics:
+        """On the host: it may wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +67,13 @@ class GateSums:
 
     Args:
         weights: (G, E) float64, sum of each gate's weights; NaN where it does not see the expert.
+        native: (G, E) float64, 1 where the expert is added to what the gate mixes, whatever its weight (a residual).
         entropy: (G,) float64, sum of each gate's entropy in units of log(number of experts it sees).
         rows: (G,) float64, number of rows that went through each gate.
     """
 
     weights: torch.Tensor
+    native: torch.Tensor
     entropy: torch.Tensor
     rows: torch.Tensor
 
@@ -86,4 +106,6 @@ def gate_sums(level: ExpertLevel) -> GateSums | None:
         weights.index_add_(0, gates, of_gate)
         entropy.index_add_(0, gates, torch.special.entr(shares).sum((1, 2)) / choices[gates])
         rows.index_add_(0, gates, rows.new_full((len(mix.gates),), shares.shape[1]))
-    return GateSums(weights.masked_fill(~sees, float("nan")), entropy, rows)
+    native = getattr(level, "native", None)
+    added = torch.zeros_like(weights) if native is None else native.double()
+    return GateSums(weights.masked_fill(~sees, float("nan")), added, entropy, rows)
