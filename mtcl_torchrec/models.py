@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
@@ -233,6 +234,8 @@ class MTCLTrain(nn.Module):
 
     Args:
         model: the model.
+        loss_weighting: weights that follow the losses, such as `mtcl_torchrec.modules.balance.weighting.FAMO`; None is
+            the weighted sum.  Its parameters, where it has some, belong into the dense optimizer, without weight decay.
         regularisers: penalties by name, such as ``{"l2_embedding": 1e-4}``; see
             `mtcl_torchrec.modules.regularisers.Regularisers`.
         seed: of the draws of `Task.negative_rate`.
@@ -256,6 +259,7 @@ class MTCLTrain(nn.Module):
         self,
         model: MTCL,
         *,
+        loss_weighting: LossWeighting | None = None,
         regularisers: Mapping[str, float] | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -263,8 +267,13 @@ class MTCLTrain(nn.Module):
         super().__init__()
         self.model = model
         self.skip_flag = SkipFlag()
-        penalties = Regularisers(regularisers, model.tower)
-        self.loss = MultiTaskLoss(model.tasks, regularisers=penalties, seed=seed, process_group=process_group)
+        self.loss = MultiTaskLoss(
+            model.tasks,
+            weighting=loss_weighting,
+            regularisers=Regularisers(regularisers, model.tower),
+            seed=seed,
+            process_group=process_group,
+        )
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
         """The loss of a batch.

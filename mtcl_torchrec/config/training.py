@@ -106,6 +106,7 @@ class TrainingConfig(Part):
         regularisers: penalties in the loss.
         pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
         precision: ``bf16`` computes the dense part (everything after the embeddings, up to the losses) under autocast.
+        log_every: steps between two readings of the losses and of how the tasks get along, which wait for the device.
         max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
             stops.
         gradient_accumulation: always 1, since a fused table steps in every backward pass.
@@ -125,6 +126,7 @@ class TrainingConfig(Part):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
     precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: PositiveInt = 20
     max_skipped_steps: NonNegativeInt = 10
     gradient_accumulation: PositiveInt = 1
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

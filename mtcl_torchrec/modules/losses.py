@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.chains import ChainLoss
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.freezing import FrozenTasks
@@ -39,8 +40,14 @@ class MultiTaskLoss(nn.Module):
     gradients of the logits and of the pooled embeddings are exactly zero then, and `found_inf` is 1.  The value that is
     returned stays what it is.
 
+    With a `weighting`, the model is trained by Σ aᵢ wᵢ Lᵢ + λR instead, aᵢ being the weighting's own weights of this
+    batch, and what is returned is its S + λR, the same on every rank.  Each rank sends its sums along with the counts,
+    in the one all-reduce there is.
+
     Args:
         tasks: the tasks, in the order of the label columns.
+        weighting: how weights follow the losses, see `mtcl_torchrec.modules.balance.weighting`; None is the weighted
+            sum.
         regularisers: penalties; None is none.
         seed: of the draws of `Task.negative_rate`.
         process_group: the ranks that share a global batch; None is the default group.
@@ -57,12 +64,16 @@ class MultiTaskLoss(nn.Module):
         self,
         tasks: Sequence[Task],
         *,
+        weighting: LossWeighting | None = None,
         regularisers: Regularisers | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
+        if weighting is not None and weighting.num_tasks != len(self.tasks):
+            raise ValueError(f"the loss weighting is made for {weighting.num_tasks} tasks, not for {len(self.tasks)}")
+        self.weighting = weighting
         self.process_group = process_group
         self.negative_sampling = NegativeSampling(tasks, seed=seed)
         self.pairwise = PairwiseLoss(tasks)
@@ -131,32 +142,26 @@ class MultiTaskLoss(nn.Module):
         weights = present.float() if sample_weights is None else torch.where(present, sample_weights, 0.0)
         labelled, known = present.any(1).float(), torch.where(present, labels, 0.0)
         safe = {name: stop_gradient_if(value, skip) for name, value in logits.items()}
-        conditional, of_conditional = self.chains.conditional(safe, known, weights)
-        rank, ranks = self._place()
-        weights = self.negative_sampling(known, weights, self.skipped_steps.batches, rank, ranks)
-        rows = [
-            self.chains.rows(task, loss_per_row(task, safe[task.name], known[:, i]), safe)
-            for i, task in enumerate(self.tasks)
-        ]
-        sums = (weights * torch.stack(rows, 1)).sum(0)
-        pair_sums, pair_weights = self.pairwise(safe, known, weights, batch)
+        sums, counts, bad = self._parts(safe, known, weights, batch)
         penalised = self.regularisers.sums(pooled, labelled, skip)
-        bad = torch.cat([
-            self._bad_tasks(sums, pair_sums), _of_no_use(conditional), _bad_regularisers(penalised, skip)
-        ])  # fmt: skip
-        counts = torch.cat([weights.sum(0), of_conditional, pair_weights, labelled.sum().reshape(1)])
-        of_rows = torch.cat([s.flatten() for s in penalised.values()]) if penalised else counts.new_zeros(0)
-        totals, all_rows = self._over_ranks(counts, of_rows.detach(), bad, skip)
-        averages = _average(ranks * torch.cat([sums, conditional, pair_sums]), totals[:-1])
-        first, second, pairs = averages.split([len(sums), len(conditional), len(pair_sums)])
-        per_task = self.chains.per_task(first, second)
-        if len(pairs):
-            per_task = per_task + self.pairwise.per_task(pairs, per_task)
-        loss = (self.task_weights * per_task).sum()
+        of_rows = torch.cat([s.flatten() for s in penalised.values()]) if penalised else sums.new_zeros(0)
+        totals, of_all, any_bad = self._over_ranks(
+            torch.cat([counts, labelled.sum().reshape(1)]),
+            of_rows.detach() if self.weighting is None else torch.cat([of_rows, sums]).detach(),
+            torch.cat([bad, _bad_regularisers(penalised, skip)]),
+            skip,
+        )
+        _, ranks = self._place()
+        per_task = self._per_task(_average(ranks * sums, totals[:-1]))
+        if self.weighting is None:
+            loss = (self.task_weights * per_task).sum()
+        else:
+            of_task = self._per_task(_average(of_all[len(of_rows) :], totals[:-1]))
+            loss = self._weighted(per_task, of_task, totals[: len(self.tasks)] > 0, any_bad)
         if penalised:
             # The sum over all ranks, with this rank's part of its gradient (which is averaged over ranks).
-            of_all = _average(all_rows + ranks * (of_rows - of_rows.detach()), totals[-1])
-            parts = of_all.split([len(s) for s in penalised.values()])
+            everywhere = of_all[: len(of_rows)] + ranks * (of_rows - of_rows.detach())
+            parts = _average(everywhere, totals[-1]).split([len(s) for s in penalised.values()])
             loss = loss + self.regularisers.penalty(dict(zip(penalised, parts, strict=True)))
         self.last_task_losses = per_task.detach()
         detached = {name: value.detach() for name, value in logits.items()}
@@ -179,17 +184,63 @@ class MultiTaskLoss(nn.Module):
             return 0, 1
         return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
 
-    def _bad_tasks(self, sums: torch.Tensor, pair_sums: torch.Tensor) -> torch.Tensor:
-        """(T,) bool: the task's loss is of no use."""
+    def _parts(
+        self, logits: Logits, labels: torch.Tensor, weights: torch.Tensor, batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The parts of the tasks' losses on this rank: the tasks themselves, the second parts of chains, pairs.
+
+        Args:
+            logits: by name.
+            labels, weights: (B, T), 0 where there is no label.
+
+        Returns:
+            Sums, and what divides them once both are summed over the ranks, (P,) each; and bool, for each of the tasks
+            and second parts, whether it is of no use.
+        """
+        conditional, of_conditional = self.chains.conditional(logits, labels, weights)
+        weights = self.negative_sampling(labels, weights, self.skipped_steps.batches, *self._place())
+        rows = [
+            self.chains.rows(task, loss_per_row(task, logits[task.name], labels[:, i]), logits)
+            for i, task in enumerate(self.tasks)
+        ]
+        sums = (weights * torch.stack(rows, 1)).sum(0)
+        pair_sums, pair_weights = self.pairwise(logits, labels, weights, batch)
         bad = list(_of_no_use(sums).unbind())
         for place, i in enumerate(self.pairwise.weights):
             bad[i] = bad[i] | _of_no_use(pair_sums[place])
-        return torch.stack(bad)
+        return (
+            torch.cat([sums, conditional, pair_sums]),
+            torch.cat([weights.sum(0), of_conditional, pair_weights]),
+            torch.cat([torch.stack(bad), _of_no_use(conditional)]),
+        )
+
+    def _per_task(self, averages: torch.Tensor) -> torch.Tensor:
+        """(T,) losses of the tasks from the averages of all parts (P,)."""
+        conditional, pairs = len(self.tasks), len(self.tasks) + len(self.chains.names)
+        per_task = self.chains.per_task(averages[:conditional], averages[conditional:pairs])
+        return per_task + self.pairwise.per_task(averages[pairs:], per_task) if self.pairwise.weights else per_task
+
+    def _weighted(
+        self, per_task: torch.Tensor, of_all: torch.Tensor, present: torch.Tensor, bad: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighting's S in value and for its own parameters; Σ aᵢ wᵢ Lᵢ for the gradient of the model.
+
+        Args:
+            per_task: (T,) this rank's share of the tasks' losses, times the number of ranks.
+            of_all: (T,) the losses of the global batch, the same on every rank.
+            present: (T,) bool: which tasks have a label in it.
+            bad: () bool: the batch is skipped, or would be in training.
+        """
+        assert self.weighting is not None
+        values = self.task_weights * of_all
+        combined, weights = self.weighting(values, present & (self.task_weights > 0) & ~bad)
+        combined = torch.where(bad, values.sum(), combined)  # the value stays what it is, without a gradient
+        return combined + (weights * self.task_weights * (per_task - per_task.detach())).sum()
 
     def _over_ranks(
         self, counts: torch.Tensor, sums: torch.Tensor, bad: torch.Tensor, skip: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts and sums over all ranks; sets `skip` on the way.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Counts and sums over all ranks, and () bool, whether any rank has a part of no use; sets `skip` on the way.
 
         Args:
             counts, sums: of this rank.
@@ -206,7 +257,7 @@ class MultiTaskLoss(nn.Module):
         counts, sums, found = everything.split([len(counts), len(sums), len(bad) + 2])
         if self.training:
             skip.copy_(self.skipped_steps.record(found))
-        return counts, sums
+        return counts, sums, found[-2] > 0
 
 
 def _average(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

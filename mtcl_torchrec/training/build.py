@@ -6,13 +6,31 @@ import torch
 from torch import nn
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from mtcl_torchrec.config import FusionConfig, ModelConfig, OptimizersConfig, RunConfig, ShardingConfig, TrunkConfig
+from mtcl_torchrec.config import (
+    FusionConfig,
+    LossWeightingConfig,
+    ModelConfig,
+    OptimizersConfig,
+    RunConfig,
+    ShardingConfig,
+    TrunkConfig,
+)
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.modules.balance.weighting import (
+    DWA,
+    FAMO,
+    IMTLL,
+    GeometricMean,
+    LossWeighting,
+    SmoothTchebycheff,
+    UncertaintyWeighting,
+)
 from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, table_module_name
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask, Trunk
+from mtcl_torchrec.schema import ConfigError
 
 
 def build_trunk(config: TrunkConfig) -> Trunk:
@@ -81,6 +99,29 @@ def build_model(
             dense_groups=encoder.dense_groups,
             precision=precision,
         )
+
+
+def build_loss_weighting(config: LossWeightingConfig, num_tasks: int) -> LossWeighting | None:
+    """The loss weighting of a configuration; None for the weighted sum.
+
+    Raises:
+        ConfigError: it needs a library that is not installed.
+    """
+    held = config.max_factor
+    try:
+        if config.kind == "uncertainty":
+            return UncertaintyWeighting(num_tasks, lr=config.lr, max_factor=held)
+        if config.kind == "imtl_l":
+            return IMTLL(num_tasks, lr=config.lr, max_factor=held)
+        if config.kind == "tchebycheff":
+            return SmoothTchebycheff(num_tasks, mu=config.mu, max_factor=held)
+    except ImportError as error:
+        raise ConfigError(f"balance.weighting.kind {config.kind}: {error}") from None
+    if config.kind == "dwa":
+        return DWA(num_tasks, temperature=config.temperature, window=config.window, max_factor=held)
+    if config.kind == "famo":
+        return FAMO(num_tasks, lr=config.lr or 0.025, weight_decay=config.weight_decay, max_factor=held)
+    return GeometricMean(num_tasks, max_factor=held) if config.kind == "geometric_mean" else None
 
 
 def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 
+from mtcl_torchrec.training.balance import Balance
+
 
 @dataclass
 class TrainingHistory:
@@ -22,6 +24,7 @@ class TrainingHistory:
         stopped_early: whether patience ran out, or every task is frozen.
         frozen: task -> the first epoch in which it was frozen.
         skipped_steps: batches that trained nothing because their loss was not finite.
+        balance: how the tasks get along, after the newest reading.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -34,6 +37,7 @@ class TrainingHistory:
     stopped_early: bool = False
     frozen: dict[str, NonNegativeInt] = field(default_factory=dict)
     skipped_steps: NonNegativeInt = 0
+    balance: Balance = field(default_factory=Balance)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it; what is not defined is null."""

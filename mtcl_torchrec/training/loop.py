@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
@@ -19,14 +18,13 @@ from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.training.balance import read_step
 from mtcl_torchrec.training.checkpoint.state import TrainingState
 from mtcl_torchrec.training.freezing import all_frozen, freeze_stalled
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Ranks, shard
-
-LOSSES_EVERY = 20  # steps between two readings of the losses, which wait for the device
 
 
 def parallelise(
@@ -149,7 +147,7 @@ def fit(
         state.history.seconds.append(time.perf_counter() - started)
         _let_go(pipeline)
         line, scalars = _judge_epoch(state, validation, config, where)
-        said = freeze_stalled(_train_module(state.model).loss, state.history, config.task_patience)
+        said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
         state.position = state.position.next_epoch()
         save(state, on_the_way=False)
         clock.saved_at = time.monotonic()
@@ -190,7 +188,7 @@ def _train_epoch(
     state.random_restored = False
     batches = rows.batches(state.position, rank=where.rank, **cut)
     rows_left, steps = rows.rows_left(state.position), rows.steps(state.position, **cut)
-    train_module = _train_module(state.model)
+    train_module = train_module_of(state.model)
     for left in range(steps - 1, -1, -1):
         loss, *_ = pipeline.progress(batches)
         state.step += 1
@@ -201,12 +199,13 @@ def _train_epoch(
         taken = min(rows_left, config.batch_size * where.world_size)
         rows_left -= taken
         losses, overdue = None, False
-        read = state.step % LOSSES_EVERY == 0 or left == 0
+        read = state.step % config.log_every == 0 or left == 0
         if read or where.device.type == "cpu":
             _count_skipped(train_module, state, config, progress)
         if read:
-            losses, overdue = _losses_over_ranks(train_module, loss, where, clock.overdue)
-        progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses)
+            losses, overdue = read_step(train_module, loss, where, state.history.balance, overdue=clock.overdue)
+        scalars = state.history.balance.scalars() if read else None
+        progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses, scalars=scalars)
         if left > 0 and clock.due(state.step, overdue):  # the end of an epoch has a checkpoint of its own
             save(state, on_the_way=True)
             clock.saved_at = time.monotonic()
@@ -239,7 +238,8 @@ def _patience_is_over(history: TrainingHistory, config: TrainingConfig) -> bool:
     return bool(config.patience and defined and len(history.epochs) - history.best_epoch >= config.patience)
 
 
-def _train_module(model: DistributedModelParallel) -> MTCLTrain:
+def train_module_of(model: DistributedModelParallel) -> MTCLTrain:
+    """The MTCLTrain inside DistributedModelParallel and DDP."""
     module = model.module
     while not isinstance(module, MTCLTrain):
         module = module.module
@@ -248,22 +248,7 @@ def _train_module(model: DistributedModelParallel) -> MTCLTrain:
 
 def plain_model(model: DistributedModelParallel) -> MTCL:
     """The MTCL inside DistributedModelParallel and DDP, with its tables sharded."""
-    return _train_module(model).model
-
-
-def _losses_over_ranks(
-    train_module: MTCLTrain, loss: torch.Tensor, where: Ranks, overdue: bool
-) -> tuple[dict[str, float], bool]:
-    """Mean over the ranks of the total and each task's loss, the loss of the global batch; and rank 0's `overdue`."""
-    values = torch.cat([loss.detach().reshape(1), train_module.loss.last_task_losses]).double()
-    flag = values.new_tensor([float(overdue and where.first)])
-    values = torch.cat([values, flag * where.world_size])
-    if where.world_size > 1:
-        dist.all_reduce(values)
-        values /= where.world_size
-    *values_of, flagged = values.tolist()
-    names = ["total", *(task.name for task in train_module.model.tasks)]
-    return dict(zip(names, values_of, strict=True)), flagged > 0
+    return train_module_of(model).model
 
 
 def _count_skipped(

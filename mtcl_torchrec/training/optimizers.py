@@ -26,6 +26,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mtcl_torchrec.config import DenseOptimizerConfig, TableOptimizerConfig
+from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.schema import ConfigError
@@ -131,7 +132,8 @@ def build_optimizer(
         ConfigError: see `check_tables`; or a table of fewer than 32 bits that was cut data-parallel.
     """
     check_tables(model, tables, torch.device(model.device))
-    found_inf = next((m.found_inf for m in model.modules() if isinstance(m, MultiTaskLoss)), None)
+    loss = next((m for m in model.modules() if isinstance(m, MultiTaskLoss)), None)
+    found_inf = None if loss is None else loss.found_inf
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     unfused = {n: p for n, p in rest.items() if ".embedding_bags." in n and p.numel() > 0}
     others = {n: p for n, p in rest.items() if ".embedding_bags." not in n}
@@ -142,7 +144,7 @@ def build_optimizer(
         parts.append(("tables", _unfused_table_optimizer(unfused, tables, found_inf)))
     if tables.max_gradient:
         _clip_unfused_gradients(model, tables.max_gradient)
-    parts.append(("dense", _dense_optimizer(others, dense, found_inf)))
+    parts.append(("dense", _dense_optimizer(others, dense, found_inf, None if loss is None else loss.weighting)))
     return CombinedOptimizer(parts)
 
 
@@ -164,15 +166,23 @@ def _unfused_table_optimizer(
 
 
 def _dense_optimizer(
-    parameters: dict[str, nn.Parameter], config: DenseOptimizerConfig, found_inf: torch.Tensor | None
+    parameters: dict[str, nn.Parameter],
+    config: DenseOptimizerConfig,
+    found_inf: torch.Tensor | None,
+    weighting: LossWeighting | None,
 ) -> KeyedOptimizer:
-    decaying = [p for n, p in parameters.items() if is_weight(n)]
-    lasting = [p for n, p in parameters.items() if not is_weight(n)]
-    groups = [
+    of_weighting = {id(p) for p in weighting.parameters()} if weighting is not None else set()
+    of_model = {n: p for n, p in parameters.items() if id(p) not in of_weighting}
+    decaying = [p for n, p in of_model.items() if is_weight(n)]
+    lasting = [p for n, p in of_model.items() if not is_weight(n)]
+    groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((decaying, config.weight_decay), (lasting, 0.0))
         if params
     ]
+    if weighting is not None and of_weighting:
+        own = [p for p in parameters.values() if id(p) in of_weighting]
+        groups.append({"params": own, "weight_decay": 0.0, "lr": weighting.lr or config.lr})
     options: dict[str, Any] = {"lr": config.lr} if config.kind == "sgd" else {"lr": config.lr, "betas": config.betas}
     optimizer = _DENSE_CLASSES[config.kind](groups, fused=True, **options)
     # Gradients of a batch that is skipped may be NaN, and stay so when they are clipped; nothing reads them then.

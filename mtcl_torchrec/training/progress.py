@@ -73,7 +73,15 @@ class TrainingProgress:
         if self.writer is not None:
             self.writer.close()
 
-    def step(self, *, epoch: int, step: int, rows: int, losses: dict[str, float] | None) -> None:
+    def step(
+        self,
+        *,
+        epoch: int,
+        step: int,
+        rows: int,
+        losses: dict[str, float] | None,
+        scalars: dict[str, float] | None = None,
+    ) -> None:
         """One step is done.
 
         Args:
@@ -81,13 +89,14 @@ class TrainingProgress:
             step: counted from 1 over all epochs.
             rows: of the global batch.
             losses: by task and ``"total"``, or None in steps that read none.
+            scalars: what else was read, for TensorBoard.
         """
         if not self.active:
             return
         self._rows += rows
         if self.writer is not None and losses is not None:
-            for name, value in losses.items():
-                self.writer.add_scalar(f"loss/{name}", value, step)
+            for name, value in ({f"loss/{n}": v for n, v in losses.items()} | (scalars or {})).items():
+                self.writer.add_scalar(name, value, step)
         if self._bar is not None:
             assert self._bar_task is not None
             self._bar.update(self._bar_task, completed=step, description=f"epoch {epoch}")

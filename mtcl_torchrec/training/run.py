@@ -29,7 +29,7 @@ from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.rare import uncalibrated_lines
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
-from mtcl_torchrec.training.build import build_model, for_modules
+from mtcl_torchrec.training.build import build_loss_weighting, build_model, for_modules
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
@@ -38,6 +38,7 @@ from mtcl_torchrec.training.checkpoint.store import (
     newest_checkpoint,
     read_about,
 )
+from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
     CATALOGUE,
     CHECKPOINTS,
@@ -51,7 +52,7 @@ from mtcl_torchrec.training.directory import (
     sign_run_directory,
 )
 from mtcl_torchrec.training.history import TrainingHistory, finite
-from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model
+from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.progress import TrainingProgress
@@ -68,11 +69,13 @@ class RunResult:
         folder: the run directory.
         history: validation metrics by epoch.
         evaluations: split -> evaluation of the kept epoch.
+        diagnosis: what stands out, see `mtcl_torchrec.training.diagnosis`.
     """
 
     folder: Path
     history: TrainingHistory
     evaluations: dict[str, Evaluation]
+    diagnosis: list[str]
 
 
 def train_run(
@@ -130,6 +133,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     say(_describe(model, preprocessor, where))
     for line in uncalibrated_lines(model.tasks):
         say(line)
+    _note_declared_weights(run, state, say)
     if start.checkpoint is not None:
         state.load(start.checkpoint, where)
         left = splits.train.rows_left(state.position) / max(splits.train.rows_per_epoch, 1)
@@ -138,6 +142,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
             say(f"all {run.training.epochs} epochs are done: nothing is trained; raise training.epochs to go on")
     _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
     history = _fit(run, folder, state, splits, where, console, say)
+    diagnosis = diagnose(history.balance, history.epochs, history.best_epoch)
+    say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     best = best_checkpoint(folder / CHECKPOINTS)
     if best is None:
         raise DataError(f"{folder}: the best epoch's checkpoint is gone, and no epoch is left to train: raise epochs")
@@ -150,9 +156,9 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         for name in splits.encoded
     }  # fmt: skip
     if where.first:
-        write_metrics(folder / "metrics.json", history, evaluations)
+        write_metrics(folder / "metrics.json", history, evaluations, diagnosis)
     where.barrier()
-    return RunResult(folder, history, evaluations)
+    return RunResult(folder, history, evaluations, diagnosis)
 
 
 def _earlier_encoder(folder: Path) -> FeatureEncoder:
@@ -219,7 +225,12 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
     """Sharded model, optimizer and schedule, with all weights as they are before the first step."""
     config = run.training
     optimizers, sharding = for_modules(run)
-    train_module = MTCLTrain(model, regularisers=config.regularisers.model_dump(), seed=config.seed)
+    train_module = MTCLTrain(
+        model,
+        loss_weighting=build_loss_weighting(run.balance.weighting, len(model.tasks)),
+        regularisers=config.regularisers.model_dump(),
+        seed=config.seed,
+    )
     sharded, optimizer = parallelise(
         train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
     )
@@ -351,6 +362,14 @@ def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
     )
 
 
+def _note_declared_weights(run: RunConfig, state: TrainingState, say: Say) -> None:
+    """Some loss weightings make no difference between tasks that are declared with different weights."""
+    weighting = train_module_of(state.model).loss.weighting
+    weights = {task.weight for task in run.data_schema.tasks} - {0.0}
+    if weighting is not None and weighting.scale_free and len(weights) > 1:
+        say(f"balance.weighting.kind {run.balance.weighting.kind}: the weights of the tasks cancel out under it")
+
+
 def evaluate_rows(
     model: MTCL,
     preprocessor: Preprocessor,
@@ -377,7 +396,15 @@ def evaluate_rows(
     )
 
 
-def write_metrics(path: Path, history: TrainingHistory, evaluations: dict[str, Evaluation]) -> None:
+def write_metrics(
+    path: Path, history: TrainingHistory, evaluations: dict[str, Evaluation], diagnosis: list[str]
+) -> None:
     """Everything measured, as JSON; what is not defined is null."""
-    content = {"history": history.to_json(), "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()}}
+    of_history = history.to_json()
+    content = {
+        "history": of_history,
+        "balance": of_history.pop("balance"),
+        "diagnosis": diagnosis,
+        "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()},
+    }
     replace_file(path, json.dumps(content, indent=1))

@@ -1,0 +1,204 @@
+"""What stands out in a finished training, in words: a function from numbers to sentences.
+
+The bounds below are where a person would want to look, not tests of significance.  What is about validation metrics
+allows for the chance that small numbers of rows leave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights
+
+MOST_LINES = 8
+
+OPPOSED = -0.05  # mean cosine of two gradients; near 0, half of all steps conflict by chance alone
+HELD = 0.05  # share of steps in which weights were clamped or the Gramian had no solution
+UNUSED = 0.1  # of an equal share: what no gate gives more than is idle
+LEANS = 0.9  # weight of a task's own experts, or of one expert
+UNEVEN = 2.0  # ratio of two tasks' weights
+EVEN = 0.98  # entropy of a gate that does not choose
+DROPPED = {"auc": 0.01, "r2": 0.02, "ne": 0.02}  # from a task's best epoch to the kept one
+
+Metrics = Mapping[str, "float | None"]
+
+
+class _Finding(NamedTuple):
+    weight: float  # of the finding among others
+    sentence: str
+
+
+def diagnose(balance: Balance, epochs: Sequence[Mapping[str, Metrics]] = (), best_epoch: int = 0) -> list[str]:
+    """What is worth saying about a training, the most important first: at most `MOST_LINES` lines.
+
+    Args:
+        balance: the numbers after the last reading.
+        epochs: validation metrics by task, of each epoch.
+        best_epoch: the kept one, from 1; 0 where there is none.
+
+    Example:
+        >>> gates = [GateUse(1, "click", [0.5, 0.5, 0.0], 0.6), GateUse(1, "like", [0.7, 0.29, 0.01], 0.6)]
+        >>> diagnose(Balance(gates=gates))
+        ['expert 2 is unused: no gate gives it more than 0.01']
+    """
+    found: list[_Finding] = []
+    if balance.loss_weights is not None:
+        found += _about_loss_weights(balance.loss_weights)
+    for cut in balance.gradients:
+        found += _about_gradients(cut, f" at the {cut.cut}" if len(balance.gradients) > 1 else "")
+    for level in sorted({use.level for use in balance.gates}):
+        uses = [use for use in balance.gates if use.level == level]
+        several = len({use.level for use in balance.gates}) > 1
+        found += _about_experts(uses, f" of level {level}" if several else "")
+    if 0 < best_epoch <= len(epochs):
+        found += _about_metrics(epochs, best_epoch)
+    found.sort(key=lambda finding: -finding.weight)
+    lines = [finding.sentence for finding in found]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} lesser things (metrics.json, balance)"]
+    return lines or [_nothing(balance, bool(epochs))]
+
+
+def _nothing(balance: Balance, judged: bool) -> str:
+    """All is well, wherever there was something to look at."""
+    looked = [
+        "the tasks' validation metrics" if judged else "",
+        "the use of experts" if balance.gates else "",
+        "the weights of the losses" if balance.loss_weights else "",
+        "the tasks' gradients" if balance.gradients else "",
+    ]
+    places = [place for place in looked if place]
+    return f"nothing stands out in {_listed(places)}" if places else "nothing to look at"
+
+
+def _about_loss_weights(of: LossWeights) -> Iterator[_Finding]:
+    held = {task: share for task, share in of.clamped.items() if share is not None and share >= HELD}
+    if held:
+        yield _Finding(2 + max(held.values()), f"the weights of {of.method} were held in their range: {_shares(held)}")
+    yield from _uneven(of.method, of.mean, "")
+
+
+def _about_gradients(seen: GradientAgreement, where: str) -> Iterator[_Finding]:
+    if seen.degenerate is not None and seen.degenerate >= HELD:
+        yield _Finding(
+            3 + seen.degenerate,
+            f"in {seen.degenerate:.0%} of steps the gradients{where} allowed no solution, and their sum was taken",
+        )
+    if seen.clamped is not None and seen.clamped >= HELD:
+        yield _Finding(2 + seen.clamped, f"the gradients' weights{where} were clamped in {seen.clamped:.0%} of steps")
+    for i, one in enumerate(seen.tasks):
+        for j, other in enumerate(seen.tasks[:i]):
+            cosine, share = seen.cosine[i][j], seen.conflicting[i][j]
+            if cosine is not None and share is not None and cosine <= OPPOSED:
+                yield _Finding(
+                    1 + share - cosine,
+                    f"{other} and {one} pull apart{where} in {share:.0%} of steps (mean cosine {_signed(cosine)})",
+                )
+    yield from _uneven("gradient surgery", seen.weights, where)
+
+
+def _uneven(method: str, weights: Mapping[str, float | None], where: str) -> Iterator[_Finding]:
+    """The task of the largest weight beside that of the smallest."""
+    known = {task: w for task, w in weights.items() if w is not None and w > 0}
+    if len(known) < 2:
+        return
+    most, least = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+    ratio = known[most] / known[least]
+    if ratio >= UNEVEN:
+        times = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+        yield _Finding(0.4 + math.log10(ratio) / 2, f"{method} gives {most} {times} times the weight of {least}{where}")
+
+
+def _about_experts(uses: Sequence[GateUse], where: str) -> Iterator[_Finding]:
+    idle = sorted(_idle(uses))
+    if idle:
+        most = max(use.weights[e] or 0.0 for use in uses for e in idle)
+        experts = _listed([str(e) for e in idle])
+        subject = f"expert {experts}{where} is" if len(idle) == 1 else f"experts {experts}{where} are"
+        it = "it" if len(idle) == 1 else "any of them"
+        yield _Finding(1.2 + len(idle) / 100, f"{subject} unused: no gate gives {it} more than {most:.2f}")
+    hardly = 0
+    for use in uses:
+        seen = {e: w for e, w in enumerate(use.weights) if w is not None}
+        if len(seen) < 2:
+            continue
+        own = [e for e in seen if sum(other.weights[e] is not None for other in uses if other.gate != "shared") == 1]
+        on_own = sum(seen[e] for e in own) if len(own) < len(seen) and use.gate != "shared" else 0.0
+        favourite = max(seen, key=seen.__getitem__)
+        if on_own >= LEANS:
+            experts = "expert" if len(own) == 1 else "experts"
+            yield _Finding(0.8, f"task {use.gate} leans on its own {experts}{where} ({on_own:.2f}): it shares little")
+        elif seen[favourite] >= LEANS and favourite not in own:
+            yield _Finding(0.7, f"task {use.gate} uses expert {favourite}{where} alone ({seen[favourite]:.2f})")
+        hardly += use.entropy >= EVEN
+    if hardly == len(uses):
+        yield _Finding(0.2, f"the gates{where} mix all experts evenly: one larger expert may do as well")
+
+
+def _idle(uses: Sequence[GateUse]) -> Iterator[int]:
+    """Experts that no gate takes, and that no gate adds beside."""
+    native = {expert for use in uses for expert in use.native}
+    for expert in sorted(set(range(len(uses[0].weights))) - native):
+        shares = [(use.weights[expert], sum(w is not None for w in use.weights)) for use in uses]
+        known = [(weight, seen) for weight, seen in shares if weight is not None]
+        if known and all(weight < UNUSED / seen for weight, seen in known):
+            yield expert
+
+
+def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> Iterator[_Finding]:
+    for task, kept in epochs[best_epoch - 1].items():
+        name = "auc" if kept.get("auc") is not None else "r2" if kept.get("r2") is not None else "ne"
+        value = kept.get(name)
+        if value is None:
+            continue
+        learnt = {"auc": value >= 0.51, "r2": value > 0, "ne": value < 1}[name]
+        if learnt:
+            values = [of.get(task, {}).get(name) for of in epochs]
+            yield from _fallen(task, name, values, best_epoch, _chance(kept))
+        elif name == "auc":
+            yield _Finding(2.5, f"{task} is predicted no better than by chance (validation AUC {value:.3f})")
+        elif name == "r2":
+            yield _Finding(2.5, f"{task} is predicted no better than by its mean (validation R² {_signed(value)})")
+        else:
+            yield _Finding(2.5, f"{task} is predicted no better than by its base rates (validation NE {value:.2f})")
+
+
+def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: int, chance: float) -> Iterator[_Finding]:
+    """Whether the kept epoch is much worse than this task's own best one."""
+    sign = -1.0 if name == "ne" else 1.0
+    of_epoch = {epoch: sign * v for epoch, v in enumerate(values, 1) if v is not None}
+    top = max(of_epoch, key=of_epoch.__getitem__)
+    drop = of_epoch[top] - of_epoch[best_epoch]
+    if drop <= max(DROPPED[name], 2 * chance if name == "auc" else 0.0):
+        return
+    label = {"auc": "AUC", "r2": "R²", "ne": "NE"}[name]
+    then, now = values[top - 1], values[best_epoch - 1]
+    why = "it overfits since" if top < best_epoch else "it still learns when the rest is done"
+    yield _Finding(
+        1.5 + min(drop, 0.4),
+        f"{task} was better in epoch {top} ({label} {then:.3f}) than in the kept epoch {best_epoch} ({now:.3f}): {why}",
+    )
+
+
+def _chance(metrics: Metrics) -> float:
+    """Standard error of an AUC of 0.5 on as many positive and negative rows (Mann and Whitney, 1947)."""
+    count, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
+    positive, negative = count * rate, count * (1 - rate)
+    return math.sqrt((count + 1) / (12 * positive * negative)) if positive > 0 and negative > 0 else 0.0
+
+
+def _shares(of: Mapping[str, float]) -> str:
+    """Shares of steps, the largest first."""
+    largest = sorted(of, key=lambda task: -of[task])
+    return _listed([f"{task} in {of[task]:.0%} of its steps" for task in largest])
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *front, last = parts
+    return f"{', '.join(front)} and {last}" if front else last
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")

@@ -1,0 +1,320 @@
+"""What a training says about its tasks: the numbers against hand computations, and the sentences about them."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import shop
+import torch
+from ranks import run_ranks
+from rich.console import Console
+from test_distributed import optimizers, rows, train_module
+
+from mtcl_torchrec import PLE, MMoE, SharedBottom
+from mtcl_torchrec.config import LossWeightingConfig, parse_run
+from mtcl_torchrec.data.batch import global_batches, iterate
+from mtcl_torchrec.models import MTCLTrain
+from mtcl_torchrec.modules.balance.statistics import gate_sums
+from mtcl_torchrec.modules.balance.weighting import DWA
+from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights, _gate_names, read_step
+from mtcl_torchrec.training.diagnosis import MOST_LINES, diagnose
+from mtcl_torchrec.training.history import TrainingHistory
+from mtcl_torchrec.training.loop import build_pipeline, parallelise, train_module_of
+from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.sharding import ranks
+
+# ---------------------------------------------------------------- sentences
+
+
+def weights(clamped=0.0, **mean):
+    return LossWeights("FAMO", mean, dict.fromkeys(mean, 0.0) | ({next(iter(mean)): clamped} if clamped else {}))
+
+
+def agreement(cosine, conflicting, *, cut="trunk", weights=(1.0, 1.0), clamped=0.0, degenerate=0.0):
+    def matrix(diagonal, other):
+        return [[diagonal, other], [other, diagonal]]
+
+    of = dict(zip(("like", "click"), weights, strict=True))
+    return GradientAgreement(
+        cut, ["like", "click"], matrix(1.0, cosine), matrix(0.0, conflicting), of, 100, clamped, degenerate
+    )
+
+
+def gates(*rows, level=1, entropy=0.5, names=("click", "like", "comment", "shared")):
+    return [GateUse(level, name, list(row), entropy) for name, row in zip(names, rows, strict=False)]
+
+
+PLE_LIKE = ([0.5, None, None, 0.5], [None, 0.4, None, 0.6], [None, None, 0.93, 0.07])
+LINES = [
+    (Balance(), "nothing to look at"),
+    (Balance(loss_weights=weights(click=1.0, like=1.9)), "nothing stands out in the weights of the losses"),
+    (
+        Balance(gradients=[agreement(-0.04, 0.5)], gates=gates([0.5, 0.5], [0.6, 0.4])),
+        "nothing stands out in the use of experts and the tasks' gradients",
+    ),
+    (Balance(gradients=[agreement(-0.12, 0.41)]), "like and click pull apart in 41% of steps (mean cosine −0.12)"),
+    (Balance(gradients=[agreement(None, None)]), "nothing stands out in the tasks' gradients"),
+    (
+        Balance(gradients=[agreement(0.5, 0.0), agreement(-0.3, 0.8, cut="embeddings")]),
+        "like and click pull apart at the embeddings in 80% of steps (mean cosine −0.30)",
+    ),
+    (
+        Balance(gradients=[agreement(0.1, 0.3, weights=(3.0, 1.0))]),
+        "gradient surgery gives like 3.0 times the weight of click",
+    ),
+    (Balance(gradients=[agreement(0.1, 0.3, clamped=0.12)]), "the gradients' weights were clamped in 12% of steps"),
+    (
+        Balance(gradients=[agreement(0.1, 0.3, degenerate=0.2)]),
+        "in 20% of steps the gradients allowed no solution, and their sum was taken",
+    ),
+    (Balance(loss_weights=weights(click=1.0, report=2.7)), "FAMO gives report 2.7 times the weight of click"),
+    (Balance(loss_weights=weights(click=0.01, report=1.0)), "FAMO gives report 100 times the weight of click"),
+    (
+        Balance(loss_weights=weights(clamped=0.12, click=1.0, report=1.5)),
+        "the weights of FAMO were held in their range: click in 12% of its steps",
+    ),
+    (
+        Balance(gates=gates([0.6, 0.39, 0.01], [0.5, 0.48, 0.02])),
+        "expert 2 is unused: no gate gives it more than 0.02",
+    ),
+    (
+        Balance(gates=gates([0.97, 0.0, 0.01, 0.02], [0.88, 0.09, 0.015, 0.015], level=2)),
+        "experts 2 and 3 are unused: no gate gives any of them more than 0.02",
+    ),
+    (Balance(gates=gates(*PLE_LIKE)), "task comment leans on its own expert (0.93): it shares little"),
+    (Balance(gates=gates([0.95, 0.05], [0.5, 0.5])), "task click uses expert 0 alone (0.95)"),
+    (
+        Balance(gates=gates([0.5, 0.5], [0.5, 0.5], entropy=0.99)),
+        "the gates mix all experts evenly: one larger expert may do as well",
+    ),
+    (
+        Balance(gates=gates([0.5, 0.5], [0.5, 0.5]) + gates([1.0, 0.0], [0.7, 0.3], level=2)),
+        "task click uses expert 0 of level 2 alone (1.00)",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("balance", "line"), LINES, ids=[line for _, line in LINES])
+def test_each_thing_has_its_sentence(balance, line):
+    assert diagnose(balance)[0] == line
+
+
+def auc(value, count=10000.0, rate=0.3):
+    return {"auc": value, "count": count, "base_rate": rate}
+
+
+METRICS = [
+    ([{"like": auc(0.7)}], 1, "nothing stands out in the tasks' validation metrics"),
+    ([{"like": auc(0.504)}], 1, "like is predicted no better than by chance (validation AUC 0.504)"),
+    ([{"like": {"r2": -0.2, "count": 9.0}}], 1, "like is predicted no better than by its mean (validation R² −0.20)"),
+    (
+        [{"like": {"ne": 1.1, "count": 9.0}}],
+        1,
+        "like is predicted no better than by its base rates (validation NE 1.10)",
+    ),
+    (
+        [{"like": auc(0.75)}, {"like": auc(0.7)}],
+        2,
+        "like was better in epoch 1 (AUC 0.750) than in the kept epoch 2 (0.700): it overfits since",
+    ),
+    (
+        [{"like": {"ne": 0.9}}, {"like": {"ne": 0.8}}],
+        1,
+        "like was better in epoch 2 (NE 0.800) than in the kept epoch 1 (0.900): it still learns when the rest is done",
+    ),
+    ([{"like": auc(0.75, 100.0)}, {"like": auc(0.7, 100.0)}], 2, "nothing stands out in the tasks' validation metrics"),
+    ([{"like": auc(0.705)}, {"like": auc(0.7)}], 2, "nothing stands out in the tasks' validation metrics"),
+    ([{"like": {"auc": None, "count": 0.0}}], 1, "nothing stands out in the tasks' validation metrics"),
+    ([{"like": auc(None)}, {"like": auc(0.7)}], 2, "nothing stands out in the tasks' validation metrics"),
+]
+
+
+@pytest.mark.parametrize(("epochs", "best", "line"), METRICS)
+def test_validation_metrics_are_looked_at(epochs, best, line):
+    assert diagnose(Balance(), epochs, best) == [line]
+
+
+def test_the_most_important_comes_first_and_eight_lines_are_enough():
+    balance = Balance(
+        loss_weights=weights(clamped=0.3, click=1.0, report=9.0),
+        gradients=[agreement(-0.2, 0.6, cut=str(cut), weights=(9.0, 1.0), degenerate=0.1) for cut in range(4)],
+        gates=gates([0.99, 0.0, 0.01], [0.9, 0.05, 0.05]),
+    )
+    lines = diagnose(balance)
+    assert len(lines) == MOST_LINES
+    assert all("allowed no solution" in line for line in lines[:4])
+    assert "held in their range" in lines[4]
+    assert "pull apart" in lines[5]
+    assert lines[-1] == "and 9 lesser things (metrics.json, balance)"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def by_hand(level):
+    """Mean weights and entropies of the gates, row by row."""
+    num_gates, num_experts = level.hidden.shape
+    total, entropy, count = np.zeros((num_gates, num_experts)), np.zeros(num_gates), np.zeros(num_gates)
+    for mix in level.mixes:
+        for g, gate in enumerate(mix.gates):
+            for row in mix.weights[g].detach().double().numpy():
+                count[gate] += 1
+                total[gate, mix.experts] += row
+                positive = row[row > 0]
+                sees = int((~level.hidden[gate]).sum())
+                entropy[gate] -= (positive * np.log(positive)).sum() / np.log(sees)
+    return total / count[:, None], entropy / count
+
+
+def test_the_use_of_experts_is_that_of_a_loop_over_rows():
+    torch.manual_seed(0)
+    trunk = PLE(shared_experts=2, task_experts=1, expert_layers=[6], levels=2, gate_dropout=0.3)
+    trunk.build(5, 3)
+    trunk(torch.randn(7, 5) * 5, [0, 1, 2])
+    trunk(torch.randn(4, 5), [1])  # a task that may see other inputs goes alone
+    for level in trunk.levels:
+        sums, (mean, entropy) = gate_sums(level), by_hand(level)
+        seen = ~level.hidden
+        torch.testing.assert_close((sums.weights / sums.rows[:, None])[seen], torch.tensor(mean)[seen])
+        assert torch.isnan(sums.weights[~seen]).all()
+        torch.testing.assert_close(sums.entropy / sums.rows, torch.tensor(entropy), rtol=1e-5, atol=1e-6)
+        assert ((sums.entropy / sums.rows) <= 1 + 1e-6).all()
+        torch.testing.assert_close(torch.nansum(sums.weights, 1), sums.rows, rtol=1e-5, atol=1e-5)
+
+
+def test_a_level_without_a_choice_has_no_use_to_tell():
+    trunk = SharedBottom([4])
+    trunk.build(3, 2)
+    trunk(torch.randn(2, 3), [0, 1])
+    assert gate_sums(trunk.level) is None
+
+
+def test_an_expert_that_a_gate_never_takes_is_found():
+    trunk = MMoE(3, [4])
+    trunk.build(3, 2)
+    trunk.level.gate_weight.data.zero_()
+    trunk.level.gate_weight.data[:, 1] = -100.0
+    trunk(torch.rand(50, 3) + 0.1, [0, 1])
+    sums = gate_sums(trunk.level)
+    use = [GateUse(1, t, (sums.weights[g] / 50).tolist(), float(sums.entropy[g]) / 50) for g, t in enumerate("ab")]
+    assert diagnose(Balance(gates=use))[0] == "expert 1 is unused: no gate gives it more than 0.00"
+
+
+def some_statistics():
+    part = SimpleNamespace(
+        name="trunk",
+        cosine=[[1.0, -0.5, 0.1], [-0.5, 1.0, math.nan], [0.1, math.nan, 1.0]],
+        conflicts=[[0.0, 0.6, 0.1], [0.6, 0.0, math.nan], [0.1, math.nan, 0.0]],
+        weights=[1.0, 2.0, math.nan],
+        clamped=10,
+        degenerate=0,
+    )
+    return SimpleNamespace(tasks=("click", "rare", "seconds"), steps=50, parts=(part,))
+
+
+def read_a_step():
+    """Two readings of training with gates, a loss weighting and something that speaks of gradients."""
+    with ranks("cpu") as where:
+        plain = train_module(trunk="ple")
+        module = MTCLTrain(plain.model, loss_weighting=DWA(3, window=1))
+        module.surgery = SimpleNamespace(statistics=some_statistics)
+        model, optimizer = parallelise(module, where, optimizers("sgd"), seed=3)
+        pipe = build_pipeline(model, optimizer, where.device)
+        model.train()
+        of_rank = {"rank": where.rank, "world_size": where.world_size}
+        batches = iterate(rows(), global_batches(90, 8 // where.world_size, **of_rank))
+        balance, hands, told = Balance(), [], []
+        for step in range(3):
+            loss, *_ = pipe.progress(batches)
+            told.append(read_step(train_module_of(model), loss, where, balance, overdue=where.first and step == 1))
+            hands.append([by_hand(level) for level in module.model.tower.expert_levels()])
+        pipe.detach()
+        del pipe, model, optimizer
+        return balance, hands, told
+
+
+def test_readings_are_those_of_the_global_batch_on_every_rank():
+    ((one, hands, told),) = run_ranks(read_a_step, 1)
+    two = run_ranks(read_a_step, 2)
+    assert one.readings == 3
+    for level in (1, 2):
+        of_level = [use for use in one.gates if use.level == level]
+        # click, rare, seconds and, but for the last level, what they share.
+        assert [use.gate for use in of_level] == ["click", "rare", "seconds", "shared"][: len(of_level)]
+        assert len(of_level) == 5 - level
+        mean = np.mean([hand[level - 1][0] for hand in hands], 0)
+        entropy = np.mean([hand[level - 1][1] for hand in hands], 0)
+        for use, expected, e in zip(of_level, mean, entropy, strict=True):
+            assert [0.0 if w is None else w for w in use.weights] == pytest.approx(expected.tolist(), abs=1e-6)
+            assert use.entropy == pytest.approx(e, abs=1e-6)
+    assert [use.weights[0] is None for use in one.gates if use.gate == "rare"] == [True, True]
+    (seen,) = one.gradients
+    assert (seen.cosine[1], seen.conflicting[1]) == ([-0.5, 1.0, None], [0.6, 0.0, None])
+    assert (seen.steps, seen.clamped, seen.degenerate) == (50, 0.2, 0.0)
+    assert one.scalars()["cosine_trunk/click-rare"] == -0.5
+    assert "cosine_trunk/rare-seconds" not in one.scalars()
+    assert seen.weights == {"click": 1.0, "rare": 2.0, "seconds": None}
+    assert one.loss_weights.method == "DWA"
+    assert two[0][0] == two[1][0]
+    for balance, _, told_there in two:
+        assert balance.scalars() == pytest.approx(one.scalars(), abs=1e-4)
+        for (losses, overdue), (expected, expected_overdue) in zip(told_there, told, strict=True):
+            assert losses == pytest.approx(expected, abs=1e-4)
+            assert overdue == expected_overdue
+    assert [overdue for _, overdue in told] == [False, True, False]
+    history = TrainingHistory(balance=one)
+    assert TrainingHistory.from_json(json.loads(json.dumps(history.to_json()))) == history
+
+
+def test_an_expert_that_is_added_beside_its_gate_is_not_idle():
+    uses = gates([0.0, 0.5, 0.5], [0.0, 0.6, 0.4])
+    assert diagnose(Balance(gates=uses))[0].startswith("expert 0 is unused")
+    uses[1].native = [0]
+    assert "unused" not in diagnose(Balance(gates=uses))[0]
+
+
+def test_gates_that_are_not_the_tasks_have_names_of_their_own():
+    trunk = MMoE(2, [4])
+    trunk.build(3, 2)
+    assert _gate_names(trunk.level, ["a", "b"]) == ["a", "b"]
+    assert _gate_names(trunk.level, ["a"]) == ["a", "shared"]
+    assert _gate_names(trunk.level, ["a", "b", "c"]) == ["gate 0", "gate 1"]
+    trunk.level.gate_names = ["buyers", "viewers"]
+    assert _gate_names(trunk.level, ["a", "b"]) == ["buyers", "viewers"]
+
+
+def test_a_reading_in_a_skipped_batch_keeps_what_is_known():
+    balance = Balance(readings=20, gates=gates([0.5, 0.5]))
+    balance._meet([])
+    assert balance.gates[0].weights == [0.5, 0.5]
+    balance._meet(gates([1.0, 0.0]))
+    assert balance.gates[0].weights == pytest.approx([0.55, 0.45])
+    balance._meet(gates([0.2, 0.3, 0.5]))  # another model
+    assert balance.gates[0].weights == [0.2, 0.3, 0.5]
+
+
+def test_a_run_says_it_writes_it_and_shows_it(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shop.log(400).to_parquet(tmp_path / "log.parquet", index=False)
+    run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 1, log_every: 4"), folder=tmp_path)
+    run.balance.weighting = LossWeightingConfig(kind="geometric_mean")
+    said = io.StringIO()
+    result = train_run(run, tmp_path / "run", device="cpu", console=Console(file=said, width=200))
+    assert "diagnosis:\n  - " + result.diagnosis[0] in said.getvalue()
+    stored = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert stored["diagnosis"] == result.diagnosis
+    assert "balance" not in stored["history"]
+    assert stored["balance"]["loss_weights"]["method"] == "the geometric mean"
+    assert [use["gate"] for use in stored["balance"]["gates"]] == ["click", "buy", "taste", "stars"]
+    steps = result.history.best_step
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    expected = {*range(4, steps + 1, 4), steps}
+    for tag in ("loss/click", "loss_weight/taste", "gate/level1/buy/expert2", "gate_entropy/level1/stars"):
+        assert {e.step for e in events.Scalars(tag)} == expected, tag
+    last = events.Scalars("gate/level1/buy/expert2")[-1].value
+    assert last == pytest.approx(stored["balance"]["gates"][1]["weights"][2], abs=1e-6)
