@@ -60,7 +60,8 @@ class RunConfig(Part):
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
-        tables = self.data_schema.tables()
+        self.model.check(self.data_schema)
+        tables = self.model.tables(self.data_schema)
         for name in self.optimizers.tables.lr_of:
             if name not in tables:
                 raise ValueError(f"optimizers.tables.lr_of: no table {name!r}{nearest(name, tables)}")

@@ -339,10 +339,10 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
 
 
 def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
-    tables = {t: preprocessor.encoder.num_embeddings(t) for t in preprocessor.schema.tables()}
+    tables = model.embedding_bag_collection.embedding_bag_configs()  # type: ignore[operator]
     dense = sum(p.numel() for p in model.tower.parameters())
     return (
-        f"{len(tables)} embedding tables with {sum(tables.values()):,} rows, "
+        f"{len(tables)} embedding tables with {sum(t.num_embeddings for t in tables):,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
         f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}"
     )
