@@ -97,9 +97,7 @@ def test_a_run_read_back_predicts_the_same(data, finished):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.trunk.kind": "shared_bottom"},
         {"model.trunk.kind": "single_task"},
-        {"model.trunk.kind": "ple"},
         {"optimizers.tables.kind": "adagrad"},
         {"optimizers.tables.kind": "sgd", "optimizers.tables.lr": 1.0},
         {"optimizers.tables.kind": "adam", "optimizers.tables.lr": 0.01},

@@ -168,9 +168,10 @@ class ModelConfig(Part):
         for name in self.trunk.own_tables or ():
             if name not in tables:
                 raise ValueError(f"model.trunk.own_tables: no table {name!r}{nearest(name, tables)}")
-        names = self.tables(schema)
-        if len(names) > len(tables):
-            check_unique("table (dots and underscores are the same)", [name.replace(".", "_") for name in names])
+        own = [own_table(table, task) for table, of in self.copied_tables(schema).items() for task in of]
+        if own:
+            names = [name.replace(".", "_") for name in (*tables, *own)]
+            check_unique("table (dots and underscores are the same)", names)
         if self.trunk.groups is not None:
             try:
                 check_groups(self.trunk.groups, [task.name for task in schema.tasks])

@@ -126,7 +126,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     )
     start = _start_of(folder, splits, say) if resume else _Start()
     state = _state_at(start, run, model, splits, where)
-    say(_describe(model, preprocessor, where))
+    say(_describe(run, model, preprocessor, where))
     if start.checkpoint is not None:
         state.load(start.checkpoint, where)
         left = splits.train.rows_left(state.position) / max(splits.train.rows_per_epoch, 1)
@@ -338,11 +338,12 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
     return seen
 
 
-def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
-    tables = model.embedding_bag_collection.embedding_bag_configs()  # type: ignore[operator]
+def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
+    tables = run.model.tables(preprocessor.schema)
+    rows = sum(preprocessor.encoder.num_embeddings(features[0].table_name) for features in tables.values())
     dense = sum(p.numel() for p in model.tower.parameters())
     return (
-        f"{len(tables)} embedding tables with {sum(t.num_embeddings for t in tables):,} rows, "
+        f"{len(tables)} embedding tables with {rows:,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
         f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}"
     )
