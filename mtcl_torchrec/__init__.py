@@ -12,8 +12,10 @@ except ImportError as error:
 
 from mtcl_torchrec.data.batch import MTBatch
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.fusion import WeightedMean
-from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask
+from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
 from mtcl_torchrec.schema import Chain, ConfigError, DataError, Feature, Schema, Task
 
 __version__ = "0.1.0"
@@ -21,16 +23,22 @@ __version__ = "0.1.0"
 __all__ = [
     "MTCL",
     "PLE",
+    "STEM",
+    "AdaTT",
     "Chain",
     "ConfigError",
     "DataError",
+    "EPNet",
     "Feature",
+    "HoME",
     "MMoE",
     "MTBatch",
     "MTCLTrain",
+    "PPNet",
     "Schema",
     "SharedBottom",
     "SingleTask",
     "Task",
     "WeightedMean",
+    "with_own_tables",
 ]

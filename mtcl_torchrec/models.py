@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
+from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
@@ -77,7 +78,7 @@ class MTCL(nn.Module):
         embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device, or a
             ManagedCollisionEmbeddingBagCollection.
         dense_in_features: D, number of dense features; 0 where there are none.
-        trunk: `SharedBottom`, `MMoE`, `PLE`, `SingleTask`, or a module of the signature in
+        trunk: `SharedBottom`, `MMoE`, `PLE`, `AdaTT`, `HoME`, `STEM`, `SingleTask`, or a module of the signature in
             `mtcl_torchrec.modules.trunks`.
         tasks: what is predicted, in the order of the label columns.
         fused_score: `WeightedMean`, or a module of the signature in `mtcl_torchrec.modules.fusion`; without one there
@@ -93,6 +94,7 @@ class MTCL(nn.Module):
         precision: ``"bf16"`` computes everything after the embeddings under autocast, in evaluation too; parameters,
             logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss
             would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is slower in it.
+        epnet, ppnet: PEPNet's gates on the embeddings and on the towers, see `mtcl_torchrec.modules.gates`.
 
     Raises:
         ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
@@ -149,6 +151,8 @@ class MTCL(nn.Module):
         feature_groups: Mapping[str, Sequence[Group]] | None = None,
         dense_groups: Sequence[Sequence[Group]] | None = None,
         precision: Precision = "fp32",
+        epnet: EPNet | None = None,
+        ppnet: PPNet | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -177,6 +181,8 @@ class MTCL(nn.Module):
             feature_groups=feature_groups,
             dense_groups=dense_groups,
             precision=precision,
+            epnet=epnet,
+            ppnet=ppnet,
         )
         self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score))
 

@@ -54,6 +54,16 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
+def own_table(table: str, task: str) -> str:
+    """Name of the copy of an embedding table that one task alone trains.
+
+    Example:
+        >>> own_table("user_id", "click")
+        'user_id@click'
+    """
+    return f"{table}@{task}"
+
+
 class _Declared(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -495,3 +505,28 @@ def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:
         links += ready
         placed |= {child for child, _ in ready}
     return links
+
+
+def check_groups(groups: Sequence[Sequence[str]], tasks: Sequence[str]) -> None:
+    """See that groups of tasks hold each task once.
+
+    Raises:
+        ValueError: a task is in none, in two, or not known, or a group is empty.
+
+    Example:
+        >>> check_groups([["click", "like"]], ["click", "like", "seconds"])
+        Traceback (most recent call last):
+            ...
+        ValueError: groups: task 'seconds' is in none
+    """
+    placed = [task for group in groups for task in group]
+    for task in placed:
+        if task not in tasks:
+            raise ValueError(f"groups: no task {task!r}{nearest(task, tasks)}")
+        if placed.count(task) > 1:
+            raise ValueError(f"groups: task {task!r} is in two")
+    for task in tasks:
+        if task not in placed:
+            raise ValueError(f"groups: task {task!r} is in none")
+    if not all(groups):
+        raise ValueError("groups: one is empty")

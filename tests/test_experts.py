@@ -105,8 +105,35 @@ def test_dropout_acts_while_training_only():
         ({"num_experts": 0}, "widths"),
         ({"norm": "batch"}, "'batch'"),
         ({"reads": [0]}, "reads names 1"),
+        ({"feature_rank": -1}, "feature_rank"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         BatchedExperts(**{"in_features": 4, "layers": [3], "num_experts": 2, **arguments})
+
+
+@pytest.mark.parametrize("reads", [None, [0, 0, 2, 1]])
+def test_feature_gates_equal_the_loop(reads):
+    """Each expert scales its own input by 2·sigmoid of a low-rank product."""
+    torch.manual_seed(5)
+    experts = randomise(BatchedExperts(5, [6, 3], num_experts=4, reads=reads, feature_rank=2))
+    x = torch.randn(3, 8, 5) if reads else torch.randn(8, 5)
+    down, up = experts.feature_gates
+    expected = []
+    for e, network in enumerate(loop_of(experts)):
+        stream = x[reads[e]] if reads else x
+        expected.append(network(stream * 2 * torch.sigmoid(stream @ down[e].T @ up[e].T)))
+    torch.testing.assert_close(experts(x), torch.stack(expected))
+    torch.testing.assert_close(experts(x, only=[3, 1]), torch.stack(expected)[[3, 1]])
+
+
+def test_factors_scale_the_output_of_every_layer():
+    torch.manual_seed(6)
+    experts = randomise(BatchedExperts(5, [6, 3], num_experts=2, reads=[0, 1]))
+    x, factors = torch.randn(2, 8, 5), [torch.rand(2, 8, 6), torch.rand(2, 8, 3)]
+    expected = []
+    for e, network in enumerate(loop_of(experts)):
+        h = network[:3](x[e]) * factors[0][e]
+        expected.append(network[3:](h) * factors[1][e])
+    torch.testing.assert_close(experts(x, factors=factors), torch.stack(expected))

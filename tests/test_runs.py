@@ -97,9 +97,7 @@ def test_a_run_read_back_predicts_the_same(data, finished):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.trunk.kind": "shared_bottom"},
         {"model.trunk.kind": "single_task"},
-        {"model.trunk.kind": "ple"},
         {"optimizers.tables.kind": "adagrad"},
         {"optimizers.tables.kind": "sgd", "optimizers.tables.lr": 1.0},
         {"optimizers.tables.kind": "adam", "optimizers.tables.lr": 0.01},
@@ -203,8 +201,8 @@ def test_weights_of_layers_decay_and_biases_and_scales_do_not(data):
         decay = {id(p): g["weight_decay"] for g in optimizer.param_groups if "weight_decay" in g for p in g["params"]}
         by_name = {n.split("tower.")[1]: decay[id(p)] for n, p in model.named_parameters() if "tower." in n}
         del model, optimizer, train
-    assert by_name["heads.0.weight"] == by_name["trunk.level.experts.weights.0"] == 0.5
-    assert by_name["heads.0.bias"] == by_name["trunk.level.experts.scales.0"] == by_name["towers.biases.0"] == 0.0
+    assert by_name["heads.0.weight"] == by_name["trunk.levels.0.experts.weights.0"] == 0.5
+    assert by_name["heads.0.bias"] == by_name["trunk.levels.0.experts.scales.0"] == by_name["towers.biases.0"] == 0.0
 
 
 def test_early_stopping_keeps_the_best_epoch(data, tmp_path):

@@ -2,7 +2,7 @@
 
 from mtcl_torchrec.config.balance import BalanceConfig, LossWeightingConfig, SurgeryConfig
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig, SyntheticConfig
-from mtcl_torchrec.config.model import FusionConfig, ModelConfig, TrunkConfig
+from mtcl_torchrec.config.model import FusionConfig, GateConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
 from mtcl_torchrec.config.training import (
@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "DenseOptimizerConfig",
     "FusionConfig",
+    "GateConfig",
     "LossWeightingConfig",
     "ModelConfig",
     "OptimizersConfig",

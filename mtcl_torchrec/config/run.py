@@ -66,7 +66,8 @@ class RunConfig(Part):
                     raise ValueError(
                         f"training.regularisers.{name}: a {self.model.trunk.kind} trunk has no gate that mixes experts"
                     )
-        tables = self.data_schema.tables()
+        self.model.check(self.data_schema)
+        tables = self.model.tables(self.data_schema)
         for name in self.optimizers.tables.lr_of:
             if name not in tables:
                 raise ValueError(f"optimizers.tables.lr_of: no table {name!r}{nearest(name, tables)}")

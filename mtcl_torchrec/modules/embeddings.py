@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 
-from mtcl_torchrec.schema import GROUPS, Group, Schema
+from mtcl_torchrec.schema import GROUPS, Group, Schema, Task, nearest, own_table
 
 Pooled = Any  # a KeyedTensor, a pipeline's promise of one, a tuple that starts with one, or a (B, width) tensor
 
@@ -28,7 +29,10 @@ def table_module_name(table: str) -> str:
 
 
 def build_embedding_bag_collection(
-    schema: Schema, num_embeddings: Callable[[str], int], device: torch.device | str = "meta"
+    schema: Schema,
+    num_embeddings: Callable[[str], int],
+    device: torch.device | str = "meta",
+    own_tables: Mapping[str, Sequence[str]] | None = None,
 ) -> EmbeddingBagCollection:
     """The EmbeddingBagCollection of a schema's sparse features.
 
@@ -40,6 +44,7 @@ def build_embedding_bag_collection(
         schema: declares features and tables.
         num_embeddings: table name -> its number of rows.
         device: ``"meta"`` for a model that `DistributedModelParallel` will materialise.
+        own_tables: table name -> the tasks that have a copy of it for themselves, see `with_own_tables`.
     """
     poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
     data_types = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
@@ -55,7 +60,99 @@ def build_embedding_bag_collection(
         )
         for table, features in schema.tables().items()
     ]
+    copied = {table_module_name(table): of for table, of in (own_tables or {}).items()}
+    tables += [
+        _copy_for(config, task)
+        for task in (t.name for t in schema.tasks)
+        for config in tables
+        if task in copied.get(config.name, ())
+    ]
     return EmbeddingBagCollection(tables=tables, device=torch.device(device))
+
+
+def with_own_tables(
+    tables: Sequence[EmbeddingBagConfig], tasks: Sequence[Task | str], only: Sequence[str] | None = None
+) -> list[EmbeddingBagConfig]:
+    """Tables, and for each task a copy of them that looks up the same features: what `STEM` needs.
+
+    A copy is called ``<table>@<task>``, dots of the task as underscores; that is how the model knows whose it is.  It
+    starts from other random rows, and is sharded and trained like any other table.  T tasks make T + 1 times the
+    memory.
+
+    Args:
+        tables: the shared ones.
+        tasks: the model's tasks, or their names.
+        only: names of the tables that are copied; None is all.
+
+    Raises:
+        ValueError: `only` names a table that is not there.
+
+    Example:
+        >>> shared = [EmbeddingBagConfig(name="users", num_embeddings=9, embedding_dim=4, feature_names=["user"])]
+        >>> [table.name for table in with_own_tables(shared, ["click", "like"])]
+        ['users', 'users@click', 'users@like']
+    """
+    names = [table.name for table in tables]
+    for name in only or ():
+        if name not in names:
+            raise ValueError(f"no table {name!r} to copy{nearest(name, names)}")
+    copied = [table for table in tables if only is None or table.name in only]
+    return [*tables, *(_copy_for(t, task if isinstance(task, str) else task.name) for task in tasks for t in copied)]
+
+
+def _copy_for(table: EmbeddingBagConfig, task: str) -> EmbeddingBagConfig:
+    return replace(table, name=own_table(table.name, task.replace(".", "_")))
+
+
+class InputBlock(NamedTuple):
+    """Columns of the concatenated input that belong together.
+
+    Args:
+        width: how many.
+        feature: the sparse feature that they embed; None for a dense column.
+        table: where a feature is looked up in several tables, the table's name, without the task whose copy it is.
+        task: the one task that has this table for itself; None where it is shared.
+        groups: those of the feature or dense column, where they are known.
+    """
+
+    width: int
+    feature: str | None = None
+    table: str = ""
+    task: str | None = None
+    groups: tuple[Group, ...] = ()
+
+
+def input_blocks(
+    dims: Mapping[str, int],
+    dense_in_features: int,
+    tasks: Sequence[Task],
+    feature_groups: Mapping[str, Sequence[Group]] | None = None,
+    dense_groups: Sequence[Sequence[Group]] | None = None,
+) -> tuple[InputBlock, ...]:
+    """What the columns of the concatenated input are, in their order.
+
+    Args:
+        dims: key of each pooled embedding -> its width.
+        others: see `mtcl_torchrec.MTCL`.
+
+    Example:
+        >>> dims = {"user@t": 4, "hour": 2, "user@t@click": 4}
+        >>> [(b.feature, b.table, b.task) for b in input_blocks(dims, 0, [Task.binary("click")])]
+        [('user', 't', None), ('hour', '', None), ('user', 't', 'click')]
+    """
+    of_task = {task.name.replace(".", "_"): task.name for task in tasks}
+    blocks = []
+    for key, dim in dims.items():
+        # TorchRec's key of a feature that is looked up in several tables is feature@table.
+        feature, _, table = key.partition("@")
+        base, _, task = table.rpartition("@")
+        groups = tuple((feature_groups or {}).get(feature, ()))
+        owned = bool(base) and task in of_task
+        blocks.append(InputBlock(dim, feature, base if owned else table, of_task[task] if owned else None, groups))
+    for column in range(dense_in_features):
+        known = dense_groups is not None and len(dense_groups) == dense_in_features
+        blocks.append(InputBlock(1, groups=tuple(dense_groups[column]) if known and dense_groups else ()))
+    return tuple(blocks)
 
 
 def embedding_dims(embedding_bag_collection: nn.Module) -> dict[str, int]:
@@ -117,7 +214,11 @@ class PooledConcat(nn.Module):
         super().__init__()
         self.keys = tuple(dims)
         self.embedding_dropout, self.dense_dropout, self.dense_noise = embedding_dropout, dense_dropout, dense_noise
-        owner = torch.repeat_interleave(torch.arange(len(dims)), torch.tensor(list(dims.values())))
+        # A feature that is left out is left out of all tables that it is looked up in.
+        features = list(dict.fromkeys(key.split("@")[0] for key in dims))
+        of_key = torch.tensor([features.index(key.split("@")[0]) for key in dims], dtype=torch.int64)
+        self.num_features = len(features)
+        owner = torch.repeat_interleave(of_key, torch.tensor(list(dims.values())))
         self.register_buffer("owner", owner, persistent=False)
 
     def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> torch.Tensor:
@@ -133,7 +234,7 @@ class PooledConcat(nn.Module):
         if not (self.training and self.embedding_dropout > 0):
             return torch.cat([*parts, dense], dim=1)
         embeddings = torch.cat(parts, dim=1)
-        kept = F.dropout(embeddings.new_ones(len(embeddings), len(self.keys)), self.embedding_dropout)
+        kept = F.dropout(embeddings.new_ones(len(embeddings), self.num_features), self.embedding_dropout)
         return torch.cat([embeddings * kept[:, self.owner], dense], dim=1)
 
 

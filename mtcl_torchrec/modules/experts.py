@@ -20,6 +20,10 @@ class BatchedExperts(nn.Module):
     Where all experts read the same input, the first layer of all of them is one matrix product; every other layer is
     one batched product.  The result is that of a loop over E separate networks.
 
+    With `feature_rank` r, expert e reads x ⊙ 2σ(x Aₑ Bₑ) instead of x, Aₑ (D, r), Bₑ (r, D): a gate of low rank that
+    lets it choose among the features, so that a sparse task's expert is not pulled about by columns of no use to it
+    (HoME's Fea-gate with one LoRA; Wang et al., 2024).  It keeps E·B·D numbers more for backward.
+
     Args:
         in_features: D, width of an input stream.
         layers: widths of the layers, the last one H.
@@ -27,6 +31,7 @@ class BatchedExperts(nn.Module):
         reads: which input stream each expert reads; None where there is one stream for all.
         norm: ``"layer"`` (LayerNorm), ``"rms"`` (RMSNorm) or ``"none"``, with scales of each expert's own.
         dropout: after each activation.
+        feature_rank: r of each expert's feature gate; 0 is no gate.
 
     Example:
         >>> BatchedExperts(8, [16, 4], num_experts=3)(torch.randn(5, 8)).shape
@@ -42,6 +47,7 @@ class BatchedExperts(nn.Module):
         reads: Sequence[int] | None = None,
         norm: Norm = "layer",
         dropout: float = 0.0,
+        feature_rank: int = 0,
     ) -> None:
         super().__init__()
         if not layers or min(layers) < 1 or in_features < 1 or num_experts < 1:
@@ -50,6 +56,8 @@ class BatchedExperts(nn.Module):
             raise ValueError(f"norm is 'layer', 'rms' or 'none', not {norm!r}")
         if reads is not None and len(reads) != num_experts:
             raise ValueError(f"{num_experts} experts, but reads names {len(reads)} streams")
+        if feature_rank < 0:
+            raise ValueError(f"feature_rank is at least 0, not {feature_rank}")
         self.num_experts, self.out_features = num_experts, layers[-1]
         self.norm, self.dropout = norm, dropout
         self.reads = None if reads is None else list(reads)
@@ -59,6 +67,10 @@ class BatchedExperts(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in layers)
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(num_experts, o)) for o in layers if norm != "none")
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(num_experts, o)) for o in layers if norm == "layer")
+        self.feature_gates: nn.ParameterList | None = None
+        if feature_rank:
+            shapes = [(num_experts, feature_rank, in_features), (num_experts, in_features, feature_rank)]
+            self.feature_gates = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -67,12 +79,18 @@ class BatchedExperts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[2])
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
+        for weight in self.feature_gates or ():
+            nn.init.uniform_(weight, -(weight.shape[2] ** -0.5), weight.shape[2] ** -0.5)
 
-    def forward(self, x: torch.Tensor, only: Sequence[int] | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, only: Sequence[int] | None = None, factors: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Outputs (E, B, H) of all experts, or of those in `only`, in that order.
 
         Args:
             x: (B, D) where all experts read one stream, else (S, B, D).
+            factors: for each layer what its output is multiplied with, (E, B, width); see
+                `mtcl_torchrec.modules.gates.PPNet`.
         """
         chosen = None if only is None or list(only) == list(range(self.num_experts)) else list(only)
 
@@ -80,19 +98,33 @@ class BatchedExperts(nn.Module):
             return parameter if chosen is None else parameter[chosen]
 
         weight, bias = of(self.weights[0]), of(self.biases[0])
-        if self.reads is None:
+        if self.reads is not None:
+            reads = self.reads if chosen is None else [self.reads[e] for e in chosen]
+            x = x if reads == list(range(len(x))) else x[reads]
+        if self.feature_gates is not None:
+            x = x * self._feature_gates(x, of)
+        if x.dim() == 2:
             h = F.linear(x, weight.flatten(0, 1), bias.flatten())
             h = h.view(len(x), *bias.shape).transpose(0, 1)
         else:
-            reads = self.reads if chosen is None else [self.reads[e] for e in chosen]
-            streams = x if reads == list(range(len(x))) else x[reads]
-            h = torch.baddbmm(bias.unsqueeze(1), streams, weight.transpose(1, 2))
-        h = self._activate(h, 0, of)
-        for layer in range(1, len(self.weights)):
-            weight, bias = of(self.weights[layer]), of(self.biases[layer])
-            h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
+            h = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        for layer in range(len(self.weights)):
+            if layer:
+                h = torch.baddbmm(of(self.biases[layer]).unsqueeze(1), h, of(self.weights[layer]).transpose(1, 2))
             h = self._activate(h, layer, of)
+            if factors is not None:
+                h = h * factors[layer]
         return h
+
+    def _feature_gates(self, x: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """(E, B, D) in (0, 2) for x (B, D), or (E, B, D): the stream of each expert."""
+        assert self.feature_gates is not None
+        down, up = (of(weight) for weight in self.feature_gates)
+        if x.dim() == 2:
+            low = F.linear(x, down.flatten(0, 1)).view(len(x), *down.shape[:2]).transpose(0, 1)
+        else:
+            low = torch.bmm(x, down.transpose(1, 2))
+        return 2 * torch.sigmoid(torch.bmm(low, up.transpose(1, 2)))
 
     def _activate(self, h: torch.Tensor, layer: int, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         width = (h.shape[-1],)

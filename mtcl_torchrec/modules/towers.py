@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.modules.chains import Chains
-from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, visible_columns
+from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, input_blocks, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.freezing import stop_where_frozen
+from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.modules.losses import Logits
-from mtcl_torchrec.modules.trunks import ExpertLevel
+from mtcl_torchrec.modules.trunks import ExpertLevel, TrunkInputs, check_representations, prepare_trunk
 from mtcl_torchrec.schema import GROUPS, Group, Task
 
 Precision = Literal["fp32", "bf16"]
@@ -47,6 +48,8 @@ class MultiTaskTower(nn.Module):
         feature_groups: Mapping[str, Sequence[Group]] | None,
         dense_groups: Sequence[Sequence[Group]] | None,
         precision: Precision = "fp32",
+        epnet: EPNet | None = None,
+        ppnet: PPNet | None = None,
     ) -> None:
         super().__init__()
         if precision not in get_args(Precision):
@@ -58,12 +61,20 @@ class MultiTaskTower(nn.Module):
         self.concat = PooledConcat(
             dims, embedding_dropout=embedding_dropout, dense_dropout=dense_dropout, dense_noise=dense_noise
         )
+        if interaction and getattr(trunk, "separates_columns", False):
+            raise ValueError(
+                f"{type(trunk).__name__} keeps the tasks' columns apart, an interaction before it would mix them"
+            )
         self.interaction = interaction(width) if interaction else nn.Identity()
-        build = getattr(trunk, "build", None)
-        if build is not None:
-            if any(True for _ in trunk.parameters()):
-                raise ValueError(f"this {type(trunk).__name__} is part of a model already; make one for each model")
-            build(width, len(self.tasks))
+        blocks = input_blocks(dims, dense_in_features, tasks, feature_groups, dense_groups)
+        prepare_trunk(trunk, width, TrunkInputs(self.tasks, blocks))
+        hidden = int(trunk.out_features)  # type: ignore[arg-type]
+        if ppnet is not None:
+            ppnet.wrap(trunk, self.interaction, blocks, len(self.tasks), tower_layers)
+            trunk, self.interaction = ppnet, nn.Identity()
+        if epnet is not None:
+            epnet.build(blocks)
+            self.interaction = nn.Sequential(epnet, self.interaction)
         self.trunk = trunk
         # Tasks that may see the same inputs go through the trunk together.
         self._views: list[tuple[str, list[int]]] = []
@@ -75,7 +86,6 @@ class MultiTaskTower(nn.Module):
                 self.register_buffer(name, visible, persistent=False)
                 self._views.append((name, []))
             next(numbers for view, numbers in self._views if view == name).append(number)
-        hidden = int(trunk.out_features)  # type: ignore[arg-type]
         self.towers: nn.Module | None = None
         if tower_layers:
             self.towers = BatchedExperts(
@@ -134,11 +144,15 @@ class MultiTaskTower(nn.Module):
         for name, numbers in self._views:
             seen = x if self._sees_all else x * getattr(self, name)
             representations = self.trunk(self.interaction(seen), numbers)
+            check_representations(self.trunk, representations, len(x), len(numbers))
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
         h = stop_where_frozen(torch.stack([r for r in shared if r is not None]), frozen)
+        factors = None
+        if isinstance(self.trunk, PPNet):
+            h, factors = self.trunk.apart(h)
         if self.towers is not None:
-            h = self.towers(h)
+            h = self.towers(h, factors=factors)
         h = self.chains.transfer(h, frozen)
         logits = self.chains.imputed(h)
         for head, task, representation in zip(self.heads, self.tasks, h, strict=True):

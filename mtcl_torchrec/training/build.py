@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import nn
 from torchrec.modules.crossnet import LowRankCrossNet
@@ -28,28 +31,82 @@ from mtcl_torchrec.modules.balance.weighting import (
 )
 from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, table_module_name
 from mtcl_torchrec.modules.fusion import WeightedMean
+from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.towers import Precision
-from mtcl_torchrec.modules.trunks import PLE, MMoE, SharedBottom, SingleTask, Trunk
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
+from mtcl_torchrec.schema import ConfigError, nearest, own_table
 
 
-def build_trunk(config: TrunkConfig) -> Trunk:
-    """The trunk of a configuration."""
-    common = {"norm": config.norm, "dropout": config.dropout}
+def build_trunk(config: TrunkConfig) -> nn.Module:
+    """The trunk of a configuration.
+
+    Raises:
+        ConfigError: a trunk of one's own cannot be imported or made; see `import_trunk`.
+    """
+    if config.import_path is not None:
+        return import_trunk(config.import_path, config.options)
+    layers = config.expert_layers
+    common: dict[str, Any] = {"norm": config.norm, "dropout": config.dropout}
     if config.kind == "shared_bottom":
-        return SharedBottom(config.expert_layers, **common)  # type: ignore[arg-type]
+        return SharedBottom(layers, **common)
     if config.kind == "single_task":
-        return SingleTask(config.expert_layers, **common)  # type: ignore[arg-type]
-    gated = {**common, "gate_dropout": config.gate_dropout}
+        return SingleTask(layers, **common)
+    common["gate_dropout"] = config.gate_dropout
     if config.kind == "mmoe":
-        return MMoE(config.num_experts, config.expert_layers, **gated)  # type: ignore[arg-type]
-    return PLE(
-        config.shared_experts,
-        config.task_experts,
-        config.expert_layers,
-        levels=config.levels,
-        **gated,  # type: ignore[arg-type]
-    )
+        return MMoE(config.num_experts, layers, **common)
+    task_experts = config.task_experts or 1
+    if config.kind == "ple":
+        return PLE(config.shared_experts or 2, task_experts, layers, levels=config.levels or 2, **common)
+    common["task_experts"] = task_experts
+    if config.kind == "adatt":
+        return AdaTT(layers, shared_experts=config.shared_experts or 0, levels=config.levels or 2, **common)
+    common["shared_experts"] = config.shared_experts or 1
+    if config.kind == "home":
+        return HoME(
+            layers, groups=config.groups, group_experts=config.group_experts, feature_rank=config.feature_rank, **common
+        )
+    return STEM(layers, levels=config.levels or 1, **common)
+
+
+def import_trunk(path: str, options: dict[str, Any]) -> nn.Module:
+    """A trunk of one's own.  Importing its module runs the code in it.
+
+    Args:
+        path: ``module:Name``, Name being a class or function that makes an `nn.Module` of the signature in
+            `mtcl_torchrec.modules.trunks`.
+        options: its arguments.
+
+    Raises:
+        ConfigError: the module cannot be imported, has no such name, or what it makes is no trunk.
+
+    Example:
+        >>> import_trunk("mtcl_torchrec.modules.trunks:MMoe", {})
+        Traceback (most recent call last):
+            ...
+        mtcl_torchrec.schema.ConfigError: model.trunk.kind: module 'mtcl_torchrec.modules.trunks' has no 'MMoe' (did you
+        mean 'MMoE'?)
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module's own code raises
+        missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or " ")
+        why = "it is not installed nor on PYTHONPATH" if missing else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"model.trunk.kind: module {module_name!r} cannot be imported ({why})") from error
+    make = getattr(module, name, None)
+    if make is None:
+        raise ConfigError(f"model.trunk.kind: module {module_name!r} has no {name!r}{nearest(name, dir(module))}")
+    if not callable(make):
+        raise ConfigError(f"model.trunk.kind: {path} is a {type(make).__name__}, not a class or function")
+    try:
+        trunk = make(**options)
+    except Exception as error:
+        raise ConfigError(
+            f"model.trunk.options: {path} cannot be made of {options} ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(trunk, nn.Module):
+        raise ConfigError(f"model.trunk.kind: {path} makes a {type(trunk).__name__}, not a torch.nn.Module")
+    return trunk
 
 
 def build_model(
@@ -81,10 +138,13 @@ def build_model(
     def cross(width: int) -> nn.Module:
         return LowRankCrossNet(width, config.cross_layers, low_rank=min(config.cross_rank, width))
 
+    epnet, ppnet = config.epnet, config.ppnet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MTCL(
-            build_embedding_bag_collection(encoder.schema, encoder.num_embeddings, table_device),
+            build_embedding_bag_collection(
+                encoder.schema, encoder.num_embeddings, table_device, config.copied_tables(encoder.schema)
+            ),
             len(encoder.dense_groups),
             build_trunk(config.trunk),
             tasks,
@@ -98,6 +158,8 @@ def build_model(
             feature_groups={f.name: f.group for f in encoder.schema.sparse_features},
             dense_groups=encoder.dense_groups,
             precision=precision,
+            epnet=EPNet(epnet.features, hidden=epnet.hidden) if epnet else None,
+            ppnet=PPNet(ppnet.features, hidden=ppnet.hidden) if ppnet else None,
         )
 
 
@@ -125,10 +187,22 @@ def build_loss_weighting(config: LossWeightingConfig, num_tasks: int) -> LossWei
 
 
 def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:
-    """Optimizers and sharding with tables named as in the model."""
-    lr_of = {table_module_name(table): lr for table, lr in run.optimizers.tables.lr_of.items()}
-    tables = {table_module_name(table): of for table, of in run.sharding.tables.items()}
+    """Optimizers and sharding with tables named as in the model.
+
+    What is said of a table holds for the tasks' own copies of it, unless they are named themselves.
+    """
+    of_copy = {
+        own_table(table, task): table
+        for table, tasks in run.model.copied_tables(run.data_schema).items()
+        for task in tasks
+    }
+
+    def named(given: dict[str, Any]) -> dict[str, Any]:
+        copies = {copy: given[table] for copy, table in of_copy.items() if table in given}
+        return {table_module_name(table): value for table, value in {**copies, **given}.items()}
+
+    lr_of = named(run.optimizers.tables.lr_of)
     return (
         run.optimizers.model_copy(update={"tables": run.optimizers.tables.model_copy(update={"lr_of": lr_of})}),
-        run.sharding.model_copy(update={"tables": tables}),
+        run.sharding.model_copy(update={"tables": named(run.sharding.tables)}),
     )

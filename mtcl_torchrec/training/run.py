@@ -130,7 +130,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     )
     start = _start_of(folder, splits, say) if resume else _Start()
     state = _state_at(start, run, model, splits, where)
-    say(_describe(model, preprocessor, where))
+    say(_describe(run, model, preprocessor, where))
     for line in uncalibrated_lines(model.tasks):
         say(line)
     _note_declared_weights(run, state, say)
@@ -352,11 +352,12 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
     return seen
 
 
-def _describe(model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
-    tables = {t: preprocessor.encoder.num_embeddings(t) for t in preprocessor.schema.tables()}
+def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
+    tables = run.model.tables(preprocessor.schema)
+    rows = sum(preprocessor.encoder.num_embeddings(features[0].table_name) for features in tables.values())
     dense = sum(p.numel() for p in model.tower.parameters())
     return (
-        f"{len(tables)} embedding tables with {sum(tables.values()):,} rows, "
+        f"{len(tables)} embedding tables with {rows:,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
         f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}"
     )

@@ -26,7 +26,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.planning.hardware import this_hardware
-from mtcl_torchrec.training.planning.planner import TableOptimizer, plan_tables, table_sharder
+from mtcl_torchrec.training.planning.planner import WHY_UNCUT, TableOptimizer, plan_tables, table_sharder
 
 Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills
@@ -243,11 +243,23 @@ def correct_mean_pooling(model: nn.Module) -> None:
 
     It averages the bags of tables cut by rows after their sums have come together, and divides the features of all
     other tables of the collection on the way, summed ones and those that were averaged already.
+
+    Raises:
+        ConfigError: a mean-pooled table is cut by rows in a collection that looks a feature up in several tables, which
+            cannot be mended.
     """
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingBagCollection):
             cut_by_rows = module._pooling_type_to_rs_features
             if PoolingType.MEAN.value in cut_by_rows:
+                features = [feature for table in module._embedding_bag_configs for feature in table.feature_names]
+                if len(set(features)) < len(features):
+                    table = next(
+                        table.name
+                        for table in module._embedding_bag_configs
+                        if set(table.feature_names) & set(cut_by_rows[PoolingType.MEAN.value])
+                    )
+                    raise ConfigError(f"table {table!r} is not to be cut by rows, {WHY_UNCUT}")
                 known = {feature for features in cut_by_rows.values() for feature in features}
                 of_others = [
                     f for table in module._embedding_bag_configs for f in table.feature_names if f not in known

@@ -102,7 +102,7 @@ def plan_offline(
     taken = memory.dense + memory.activations
     cluster = topology(hardware, world_size, hosts_of, reserve=sharding.reserve, taken_gb=taken)
     search = Search(cluster, constraints, batch_size, timeout_s)
-    names = {table_module_name(table): table for table in schema.tables()}
+    names = {table_module_name(table): table for table in run.model.tables(schema)}
     report = PlanReport(
         run.name, device, world_size, hosts_of, batch_size, memory, 0.0, None, "", _unplaced(module, names, tables.kind)
     )

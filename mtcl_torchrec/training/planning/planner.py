@@ -21,7 +21,7 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
 from torchrec.distributed.types import CacheParams, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mtcl_torchrec.config import ShardingConfig
@@ -31,6 +31,11 @@ from mtcl_torchrec.training.planning.hardware import GB, Hardware, configured
 
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 MIN_COLUMNS = 128  # TorchRec's least width of a column-wise shard
+ROW_CUTS = frozenset({"row_wise", "table_row_wise"})
+WHY_UNCUT = (
+    "since its bags are averaged and a feature is looked up in several tables: TorchRec would average those of other "
+    "tables too; take table_wise, or pooling: sum"
+)
 COLUMN_STEP = 4  # FBGEMM's kernels read four numbers at a time
 
 
@@ -85,6 +90,7 @@ def table_constraints(
         if name not in configs:
             raise ConfigError(f"sharding.tables: no table {name!r}{nearest(name, configs)}")
     usual = _usual_kinds(device_type, world_size, ranks_per_host, optimizer)
+    uncut = not_to_cut_by_rows(module)
     constraints = {}
     for name, config in configs.items():
         own = sharding.tables.get(name)
@@ -103,6 +109,10 @@ def table_constraints(
             if own is not None:
                 _refuse_empty_shards(shown, config.num_embeddings, own.kinds, short)
             allowed = [kind for kind in allowed if kind not in short] or ["table_wise"]
+        if name in uncut:
+            if own is not None and own.kinds and set(own.kinds) <= ROW_CUTS:
+                raise ConfigError(f"sharding of table {shown!r}: {own.kinds[0]} is not right here, {WHY_UNCUT}")
+            allowed = [kind for kind in allowed if kind not in ROW_CUTS] or ["table_wise"]
         constraints[name] = ParameterConstraints(
             sharding_types=allowed,
             compute_kernels=[*known, "dense"],
@@ -113,6 +123,21 @@ def table_constraints(
             cache_params=CacheParams(load_factor=own.cache_load_factor) if own and own.cache_load_factor else None,
         )
     return constraints
+
+
+def not_to_cut_by_rows(module: nn.Module) -> set[str]:
+    """Names of the mean-pooled tables of collections that look a feature up in several tables.
+
+    TorchRec (1.8) averages bags of tables cut by rows after their sums have come together, and finds the lengths by the
+    name of the feature: those of one table would be applied to the others too.
+    """
+    found: set[str] = set()
+    for ebc in (m for m in module.modules() if isinstance(m, EmbeddingBagCollection)):
+        configs = ebc.embedding_bag_configs()
+        features = [feature for config in configs for feature in config.feature_names]
+        if len(set(features)) < len(features):
+            found |= {config.name for config in configs if config.pooling == PoolingType.MEAN}
+    return found
 
 
 def _every_part_has_rows(rows: int, parts: int) -> bool:
