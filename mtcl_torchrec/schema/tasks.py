@@ -1,154 +1,16 @@
-"""What the data is: features in groups (user, item, context), the tasks to predict, and who is who.
-
-A `Schema` is built in Python or read from the `schema:` part of a run's YAML.  Nothing here touches
-data or tensors; every other room of the package is told by these objects what to do.
-"""
+"""What is predicted, and which event comes after which."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, ValidationInfo, field_validator, model_validator
 
-Group = Literal["user", "item", "context"]
-GROUPS: tuple[Group, ...] = ("user", "item", "context")
+from mtcl_torchrec.schema.declared import GROUPS, Declared, GroupSet, nearest
+
 _FOR_BINARY = ("negative_rate", "pos_weight", "focal_gamma", "pairwise")  # fields of a task
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value)) if isinstance(value, list) else value
-
-
-GroupSet = Annotated[tuple[Group, ...], BeforeValidator(_as_tuple)]
-
-
-class DataError(ValueError):
-    """The data does not fit the schema; the message names the column, row or label."""
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message names the key and, if there is one, the nearest right one."""
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """A hint for a mistyped name.
-
-    Example:
-        >>> nearest("is_clik", ["is_click", "long_view"])
-        " (did you mean 'is_click'?)"
-    """
-    found = difflib.get_close_matches(name, [str(c) for c in candidates], n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def own_table(table: str, task: str) -> str:
-    """Name of the copy of an embedding table that one task alone trains.
-
-    Example:
-        >>> own_table("user_id", "click")
-        'user_id@click'
-    """
-    return f"{table}@{task}"
-
-
-class _Declared(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Feature(_Declared):
-    """One input column.
-
-    Args:
-        name: name of the feature, and of its column unless `column` says otherwise.
-        group: whose property it is: ``"user"``, ``"item"`` or ``"context"``.  A feature of a pair
-            (how this user likes this tag) belongs to several groups, and a task restricted by
-            `Task.inputs` sees it only if it may see all of them.
-        kind: ``"id"`` (one categorical value a row), ``"bag"`` (a list of them: a Parquet list
-            column, or a string split at `separator`) or ``"dense"`` (a number).
-        vocabulary_size: rows of the embedding table, row 0 (unknown or missing) included.  May be left out
-            where ``encoding="vocabulary"``: the training split decides.
-        embedding_dim: width of the embedding, a multiple of 4.
-        pooling: how the embeddings of a bag become one vector.
-        encoding: how a value becomes a row: ``"index"`` (it already is an integer in
-            [0, vocabulary_size)), ``"vocabulary"`` (values of the training split are numbered
-            from 1, any other takes row 0) or ``"hash"`` (into 1 … vocabulary_size - 1).
-        min_count: values rarer than this in the training split take row 0 (`vocabulary` only).
-        table: features that name the same table share its rows; the default is a table of its own.
-        data_type: number format of the embedding table's weights.  Shorter ones than fp32 need a fused optimizer, bf16
-            needs CUDA.
-        transform: of a dense feature before it is standardised: ``"none"``, ``"log"``
-            (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
-        clip: a standardised dense value is cut at ± this many standard deviations.
-        mark_missing: whether a dense feature that is missing in some training rows gets a second column that says so.
-
-    Example:
-        >>> Feature(name="city", group="user", kind="id", vocabulary_size=1000).rows_from
-        'city'
-    """
-
-    name: str
-    group: Annotated[GroupSet, Field(min_length=1)]
-    kind: Literal["id", "bag", "dense"] = "id"
-    column: str | None = None
-    vocabulary_size: PositiveInt | None = None
-    embedding_dim: PositiveInt = 16
-    pooling: Literal["sum", "mean"] = "mean"
-    encoding: Literal["index", "vocabulary", "hash"] = "vocabulary"
-    min_count: PositiveInt = 1
-    separator: Annotated[str, Field(min_length=1)] = "|"
-    table: str | None = None
-    data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
-    transform: Literal["none", "log", "logit"] = "none"
-    clip: Annotated[float, Field(gt=0)] = 5.0
-    mark_missing: bool = True
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Feature:
-        if self.kind == "dense":
-            embedding_only = self.model_fields_set & {
-                "vocabulary_size", "embedding_dim", "pooling", "encoding", "min_count", "table", "separator",
-                "data_type",
-            }  # fmt: skip
-            if embedding_only:
-                raise ValueError(f"feature {self.name!r} is dense and has no {sorted(embedding_only)[0]}")
-        else:
-            if self.model_fields_set & {"transform", "clip", "mark_missing"}:
-                raise ValueError(
-                    f"feature {self.name!r} is no dense feature: transform, clip and mark_missing do nothing"
-                )
-            if self.encoding != "vocabulary" and self.vocabulary_size is None:
-                raise ValueError(f"feature {self.name!r}: encoding {self.encoding!r} needs vocabulary_size")
-            if self.embedding_dim % 4:
-                raise ValueError(f"feature {self.name!r}: embedding_dim is a multiple of 4 (FBGEMM's kernels need it)")
-            if "@" in self.name:
-                raise ValueError(f"feature {self.name!r}: TorchRec takes no '@' in a name; use `column` to rename it")
-            if self.vocabulary_size is not None and self.vocabulary_size < 2:
-                raise ValueError(f"feature {self.name!r}: vocabulary_size must be at least 2 (row 0 is 'unknown')")
-        return self
-
-    @property
-    def rows_from(self) -> str:
-        """The column this feature is read from."""
-        return self.column or self.name
-
-    @property
-    def table_name(self) -> str:
-        """The embedding table this feature looks up."""
-        return self.table or self.name
-
 
 ChainKind = Literal["esmm", "escm2_ips", "escm2_dr", "aitm"]
 # The kinds that each option of a chain belongs to.
@@ -162,7 +24,7 @@ _CHAIN_OPTIONS: dict[str, tuple[ChainKind, ...]] = {
 }
 
 
-class Chain(_Declared):
+class Chain(Declared):
     """How a task learns from the event that it comes after; see `mtcl_torchrec.modules.chains`.
 
     Args:
@@ -190,7 +52,7 @@ class Chain(_Declared):
     calibrator_weight: NonNegativeFloat = 0.6
 
 
-class Task(_Declared):
+class Task(Declared):
     """One event or quantity to predict.
 
     Make one with `Task.binary`, `Task.multiclass` or `Task.regression`.
@@ -356,107 +218,6 @@ class Task(_Declared):
     def calibrated(self) -> bool:
         """Whether the prediction estimates a probability, class probabilities or mean; a focal loss's does not."""
         return self.focal_gamma == 0
-
-
-class Schema(_Declared):
-    """Features, tasks, and the columns that name the user, the item and the time.
-
-    Args:
-        features: the input columns.
-        tasks: what is predicted.
-        user: column that names the user (metrics within a user, `recommend --user`).
-        item: column that names the item.
-        time: column of the event's time; a number or a timestamp.
-        request: column that names the request whose rows `Task.pairwise` compares; the default is the user.
-
-    Example:
-        >>> schema = Schema(
-        ...     features=[Feature(name="user_id", group="user"), Feature(name="price", group="item", kind="dense")],
-        ...     tasks=[Task.binary("buy")],
-        ...     user="user_id",
-        ... )
-        >>> [f.name for f in schema.sparse_features], [f.name for f in schema.dense_features]
-        (['user_id'], ['price'])
-    """
-
-    features: Annotated[tuple[Feature, ...], Field(min_length=1)]
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
-    user: str | None = None
-    item: str | None = None
-    time: str | None = None
-    request: str | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Schema:
-        check_unique("feature", [f.name for f in self.features])
-        check_unique("task", [t.name for t in self.tasks])
-        chain_links(self.tasks)
-        sparse = {f.name: f for f in self.sparse_features}
-        for task in self.tasks:
-            if task.item_class is not None and task.item_class not in sparse:
-                raise ValueError(
-                    f"task {task.name!r}: item_class {task.item_class!r} is no id feature"
-                    f"{nearest(task.item_class, sparse)}"
-                )
-        paired = next((t.name for t in self.tasks if t.pairwise), None)
-        if paired is not None and (self.request or self.user) is None:
-            raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
-        if paired is None and self.request is not None:
-            raise ValueError("request says which rows `pairwise` compares, and no task has a pairwise term")
-        check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
-        for table, features in self.tables().items():
-            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
-                if len({getattr(f, field) for f in features}) > 1:
-                    names = " and ".join(f.name for f in features)
-                    raise ValueError(f"features {names} share table {table!r} and must agree on {field}")
-        return self
-
-    @property
-    def sparse_features(self) -> tuple[Feature, ...]:
-        """Features looked up in embedding tables, in declaration order."""
-        return tuple(f for f in self.features if f.kind != "dense")
-
-    @property
-    def dense_features(self) -> tuple[Feature, ...]:
-        """Numeric features, in declaration order."""
-        return tuple(f for f in self.features if f.kind == "dense")
-
-    def tables(self) -> dict[str, list[Feature]]:
-        """Embedding table name -> features that look it up."""
-        tables: dict[str, list[Feature]] = {}
-        for feature in self.sparse_features:
-            tables.setdefault(feature.table_name, []).append(feature)
-        return tables
-
-    @property
-    def request_column(self) -> str | None:
-        """The column that names the request, where some task compares rows of one."""
-        return (self.request or self.user) if any(t.pairwise for t in self.tasks) else None
-
-    def label_columns(self) -> list[str]:
-        """Every column that the tasks read, once."""
-        columns: list[str] = []
-        for task in self.tasks:
-            columns += [c for c in (task.label_column, task.mask, task.sample_weight) if c]
-        if self.request_column is not None:
-            columns.append(self.request_column)
-        return list(dict.fromkeys(columns))
-
-
-def check_unique(what: str, names: Sequence[str]) -> None:
-    """Raise ValueError if a name occurs twice.
-
-    Example:
-        >>> check_unique("task", ["click", "click"])
-        Traceback (most recent call last):
-            ...
-        ValueError: task 'click' is declared twice
-    """
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(f"{what} {name!r} is declared twice")
-        seen.add(name)
 
 
 def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:

@@ -1,0 +1,27 @@
+"""What the data is: features in groups (user, item, context), the tasks to predict, and who is who.
+
+A `Schema` is built in Python or read from the `schema:` part of a run's YAML.  Nothing here touches
+data or tensors; every other room of the package is told by these objects what to do.
+"""
+
+from mtcl_torchrec.schema.declared import GROUPS, ConfigError, DataError, Group, GroupSet, check_unique, nearest
+from mtcl_torchrec.schema.features import Feature, own_table
+from mtcl_torchrec.schema.tasks import Chain, Task, chain_links, check_groups
+from mtcl_torchrec.schema.whole import Schema
+
+__all__ = [
+    "GROUPS",
+    "Chain",
+    "ConfigError",
+    "DataError",
+    "Feature",
+    "Group",
+    "GroupSet",
+    "Schema",
+    "Task",
+    "chain_links",
+    "check_groups",
+    "check_unique",
+    "nearest",
+    "own_table",
+]

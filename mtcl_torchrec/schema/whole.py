@@ -1,0 +1,96 @@
+"""Features, tasks, and the columns that name the user, the item and the time."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mtcl_torchrec.schema.declared import Declared, check_unique, nearest
+from mtcl_torchrec.schema.features import Feature
+from mtcl_torchrec.schema.tasks import Task, chain_links
+
+
+class Schema(Declared):
+    """Features, tasks, and the columns that name the user, the item and the time.
+
+    Args:
+        features: the input columns.
+        tasks: what is predicted.
+        user: column that names the user (metrics within a user, `recommend --user`).
+        item: column that names the item.
+        time: column of the event's time; a number or a timestamp.
+        request: column that names the request whose rows `Task.pairwise` compares; the default is the user.
+
+    Example:
+        >>> schema = Schema(
+        ...     features=[Feature(name="user_id", group="user"), Feature(name="price", group="item", kind="dense")],
+        ...     tasks=[Task.binary("buy")],
+        ...     user="user_id",
+        ... )
+        >>> [f.name for f in schema.sparse_features], [f.name for f in schema.dense_features]
+        (['user_id'], ['price'])
+    """
+
+    features: Annotated[tuple[Feature, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    request: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schema:
+        check_unique("feature", [f.name for f in self.features])
+        check_unique("task", [t.name for t in self.tasks])
+        chain_links(self.tasks)
+        sparse = {f.name: f for f in self.sparse_features}
+        for task in self.tasks:
+            if task.item_class is not None and task.item_class not in sparse:
+                raise ValueError(
+                    f"task {task.name!r}: item_class {task.item_class!r} is no id feature"
+                    f"{nearest(task.item_class, sparse)}"
+                )
+        paired = next((t.name for t in self.tasks if t.pairwise), None)
+        if paired is not None and (self.request or self.user) is None:
+            raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
+        if paired is None and self.request is not None:
+            raise ValueError("request says which rows `pairwise` compares, and no task has a pairwise term")
+        check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
+        for table, features in self.tables().items():
+            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
+                if len({getattr(f, field) for f in features}) > 1:
+                    names = " and ".join(f.name for f in features)
+                    raise ValueError(f"features {names} share table {table!r} and must agree on {field}")
+        return self
+
+    @property
+    def sparse_features(self) -> tuple[Feature, ...]:
+        """Features looked up in embedding tables, in declaration order."""
+        return tuple(f for f in self.features if f.kind != "dense")
+
+    @property
+    def dense_features(self) -> tuple[Feature, ...]:
+        """Numeric features, in declaration order."""
+        return tuple(f for f in self.features if f.kind == "dense")
+
+    def tables(self) -> dict[str, list[Feature]]:
+        """Embedding table name -> features that look it up."""
+        tables: dict[str, list[Feature]] = {}
+        for feature in self.sparse_features:
+            tables.setdefault(feature.table_name, []).append(feature)
+        return tables
+
+    @property
+    def request_column(self) -> str | None:
+        """The column that names the request, where some task compares rows of one."""
+        return (self.request or self.user) if any(t.pairwise for t in self.tasks) else None
+
+    def label_columns(self) -> list[str]:
+        """Every column that the tasks read, once."""
+        columns: list[str] = []
+        for task in self.tasks:
+            columns += [c for c in (task.label_column, task.mask, task.sample_weight) if c]
+        if self.request_column is not None:
+            columns.append(self.request_column)
+        return list(dict.fromkeys(columns))
