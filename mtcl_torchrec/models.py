@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
@@ -224,6 +225,7 @@ class MTCLTrain(nn.Module):
     Args:
         model: the model.
         l2_embedding: λ of λR, R being the mean squared norm of a row's pooled embeddings.
+        gradient_surgery: combines the tasks' gradients of what they share; None leaves them to add up.
         process_group: the ranks that share a global batch; None is the default group.
 
     Example:
@@ -241,10 +243,18 @@ class MTCLTrain(nn.Module):
     """
 
     def __init__(
-        self, model: MTCL, *, l2_embedding: float = 0.0, process_group: dist.ProcessGroup | None = None
+        self,
+        model: MTCL,
+        *,
+        l2_embedding: float = 0.0,
+        gradient_surgery: GradientSurgery | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.surgery = gradient_surgery
+        if gradient_surgery is not None:
+            gradient_surgery.build(model)
         self.skip_flag = SkipFlag()
         self.loss = MultiTaskLoss(model.tasks, l2_embedding=l2_embedding, process_group=process_group)
 
@@ -259,5 +269,6 @@ class MTCLTrain(nn.Module):
         """
         pooled = self.model.embedding_bag_collection(batch.sparse_features)
         skip = self.skip_flag(batch.labels)
-        logits = self.model.tower(batch.dense_features, pooled, skip)
-        return self.loss(logits, pooled, batch, skip)
+        cut = None if self.surgery is None else self.surgery(batch.sparse_features)
+        logits = self.model.tower(batch.dense_features, pooled, skip, cut)
+        return self.loss(logits, pooled, batch, skip, cut)

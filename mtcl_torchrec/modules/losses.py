@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtcl_torchrec.modules.balance.cut import Cut
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gradient_if
 from mtcl_torchrec.modules.heads import loss_per_row
@@ -74,7 +75,12 @@ class MultiTaskLoss(nn.Module):
         return self.skipped_steps.read()
 
     def forward(
-        self, logits: Logits, pooled: Pooled, batch: Any, skip: torch.Tensor | None = None
+        self,
+        logits: Logits,
+        pooled: Pooled,
+        batch: Any,
+        skip: torch.Tensor | None = None,
+        cut: Cut | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
         """The loss and what metrics need.
 
@@ -83,6 +89,7 @@ class MultiTaskLoss(nn.Module):
             pooled: the embedding-bag collection's output, for R.
             batch: has labels (B, T), and may have weights (B, T) and mask (B, T).
             skip: () bool, set to whether the batch is to be skipped; for the guard inside the tower.
+            cut: is told the tasks' losses, at which some kinds of gradient surgery look.
 
         Returns:
             ``(loss, (loss, logits, labels))``, the second part detached.
@@ -116,6 +123,8 @@ class MultiTaskLoss(nn.Module):
         if self.l2_embedding:
             loss = loss + self.l2_embedding * averages[-1]
         self.last_task_losses = per_task.detach()
+        if cut is not None:
+            cut.losses = self.last_task_losses
         detached = {name: value.detach() for name, value in logits.items()}
         return loss, (loss.detach(), detached, batch.labels.detach())
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from mtcl_torchrec.modules.balance.cut import Cut
 from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.guard import stop_gradient_if
@@ -83,42 +84,51 @@ class MultiTaskTower(nn.Module):
         # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
         self.heads = nn.ModuleList(nn.Linear(hidden, task.out_features) for task in self.tasks)
 
-    def forward(self, dense_features: torch.Tensor, pooled: Pooled, skip: torch.Tensor | None = None) -> Logits:
+    def forward(
+        self, dense_features: torch.Tensor, pooled: Pooled, skip: torch.Tensor | None = None, cut: Cut | None = None
+    ) -> Logits:
         """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task.
 
         Args:
             dense_features: (B, D) float.
             pooled: what the embedding-bag collection returned.
             skip: () bool: the embeddings' gradient is exactly zero where this is True by the time of backward.
+            cut: where the tasks' gradients are combined, see `GradientSurgery`.
         """
         if dense_features.shape[1] != self.dense_in_features:
             raise ValueError(
                 f"dense_features have {dense_features.shape[1]} columns, the model was built with "
                 f"dense_in_features={self.dense_in_features}"
             )
+        if cut is not None:
+            pooled = cut.embeddings(pooled)
         x = self.concat(dense_features, pooled)
         if skip is not None:
             x = stop_gradient_if(x, skip)
         if self.precision == "fp32":
-            return self._logits(x)
+            return self._logits(x, cut)
         # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
         # backward would step with the scaled gradient.
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self._logits(x)
+            logits = self._logits(x, cut)
         return {name: value.float() for name, value in logits.items()}
 
     def expert_levels(self) -> list[ExpertLevel]:
         """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
         return [module for module in self.trunk.modules() if isinstance(module, ExpertLevel)]
 
-    def _logits(self, x: torch.Tensor) -> Logits:
+    def _logits(self, x: torch.Tensor, cut: Cut | None) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
         for level in self.expert_levels():
             level.forget_mixes()
+        inputs = [self.interaction(x if self._sees_all else x * getattr(self, name)) for name, _ in self._views]
+        tasks = [numbers for _, numbers in self._views]
+        if cut is None:
+            of_views = [self.trunk(seen, numbers) for seen, numbers in zip(inputs, tasks, strict=True)]
+        else:
+            of_views = cut.through(self.trunk, inputs, tasks)
         shared: list[torch.Tensor | None] = [None] * len(self.tasks)
-        for name, numbers in self._views:
-            seen = x if self._sees_all else x * getattr(self, name)
-            representations = self.trunk(self.interaction(seen), numbers)
+        for representations, numbers in zip(of_views, tasks, strict=True):
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
         h = torch.stack([r for r in shared if r is not None])

@@ -6,9 +6,18 @@ import torch
 from torch import nn
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from mtcl_torchrec.config import FusionConfig, ModelConfig, OptimizersConfig, RunConfig, ShardingConfig, TrunkConfig
+from mtcl_torchrec.config import (
+    FusionConfig,
+    ModelConfig,
+    OptimizersConfig,
+    RunConfig,
+    ShardingConfig,
+    SurgeryConfig,
+    TrunkConfig,
+)
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, table_module_name
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.modules.towers import Precision
@@ -81,6 +90,28 @@ def build_model(
             dense_groups=encoder.dense_groups,
             precision=precision,
         )
+
+
+def build_surgery(config: SurgeryConfig, *, seed: int = 0) -> GradientSurgery | None:
+    """The gradient surgery of a configuration, if it has one.
+
+    Args:
+        seed: of random orders; the same on every rank.
+
+    Raises:
+        ConfigError: TorchJD is needed and not installed.
+    """
+    if config.kind == "none":
+        return None
+    return GradientSurgery(
+        config.kind,
+        cut=config.cut,
+        groups=config.groups,
+        min_weight=config.min_weight,
+        max_weight=config.max_weight,
+        seed=seed,
+        options=config.options(),
+    )
 
 
 def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:

@@ -28,7 +28,7 @@ from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, us
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
-from mtcl_torchrec.training.build import build_model, for_modules
+from mtcl_torchrec.training.build import build_model, build_surgery, for_modules
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
@@ -216,7 +216,8 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
     """Sharded model, optimizer and schedule, with all weights as they are before the first step."""
     config = run.training
     optimizers, sharding = for_modules(run)
-    train_module = MTCLTrain(model, l2_embedding=config.l2_embedding)
+    surgery = build_surgery(run.balance.surgery, seed=config.seed)
+    train_module = MTCLTrain(model, l2_embedding=config.l2_embedding, gradient_surgery=surgery)
     sharded, optimizer = parallelise(
         train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
     )
