@@ -233,7 +233,7 @@ def test_every_solver_says_whether_it_waits_and_answers_rank_one_gramians(kind):
 
 
 def test_an_unknown_kind_gets_a_hint():
-    with pytest.raises(ConfigError, match="no gradient surgery 'upgrade'.*did you mean 'upgrad'"):
+    with pytest.raises(ConfigError, match=r"no gradient surgery 'upgrade'.*did you mean 'upgrad'"):
         build_solver("upgrade", 3)
 
 

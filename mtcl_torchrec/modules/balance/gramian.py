@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-BLOCK = 1024  # products that are added up in float32 before their sums go on in float64
+BLOCK = 256  # products that are added up in float32 before their sums go on in float64
 CHUNK = 1 << 22  # numbers that are cast to float64 at once
 
 

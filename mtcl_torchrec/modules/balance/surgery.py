@@ -278,11 +278,11 @@ class GradientSurgery(nn.Module):
         pairs = active.unsqueeze(1) & active.unsqueeze(2)
         gramians = torch.where(pairs, gramians, 0.0)
         raw = torch.stack([s(g, a, losses) for s, g, a in zip(self._solvers(), gramians, active, strict=True)])
+        total = torch.where(active, raw, 0.0).sum(1)
+        # No weights: none active, one that is not finite, or a sum below zero, which would turn the direction round.
+        told = torch.isfinite(total) & (total > 0)
         if self._solvers()[0].mean_one:
-            raw = raw * (active.sum(1) / torch.where(active, raw, 0.0).sum(1)).unsqueeze(1)
-        told = torch.isfinite(torch.where(active, raw, 1.0)).all(1) & active.any(1)
-        # A sum below zero would turn all directions round.
-        told &= torch.where(active, raw, 0.0).sum(1) > 0
+            raw = raw * (active.sum(1) / total).unsqueeze(1)
         usable = active & told.unsqueeze(1)
         weights = torch.where(usable, raw.clamp(self.min_weight, self.max_weight), 1.0)
         self.counts.record(gramians, active, weights, (usable & (weights != raw)).any(1), ~told)
