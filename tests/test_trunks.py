@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mtcl_torchrec.modules.gates import gate_logits
 from mtcl_torchrec.modules.trunks import PLE, ExpertLevel, MMoE, SharedBottom, SingleTask
 
 TRUNKS = {
@@ -116,3 +117,17 @@ def test_gate_dropout_never_shows_a_hidden_expert():
 def test_a_gate_without_experts_is_refused():
     with pytest.raises(ValueError, match="every gate must see an expert"):
         ExpertLevel(5, [4], sees=torch.tensor([[True], [False]]))
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_the_logits_of_gates_and_their_gradients_are_those_of_one_product_a_gate(expanded):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1 if expanded else 3, 7, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gate_logits(x.expand(3, 7, 5), weight), x @ weight.transpose(1, 2))
+    assert torch.autograd.gradcheck(lambda x, w: gate_logits(x.expand(3, 7, 5), w), (x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = gate_logits(x.float().expand(3, 7, 5), weight.float())
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.float64, torch.float64)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.modules.experts import BatchedExperts, Norm
+from mtcl_torchrec.modules.gates import gate_logits
 
 
 class Shared(NamedTuple):
@@ -165,7 +166,7 @@ class ExpertLevel(nn.Module):
         if x.dim() == 2:
             logits = torch.matmul(x, weight.flatten(0, 1).T).view(len(x), len(gates), len(experts)).transpose(0, 1)
         else:
-            logits = torch.bmm(x, weight.transpose(1, 2))
+            logits = gate_logits(x, weight)
         hidden = _rows_and_columns(self.hidden, gates, experts).unsqueeze(1)
         if self.training and self.gate_dropout > 0:
             draw = torch.rand_like(logits, dtype=torch.float32).masked_fill(hidden, -1.0)
