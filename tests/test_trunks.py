@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtcl_torchrec.modules.gates import gate_logits
+from mtcl_torchrec.modules.gates import gate_logits, mixtures
 from mtcl_torchrec.modules.trunks import PLE, ExpertLevel, MMoE, SharedBottom, SingleTask
 
 TRUNKS = {
@@ -131,3 +131,14 @@ def test_the_logits_of_gates_and_their_gradients_are_those_of_one_product_a_gate
     assert logits.dtype == torch.bfloat16
     logits.float().sum().backward()
     assert (x.grad.dtype, weight.grad.dtype) == (torch.float64, torch.float64)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_mixtures_and_their_gradients_are_those_of_the_sum(copied):
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 5, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    outputs = torch.randn(*((3,) if copied else ()), 2, 5, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    expected = torch.einsum("gbe,gebh->gbh", weights, outputs.expand(3, 2, 5, 4))
+    torch.testing.assert_close(mixtures(weights, outputs), expected)
+    assert torch.autograd.gradcheck(mixtures, (weights, outputs))
+    assert torch.autograd.gradcheck(lambda w, o: mixtures(w, o.expand(3, 2, 5, 4)), (weights, outputs))

@@ -1,4 +1,4 @@
-"""The logits of several gates, each from its own copy of an input."""
+"""Gates over experts: their logits, and the mixtures they make, for copies of the inputs too."""
 
 from __future__ import annotations
 
@@ -41,3 +41,42 @@ def gate_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.Size([2, 5, 3])
     """
     return _GateLogits.apply(x, weight)
+
+
+class _Mixture(torch.autograd.Function):
+    """A sum over a handful of experts, not B tiny matrix products; gradients are written where they belong at once."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weights, outputs)
+        of = outputs.unbind(-3)
+        mixed = weights[..., 0].unsqueeze(-1) * of[0]
+        for e in range(1, len(of)):
+            mixed.addcmul_(weights[..., e].unsqueeze(-1), of[e])
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (grad,), (weights, outputs) = grads, ctx.saved_tensors
+        of_weights = torch.stack([(grad * one).sum(-1) for one in outputs.unbind(-3)], dim=-1)
+        if outputs.dim() == 4:
+            # Contiguous weights, or the product would be laid out as they are.
+            of_outputs = grad.unsqueeze(1) * weights.transpose(1, 2).contiguous().unsqueeze(-1)
+        else:
+            each = weights.unsqueeze(-1).unbind(2)
+            of_outputs = torch.stack([(grad * one).sum(0) for one in each])
+        return of_weights.to(weights.dtype), of_outputs.to(outputs.dtype)
+
+
+def mixtures(weights: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Σₑ weightₑ · outputₑ for each of G gates: (G, B, H).
+
+    Args:
+        weights: (G, B, E).
+        outputs: of the experts (E, B, H), or a copy for each gate (G, E, B, H).
+
+    Example:
+        >>> mixtures(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[[4.0]], [[8.0]]]))
+        tensor([[[7.]]])
+    """
+    return _Mixture.apply(weights, outputs)

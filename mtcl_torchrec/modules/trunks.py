@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.modules.experts import BatchedExperts, Norm
-from mtcl_torchrec.modules.gates import gate_logits
+from mtcl_torchrec.modules.gates import gate_logits, mixtures
 
 
 class Shared(NamedTuple):
@@ -134,12 +134,7 @@ class ExpertLevel(nn.Module):
         weights = self.gate_weights(shared.own[0] if shared.own else shared.common[1], wanted, used)
         if self.training:
             self.mixes.append(Mix(wanted, used, weights, outputs))
-        # The sum over a handful of experts, not B tiny matrix products.
-        of = outputs.unbind(1 if copied else 0)
-        mixed = weights[..., 0].unsqueeze(-1) * of[0]
-        for e in range(1, len(used)):
-            mixed = torch.addcmul(mixed, weights[..., e].unsqueeze(-1), of[e])
-        return mixed
+        return mixtures(weights, outputs)
 
     def forget_mixes(self) -> None:
         """Let go of what `mixes` holds."""

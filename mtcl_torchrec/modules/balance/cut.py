@@ -310,12 +310,8 @@ def _trunk_gramian(views: list[_View], num_tasks: int) -> torch.Tensor:
 
 def _pooled_gradients(below: _Below, num_tasks: int) -> torch.Tensor:
     """(T, B, Σ dims): each task's gradient of the pooled embeddings."""
-    of_task = below.read.new_zeros(num_tasks, *below.read.shape)
-    for task in range(num_tasks):
-        (gradient,) = below.gradients(task, [below.read])
-        if gradient is not None:
-            of_task[task] = gradient
-    return of_task
+    found = [below.gradients(task, [below.read])[0] for task in range(num_tasks)]
+    return torch.stack([torch.zeros_like(below.read) if g is None else g for g in found])
 
 
 def _gramian_of_parameters(cut: Cut, below: _Below) -> torch.Tensor:
