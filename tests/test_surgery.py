@@ -584,3 +584,23 @@ def test_one_task_one_use_and_a_call_too_early_are_refused():
     )
     with pytest.raises(ConfigError, match="two tasks at least"):
         MTCLTrain(MTCL(ebc, 0, TRUNKS["mmoe"](), [Task.binary("click")]), gradient_surgery=GradientSurgery())
+
+
+def test_gradients_that_come_by_their_factors_are_those_that_come_whole(monkeypatch):
+    """Also where an earlier backward pass did not come as far as the cut, and beside a penalty on expert outputs."""
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr("mtcl_torchrec.modules.gates.hand_over", lambda *of: None)
+        train = surgical()
+        for penalty in (0.0, 0.5):
+            train.zero_grad()
+            loss, _ = train(batch())
+            level = train.model.tower.trunk.level
+            torch.autograd.grad(loss, level.gate_weight, retain_graph=True)
+            (loss + penalty * level.mixes[0].outputs.square().sum()).backward()
+            found.append({"weights": train.surgery.newest_weights.clone()}
+                         | {n: p.grad.clone() for n, p in train.model.named_parameters()})  # fmt: skip
+    for mine, theirs in zip(found[:2], found[2:], strict=True):
+        for name, value in theirs.items():
+            close(mine[name], value, name)

@@ -1,10 +1,76 @@
-"""Gates over experts: their logits, and the mixtures they make, for copies of the inputs too."""
+"""Gates over experts: their logits, and the mixtures they make; from one input, or from a copy for each gate.
+
+Copies are made where the gradients of several tasks are to be told apart (`mtcl_torchrec.modules.balance.cut`).  The
+gradient of a copy is a product of something small, so it is handed over as its factors where the receiver takes them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class Factored(Protocol):
+    """Gradients of n copies of one tensor that are known by their factors."""
+
+    def gramian(self) -> torch.Tensor:
+        """(n, n) float64 inner products."""
+
+    def combine(self, weights: torch.Tensor) -> torch.Tensor:
+        """Σ wᵢ gᵢ for weights (n,)."""
+
+    def dense(self) -> torch.Tensor:
+        """(n, ...)."""
+
+
+def hand_over(ctx: Any, argument: int, factored: Factored, like: torch.Tensor) -> torch.Tensor | None:
+    """Give the gradient of an argument to the node that made the argument, if it takes factors.
+
+    Args:
+        ctx: of the function whose backward pass this is.
+        argument: its number.
+        like: the argument.
+
+    Returns:
+        What backward returns for it, zeros that take no memory, or None where factors are not taken.
+    """
+    node, output = ctx.next_functions[argument]
+    taken = getattr(node, "factored", {}).get(output)
+    if taken is None:
+        return None
+    nothing = like.new_zeros(()).expand(like.shape)
+    # With the number of the backward pass: of an earlier one, which did not come as far as that node, all is void.
+    taken.append((torch._C._current_graph_task_id(), nothing.data_ptr(), factored))
+    return nothing
+
+
+class _ProductGradient:
+    """gᵢ = dᵢ Wᵢ.
+
+    Args:
+        d: (n, B, E).
+        weight: (n, E, D).
+    """
+
+    def __init__(self, d: torch.Tensor, weight: torch.Tensor) -> None:
+        self.d, self.weight = d, weight
+
+    def gramian(self) -> torch.Tensor:
+        """⟨dᵢWᵢ, dⱼWⱼ⟩ is the sum over (dᵢᵀdⱼ) ∘ (WᵢWⱼᵀ)."""
+        n, e = self.weight.shape[:2]
+        d = self.d.transpose(0, 1).flatten(1).double()
+        weight = self.weight.flatten(0, 1).double()
+        return ((d.T @ d) * (weight @ weight.T)).view(n, e, n, e).sum((1, 3))
+
+    def combine(self, weights: torch.Tensor) -> torch.Tensor:
+        """(B, D)."""
+        d = self.d.to(self.weight.dtype) * weights.to(self.weight.dtype).view(-1, 1, 1)
+        return d.transpose(0, 1).flatten(1) @ self.weight.flatten(0, 1)
+
+    def dense(self) -> torch.Tensor:
+        """(n, B, D)."""
+        return torch.bmm(self.d, self.weight.to(self.d.dtype))
 
 
 class _GateLogits(torch.autograd.Function):
@@ -21,12 +87,13 @@ class _GateLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (grad,), (x, weight) = grads, ctx.saved_tensors
-        of_x = torch.bmm(grad, weight.to(grad.dtype)).to(x.dtype)
+        product = _ProductGradient(grad, weight)
+        of_x = hand_over(ctx, 0, product, x)
         if x.stride(0) != 0:
             of_weight = torch.bmm(grad.transpose(1, 2), x.to(grad.dtype))
         else:
             of_weight = (grad.transpose(0, 1).flatten(1).T @ x[0].to(grad.dtype)).view_as(weight)
-        return of_x, of_weight.to(weight.dtype)
+        return product.dense().to(x.dtype) if of_x is None else of_x, of_weight.to(weight.dtype)
 
 
 def gate_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -43,8 +110,36 @@ def gate_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _GateLogits.apply(x, weight)
 
 
+class _MixtureGradient:
+    """gᵢₑ = wᵢₑ dᵢ, of copies of the experts' outputs.
+
+    Args:
+        d: (n, B, H).
+        weights: (n, B, E).
+    """
+
+    def __init__(self, d: torch.Tensor, weights: torch.Tensor) -> None:
+        self.d, self.weights = d, weights
+
+    def gramian(self) -> torch.Tensor:
+        """Σ over rows of ⟨wᵢ, wⱼ⟩⟨dᵢ, dⱼ⟩."""
+        d, w = (t.float() if t.dtype != torch.float64 else t for t in (self.d, self.weights))
+        d, w = d.transpose(0, 1), w.transpose(0, 1)
+        return (torch.bmm(d, d.transpose(1, 2)).double() * torch.bmm(w, w.transpose(1, 2)).double()).sum(0)
+
+    def combine(self, weights: torch.Tensor) -> torch.Tensor:
+        """(E, B, H)."""
+        scaled = (self.weights * weights.to(self.weights.dtype).view(-1, 1, 1)).unsqueeze(-1)
+        return torch.stack([(self.d * one).sum(0) for one in scaled.unbind(2)])
+
+    def dense(self) -> torch.Tensor:
+        """(n, E, B, H)."""
+        # Contiguous weights, or the product would be laid out as they are.
+        return self.d.unsqueeze(1) * self.weights.transpose(1, 2).contiguous().unsqueeze(-1)
+
+
 class _Mixture(torch.autograd.Function):
-    """A sum over a handful of experts, not B tiny matrix products; gradients are written where they belong at once."""
+    """A sum over a handful of experts, not B tiny matrix products."""
 
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -59,12 +154,14 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (grad,), (weights, outputs) = grads, ctx.saved_tensors
         of_weights = torch.stack([(grad * one).sum(-1) for one in outputs.unbind(-3)], dim=-1)
-        if outputs.dim() == 4:
-            # Contiguous weights, or the product would be laid out as they are.
-            of_outputs = grad.unsqueeze(1) * weights.transpose(1, 2).contiguous().unsqueeze(-1)
-        else:
+        gradient = _MixtureGradient(grad, weights)
+        if outputs.dim() == 3:
             each = weights.unsqueeze(-1).unbind(2)
-            of_outputs = torch.stack([(grad * one).sum(0) for one in each])
+            of_outputs: torch.Tensor | None = torch.stack([(grad * one).sum(0) for one in each])
+        else:
+            of_outputs = hand_over(ctx, 1, gradient, outputs)
+        if of_outputs is None:
+            of_outputs = gradient.dense()
         return of_weights.to(weights.dtype), of_outputs.to(outputs.dtype)
 
 

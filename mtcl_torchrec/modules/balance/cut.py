@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mtcl_torchrec.modules.balance.gramian import combine, gramian, squared_norms
 from mtcl_torchrec.modules.balance.tables import TableLookups, dense_gramian, table_gramian
 from mtcl_torchrec.modules.embeddings import Pooled
+from mtcl_torchrec.modules.gates import Factored
 from mtcl_torchrec.modules.trunks import Shared
 
 CutAt = Literal["trunk", "embeddings", "both", "tables"]
@@ -195,6 +196,8 @@ class _ForkNode(torch.autograd.Function):
         ctx: Any, about: _Fork, read: torch.Tensor | None, handed: torch.Tensor | None, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.about = about
+        # Where functions above put gradients of the common tensors that they know by their factors (`hand_over`).
+        ctx.factored = {number: [] for number in range(sum(about.commons))}
         if read is not None:
             # Kept by autograd, which lets go of them after backward: below them hangs the graph of the trunk.
             ctx.save_for_backward(read, *tensors)
@@ -205,28 +208,45 @@ class _ForkNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         about: _Fork = ctx.about
-        views = _by_view(about, grads)
         saved = ctx.saved_tensors
+        views = _by_view(about, [_joined(g, ctx.factored.get(n, []), dense=bool(saved)) for n, g in enumerate(grads)])
         below = _Below(about, views, saved[0], saved[1:]) if saved else None
         with torch.autocast(grads[0].device.type, enabled=False):
-            weights, of_tables = _weights(about.cut, views, below)
+            weights, of_tables = _weights(about.cut, views, below, grads[0].device)
             commons, owns = [], []
             for view in views:
                 w = torch.stack([weights[task] for task in view.tasks])
-                commons += [combine(w, g) for g in view.common]
+                commons += [combine(w, g) if isinstance(g, torch.Tensor) else g.combine(w) for g in view.common]
                 owns += [(g * w.float().view(-1, *[1] * (g.dim() - 1))).to(g.dtype) for g in view.own]
         return (None, None, of_tables, *commons, *owns)
 
 
+def _joined(gradient: torch.Tensor, handed: list[tuple[int, int, Factored]], *, dense: bool) -> Any:
+    """Gradients (n, ...) of the copies of one tensor: what autograd brought, and what came by its factors.
+
+    Returns:
+        The factors alone where there is nothing else and `dense` is False, else a tensor.
+    """
+    now = torch._C._current_graph_task_id()
+    of_this_pass = [(empty, factored) for task, empty, factored in handed if task == now]
+    handed.clear()
+    if len(of_this_pass) == 1 and of_this_pass[0][0] == gradient.data_ptr():
+        factored = of_this_pass[0][1]
+        return factored.dense().to(gradient.dtype) if dense else factored
+    for _, factored in of_this_pass:
+        gradient = gradient + factored.dense().to(gradient.dtype)
+    return gradient
+
+
 class _View(NamedTuple):
-    """Gradients of what the tasks of one view share: (n, ...) each."""
+    """Gradients of what the tasks of one view share: (n, ...) each, `Factored` some of the common ones."""
 
     tasks: tuple[int, ...]
-    common: tuple[torch.Tensor, ...]
+    common: tuple[Any, ...]
     own: tuple[torch.Tensor, ...]
 
 
-def _by_view(about: _Fork, grads: Sequence[torch.Tensor]) -> list[_View]:
+def _by_view(about: _Fork, grads: Sequence[Any]) -> list[_View]:
     left = iter(grads)
     commons = [tuple(next(left) for _ in range(n)) for n in about.commons]
     owns = [tuple(next(left) for _ in range(n)) for n in about.owns]
@@ -264,11 +284,13 @@ class _Below:
         return list(torch.autograd.grad(of, inputs, by, retain_graph=True, allow_unused=True))
 
 
-def _weights(cut: Cut, views: list[_View], below: _Below | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weights(
+    cut: Cut, views: list[_View], below: _Below | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights (T,) of what goes on through the trunk, and the gradient that is handed over to the tables."""
     plan, parts = cut.plan, []
     if plan.at in ("trunk", "both"):
-        parts.append(_trunk_gramian(views, plan.num_tasks))
+        parts.append(_trunk_gramian(views, plan.num_tasks, device))
     if below is None:
         return cut.weigh(parts[0].unsqueeze(0), cut.losses)[0], None
     if plan.at == "tables":
@@ -286,17 +308,16 @@ def _weights(cut: Cut, views: list[_View], below: _Below | None) -> tuple[torch.
     return through_trunk, handed
 
 
-def _trunk_gramian(views: list[_View], num_tasks: int) -> torch.Tensor:
+def _trunk_gramian(views: list[_View], num_tasks: int, device: torch.device) -> torch.Tensor:
     """(T, T): Σ ⟨dCᵢ, dCⱼ⟩ over common tensors, and ‖ownᵢ‖² on the diagonal.
 
     Tasks with other inputs have other representations, of which neither has a gradient of the other's: 0.
     """
-    device = next(g.device for view in views for g in (*view.common, *view.own))
     total = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=device)
     for view in views:
         of_view = torch.zeros(len(view.tasks), len(view.tasks), dtype=torch.float64, device=device)
         for g in view.common:
-            of_view += gramian(g)
+            of_view += gramian(g) if isinstance(g, torch.Tensor) else g.gramian()
         for g in view.own:
             of_view += squared_norms(g).diag()
         if list(view.tasks) == list(range(num_tasks)):

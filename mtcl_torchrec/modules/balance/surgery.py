@@ -271,6 +271,7 @@ class GradientSurgery(nn.Module):
             everything = torch.cat([gramians.flatten() / ranks**2, losses / ranks])
             dist.all_reduce(everything, group=group)
             gramians, losses = everything[:-num_tasks].view_as(gramians), everything[-num_tasks:]
+        gramians = (gramians + gramians.mT) / 2  # symmetric up to rounding before
         finite = torch.isfinite(gramians).all(2).all(1)
         gramians = torch.where(finite.view(-1, 1, 1), gramians, 0.0)
         squared = gramians.diagonal(dim1=1, dim2=2)
