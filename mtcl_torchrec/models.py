@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
 from mtcl_torchrec.modules.gates import EPNet, PPNet
@@ -242,6 +243,7 @@ class MTCLTrain(nn.Module):
         model: the model.
         loss_weighting: weights that follow the losses, such as `mtcl_torchrec.modules.balance.weighting.FAMO`; None is
             the weighted sum.  Its parameters, where it has some, belong into the dense optimizer, without weight decay.
+        gradient_surgery: combines the tasks' gradients of what they share; None leaves them to add up.
         regularisers: penalties by name, such as ``{"l2_embedding": 1e-4}``; see
             `mtcl_torchrec.modules.regularisers.Regularisers`.
         seed: of the draws of `Task.negative_rate`.
@@ -266,12 +268,16 @@ class MTCLTrain(nn.Module):
         model: MTCL,
         *,
         loss_weighting: LossWeighting | None = None,
+        gradient_surgery: GradientSurgery | None = None,
         regularisers: Mapping[str, float] | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.surgery = gradient_surgery
+        if gradient_surgery is not None:
+            gradient_surgery.build(model)
         self.skip_flag = SkipFlag()
         self.loss = MultiTaskLoss(
             model.tasks,
@@ -293,5 +299,6 @@ class MTCLTrain(nn.Module):
         pooled = self.model.embedding_bag_collection(batch.sparse_features)
         skip = self.skip_flag(batch.labels)
         frozen = self.loss.frozen_tasks(batch.labels)
-        logits = self.model.tower(batch.dense_features, pooled, skip, frozen)
-        return self.loss(logits, pooled, batch, skip)
+        cut = None if self.surgery is None else self.surgery(batch.sparse_features)
+        logits = self.model.tower(batch.dense_features, pooled, skip, frozen, cut)
+        return self.loss(logits, pooled, batch, skip, cut)

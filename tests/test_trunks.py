@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mtcl_torchrec.modules.embeddings import InputBlock, input_blocks
 from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.mixing import gate_logits, mixtures
 from mtcl_torchrec.modules.trunks import (
     PLE,
     STEM,
@@ -529,3 +530,28 @@ def test_a_gate_without_native_experts_has_no_residual(residual):
     assert (out[0] - plain(x)[0]).abs().max() > 1e-3
     out.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in level.parameters())
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_the_logits_of_gates_and_their_gradients_are_those_of_one_product_a_gate(expanded):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1 if expanded else 3, 7, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gate_logits(x.expand(3, 7, 5), weight), x @ weight.transpose(1, 2))
+    assert torch.autograd.gradcheck(lambda x, w: gate_logits(x.expand(3, 7, 5), w), (x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = gate_logits(x.float().expand(3, 7, 5), weight.float())
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.float64, torch.float64)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_mixtures_and_their_gradients_are_those_of_the_sum(copied):
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 5, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    outputs = torch.randn(*((3,) if copied else ()), 2, 5, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    expected = torch.einsum("gbe,gebh->gbh", weights, outputs.expand(3, 2, 5, 4))
+    torch.testing.assert_close(mixtures(weights, outputs), expected)
+    assert torch.autograd.gradcheck(mixtures, (weights, outputs))
+    assert torch.autograd.gradcheck(lambda w, o: mixtures(w, o.expand(3, 2, 5, 4)), (weights, outputs))

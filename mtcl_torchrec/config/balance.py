@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from mtcl_torchrec.config.base import Part
+from mtcl_torchrec.config.base import Fraction, Part
+from mtcl_torchrec.schema import check_unique
 
 
 class LossWeightingConfig(Part):
@@ -45,9 +46,52 @@ class LossWeightingConfig(Part):
 
 
 class SurgeryConfig(Part):
-    """How the tasks' gradients of what they share become one; see `mtcl_torchrec.modules.balance.surgery`."""
+    """How the tasks' gradients of what they share become one; see `mtcl_torchrec.modules.balance.surgery`.
 
-    kind: Literal["none"] = "none"
+    Args:
+        kind: ``"none"``; ``"measure"`` changes nothing and counts conflicts; the others combine the gradients.
+        cut: where: ``"trunk"``, where the tasks part, costs least.
+        groups: features whose tables get weights of their own, at ``embeddings`` or ``both``; the rest is one more.
+        min_weight, max_weight: clamps around the weights, whose mean or natural size is 1.
+        c: of cagrad: how far from the mean gradient; 0.4 where it is left out.
+        alpha: of fairgrad, its fairness (1 where it is left out); of gradnorm, how strongly lagging tasks are favoured
+            (1.5).
+        beta: of gradvac, the share of the newest step in the usual cosine (0.01); of db_mtl, that of the past in a
+            norm (0.9).
+        lr: of gradnorm's weights (0.025).
+    """
+
+    kind: Literal[
+        "none", "measure", "upgrad", "mgda", "imtl_g", "aligned_mtl", "fairgrad", "pcgrad", "gradvac", "cagrad",
+        "nash_mtl", "gradnorm", "db_mtl",
+    ] = "none"  # fmt: skip
+    cut: Literal["trunk", "embeddings", "both", "tables"] = "trunk"
+    groups: list[Annotated[list[str], Field(min_length=1)]] = Field(default_factory=list)
+    min_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_weight: Annotated[float, Field(ge=1)] = 10.0
+    c: Fraction | None = None
+    alpha: PositiveFloat | None = None
+    beta: Fraction | None = None
+    lr: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> SurgeryConfig:
+        belongs = {"c": {"cagrad"}, "alpha": {"fairgrad", "gradnorm"}, "beta": {"db_mtl", "gradvac"},
+                   "lr": {"gradnorm"}}  # fmt: skip
+        for field, kinds in belongs.items():
+            if getattr(self, field) is not None and self.kind not in kinds:
+                raise ValueError(f"{field} belongs to {' and '.join(sorted(kinds))}, not to {self.kind}")
+        if self.kind == "none" and self.model_fields_set - {"kind"}:
+            raise ValueError(f"{min(self.model_fields_set - {'kind'})} does nothing without a kind of surgery")
+        if self.groups and self.cut not in ("embeddings", "both"):
+            raise ValueError(f"groups belong to cut: embeddings and both, not to {self.cut}")
+        check_unique("grouped feature", [feature for group in self.groups for feature in group])
+        return self
+
+    def options(self) -> dict[str, float]:
+        """The options of the kind that were given."""
+        given = {"c": self.c, "alpha": self.alpha, "beta": self.beta, "lr": self.lr}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class BalanceConfig(Part):

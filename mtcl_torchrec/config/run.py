@@ -81,11 +81,25 @@ class RunConfig(Part):
                     f"sharding: {cut} would make row-wise Adagrad another optimizer "
                     "(one state for each piece of a row); take adagrad, or another sharding"
                 )
+        self._check_surgery()
         if self.statistics and self.data_schema.time is None:
             raise ValueError("statistics need schema.time: they count strictly earlier rows only")
         if self.data.log is not None and self.data_schema.time is None:
             raise ValueError("data.log needs schema.time: the log is split by time")
         return self
+
+    def _check_surgery(self) -> None:
+        surgery, features = self.balance.surgery, [f.name for f in self.data_schema.sparse_features]
+        for name in (name for group in surgery.groups for name in group):
+            if name not in features:
+                raise ValueError(f"balance.surgery.groups: no id feature {name!r}{nearest(name, features)}")
+        if surgery.kind != "none" and len(self.data_schema.tasks) < 2:
+            raise ValueError("balance.surgery needs two tasks at least")
+        if surgery.kind != "none" and surgery.cut in ("trunk", "both") and self.model.trunk.kind == "single_task":
+            raise ValueError(
+                f"balance.surgery.cut: in a single_task trunk nothing is shared, so {surgery.cut!r} cuts nothing; take "
+                "embeddings or tables"
+            )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mtcl_torchrec.modules.balance.cut import Cut
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.chains import ChainLoss
 from mtcl_torchrec.modules.embeddings import Pooled
@@ -114,7 +115,12 @@ class MultiTaskLoss(nn.Module):
         return self.frozen_tasks.names()
 
     def forward(
-        self, logits: Logits, pooled: Pooled, batch: Any, skip: torch.Tensor | None = None
+        self,
+        logits: Logits,
+        pooled: Pooled,
+        batch: Any,
+        skip: torch.Tensor | None = None,
+        cut: Cut | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
         """The loss and what metrics need.
 
@@ -124,6 +130,7 @@ class MultiTaskLoss(nn.Module):
             batch: has labels (B, T), and may have weights (B, T) and mask (B, T); where a task has a pairwise term,
                 requests (B,) too.
             skip: () bool, set to whether the batch is to be skipped; for the guard inside the tower.
+            cut: is told the tasks' losses, at which some kinds of gradient surgery look.
 
         Returns:
             ``(loss, (loss, logits, labels))``, the second part detached; the labels with the zeros that chains imply.
@@ -164,6 +171,8 @@ class MultiTaskLoss(nn.Module):
             parts = _average(everywhere, totals[-1]).split([len(s) for s in penalised.values()])
             loss = loss + self.regularisers.penalty(dict(zip(penalised, parts, strict=True)))
         self.last_task_losses = per_task.detach()
+        if cut is not None:
+            cut.losses = self.last_task_losses
         detached = {name: value.detach() for name, value in logits.items()}
         return loss, (loss.detach(), detached, (labels if self.chains.links else batch.labels).detach())
 

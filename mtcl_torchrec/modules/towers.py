@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from mtcl_torchrec.modules.balance.cut import Cut
 from mtcl_torchrec.modules.chains import Chains
 from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, input_blocks, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
@@ -107,6 +108,7 @@ class MultiTaskTower(nn.Module):
         pooled: Pooled,
         skip: torch.Tensor | None = None,
         frozen: torch.Tensor | None = None,
+        cut: Cut | None = None,
     ) -> Logits:
         """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task; and those that `Chains` adds.
 
@@ -115,35 +117,42 @@ class MultiTaskTower(nn.Module):
             pooled: what the embedding-bag collection returned.
             skip: () bool: the embeddings' gradient is exactly zero where this is True by the time of backward.
             frozen: (T,) bool: the tasks that move nothing but their tower and head.
+            cut: where the tasks' gradients are combined, see `GradientSurgery`.
         """
         if dense_features.shape[1] != self.dense_in_features:
             raise ValueError(
                 f"dense_features have {dense_features.shape[1]} columns, the model was built with "
                 f"dense_in_features={self.dense_in_features}"
             )
+        if cut is not None:
+            pooled = cut.embeddings(pooled)
         x = self.concat(dense_features, pooled)
         if skip is not None:
             x = stop_gradient_if(x, skip)
         if self.precision == "fp32":
-            return self.chains(self._logits(x, frozen), frozen)
+            return self.chains(self._logits(x, frozen, cut), frozen)
         # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
         # backward would step with the scaled gradient.
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self._logits(x, frozen)
+            logits = self._logits(x, frozen, cut)
         return self.chains({name: value.float() for name, value in logits.items()}, frozen)
 
     def expert_levels(self) -> list[ExpertLevel]:
         """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
         return [module for module in self.trunk.modules() if isinstance(module, ExpertLevel)]
 
-    def _logits(self, x: torch.Tensor, frozen: torch.Tensor | None) -> Logits:
+    def _logits(self, x: torch.Tensor, frozen: torch.Tensor | None, cut: Cut | None) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
         for level in self.expert_levels():
             level.forget_mixes()
+        inputs = [self.interaction(x if self._sees_all else x * getattr(self, name)) for name, _ in self._views]
+        tasks = [numbers for _, numbers in self._views]
+        if cut is None:
+            of_views = [self.trunk(seen, numbers) for seen, numbers in zip(inputs, tasks, strict=True)]
+        else:
+            of_views = cut.through(self.trunk, inputs, tasks)
         shared: list[torch.Tensor | None] = [None] * len(self.tasks)
-        for name, numbers in self._views:
-            seen = x if self._sees_all else x * getattr(self, name)
-            representations = self.trunk(self.interaction(seen), numbers)
+        for representations, numbers in zip(of_views, tasks, strict=True):
             check_representations(self.trunk, representations, len(x), len(numbers))
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]

@@ -16,10 +16,12 @@ from mtcl_torchrec.config import (
     OptimizersConfig,
     RunConfig,
     ShardingConfig,
+    SurgeryConfig,
     TrunkConfig,
 )
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import (
     DWA,
     FAMO,
@@ -184,6 +186,28 @@ def build_loss_weighting(config: LossWeightingConfig, num_tasks: int) -> LossWei
     if config.kind == "famo":
         return FAMO(num_tasks, lr=config.lr or 0.025, weight_decay=config.weight_decay, max_factor=held)
     return GeometricMean(num_tasks, max_factor=held) if config.kind == "geometric_mean" else None
+
+
+def build_surgery(config: SurgeryConfig, *, seed: int = 0) -> GradientSurgery | None:
+    """The gradient surgery of a configuration, if it has one.
+
+    Args:
+        seed: of random orders; the same on every rank.
+
+    Raises:
+        ConfigError: TorchJD is needed and not installed.
+    """
+    if config.kind == "none":
+        return None
+    return GradientSurgery(
+        config.kind,
+        cut=config.cut,
+        groups=config.groups,
+        min_weight=config.min_weight,
+        max_weight=config.max_weight,
+        seed=seed,
+        options=config.options(),
+    )
 
 
 def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:

@@ -29,7 +29,7 @@ from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.rare import uncalibrated_lines
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
-from mtcl_torchrec.training.build import build_loss_weighting, build_model, for_modules
+from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
@@ -228,6 +228,7 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
     train_module = MTCLTrain(
         model,
         loss_weighting=build_loss_weighting(run.balance.weighting, len(model.tasks)),
+        gradient_surgery=build_surgery(run.balance.surgery, seed=config.seed),
         regularisers=config.regularisers.model_dump(),
         seed=config.seed,
     )

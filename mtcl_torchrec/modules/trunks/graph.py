@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.modules.experts import BatchedExperts, Norm
+from mtcl_torchrec.modules.mixing import gate_logits, mixtures
 from mtcl_torchrec.modules.trunks.contract import ParameterSlices, Shared, Trunk, TrunkInputs
 
 Residual = Literal["none", "linear", "gate"]
@@ -167,9 +168,9 @@ class ExpertLevel(nn.Module):
             self.mixes.append(Mix(wanted, used, weights, outputs))
         if self.residual != "none":
             weights = weights + self._native_weights(x, wanted, used)
-        of = outputs.unbind(1 if copied else 0)
         if self.learns is None:
-            return _mixture(weights, of, range(len(used)))
+            return mixtures(weights, outputs)
+        of = outputs.unbind(1 if copied else 0)
         # What a gate sees without learning it, it sees detached.
         learns = _rows_and_columns(self.learns, wanted, used).unsqueeze(1)
         some, others = self._learnt_and_not(wanted, used)
@@ -261,7 +262,7 @@ class ExpertLevel(nn.Module):
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(g, B, e) from x (B, D) or (g, B, D) and a weight (g, e, D)."""
     if x.dim() == 3:
-        return torch.bmm(x, weight.transpose(1, 2))
+        return gate_logits(x, weight)
     return torch.matmul(x, weight.flatten(0, 1).T).view(len(x), *weight.shape[:2]).transpose(0, 1)
 
 
