@@ -189,16 +189,16 @@ def test_a_level_without_a_choice_has_no_use_to_tell():
     trunk = SharedBottom([4])
     trunk.build(3, 2)
     trunk(torch.randn(2, 3), [0, 1])
-    assert gate_sums(trunk.level) is None
+    assert gate_sums(trunk.levels[0]) is None
 
 
 def test_an_expert_that_a_gate_never_takes_is_found():
     trunk = MMoE(3, [4])
     trunk.build(3, 2)
-    trunk.level.gate_weight.data.zero_()
-    trunk.level.gate_weight.data[:, 1] = -100.0
+    trunk.levels[0].gate_weight.data.zero_()
+    trunk.levels[0].gate_weight.data[:, 1] = -100.0
     trunk(torch.rand(50, 3) + 0.1, [0, 1])
-    sums = gate_sums(trunk.level)
+    sums = gate_sums(trunk.levels[0])
     use = [GateUse(1, t, (sums.weights[g] / 50).tolist(), float(sums.entropy[g]) / 50) for g, t in enumerate("ab")]
     assert diagnose(Balance(gates=use))[0] == "expert 1 is unused: no gate gives it more than 0.00"
 
@@ -279,11 +279,11 @@ def test_an_expert_that_is_added_beside_its_gate_is_not_idle():
 def test_gates_that_are_not_the_tasks_have_names_of_their_own():
     trunk = MMoE(2, [4])
     trunk.build(3, 2)
-    assert _gate_names(trunk.level, ["a", "b"]) == ["a", "b"]
-    assert _gate_names(trunk.level, ["a"]) == ["a", "shared"]
-    assert _gate_names(trunk.level, ["a", "b", "c"]) == ["gate 0", "gate 1"]
-    trunk.level.gate_names = ["buyers", "viewers"]
-    assert _gate_names(trunk.level, ["a", "b"]) == ["buyers", "viewers"]
+    assert _gate_names(trunk.levels[0], ["a", "b"]) == ["a", "b"]
+    assert _gate_names(trunk.levels[0], ["a"]) == ["a", "shared"]
+    assert _gate_names(trunk.levels[0], ["a", "b", "c"]) == ["gate 0", "gate 1"]
+    trunk.levels[0].gate_names = ["buyers", "viewers"]
+    assert _gate_names(trunk.levels[0], ["a", "b"]) == ["buyers", "viewers"]
 
 
 def test_a_reading_in_a_skipped_batch_keeps_what_is_known():

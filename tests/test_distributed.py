@@ -271,7 +271,7 @@ def check_on_average(results, case, expected, tolerance):
     wanted, wanted_losses, wanted_predictions = expected
     for parameters, losses, predictions, _ in results:
         for name, value in wanted.items():
-            assert np.sqrt(np.mean((parameters[name] - value) ** 2)) < tolerance, f"{case} {name}"
+            assert np.sqrt(np.mean((1.0 * parameters[name] - value) ** 2)) < tolerance, f"{case} {name}"
         np.testing.assert_allclose(losses, wanted_losses, rtol=tolerance, err_msg=str(case))
         for name, value in wanted_predictions.items():
             assert np.sqrt(np.mean((predictions[name] - value) ** 2)) < tolerance, f"{case} {name}"
@@ -374,7 +374,7 @@ def test_numbers_on_the_wire_keep_their_precision():
             check(results, case, expected)
         else:
             check_on_average(results, case, expected, 2**-10 if wire == "fp16" else 2**-6)
-        off = max(np.abs(results[0][0][name] - value).max() for name, value in expected[0].items())
+        off = max(np.abs(1.0 * results[0][0][name] - value).max() for name, value in expected[0].items())
         if sharding != "data_parallel":
             assert off > 1e-4, "the format was not used"  # fp32 stays within 1e-5
 

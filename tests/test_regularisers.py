@@ -107,7 +107,7 @@ def test_l2_of_dense_weights_leaves_out_biases_norms_and_tables():
     names = {n for n, _ in train.model.tower.named_parameters()}
     kept = {n for n in names if not {"bias", "biases", "scales", "shifts"} & set(n.split("."))}
     assert (
-        {"trunk.level.gate_weight", "heads.0.weight", "trunk.level.experts.weights.0", "towers.weights.0"}
+        {"trunk.levels.0.gate_weight", "heads.0.weight", "trunk.levels.0.experts.weights.0", "towers.weights.0"}
         <= kept
         < names
     )
