@@ -521,13 +521,8 @@ def test_statistics_are_moving_averages_and_travel_in_the_state():
     found = train.surgery.statistics()
     part = found.parts[0]
     assert (found.tasks, found.steps, part.name) == (("click", "rare", "seconds"), 2, "trunk")
-<<<<<<< HEAD
     assert part.cosine[0][1] == pytest.approx(cosines[0] / 3 + cosines[1] * 2 / 3, abs=1e-6)
     assert part.cosine[1][0] == pytest.approx(part.cosine[0][1])
-=======
-    assert part.cosine[0][1] == pytest.approx(part.cosine[1][0])
-    assert part.cosine[0][1] == pytest.approx(cosines[0] / 3 + cosines[1] * 2 / 3, abs=1e-6)
->>>>>>> wip/surgery
     assert part.weights[0] == pytest.approx(weights[0] / 3 + weights[1] * 2 / 3)
     assert part.conflicts[0][1] == sum(c < 0 for c in cosines) / 2
     assert part.cosine[2][2] == pytest.approx(1)
