@@ -12,6 +12,15 @@ except ImportError as error:
 
 from mtcl_torchrec.data.batch import MTBatch
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
+from mtcl_torchrec.modules.balance.weighting import (
+    DWA,
+    FAMO,
+    IMTLL,
+    GeometricMean,
+    SmoothTchebycheff,
+    UncertaintyWeighting,
+)
 from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.modules.gates import EPNet, PPNet
@@ -21,6 +30,9 @@ from mtcl_torchrec.schema import Chain, ConfigError, DataError, Feature, Schema,
 __version__ = "0.1.0"
 
 __all__ = [
+    "DWA",
+    "FAMO",
+    "IMTLL",
     "MTCL",
     "PLE",
     "STEM",
@@ -30,6 +42,8 @@ __all__ = [
     "DataError",
     "EPNet",
     "Feature",
+    "GeometricMean",
+    "GradientSurgery",
     "HoME",
     "MMoE",
     "MTBatch",
@@ -38,7 +52,9 @@ __all__ = [
     "Schema",
     "SharedBottom",
     "SingleTask",
+    "SmoothTchebycheff",
     "Task",
+    "UncertaintyWeighting",
     "WeightedMean",
     "with_own_tables",
 ]

@@ -55,3 +55,14 @@ def test_the_yaml_is_a_run():
     assert [t.name for t in run.data_schema.tasks] == ["click", "buy", "taste", "minutes"]
     assert run.statistics[1].given == ["product_id"]
     assert yaml.safe_load(block("yaml", "fusion:"))["name"] == "shop"
+
+
+def test_the_yaml_of_tasks_that_share_fits_into_a_run():
+    raw, more = yaml.safe_load(block("yaml", "fusion:")), yaml.safe_load(block("yaml", "balance:"))
+    raw["schema"]["tasks"] = more["schema"]["tasks"]
+    raw["fusion"]["weights"] = {"buy": 1}
+    raw["model"] |= more["model"]
+    raw["training"] |= more["training"]
+    run = parse_run(yaml.safe_dump(raw | {"balance": more["balance"]}))
+    assert (run.balance.surgery.kind, run.model.trunk.kind) == ("upgrad", "adatt")
+    assert run.data_schema.tasks[1].conditional_name == "buy|click"
