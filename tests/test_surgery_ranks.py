@@ -110,12 +110,18 @@ def same(results, reference, case):
         np.testing.assert_allclose(parameters[name], value, atol=2e-4, rtol=2e-4, err_msg=f"{case} {name}")
 
 
-def test_two_and_four_ranks_train_the_model_of_one():
-    reference = train_cases(CASES)
-    for world_size, cases in ((2, range(len(CASES))), (4, (3,))):
-        for of_rank in run_ranks(train_cases, world_size, [CASES[c] for c in cases]):
-            for number, results in zip(cases, of_rank, strict=True):
-                same(results, reference[number], (world_size, CASES[number]))
+@pytest.fixture(scope="module")
+def on_one_rank():
+    return train_cases(CASES)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(2, range(len(CASES))), (4, [3]), pytest.param(4, [0, 1, 2, 4], marks=pytest.mark.full)]
+)
+def test_several_ranks_train_the_model_of_one(on_one_rank, world_size, cases):
+    for of_rank in run_ranks(train_cases, world_size, [CASES[c] for c in cases]):
+        for number, results in zip(cases, of_rank, strict=True):
+            same(results, on_one_rank[number], (world_size, CASES[number]))
 
 
 def one_step(cuts):

@@ -161,9 +161,9 @@ class CAGrad(_BySets):
         violation = torch.maximum(-w, multiplier.unsqueeze(1) - slope).masked_fill(~active, 0.0).amax(1)
         violation = torch.where((self.sets & ~active).any(1), float("inf"), violation)
         violation = torch.nan_to_num(violation, nan=float("inf"))
-        best = violation.argmin()
+        best = violation.argmin(0, keepdim=True)  # as an index of one dimension, which does not wait for the device
         found = (violation[best] < 1e-6) & (norm[best] > 1e-8)
-        return torch.where(found, mean + radius / norm[best] * w[best].clamp(min=0), mean)
+        return torch.where(found, mean + radius / norm[best] * w[best].squeeze(0).clamp(min=0), mean)
 
 
 class NashMTL(Solver):
