@@ -53,8 +53,8 @@ class Method:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def _trunk(name: str, **trunk: Any) -> Method:
-    return Method(name, "architecture", {"model": {"trunk": trunk}})
+def _trunk(name: str, /, *, model: dict[str, Any] | None = None, **trunk: Any) -> Method:
+    return Method(name, "architecture", {"model": {"trunk": trunk} | (model or {})})
 
 
 def _weighting(kind: str, **options: Any) -> Method:
@@ -66,11 +66,16 @@ def _surgery(kind: str, cut: str = "trunk", **options: Any) -> Method:
     return Method(name, "gradient surgery", {"balance": {"surgery": {"kind": kind, "cut": cut, **options}}})
 
 
-METHODS = (
+METHODS = (  # trunks of about as many parameters as the MMoE
     Method(SUM, "architecture"),
-    _trunk("shared bottom", kind="shared_bottom", expert_layers=[256, 128]),
+    _trunk("shared bottom", kind="shared_bottom", expert_layers=[512, 64]),
+    _trunk("a network for each task", kind="single_task", expert_layers=[168, 64]),
     _trunk("ple", kind="ple", shared_experts=1, task_experts=1, levels=1),
-    _trunk("separate", kind="single_task"),
+    _trunk("adatt", kind="adatt", shared_experts=1, task_experts=1, levels=1),
+    _trunk("home", kind="home", expert_layers=[144, 64]),
+    _trunk("stem", kind="stem", shared_experts=1, task_experts=1, model={"cross_layers": 0}),
+    Method("mmoe, epnet", "architecture", {"model": {"epnet": {}}}),
+    Method("mmoe, epnet, ppnet", "architecture", {"model": {"epnet": {}, "ppnet": {"hidden": 16}}}),
     _weighting("uncertainty"),
     _weighting("dwa"),
     _weighting("imtl_l"),
@@ -198,12 +203,14 @@ def _in_a_process(training: Training, small: bool) -> dict[str, Any]:
 
 def train_one(training: Training, small: bool) -> dict[str, Any]:
     """Train one model and say how well it predicts."""
+    from mtcl_torchrec.training.finished import FinishedRun
     from mtcl_torchrec.training.run import train_run
 
     with tempfile.TemporaryDirectory() as temporary:
         run = configured(training, small, Path(temporary))
         started = time.perf_counter()
         result = train_run(run, Path(temporary) / "run", device="cpu", console=Console(quiet=True))
+        parameters = sum(p.numel() for p in FinishedRun.load(Path(temporary) / "run").model.tower.parameters())
         aucs = {
             split: {task: result.evaluations[split].tasks[task]["auc"] for task in TASKS[training.data]
                     if training.only in (None, task)}
@@ -213,6 +220,7 @@ def train_one(training: Training, small: bool) -> dict[str, Any]:
         training.__dict__
         | aucs
         | {
+            "dense_parameters": parameters,
             "epoch": result.history.best_epoch,
             "train_seconds": round(sum(result.history.seconds), 2),
             "seconds": round(time.perf_counter() - started, 1),

@@ -1,5 +1,6 @@
 """The benchmark of training: what it measures fits together, and taking a step apart does not change the step."""
 
+import copy
 import importlib
 import json
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from ranks import run_ranks
 
+from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
@@ -131,3 +134,39 @@ def test_a_sweep_writes_every_run_and_says_what_failed(tmp_path):
     assert done.returncode == 1
     assert content["runs"] == []
     assert "row-wise Adagrad" in done.stdout
+
+
+@pytest.mark.parametrize("data", ["kuairand", "opposed"])
+def test_every_method_of_the_benchmark_is_a_run(data, tmp_path, monkeypatch):
+    balance = script("balance")
+    raw = yaml.safe_load(kuairand.example_run()) if data == "kuairand" else balance.world_run(True, True)
+    monkeypatch.setattr(balance, "kuairand_run", lambda *of: copy.deepcopy(raw))
+    for method in [*balance.BY_NAME, balance.TWIN]:
+        only = "like" if method == balance.TWIN else None
+        run = balance.configured(balance.Training(data, method, 0.5, 3, only), True, tmp_path)
+        assert run.training.seed == 3
+        assert [t.name for t in run.data_schema.tasks] == (["like"] if only else list(balance.TASKS[data]))
+
+
+def test_gains_are_relative_to_the_twins(tmp_path, capsys):
+    balance = script("balance")
+    aucs = {"single task": {"like": 0.6, "share": 0.7, "hide": 0.9}, "mmoe": {"like": 0.65, "share": 0.7, "hide": 0.86}}
+    lines = [
+        {"data": "opposed", "method": name, "only": only, "rate": rate, "seed": seed, "train_seconds": 2.0,
+         "val": {t: a - (rate == 1) * 0.1 for t, a in of.items() if only in (None, t)},
+         "test": {t: a - (rate == 1) * 0.1 for t, a in of.items() if only in (None, t)}}
+        for name, of in aucs.items() for only in (of if name == "single task" else [None])
+        for rate, seed in ((0.5, 0), (1.0, 0), (0.5, 1))
+    ]  # fmt: skip
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"data": "cut o')
+    results = balance.read(tmp_path / "r.jsonl")
+    assert len(results) == 12
+    twins = balance.twin_aucs(results)
+    assert twins == {"like": [0.6, 0.6], "share": [0.7, 0.7], "hide": [0.9, 0.9]}
+    assert balance.gain(results[-1], twins) == pytest.approx(100 * (0.5 + 0 - 0.1) / 3)
+    balance.show(results, "opposed")
+    shown = capsys.readouterr().out
+    assert "13.33 ± 0.00" in shown
+    assert shown.count("↓") == 1
+    balance.draw(results, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 5000
