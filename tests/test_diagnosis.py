@@ -18,6 +18,7 @@ from mtcl_torchrec.config import LossWeightingConfig, parse_run
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.modules.balance.statistics import gate_sums
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import DWA
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights, _gate_names, read_step
 from mtcl_torchrec.training.diagnosis import MOST_LINES, diagnose
@@ -219,8 +220,8 @@ def read_a_step():
     """Two readings of training with gates, a loss weighting and something that speaks of gradients."""
     with ranks("cpu") as where:
         plain = train_module(trunk="ple")
-        module = MTCLTrain(plain.model, loss_weighting=DWA(3, window=1))
-        module.surgery = SimpleNamespace(statistics=some_statistics)
+        module = MTCLTrain(plain.model, loss_weighting=DWA(3, window=1), gradient_surgery=GradientSurgery("measure"))
+        module.surgery.statistics = some_statistics
         model, optimizer = parallelise(module, where, optimizers("sgd"), seed=3)
         pipe = build_pipeline(model, optimizer, where.device)
         model.train()

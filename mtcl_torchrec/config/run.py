@@ -35,7 +35,7 @@ class RunConfig(Part):
         >>> parse_run(text)
         Traceback (most recent call last):
             ...
-        mtcl_torchrec.schema.ConfigError: fusion.weights: no task 'clik' (did you mean 'click'?)
+        mtcl_torchrec.schema.declared.ConfigError: fusion.weights: no task 'clik' (did you mean 'click'?)
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)

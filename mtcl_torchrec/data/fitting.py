@@ -78,7 +78,7 @@ class SplitSummary:
         >>> summary.check("x.parquet")
         Traceback (most recent call last):
             ...
-        mtcl_torchrec.schema.DataError: x.parquet: label column 'click' holds no value at all
+        mtcl_torchrec.schema.declared.DataError: x.parquet: label column 'click' holds no value at all
     """
 
     def __init__(self, schema: Schema, dense: Sequence[Feature] | None = None) -> None:

@@ -112,7 +112,7 @@ def ready_world(name: str, *, rates: Mapping[str, float] | None = None, imbalanc
         >>> ready_world("shpo")
         Traceback (most recent call last):
             ...
-        mtcl_torchrec.schema.ConfigError: no ready world 'shpo' (did you mean 'shop'?)
+        mtcl_torchrec.schema.declared.ConfigError: no ready world 'shpo' (did you mean 'shop'?)
     """
     if name not in _READY:
         raise ConfigError(f"no ready world {name!r}{nearest(name, _READY)}")
