@@ -85,8 +85,8 @@ def import_trunk(path: str, options: dict[str, Any]) -> nn.Module:
         >>> import_trunk("mtcl_torchrec.modules.trunks:MMoe", {})
         Traceback (most recent call last):
             ...
-        mtcl_torchrec.schema.declared.ConfigError: model.trunk.kind: module 'mtcl_torchrec.modules.trunks' has no 'MMoe' (did you
-        mean 'MMoE'?)
+        mtcl_torchrec.schema.declared.ConfigError: model.trunk.kind: module 'mtcl_torchrec.modules.trunks' has no
+        'MMoe' (did you mean 'MMoE'?)
     """
     module_name, _, name = path.partition(":")
     try:

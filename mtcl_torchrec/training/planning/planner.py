@@ -213,8 +213,8 @@ def _min_partition(
         >>> _min_partition("t", 48, ["column_wise"], 28, 2)
         Traceback (most recent call last):
             ...
-        mtcl_torchrec.schema.declared.ConfigError: sharding of table 't': 48 columns have no equal parts of 28 or more; a part is
-        a multiple of 4
+        mtcl_torchrec.schema.declared.ConfigError: sharding of table 't': 48 columns have no equal parts of 28 or
+        more; a part is a multiple of 4
     """
     widths = [w for w in range(COLUMN_STEP, columns, COLUMN_STEP) if columns % w == 0]
     if asked is not None:
