@@ -15,6 +15,7 @@ from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, 
 MOST_LINES = 8
 
 OPPOSED = -0.05  # mean cosine of two gradients; near 0, half of all steps conflict by chance alone
+OFTEN, OFTEN_OF = 0.75, 20  # share of conflicting steps that chance does not explain, of so many steps or more
 HELD = 0.05  # share of steps in which weights were clamped or the Gramian had no solution
 UNUSED = 0.1  # of an equal share: what no gate gives more than is idle
 LEANS = 0.9  # weight of a task's own experts, or of one expert
@@ -91,7 +92,9 @@ def _about_gradients(seen: GradientAgreement, where: str) -> Iterator[_Finding]:
     for i, one in enumerate(seen.tasks):
         for j, other in enumerate(seen.tasks[:i]):
             cosine, share = seen.cosine[i][j], seen.conflicting[i][j]
-            if cosine is not None and share is not None and cosine <= OPPOSED:
+            if cosine is None or share is None:
+                continue
+            if cosine <= OPPOSED or (share >= OFTEN and seen.steps >= OFTEN_OF):
                 yield _Finding(
                     1 + share - cosine,
                     f"{other} and {one} pull apart{where} in {share:.0%} of steps (mean cosine {_signed(cosine)})",
