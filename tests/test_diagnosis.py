@@ -320,3 +320,9 @@ def test_a_run_says_it_writes_it_and_shows_it(tmp_path):
         assert {e.step for e in events.Scalars(tag)} == expected, tag
     last = events.Scalars("gate/level1/buy/expert2")[-1].value
     assert last == pytest.approx(stored["balance"]["gates"][1]["weights"][2], abs=1e-6)
+
+
+def test_a_metric_that_is_not_defined_is_no_finding():
+    undefined, fine = {"a": {"auc": math.nan}}, {"a": {"auc": 0.7, "count": 10.0, "base_rate": 0.5}}
+    for epochs in ([undefined], [undefined, fine], [fine, undefined]):
+        assert diagnose(Balance(), epochs, len(epochs)) == ["nothing stands out in the tasks' validation metrics"]

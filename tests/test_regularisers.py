@@ -157,7 +157,7 @@ def test_a_penalty_that_is_not_finite_skips_the_batch_under_its_name_and_leaves_
 @pytest.mark.parametrize("name", ["expert_orthogonality", "gate_balance"])
 @pytest.mark.parametrize("trunk", [SharedBottom([6]), SingleTask([6]), MMoE(1, [6])], ids=lambda t: type(t).__name__)
 def test_penalties_on_experts_are_refused_where_no_gate_mixes_any(trunk, name):
-    with pytest.raises(ValueError, match=f"regulariser '{name}': the trunk has no gate that mixes several experts"):
+    with pytest.raises(ConfigError, match=f"regulariser '{name}': the trunk has no gate that mixes several experts"):
         train_module(copy.deepcopy(trunk), {name: 0.1})(batch())
 
 

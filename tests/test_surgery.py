@@ -19,7 +19,8 @@ from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.modules.balance.gramian import gramian
 from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.tables import table_gramian, table_lookups
-from mtcl_torchrec.modules.embeddings import with_own_tables
+from mtcl_torchrec.modules.embeddings import embedding_dims, with_own_tables
+from mtcl_torchrec.modules.gates import PPNet
 from mtcl_torchrec.modules.heads import loss_per_row
 from mtcl_torchrec.modules.trunks import Shared
 from mtcl_torchrec.schema import ConfigError
@@ -281,15 +282,52 @@ def test_without_surgery_and_in_evaluation_the_graph_is_what_it_was():
     assert on.surgery.statistics().steps == before == 0
 
 
-def test_a_penalty_on_embeddings_goes_past_the_surgery():
+@pytest.mark.parametrize("trunk", ["mmoe", "ple"])
+@pytest.mark.parametrize("penalty", [{"l2_embedding": 0.5}, {"expert_orthogonality": 2.0}])
+def test_a_penalty_goes_past_the_surgery(penalty, trunk):
     def penalised(surgery):
-        return gradients_of(MTCLTrain(model(), regularisers={"l2_embedding": 0.5}, gradient_surgery=surgery))
+        return MTCLTrain(model(trunk), regularisers=penalty, gradient_surgery=surgery)
 
     name = "embedding_bag_collection.embedding_bags.t_users.weight"
-    penalty = penalised(None)[name] - gradients_of(MTCLTrain(model()))[name]
-    for cut in ("trunk", "embeddings"):
-        with_surgery = penalised(GradientSurgery("upgrad", cut=cut))[name] - gradients_of(surgical(cut=cut))[name]
-        torch.testing.assert_close(with_surgery, penalty, atol=1e-6, rtol=1e-4)
+    alone = gradients_of(penalised(None))[name] - gradients_of(MTCLTrain(model(trunk)))[name]
+    for cut in ("trunk", "embeddings", "both"):
+        without, train = surgical(cut=cut, trunk=trunk), penalised(GradientSurgery("upgrad", cut=cut))
+        with_surgery = gradients_of(train)[name] - gradients_of(without)[name]
+        torch.testing.assert_close(with_surgery, alone, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(train.surgery.newest_weights, without.surgery.newest_weights)
+
+
+@pytest.mark.parametrize("penalty", ["expert_orthogonality", "gate_balance"])
+@pytest.mark.parametrize("kind", ["mgda", "nash_mtl", "db_mtl"])
+def test_a_penalty_is_no_gradient_of_a_task_that_is_frozen_or_has_no_labels(kind, penalty):
+    unlabelled = batch()
+    unlabelled.labels[:, 2] = float("nan")
+    for data, frozen in ((batch(), ("seconds",)), (unlabelled, ())):
+        trains = [
+            MTCLTrain(model(), regularisers=given, gradient_surgery=GradientSurgery(kind))
+            for given in ({}, {penalty: 1e-4})
+        ]
+        for train in trains:
+            train.loss.freeze(*frozen)
+            gradients_of(train, data)
+        without, penalised = (train.surgery.newest_weights[0] for train in trains)
+        torch.testing.assert_close(penalised, without, atol=1e-3, rtol=1e-3)
+        assert trains[1].surgery.statistics().parts[0].active == [1, 1, 0]
+
+
+def test_a_group_holds_the_tasks_own_tables_of_its_features():
+    train = surgical("measure", "stem", cut="embeddings", groups=[["user"]])
+    gradients_of(train)
+    plain = Plain(model("stem"), batch())
+    jacobian, columns, at = plain.gradients([plain.embeddings]).view(3, 32, -1), [], 0
+    for key, width in embedding_dims(plain.model.embedding_bag_collection).items():
+        columns += range(at, at + width) if key.startswith("user") else []
+        at += width
+    found = train.surgery.statistics().parts
+    assert [part.name for part in found] == ["user", "item, last_item, tags, words"]
+    of_user = jacobian[:, :, columns].flatten(1)
+    wanted = of_user / of_user.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(found[0].cosine).double(), (wanted @ wanted.T).double(), atol=1e-6, rtol=0)
 
 
 KINDS_THAT_COULD_DIVIDE_BY_ZERO = ["upgrad", "mgda", "imtl_g", "cagrad", "nash_mtl", "gradvac", "gradnorm", "db_mtl"]
@@ -433,6 +471,9 @@ class OwnTrunk(nn.Module):
 def test_a_trunk_of_ones_own_is_cut_at_the_embeddings_or_the_tables():
     with pytest.raises(ConfigError, match=r"OwnTrunk does not say what its tasks share .* take 'embeddings'"):
         surgical(trunk=OwnTrunk())
+    gated = MTCL(model().embedding_bag_collection, 2, OwnTrunk(), tasks(), ppnet=PPNet(["user"]))
+    with pytest.raises(ConfigError, match="OwnTrunk does not say what its tasks share"):
+        MTCLTrain(gated, gradient_surgery=GradientSurgery())
     for cut in ("embeddings", "tables"):
         train = surgical(trunk=OwnTrunk(), cut=cut, min_weight=0, max_weight=1e9)
         loss, _ = train(batch())

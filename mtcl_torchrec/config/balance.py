@@ -83,6 +83,8 @@ class SurgeryConfig(Part):
                 raise ValueError(f"{field} belongs to {' and '.join(sorted(kinds))}, not to {self.kind}")
         if self.kind == "none" and self.model_fields_set - {"kind"}:
             raise ValueError(f"{min(self.model_fields_set - {'kind'})} does nothing without a kind of surgery")
+        if self.kind == "measure" and (given := self.model_fields_set & {"min_weight", "max_weight"}):
+            raise ValueError(f"{min(given)} clamps weights that move; measure leaves them at 1")
         if self.groups and self.cut not in ("embeddings", "both"):
             raise ValueError(f"groups belong to cut: embeddings and both, not to {self.cut}")
         check_unique("grouped feature", [feature for group in self.groups for feature in group])

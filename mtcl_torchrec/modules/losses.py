@@ -130,7 +130,7 @@ class MultiTaskLoss(nn.Module):
             batch: has labels (B, T), and may have weights (B, T) and mask (B, T); where a task has a pairwise term,
                 requests (B,) too.
             skip: () bool, set to whether the batch is to be skipped; for the guard inside the tower.
-            cut: is told the tasks' losses, at which some kinds of gradient surgery look.
+            cut: is told the tasks' losses, at which some kinds of gradient surgery look, and which tasks take part.
 
         Returns:
             ``(loss, (loss, logits, labels))``, the second part detached; the labels with the zeros that chains imply.
@@ -173,6 +173,7 @@ class MultiTaskLoss(nn.Module):
         self.last_task_losses = per_task.detach()
         if cut is not None:
             cut.losses = self.last_task_losses
+            cut.taking_part = (totals[: len(self.tasks)] > 0) & ~self.frozen_tasks.frozen
         detached = {name: value.detach() for name, value in logits.items()}
         return loss, (loss.detach(), detached, (labels if self.chains.links else batch.labels).detach())
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.guard import stop_gradient_if
-from mtcl_torchrec.schema import nearest
+from mtcl_torchrec.schema import ConfigError, nearest
 
 REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")
 _OF_EXPERTS = ("expert_orthogonality", "gate_balance")
@@ -64,7 +64,7 @@ class Regularisers(nn.Module):
             does not become a part of this module.
 
     Raises:
-        ValueError: an unknown name, a negative λ, or a penalty on experts where there are none.
+        ValueError: an unknown name, a negative λ, or (a ConfigError) a penalty on experts where there are none.
 
     Example:
         >>> Regularisers({"l2_embedding": 1e-4}).active
@@ -84,7 +84,7 @@ class Regularisers(nn.Module):
             if name != "l2_embedding" and tower is None:
                 raise ValueError(f"regulariser {name!r} needs the model's tower")
             if name in _OF_EXPERTS and tower is not None and not tower.expert_levels():
-                raise ValueError(_no_experts(name))
+                raise ConfigError(_no_experts(name))
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ class Regularisers(nn.Module):
         levels = [[mix for mix in level.mixes if len(mix.experts) > 1] for level in tower.expert_levels()]
         mixing = [mixes for mixes in levels if mixes]
         if not mixing:
-            raise ValueError(_no_experts(name))
+            raise ConfigError(_no_experts(name))
         return mixing
 
 

@@ -54,7 +54,7 @@ def diagnose(balance: Balance, epochs: Sequence[Mapping[str, Metrics]] = (), bes
         several = len({use.level for use in balance.gates}) > 1
         found += _about_experts(uses, f" of level {level}" if several else "")
     if 0 < best_epoch <= len(epochs):
-        found += _about_metrics(epochs, best_epoch)
+        found += _about_metrics([{task: _defined(of) for task, of in epoch.items()} for epoch in epochs], best_epoch)
     found.sort(key=lambda finding: -finding.weight)
     lines = [finding.sentence for finding in found]
     if len(lines) > MOST_LINES:
@@ -148,6 +148,11 @@ def _idle(uses: Sequence[GateUse]) -> Iterator[int]:
         known = [(weight, seen) for weight, seen in shares if weight is not None]
         if known and all(weight < UNUSED / seen for weight, seen in known):
             yield expert
+
+
+def _defined(metrics: Metrics) -> Metrics:
+    """With None for what is NaN: of one class only, say."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> Iterator[_Finding]:

@@ -56,8 +56,9 @@ class Plan:
     parameters: tuple[tuple[nn.Parameter, list[int] | None], ...]
 
 
-# (P, T, T) Gramians of this rank and the step's losses (T,), or None, to weights (P, T) that are equal on all ranks.
-Weigh = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (P, T, T) Gramians of this rank, and the step's losses (T,) and which tasks take part (T,), None where nobody told
+# them, to weights (P, T) that are equal on all ranks.
+Weigh = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 
 class Cut:
@@ -71,6 +72,8 @@ class Cut:
 
     Attributes:
         losses: (T,) each task's loss of this rank, detached; set by the loss, before backward.
+        taking_part: (T,) bool, the same on every rank: which tasks have labels in the global batch and are not frozen;
+            set likewise.  What else comes back through a task's copies, from a penalty on its gate, is none of its own.
     """
 
     def __init__(
@@ -83,8 +86,9 @@ class Cut:
         self.plan, self.weigh, self.group = plan, weigh, group
         self.sparse_features = sparse_features
         self.losses: torch.Tensor | None = None
+        self.taking_part: torch.Tensor | None = None
         self._read: torch.Tensor | None = None  # pooled embeddings as the trunk reads them
-        self._handed: torch.Tensor | None = None  # the same; its gradient is what the tables get
+        self._handed: torch.Tensor | None = None  # the same; its gradient is what the tables get besides
 
     def embeddings(self, pooled: Pooled) -> Pooled:
         """What the rest of the tower reads instead of `pooled`.
@@ -161,8 +165,8 @@ class _Whole:
 
 
 class _HandOver(torch.autograd.Function):
-    """Two views of the pooled embeddings.  The trunk reads the first, whose gradient, the plain sum over the tasks,
-    ends here; the gradient of the second goes to the tables."""
+    """Two views of the pooled embeddings.  The trunk reads the first, whose gradient is the sum over the tasks by the
+    trunk's weights and that of penalties; the gradient of the second is what other weights add to it."""
 
     @staticmethod
     def forward(ctx: Any, pooled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +174,7 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[1]
+        return grads[0] + grads[1]
 
 
 @dataclass(frozen=True)
@@ -287,24 +291,24 @@ class _Below:
 def _weights(
     cut: Cut, views: list[_View], below: _Below | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights (T,) of what goes on through the trunk, and the gradient that is handed over to the tables."""
+    """Weights (T,) of what goes on through the trunk, and the gradient that the tables get besides."""
     plan, parts = cut.plan, []
     if plan.at in ("trunk", "both"):
         parts.append(_trunk_gramian(views, plan.num_tasks, device))
     if below is None:
-        return cut.weigh(parts[0].unsqueeze(0), cut.losses)[0], None
+        return cut.weigh(parts[0].unsqueeze(0), cut.losses, cut.taking_part)[0], None
     if plan.at == "tables":
         parts.append(_gramian_of_parameters(cut, below))
-        return cut.weigh(torch.stack(parts), cut.losses)[0], None
+        return cut.weigh(torch.stack(parts), cut.losses, cut.taking_part)[0], None
     of_task = _pooled_gradients(below, plan.num_tasks)
     for group in plan.groups:
         parts.append(torch.stack([gramian(of_task[:, :, a:b]) for a, b in group.runs]).sum(0))
-    weights = cut.weigh(torch.stack(parts), cut.losses)
+    weights = cut.weigh(torch.stack(parts), cut.losses, cut.taking_part)
+    through_trunk = weights[0] if plan.at == "both" else torch.ones_like(weights[0])
     handed = torch.empty_like(below.read)
     for group, w in zip(plan.groups, weights[-len(plan.groups) :], strict=True):
         for a, b in group.runs:
-            handed[:, a:b] = combine(w, of_task[:, :, a:b])
-    through_trunk = weights[0] if plan.at == "both" else torch.ones_like(weights[0])
+            handed[:, a:b] = combine(w - through_trunk, of_task[:, :, a:b])
     return through_trunk, handed
 
 

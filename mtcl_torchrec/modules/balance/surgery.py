@@ -34,6 +34,7 @@ from mtcl_torchrec.modules.balance.solvers_projection import GradVac, PCGrad
 from mtcl_torchrec.modules.balance.surgery_statistics import Counts, SurgeryStatistics
 from mtcl_torchrec.modules.balance.tables import TableLookups, dense_parameters, table_lookups
 from mtcl_torchrec.modules.embeddings import embedding_dims
+from mtcl_torchrec.modules.gates import PPNet
 from mtcl_torchrec.schema import ConfigError, check_unique, nearest
 
 KINDS = (
@@ -109,9 +110,10 @@ class GradientSurgery(nn.Module):
     passes through the trunk without its parameters, ``"tables"`` T with them, makes ids unique (waiting for the device)
     and sends T gradients of each row and dense parameter over the wire.
 
-    A task without a gradient (no labels in this batch, frozen, weight 0) is left out and has weight 1.  Weights are
-    clamped; where they cannot be told (a Gramian that is zero or not finite, a solver without solution) all are 1, and
-    the step is counted.  All state is in buffers.
+    A task without a gradient (no labels in this batch, frozen, weight 0) is left out and has weight 1.  Penalties go on
+    beside the weighted sum, as they are; only that of ``gate_balance`` on the last gates counts with their tasks.
+    Weights are clamped; where they cannot be told (a Gramian that is zero or not finite, a solver without solution) all
+    are 1, and the step is counted.  All state is in buffers.
 
     Args:
         weighting: one of `KINDS`, a `Solver`, or a module from a (n, n) Gramian to (n,) weights, such as TorchJD's.
@@ -185,9 +187,10 @@ class GradientSurgery(nn.Module):
         names, trunk, collection = [t.name for t in model.tasks], model.tower.trunk, model.embedding_bag_collection
         if len(names) < 2:
             raise ConfigError(f"gradient surgery needs two tasks at least, and there is only {names[0]!r}")
-        if self.cut in ("trunk", "both") and not can_split(trunk):
+        inner = trunk.trunk if isinstance(trunk, PPNet) else trunk
+        if self.cut in ("trunk", "both") and not can_split(inner):
             raise ConfigError(
-                f"{type(trunk).__name__} does not say what its tasks share (shared and split, see "
+                f"{type(inner).__name__} does not say what its tasks share (shared and split, see "
                 f"mtcl_torchrec.modules.trunks), so gradient surgery cannot cut at {self.cut!r}; take 'embeddings'"
             )
         dims = embedding_dims(collection)
@@ -202,19 +205,24 @@ class GradientSurgery(nn.Module):
         )
         parts = {"trunk": ["trunk"], "tables": ["tables"], "embeddings": [], "both": ["trunk"]}[self.cut]
         if self.cut in ("embeddings", "both"):
-            parts += [", ".join(group) for group in grouped] if self.groups else ["embeddings"]
+            rest = dict.fromkeys(key.split("@")[0] for key in grouped[-1])
+            names_of = [*self.groups, *([rest] if len(grouped) > len(self.groups) else [])]
+            parts += [", ".join(features) for features in names_of] if self.groups else ["embeddings"]
         self.solvers = nn.ModuleList(self._solver(len(names), number) for number in range(len(parts)))
         self.counts = Counts(names, parts, self.decay)
         self.register_buffer("newest_weights", torch.ones(len(parts), len(names)).double(), persistent=False)
 
     def _grouped(self, dims: dict[str, int]) -> list[list[str]]:
-        named = [key for group in self.groups for key in group]
+        """Keys of the columns of each group; a feature has several where several tables are looked up by it."""
+        named = [feature for group in self.groups for feature in group]
         check_unique("grouped feature", named)
-        for key in named:
-            if key not in dims:
-                raise ConfigError(f"groups: no feature {key!r}{nearest(key, dims)}")
-        rest = [key for key in dims if key not in named]
-        return [*self.groups, rest] if rest else self.groups
+        features = {key: key.split("@")[0] for key in dims}
+        for feature in named:
+            if feature not in features.values():
+                raise ConfigError(f"groups: no feature {feature!r}{nearest(feature, features.values())}")
+        found = [[key for key in dims if features[key] in group] for group in self.groups]
+        rest = [key for key in dims if features[key] not in named]
+        return [*found, rest] if rest else found
 
     def _solver(self, num_tasks: int, number: int) -> Solver:
         if isinstance(self._weighting, str):
@@ -234,8 +242,10 @@ class GradientSurgery(nn.Module):
             return None
         group = self._group()
 
-        def weigh(gramians: torch.Tensor, losses: torch.Tensor | None) -> torch.Tensor:
-            return self._weigh(gramians, losses, group)
+        def weigh(
+            gramians: torch.Tensor, losses: torch.Tensor | None, taking_part: torch.Tensor | None
+        ) -> torch.Tensor:
+            return self._weigh(gramians, losses, taking_part, group)
 
         return Cut(self._plan, weigh, sparse_features, group)
 
@@ -254,7 +264,11 @@ class GradientSurgery(nn.Module):
 
     @torch.no_grad()
     def _weigh(
-        self, gramians: torch.Tensor, losses: torch.Tensor | None, group: dist.ProcessGroup | None
+        self,
+        gramians: torch.Tensor,
+        losses: torch.Tensor | None,
+        taking_part: torch.Tensor | None,
+        group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         """Weights (P, T), the same on all ranks, from this rank's part of P Gramians."""
         num_tasks = gramians.shape[-1]
@@ -275,6 +289,8 @@ class GradientSurgery(nn.Module):
         finite = torch.isfinite(gramians).all(2).all(1)
         gramians = torch.where(finite.view(-1, 1, 1), gramians, 0.0)
         squared = gramians.diagonal(dim1=1, dim2=2)
+        if taking_part is not None:
+            squared = torch.where(taking_part, squared, 0.0)
         active = squared > 1e-20 * squared.amax(1, keepdim=True)
         pairs = active.unsqueeze(1) & active.unsqueeze(2)
         gramians = torch.where(pairs, gramians, 0.0)

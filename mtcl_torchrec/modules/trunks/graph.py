@@ -112,6 +112,7 @@ class ExpertLevel(nn.Module):
         )  # fmt: skip
         self.gate_dropout = gate_dropout
         self.mixes: list[Mix] = []
+        self._outputs: dict[tuple[int, ...], torch.Tensor] = {}  # of the experts, for `mixes`, as they left them
         self.gate_names: list[str] | None = None  # for what is told about training; None: a gate for each task
         self.gate_reads = None if gate_reads is None else list(gate_reads)
         self.gates_also_read = gates_also_read
@@ -146,6 +147,8 @@ class ExpertLevel(nn.Module):
         outputs = self.experts(x, self._used(gates))
         if self.gate_weight is None:
             return Shared((outputs,))
+        if self.training:
+            self._outputs[tuple(self._wanted(gates))] = outputs
         if self.gate_reads is None:
             return Shared((outputs, x))
         own = x[[self.gate_reads[g] for g in self._wanted(gates)]]
@@ -165,7 +168,8 @@ class ExpertLevel(nn.Module):
         x = read[0] if len(read) == 1 else read[0] + read[1]
         weights = self.gate_weights(x, wanted, used)
         if self.training:
-            self.mixes.append(Mix(wanted, used, weights, outputs))
+            # Not the copies: a penalty on outputs is no task's, and does not pass where tasks' gradients are caught.
+            self.mixes.append(Mix(wanted, used, weights, self._outputs.pop(tuple(wanted), outputs)))
         if self.residual != "none":
             weights = weights + self._native_weights(x, wanted, used)
         if self.learns is None:
@@ -180,9 +184,10 @@ class ExpertLevel(nn.Module):
     def forget_mixes(self) -> None:
         """Let go of what `mixes` holds."""
         self.mixes.clear()
+        self._outputs.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mixes": []}  # tensors of a graph cannot be copied
+        return {**self.__dict__, "mixes": [], "_outputs": {}}  # tensors of a graph cannot be copied
 
     def _wanted(self, gates: Sequence[int] | None) -> list[int]:
         return list(range(len(self._seen)) if gates is None else gates)
