@@ -94,7 +94,7 @@ def _about_gradients(seen: GradientAgreement, where: str) -> Iterator[_Finding]:
             cosine, share = seen.cosine[i][j], seen.conflicting[i][j]
             if cosine is None or share is None:
                 continue
-            if cosine <= OPPOSED or (share >= OFTEN and seen.steps >= OFTEN_OF):
+            if (cosine <= OPPOSED and share > HELD) or (share >= OFTEN and seen.steps >= OFTEN_OF):
                 yield _Finding(
                     1 + share - cosine,
                     f"{other} and {one} pull apart{where} in {share:.0%} of steps (mean cosine {_signed(cosine)})",
