@@ -85,8 +85,8 @@ def _about_gradients(seen: GradientAgreement, where: str) -> Iterator[_Finding]:
     if seen.degenerate is not None and seen.degenerate >= HELD:
         yield _Finding(
             3 + seen.degenerate,
-            f"in {seen.degenerate:.0%} of steps the gradients{where} were none, not finite or without a solution, and just "
-            "added up",
+            f"in {seen.degenerate:.0%} of steps the gradients{where} were none, not finite or without a solution, and "
+            "just added up",
         )
     if seen.clamped is not None and seen.clamped >= HELD:
         yield _Finding(2 + seen.clamped, f"the gradients' weights{where} were clamped in {seen.clamped:.0%} of steps")
