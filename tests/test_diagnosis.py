@@ -17,7 +17,7 @@ from mtcl_torchrec import PLE, MMoE, SharedBottom
 from mtcl_torchrec.config import LossWeightingConfig, parse_run
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.models import MTCLTrain
-from mtcl_torchrec.modules.balance.statistics import gate_sums
+from mtcl_torchrec.modules.balance.gate_use import gate_sums
 from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import DWA
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights, _gate_names, read_step

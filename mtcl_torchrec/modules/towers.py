@@ -77,6 +77,7 @@ class MultiTaskTower(nn.Module):
             epnet.build(blocks)
             self.interaction = nn.Sequential(epnet, self.interaction)
         self.trunk = trunk
+        self._levels = tuple(module for module in trunk.modules() if isinstance(module, ExpertLevel))
         # Tasks that may see the same inputs go through the trunk together.
         self._views: list[tuple[str, list[int]]] = []
         self._sees_all = all(set(task.inputs) == set(GROUPS) for task in self.tasks)
@@ -137,13 +138,13 @@ class MultiTaskTower(nn.Module):
             logits = self._logits(x, frozen, cut)
         return self.chains({name: value.float() for name, value in logits.items()}, frozen)
 
-    def expert_levels(self) -> list[ExpertLevel]:
+    def expert_levels(self) -> tuple[ExpertLevel, ...]:
         """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
-        return [module for module in self.trunk.modules() if isinstance(module, ExpertLevel)]
+        return self._levels
 
     def _logits(self, x: torch.Tensor, frozen: torch.Tensor | None, cut: Cut | None) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
-        for level in self.expert_levels():
+        for level in self._levels:
             level.forget_mixes()
         inputs = [self.interaction(x if self._sees_all else x * getattr(self, name)) for name, _ in self._views]
         tasks = [numbers for _, numbers in self._views]

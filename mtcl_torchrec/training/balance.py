@@ -11,7 +11,8 @@ import torch.distributed as dist
 from pydantic import NonNegativeInt, PositiveInt
 
 from mtcl_torchrec.models import MTCLTrain
-from mtcl_torchrec.modules.balance.statistics import GateSums, GradientStatistics, HasGradientStatistics, gate_sums
+from mtcl_torchrec.modules.balance.gate_use import GateSums, gate_sums
+from mtcl_torchrec.modules.balance.surgery_statistics import SurgeryStatistics
 from mtcl_torchrec.modules.trunks import ExpertLevel
 from mtcl_torchrec.training.sharding import Ranks
 
@@ -35,7 +36,7 @@ class LossWeights:
 
 @dataclass
 class GradientAgreement:
-    """What gradient surgery met at one cut; see `mtcl_torchrec.modules.balance.statistics.PartStatistics`.
+    """What gradient surgery met at one cut; see `mtcl_torchrec.modules.balance.surgery_statistics.PartStatistics`.
 
     Args:
         clamped, degenerate: shares of the steps.
@@ -151,7 +152,7 @@ def read_step(
     if weighting is not None:
         mean, clamped = (dict(zip(tasks, numbers.finite(len(tasks)), strict=True)) for _ in range(2))
         balance.loss_weights = LossWeights(weighting.title, mean, clamped)
-    surgery: HasGradientStatistics | None = getattr(train_module, "surgery", None)
+    surgery = train_module.surgery
     balance.gradients = [] if surgery is None else _agreements(surgery.statistics())
     balance._meet(gates)
     balance.readings += 1
@@ -193,16 +194,15 @@ def _gate_uses(level: int, names: Sequence[str], sums: GateSums, numbers: _Numbe
 
 def _gate_names(level: ExpertLevel, tasks: list[str]) -> list[str]:
     """A level says the names of its gates, or has one for each task, and possibly one for what they share."""
-    named: Sequence[str] | None = getattr(level, "gate_names", None)
-    if named is not None:
-        return list(named)
+    if level.gate_names is not None:
+        return level.gate_names
     num_gates = len(level.hidden)
     if num_gates in (len(tasks), len(tasks) + 1):
         return [*tasks, "shared"][:num_gates]
     return [f"gate {gate}" for gate in range(num_gates)]
 
 
-def _agreements(met: GradientStatistics) -> list[GradientAgreement]:
+def _agreements(met: SurgeryStatistics) -> list[GradientAgreement]:
     def known(values: Sequence[float]) -> list[float | None]:
         return [value if math.isfinite(value) else None for value in values]
 

@@ -1,64 +1,12 @@
-"""How the tasks of a model get along, in numbers that are there anyway: agreement of gradients, use of experts."""
+"""How the gates of a model use its experts, in numbers that are there anyway."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from mtcl_torchrec.modules.trunks import ExpertLevel
-
-
-class PartStatistics(Protocol):
-    """What gradient surgery met at one place where it compares gradients; NaN where there was nothing to see.
-
-    Attributes:
-        name: of the place, for people: ``"trunk"``, ``"embeddings"``, a group of features.
-        cosine: (T, T) moving average of the cosine between the gradients of two tasks.
-        conflicts: (T, T) share of the steps, of those in which both had a gradient, in which it was negative.
-        weights: (T,) moving average of the weights that the tasks' gradients were given.
-        clamped: steps in which a weight was held in its range.
-        degenerate: steps in which the weights could not be told.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def cosine(self) -> Sequence[Sequence[float]]: ...
-    @property
-    def conflicts(self) -> Sequence[Sequence[float]]: ...
-    @property
-    def weights(self) -> Sequence[float]: ...
-    @property
-    def clamped(self) -> int: ...
-    @property
-    def degenerate(self) -> int: ...
-
-
-class GradientStatistics(Protocol):
-    """What gradient surgery met since training began, the same on every rank.
-
-    Attributes:
-        tasks: their names, in the order of the rows.
-        steps: backward passes.
-        parts: one for each place where gradients are compared.
-    """
-
-    @property
-    def tasks(self) -> Sequence[str]: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def parts(self) -> Sequence[PartStatistics]: ...
-
-
-class HasGradientStatistics(Protocol):
-    """Gradient surgery, as the training loop sees it."""
-
-    def statistics(self) -> GradientStatistics:
-        """On the host: it may wait for the device."""
 
 
 @dataclass(frozen=True)
