@@ -13,7 +13,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
-from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features
+from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features, pooled_by_key
+from mtcl_torchrec.modules.fusion import RowContext, fuse
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
@@ -27,27 +28,49 @@ from mtcl_torchrec.schema import Group, Task, check_unique, nearest
 class FusedOutput(nn.Module):
     """Logits to predictions, and predictions to the fused score."""
 
-    def __init__(self, tasks: Sequence[Task], fused_score: nn.Module | None, item_classes: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        fused_score: nn.Module | None,
+        item_classes: Mapping[str, str],
+        dims: Mapping[str, int],
+    ) -> None:
         super().__init__()
+        self.dims = dict(dims)
         self.tasks = {task.name: task for task in tasks}
         self.fused_score = fused_score
         self.item_classes = dict(item_classes)
 
-    def forward(self, logits: Logits, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        logits: Logits,
+        dense_features: torch.Tensor,
+        sparse_features: KeyedJaggedTensor,
+        pooled: Any,
+        request: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Each task's prediction, chains' conditional ones, and with a fused score ``"score"`` (B,) in [0, 1].
 
         Args:
             logits: what the tower returned.
+            dense_features: (B, D), for a fused score that depends on them.
             sparse_features: the candidates, for the class of each in a multiclass task.
+            pooled: the pooled embeddings, for a fused score that depends on them.
+            request: (B,) int64, for a fused score that compares the candidates of a request; None: one request.
         """
         out = {name: prediction(task, logits[name].float()) for name, task in self.tasks.items()}
         for task in self.tasks.values():
             if task.conditional_name is not None:
                 out[task.conditional_name] = torch.sigmoid(logits[task.conditional_name].float())
         if self.fused_score is not None:
-            parts = self.parts(out, sparse_features)
-            out["score"] = self.fused_score(parts)
+            rows = RowContext(dense_features, self._embeddings(pooled), request)
+            out["score"] = fuse(self.fused_score, self.parts(out, sparse_features), rows)
         return out
+
+    def _embeddings(self, pooled: Any) -> dict[str, torch.Tensor]:
+        if not getattr(self.fused_score, "needs_context", False):
+            return {}
+        return {key: embedding.detach() for key, embedding in pooled_by_key(pooled, self.dims).items()}
 
     def parts(
         self, predictions: Mapping[str, torch.Tensor], sparse_features: KeyedJaggedTensor
@@ -185,14 +208,21 @@ class MTCL(nn.Module):
             epnet=epnet,
             ppnet=ppnet,
         )
-        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score))
+        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score), dims)
 
-    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        dense_features: torch.Tensor,
+        sparse_features: KeyedJaggedTensor,
+        request: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Predictions and the fused score of B rows.
 
         Args:
             dense_features: (B, D) float.
             sparse_features: KeyedJaggedTensor of B rows.
+            request: (B,) int64, for a fused score that compares the candidates of a request with each other; rows of
+                equal numbers are of one request.  None: all rows are.
 
         Returns:
             task name -> (B,) probability or value, (B, num_classes) probabilities for a multiclass task; and
@@ -201,7 +231,7 @@ class MTCL(nn.Module):
         """
         pooled = self.embedding_bag_collection(sparse_features)
         logits = self.tower(dense_features, pooled)
-        return self.output(logits, sparse_features)
+        return self.output(logits, dense_features, sparse_features, pooled, request)
 
 
 def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Module | None) -> dict[str, str]:

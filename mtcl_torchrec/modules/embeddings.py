@@ -188,6 +188,24 @@ def _configs(embedding_bag_collection: nn.Module) -> list[EmbeddingBagConfig]:
     return configs()
 
 
+def pooled_by_key(pooled: Pooled, dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Pooled embeddings (B, dim) by their key.
+
+    Args:
+        pooled: a KeyedTensor, a tuple that starts with one, or a ready (B, Σ dims) tensor in the order of `dims`.
+        dims: key -> width.
+
+    Example:
+        >>> pooled_by_key(torch.tensor([[1.0, 2.0, 3.0]]), {"a": 1, "b": 2})["b"]
+        tensor([[2., 3.]])
+    """
+    if isinstance(pooled, tuple):
+        pooled = pooled[0]
+    if isinstance(pooled, torch.Tensor):
+        return dict(zip(dims, torch.split(pooled, list(dims.values()), dim=1), strict=True))
+    return {key: pooled[key] for key in dims}
+
+
 class PooledConcat(nn.Module):
     """Concatenates pooled embeddings by key and appends the dense features.
 

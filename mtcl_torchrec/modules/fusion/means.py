@@ -1,8 +1,4 @@
-"""From the tasks' predictions to one score in [0, 1].
-
-A fused score of your own is any `nn.Module` with ``forward(parts)``, parts a dict of task name -> (B,) in [0, 1], that
-returns (B,) in [0, 1], and an attribute ``tasks``, the names it needs.
-"""
+"""Scores that are a mean of the tasks' parts."""
 
 from __future__ import annotations
 

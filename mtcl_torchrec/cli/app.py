@@ -1,0 +1,37 @@
+"""The command line's root, and what its commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.sharding import Device
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Multi-task collaborative learning on TorchRec: predict many events of a recommender at once, fuse the "
+        "predictions into one score in [0, 1], rank by it.\n\n"
+        "Start with **mtcl demo**, or with **mtcl init my_log.parquet > run.yaml** and **mtcl train run.yaml**.\n\n"
+        "Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec train run.yaml**."
+    ),
+)
+DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where the machine has it; or cpu, cuda.")]
+
+
+def screen() -> Console:
+    """A console wide enough for the tables when the output is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
+
+
+def note_if_unfinished(run: FinishedRun, folder: Path) -> None:
+    if not run.finished:
+        typer.echo(f"mtcl: training of {folder} did not finish; this is its best epoch so far", err=True)
