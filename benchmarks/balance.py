@@ -1,11 +1,17 @@
 """Every architecture, loss weighting and gradient surgery beside the weighted sum and single-task twins of equal size.
 
     python benchmarks/balance.py --data kuairand --jobs 2 --out results/balance.jsonl    # train what is not there yet
-    python benchmarks/balance.py --show results/balance.jsonl --picture balance.png      # table and picture of it
+    python benchmarks/balance.py --time results/balance_steps.json                       # what a step of each costs
+    python benchmarks/balance.py --show results/balance.jsonl --steps results/balance_steps.json --picture b.png
 
 Each method gets the same budget: every learning rate of --rates once (first seed), the best of which by mean validation
 AUC trains the other seeds too.  A twin is the MMoE of the weighted sum, as large as it is, trained on one task alone.
 Δm is the mean over the tasks of the relative gain on AUC − 0.5 over the twins' mean, on the test split, in percent.
+    python benchmarks/balance.py --show results/balance.jsonl --steps results/balance_steps.json --picture it.png
+
+Data: `kuairand`, three tasks of the demo with its features, in which every twin reads what the user did of *all* events
+before; `kuairand_ids`, the same without these statistics; `agreeing` and `opposed`, synthetic, the two ends of a dial
+for conflict.
 
 Every finished training is a line of --out; a run that was interrupted goes on where it stopped.
 """
@@ -14,12 +20,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +40,12 @@ from rich.console import Console
 
 TASKS = {
     "kuairand": ("click", "long_view", "like"),
+    "kuairand_ids": ("click", "long_view", "like"),
     "agreeing": ("like", "share", "hide"),
     "opposed": ("like", "share", "hide"),
 }
 SUM, TWIN = "mmoe", "single task"  # the weighted sum of an MMoE, and its twins
+HELPED = "mmoe, all tasks"  # the weighted sum, with the data's other tasks as helpers
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,7 @@ METHODS = (  # trunks of about as many parameters as the MMoE
     _trunk("stem", kind="stem", shared_experts=1, task_experts=1, model={"cross_layers": 0}),
     Method("mmoe, epnet", "architecture", {"model": {"epnet": {}}}),
     Method("mmoe, epnet, ppnet", "architecture", {"model": {"epnet": {}, "ppnet": {"hidden": 16}}}),
+    Method(HELPED, "architecture"),
     _weighting("uncertainty"),
     _weighting("dwa"),
     _weighting("imtl_l"),
@@ -128,14 +139,21 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
     parser.add_argument("--picture", type=Path, help="with --show: Δm of every method as a picture")
     parser.add_argument("--small", action="store_true", help="a tenth of the rows, to try the script")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--time", type=Path, help="measure the steps of --methods on KuaiRand, write them there")
+    parser.add_argument("--rounds", type=int, default=40, help="with --time: steps of each method")
+    parser.add_argument("--steps", type=Path, help="with --show: what --time wrote")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(train_one(Training(**json.loads(arguments.one)), arguments.small)))
+    if arguments.worker:
+        work(arguments.small)
+    elif arguments.time:
+        measured = step_times(arguments.methods or list(BY_NAME), arguments.rounds)
+        arguments.time.write_text(json.dumps(measured, indent=1) + "\n")
     elif arguments.show:
         results = read(arguments.show)
+        steps = json.loads(arguments.steps.read_text()) if arguments.steps else {}
         for data in dict.fromkeys(r["data"] for r in results):
-            show([r for r in results if r["data"] == data], data)
+            show([r for r in results if r["data"] == data], data, steps)
         if arguments.picture:
             draw(results, arguments.picture)
     elif arguments.out:
@@ -159,7 +177,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def sweep(data: str, arguments: argparse.Namespace) -> None:
     """Train every method on one set of data: the first seed with every rate, then the best rate with the others."""
-    names = arguments.methods or [TWIN, *BY_NAME]
+    names = [name for name in arguments.methods or [TWIN, *BY_NAME] if name != HELPED or data == "kuairand"]
     first, *others = arguments.seeds
     kinds = [(name, only) for name in names for only in (TASKS[data] if name == TWIN else (None,))]
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -183,7 +201,8 @@ def best_rate(results: list[dict[str, Any]], data: str, name: str, only: str | N
 def _train_missing(trainings: list[Training], arguments: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
     done = {(r["data"], r["method"], r["only"], r["rate"], r["seed"]) for r in read(arguments.out)}
     missing = [training for training in trainings if training.key not in done]
-    for i, result in enumerate(pool.map(lambda t: _in_a_process(t, arguments.small), missing), 1):
+    workers = threading.local()
+    for i, result in enumerate(pool.map(lambda t: _in_a_worker(t, arguments.small, workers), missing), 1):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         with arguments.out.open("a") as file:
             file.write(json.dumps(result) + "\n")
@@ -192,13 +211,28 @@ def _train_missing(trainings: list[Training], arguments: argparse.Namespace, poo
         print(f"{i}/{len(missing)} {what} in {result['seconds']:.0f} s: {aucs}", flush=True)
 
 
-def _in_a_process(training: Training, small: bool) -> dict[str, Any]:
-    """The result of a training in a process of its own, on one thread."""
-    command = [sys.executable, __file__, "--one", json.dumps(training.__dict__)] + ["--small"] * small
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{training}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _in_a_worker(training: Training, small: bool, workers: threading.local) -> dict[str, Any]:
+    """The result of a training in this thread's process, of one thread, which takes one training after the other."""
+    if not hasattr(workers, "process"):
+        command = [sys.executable, __file__, "--worker"] + ["--small"] * small
+        workers.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (of a process that lives as long as this one)
+        workers.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=workers.errors, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    workers.process.stdin.write(json.dumps(training.__dict__) + "\n")
+    workers.process.stdin.flush()
+    for line in workers.process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    workers.errors.seek(0)
+    raise SystemExit(f"{training}:\n{workers.errors.read()[-3000:]}")
+
+
+def work(small: bool) -> None:
+    """Train what the lines of standard input ask for, and answer each with a line; ends with the input."""
+    for line in sys.stdin:
+        print(json.dumps(train_one(Training(**json.loads(line)), small)), flush=True)
 
 
 def train_one(training: Training, small: bool) -> dict[str, Any]:
@@ -232,9 +266,16 @@ def configured(training: Training, small: bool, folder: Path) -> Any:
     """The run of a training."""
     from mtcl_torchrec.config import parse_run
 
-    raw = kuairand_run(small, folder) if training.data == "kuairand" else world_run(training.data == "opposed", small)
-    tasks = [task for task in raw["schema"]["tasks"] if task["name"] in TASKS[training.data]]
-    raw["schema"]["tasks"] = [task for task in tasks if training.only in (None, task["name"])]
+    if training.data.startswith("kuairand"):
+        raw = kuairand_run(small, folder)
+        if training.data == "kuairand_ids":
+            del raw["statistics"]
+            raw["optimizers"]["tables"]["lr_of"] = dict.fromkeys(("user_id", "video_id", "author_id"), 0.01)
+    else:
+        raw = world_run(training.data == "opposed", small)
+    if training.method != HELPED:
+        tasks = [task for task in raw["schema"]["tasks"] if task["name"] in TASKS[training.data]]
+        raw["schema"]["tasks"] = [task for task in tasks if training.only in (None, task["name"])]
     raw["fusion"] = {"weights": {task["name"]: 1 for task in raw["schema"]["tasks"]}}
     raw["training"] |= {"watch": [], "patience": 0, "seed": training.seed}
     raw["optimizers"]["dense"]["lr"] *= training.rate
@@ -273,8 +314,6 @@ def kuairand_run(small: bool, folder: Path) -> dict[str, Any]:
         raw["data"][split] = str(prepared / f"{split}.parquet")
     for block in raw["statistics"]:
         block["prepared"] = str(prepared / block["prepared"])
-    for task in raw["schema"]["tasks"]:
-        task.pop("weight", None)
     raw["training"]["epochs"] = 1 if small else 3
     return raw
 
@@ -320,21 +359,75 @@ def gain(result: dict[str, Any], twins: dict[str, list[float]]) -> float:
     return 100 * statistics.mean(gains)
 
 
-def show(results: list[dict[str, Any]], data: str) -> None:
-    """One table."""
+def step_times(names: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Processor time of training steps on KuaiRand, those of all methods in turn: method -> milliseconds and ratio.
+
+    The ratio is the median, over the rounds, to the weighted sum's step of the same round.
+    """
+    from mtcl_torchrec.data.batch import global_batches, iterate
+    from mtcl_torchrec.data.preprocessing import Preprocessor
+    from mtcl_torchrec.data.splits import load_splits
+    from mtcl_torchrec.models import MTCLTrain
+    from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules
+    from mtcl_torchrec.training.loop import build_pipeline, parallelise
+    from mtcl_torchrec.training.sharding import ranks
+
+    names = [SUM, *(name for name in names if name != SUM)]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as temporary, ranks("cpu") as where:
+        pipelines, encoded = {}, {}
+        for name in names:
+            run = configured(Training("kuairand", name, 1.0, 0), False, Path(temporary))
+            asked = tuple(task.name for task in run.data_schema.tasks)
+            if asked not in encoded:  # the same rows for methods of the same tasks
+                preprocessor = Preprocessor(run.data_schema, run.statistics)
+                splits = load_splits(run, preprocessor, say=lambda _: None)
+                rows = splits.encoded["val"]
+                some = global_batches(len(rows), run.training.batch_size)[:16]
+                encoded[asked] = preprocessor.encoder, list(iterate(rows, some))
+            encoder, batches = encoded[asked]
+            optimizers, sharding = for_modules(run)
+            module = MTCLTrain(
+                build_model(run.model, encoder, run.fusion),
+                loss_weighting=build_loss_weighting(run.balance.weighting, len(asked)),
+                gradient_surgery=build_surgery(run.balance.surgery),
+            )
+            model, optimizer = parallelise(
+                module, where, optimizers, sharding=sharding, batch_size=run.training.batch_size
+            )
+            model.train()
+            pipelines[name] = build_pipeline(model, optimizer, where.device), itertools.cycle(batches)
+        for round_ in range(-5, rounds):
+            first = round_ % len(names)
+            for name in names[first:] + names[:first]:
+                pipeline, endless = pipelines[name]
+                started = time.process_time()
+                pipeline.progress(endless)
+                if round_ >= 0:
+                    times[name].append(1000 * (time.process_time() - started))
+    return {
+        name: {
+            "median_ms": round(statistics.median(of), 3),
+            "ratio": round(statistics.median(a / b for a, b in zip(of, times[SUM], strict=True)), 4),
+        }
+        for name, of in times.items()
+    }
+
+
+def show(results: list[dict[str, Any]], data: str, steps: dict[str, dict[str, float]]) -> None:
+    """One table; `steps` is what `step_times` gave, or empty."""
     from mtcl_torchrec.evaluation.report import plain_table
 
     twins, tasks = twin_aucs(results), TASKS[data]
-    baseline = statistics.median(r["train_seconds"] for name, of in by_method(results) if name == SUM for r in of)
-    table = plain_table(f"{data}: test AUC and Δm, mean ± standard deviation over seeds", ["", *tasks, "Δm %", "time"])
+    table = plain_table(f"{data}: test AUC and Δm, mean ± standard deviation over seeds", ["", *tasks, "Δm %", "step"])
     for name, of in by_method(results):
         if name == TWIN:
             table.add_row(name, *(_spread(twins[task], 4) for task in tasks), "", "")
             continue
         below = ["↓" if _mean_below(of, twins, task) else "" for task in tasks]
         aucs = [_spread([r["test"][task] for r in of], 4) + mark for task, mark in zip(tasks, below, strict=True)]
-        time_ratio = statistics.median(r["train_seconds"] for r in of) / baseline
-        table.add_row(name, *aucs, _spread([gain(r, twins) for r in of], 2), f"{time_ratio:.2f}")
+        step = f"{steps[name]['ratio']:.2f}" if name in steps else ""
+        table.add_row(name, *aucs, _spread([gain(r, twins) for r in of], 2), step)
     Console(width=120).print(table)
 
 
