@@ -7,7 +7,7 @@
 Each method gets the same budget: every learning rate of --rates once (first seed), the best of which by mean validation
 AUC trains the other seeds too.  A twin is the MMoE of the weighted sum, as large as it is, trained on one task alone.
 Δm is the mean over the tasks of the relative gain on AUC − 0.5 over the twins' mean, on the test split, in percent.
-    python benchmarks/balance.py --show results/balance.jsonl --steps results/balance_steps.json --picture it.png
+A step's cost is the processor time of training steps, taken in turn by all methods, over that of the weighted sum.
 
 Data: `kuairand`, three tasks of the demo with its features, in which every twin reads what the user did of *all* events
 before; `kuairand_ids`, the same without these statistics; `agreeing` and `opposed`, synthetic, the two ends of a dial

@@ -257,6 +257,11 @@ def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Mod
     return found
 
 
+def _check_type(argument: str, value: object, wanted: type, such_as: str) -> None:
+    if value is not None and not isinstance(value, wanted):
+        raise TypeError(f"{argument} is a {wanted.__name__}, such as {such_as}, not {value!r}")
+
+
 class MTCLTrain(nn.Module):
     """`MTCL` with its loss, in the form TorchRec's train pipelines call:
     ``forward(batch) -> (loss, (loss, logits, labels))``.
@@ -304,6 +309,8 @@ class MTCLTrain(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        _check_type("loss_weighting", loss_weighting, LossWeighting, "FAMO(len(model.tasks))")
+        _check_type("gradient_surgery", gradient_surgery, GradientSurgery, 'GradientSurgery("upgrad")')
         self.model = model
         self.surgery = gradient_surgery
         if gradient_surgery is not None:

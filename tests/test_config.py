@@ -173,6 +173,13 @@ def test_a_missing_key_is_named(path, line):
         (("fusion", "weights"), {"click": float("nan")}, "fusion.weights.click: ", "finite"),
         (("schema", "features", 0, "group"), "usr", "schema.features.0.group.0: ", "'user'"),
         (("schema", "features", 2, "table"), "x", "schema.features.2: ", "dense and has no table"),
+        (("balance",), {"surgery": {"kind": "upgrade"}}, "balance.surgery.kind: ", "(did you mean 'upgrad'?)"),
+        (
+            ("balance",),
+            {"surgery": {"kind": "upgrad", "cut": "embeddings", "groups": ["user_id"]}},
+            "balance.surgery.groups: each group is a list",
+            "[[user_id, age], [item_id]]",
+        ),
         (("schema", "tasks", 0, "name"), True, "schema.tasks.0.name: ", "string (given: True)"),
         (("schema", "tasks", 1, "name"), "click", "schema: ", "task 'click' is declared twice"),
         (("schema", "time"), del_, "statistics need schema.time", "strictly earlier"),

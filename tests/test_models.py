@@ -301,3 +301,10 @@ def test_training_steps_lower_the_loss(trunk):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_method_given_by_name_is_refused_with_what_it_should_be():
+    with pytest.raises(TypeError, match=r"loss_weighting is a LossWeighting, such as FAMO\(.*, not 'famo'"):
+        MTCLTrain(model(), loss_weighting="famo")
+    with pytest.raises(TypeError, match=r"gradient_surgery is a GradientSurgery, such as .*, not 'upgrad'"):
+        MTCLTrain(model(), gradient_surgery="upgrad")

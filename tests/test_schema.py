@@ -67,7 +67,7 @@ def test_features_that_make_no_sense_are_refused(settings, part):
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (lambda: Task(name="a", kind="multiclass"), "a multiclass task needs num_classes"),
+        (lambda: Task(name="a", kind="multiclass"), "a multiclass task needs item_class"),
         (lambda: Task.binary("a", num_classes=3), "num_classes belongs to multiclass"),
         (lambda: Task.binary("a", item_class="tag"), "item_class belongs to multiclass"),
         (lambda: Task.binary("a", std=2.0), "belong to regression tasks"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from mtcl_torchrec.config.base import Fraction, Part
 from mtcl_torchrec.schema import check_unique
@@ -73,6 +73,13 @@ class SurgeryConfig(Part):
     alpha: PositiveFloat | None = None
     beta: Fraction | None = None
     lr: PositiveFloat | None = None
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _lists_of_features(cls, value: Any) -> Any:
+        if isinstance(value, list) and any(not isinstance(group, list) for group in value):
+            raise ValueError(f"each group is a list of features, such as [[user_id, age], [item_id]] (given: {value})")
+        return value
 
     @model_validator(mode="after")
     def _fitting(self) -> SurgeryConfig:

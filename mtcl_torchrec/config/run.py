@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -187,6 +188,8 @@ def _explain(error: ValidationError) -> list[str]:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if item["type"] == "value_error" else f" (given: {_short(item['input'])})"
+            if item["type"] == "literal_error":
+                given += nearest(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
             lines.append(f"{path}: {message}{given}" if path else f"{message}{given}")
     return lines
 

@@ -189,7 +189,10 @@ def label_of(rows: Rows, task: Task) -> np.ndarray:
     Raises:
         DataError: a label that counts is none of this kind of task.
     """
-    label = numbers(rows, task.label_column, f"label of task {task.name!r}")
+    what = f"label of task {task.name!r}"
+    if task.kind == "multiclass":
+        what += "; classes that are text are values of an id feature: item_class: FEATURE"
+    label = numbers(rows, task.label_column, what)
     if task.mask is not None:
         label = np.where(unmasked(rows, task), label, np.nan)
     present = ~np.isnan(label)

@@ -82,7 +82,11 @@ def draft_run(
         # A 0/1 column that differs from row to row may be an outcome under any name, and what is known of some rows
         # only may be known because of one (stars where something was bought).
         varies = group == "context" and not column.lower().startswith("context")
-        outcome = group is None or (varies and (_is_binary(frame[column]) or _often_missing(frame[column])))
+        outcome = (
+            group is None
+            or _sounds_later(column)
+            or (varies and (_is_binary(frame[column]) or _often_missing(frame[column])))
+        )
         (doubtful if outcome else features).append(line)
     if not features:
         raise DataError(f"{rows.name}: found no input column beside the labels")
@@ -112,6 +116,11 @@ def _is_binary(column: pd.Series) -> bool:
     if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
         return False
     return set(column.dropna().unique()) <= {0, 1}
+
+
+def _sounds_later(name: str) -> bool:
+    """Whether a column's name says that it tells what came afterwards."""
+    return re.match(r"(next|after|later|future|outcome|label|target)(_|$)", name.lower()) is not None
 
 
 def _often_missing(column: pd.Series) -> bool:
@@ -248,7 +257,7 @@ def _text(
     lines += [
         "",
         "model:",
-        "  # or kind: shared_bottom, ple, single_task",
+        "  # or kind: shared_bottom, ple, adatt, home, stem, single_task",
         "  trunk: {kind: mmoe, num_experts: 4, expert_layers: [128, 64], dropout: 0.1}",
         "  tower_layers: [32]",
         "  embedding_dropout: 0.1",

@@ -138,7 +138,10 @@ class Task(Declared):
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         if self.kind == "multiclass" and self.num_classes is None and self.item_class is None:
-            raise ValueError(f"task {self.name!r}: a multiclass task needs num_classes")
+            raise ValueError(
+                f"task {self.name!r}: a multiclass task needs item_class, the id feature whose values are "
+                "its classes, or num_classes where the labels are integers"
+            )
         if self.kind != "multiclass" and self.num_classes is not None:
             raise ValueError(f"task {self.name!r}: num_classes belongs to multiclass tasks")
         if self.kind != "multiclass" and self.item_class is not None:

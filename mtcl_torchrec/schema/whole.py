@@ -20,7 +20,8 @@ class Schema(Declared):
         user: column that names the user (metrics within a user, `recommend --user`).
         item: column that names the item.
         time: column of the event's time; a number or a timestamp.
-        request: column that names the request whose rows `Task.pairwise` compares; the default is the user.
+        request: column that names the request, the rows that were offered to a user together; without one,
+            `Task.pairwise` compares all rows of a user.
 
     Example:
         >>> schema = Schema(
@@ -54,8 +55,6 @@ class Schema(Declared):
         paired = next((t.name for t in self.tasks if t.pairwise), None)
         if paired is not None and (self.request or self.user) is None:
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
-        if paired is None and self.request is not None:
-            raise ValueError("request says which rows `pairwise` compares, and no task has a pairwise term")
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
             for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
