@@ -113,7 +113,7 @@ class BalanceConfig(Part):
             >>> now.begins_anew(BalanceConfig()), now.begins_anew(BalanceConfig(surgery=SurgeryConfig(kind="cagrad")))
             ({'surgery': 'none'}, {})
         """
-        found = {}
+        found: dict[str, str] = {}
         if self.weighting.kind != before.weighting.kind:
             found["weighting"] = before.weighting.kind
         now, then = self.surgery, before.surgery
