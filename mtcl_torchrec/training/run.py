@@ -26,6 +26,7 @@ from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.balance.surgery import LEAN_ON_SMALL
 from mtcl_torchrec.modules.rare import uncalibrated_lines
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.averaging import WeightAverage
@@ -134,6 +135,9 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     for line in uncalibrated_lines(model.tasks):
         say(line)
     _note_declared_weights(run, state, say)
+    if (surgery := run.balance.surgery).kind in LEAN_ON_SMALL:
+        held = f"its weights are held in [{surgery.min_weight:g}, {surgery.max_weight:g}]"
+        say(f"balance.surgery.kind {surgery.kind} leans on tasks of small gradients and can collapse a run; {held}")
     if start.checkpoint is not None:
         anew = _begins_anew(run, start.checkpoint)
         state.load(start.checkpoint, where, anew=anew)
