@@ -118,6 +118,16 @@ METRICS = [
         "like is predicted no better than by its base rates (validation NE 1.10)",
     ),
     (
+        [{"click": auc(0.7), "like": auc(0.504), "buy": auc(0.48)}],
+        1,
+        "like and buy are predicted no better than by chance (validation AUC 0.480 to 0.504)",
+    ),
+    (
+        [{"stars": {"r2": -0.2, "count": 9.0}, "age": {"r2": -0.2, "count": 9.0}}],
+        1,
+        "stars and age are predicted no better than by their means (validation R² −0.20)",
+    ),
+    (
         [{"like": auc(0.75)}, {"like": auc(0.7)}],
         2,
         "like was better in epoch 1 (AUC 0.750) than in the kept epoch 2 (0.700): it overfits since",
@@ -151,6 +161,14 @@ def test_the_most_important_comes_first_and_eight_lines_are_enough():
     assert "held in their range" in lines[4]
     assert "pull apart" in lines[5]
     assert lines[-1] == "and 9 lesser things (metrics.json, balance)"
+
+
+def test_many_weak_tasks_are_one_line_and_leave_room_for_the_rest():
+    weak = {f"task{n}": {**auc(0.5), "count": 100.0} for n in range(12)}
+    lines = diagnose(Balance(gradients=[agreement(-0.2, 0.6)]), [weak], 1)
+    assert len(lines) == 2
+    assert lines[0].startswith("task0, task1, task2")
+    assert "pull apart" in lines[1]
 
 
 # ---------------------------------------------------------------- numbers

@@ -3,6 +3,7 @@
 import pydantic
 import pytest
 
+from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.schema import Feature, Schema, Task, check_unique, nearest
 
 
@@ -139,6 +140,17 @@ def test_schema_needs_a_feature_and_a_task_and_cannot_be_changed():
     assert "tasks" in message_of(lambda: Schema(features=[a], tasks=[]))
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         a.name = "b"
+
+
+def test_weights_that_train_nothing_are_refused():
+    features = [Feature(name="a", group="user")]
+    nothing = [Task.binary("click", weight=0), Task.binary("like", weight=0)]
+    assert "tasks 'click', 'like' all have weight 0: nothing would be trained" in message_of(
+        lambda: Schema(features=features, tasks=nothing)
+    )
+    with pytest.raises(ValueError, match="task 'click' has weight 0: nothing would be trained"):
+        MultiTaskLoss(nothing[:1])
+    MultiTaskLoss([*nothing, Task.binary("buy")])
 
 
 def test_nearest_is_silent_where_nothing_is_near():

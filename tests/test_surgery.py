@@ -283,7 +283,7 @@ def test_without_surgery_and_in_evaluation_the_graph_is_what_it_was():
 
 
 @pytest.mark.parametrize("trunk", ["mmoe", "ple"])
-@pytest.mark.parametrize("penalty", [{"l2_embedding": 0.5}, {"expert_orthogonality": 2.0}])
+@pytest.mark.parametrize("penalty", [{"l2_embedding": 0.5}, {"expert_orthogonality": 2.0}, {"gate_balance": 5.0}])
 def test_a_penalty_goes_past_the_surgery(penalty, trunk):
     def penalised(surgery):
         return MTCLTrain(model(trunk), regularisers=penalty, gradient_surgery=surgery)

@@ -222,7 +222,9 @@ def test_every_kind_trains_on_two_ranks(log, tmp_path):
         runs.append(
             configured(log, f"{{kind: {kind}, cut: {at}}}", lambda text, more=more: text.replace("patience: 0", more))
         )
-    run_ranks(train_all, 2, runs, tmp_path)
+    said = dict(zip(KINDS, run_ranks(train_all, 2, runs, tmp_path)[0], strict=True))
+    warned = [kind for kind, lines in said.items() if f"kind {kind} leans on tasks of small gradients" in lines]
+    assert warned == ["mgda", "imtl_g", "aligned_mtl", "nash_mtl", "db_mtl"]
     for number, kind in enumerate(KINDS):
         tensors, about = state_of(tmp_path / str(number))
         assert about["step"] > 2
@@ -289,3 +291,25 @@ def test_the_checkpoint_reads_back_without_surgery(log, tmp_path):
 
     train_run(parse_run(configured(log, "{kind: upgrad}")), tmp_path / "run", device="cpu")
     assert isinstance(Recommender.load(tmp_path / "run").recommend("u3", k=2), pd.DataFrame)
+
+
+def test_a_run_goes_on_with_another_surgery_or_weighting_whose_state_begins_anew(log, tmp_path):
+    """The better epoch may lie before the change: its checkpoint knows nothing of the new state."""
+
+    def run(surgery, weighting):
+        of = configured(log, surgery, lambda text: text.replace("epochs: 1", "epochs: 2"))
+        return of.replace("balance:", f"balance:\n  weighting:\n    kind: {weighting}")
+
+    first, second = run("{kind: none}", "sum"), run("{kind: gradvac, cut: both}", "uncertainty")
+    train_yaml(first, tmp_path, stop=12)
+    before, about = state_of(tmp_path)
+    assert not any("surgery" in name for name in before)
+    assert about["position"]["epoch"] == 2
+    said = train_yaml(second, tmp_path, "resume")
+    assert "balance.surgery was none before: its state begins anew" in said
+    assert "balance.weighting was sum before: its state begins anew" in said
+    after, about = state_of(tmp_path)
+    steps = about["step"] // 2  # the second of two epochs
+    assert int(next(v for n, v in after.items() if n.endswith("surgery.counts.steps"))) == steps
+    assert int(next(v for n, v in after.items() if n.endswith("log_var/step"))) == steps
+    assert "begins anew" not in train_yaml(second, tmp_path, "resume")

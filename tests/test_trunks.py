@@ -264,7 +264,7 @@ def self_gate(level, gate, experts, outputs, stream):
 
 
 @pytest.mark.parametrize("each", [1, 2])
-def test_home_is_the_papers_hierarchy(each):
+def test_home_is_the_hierarchy_that_it_says(each):
     """Groups {0, 2} and {1}."""
     torch.manual_seed(0)
     trunk = HoME(

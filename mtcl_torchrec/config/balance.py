@@ -108,3 +108,22 @@ class BalanceConfig(Part):
 
     weighting: LossWeightingConfig = Field(default_factory=LossWeightingConfig)
     surgery: SurgeryConfig = Field(default_factory=SurgeryConfig)
+
+    def begins_anew(self, before: BalanceConfig) -> dict[str, str]:
+        """What a run that was begun with `before` and goes on with this cannot take over.
+
+        Returns:
+            ``"weighting"`` and ``"surgery"``, where the state is one of another kind, cut or grouping -> what it was.
+
+        Example:
+            >>> now = BalanceConfig(surgery=SurgeryConfig(kind="cagrad", c=0.2))
+            >>> now.begins_anew(BalanceConfig()), now.begins_anew(BalanceConfig(surgery=SurgeryConfig(kind="cagrad")))
+            ({'surgery': 'none'}, {})
+        """
+        found: dict[str, str] = {}
+        if self.weighting.kind != before.weighting.kind:
+            found["weighting"] = before.weighting.kind
+        now, then = self.surgery, before.surgery
+        if (now.kind, now.cut, now.groups) != (then.kind, then.cut, then.groups):
+            found["surgery"] = then.kind if then.kind == "none" else f"{then.kind} at {then.cut}"
+        return found

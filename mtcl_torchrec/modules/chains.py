@@ -219,6 +219,7 @@ def conditional_risk(
       their part in the gradient of q (Wang et al., *Doubly Robust Joint Learning*, ICML 2019): it is right if either
       the propensities or the imputed labels are.  An error predicted without q in it would leave the gradient of IPS.
       The first two terms train q and the last one the imputing head, each seeing the other's prediction as it is.
+      (ESCM²'s imputation tower predicts the error itself, and public code lets the square train q, too.)
 
     Args:
         task: the child.

@@ -18,7 +18,7 @@ from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gra
 from mtcl_torchrec.modules.heads import loss_per_row
 from mtcl_torchrec.modules.rare import NegativeSampling, PairwiseLoss
 from mtcl_torchrec.modules.regularisers import REGULARISERS, Regularisers
-from mtcl_torchrec.schema import Task
+from mtcl_torchrec.schema import Task, check_weights
 
 Logits = dict[str, torch.Tensor]
 
@@ -53,6 +53,9 @@ class MultiTaskLoss(nn.Module):
         seed: of the draws of `Task.negative_rate`.
         process_group: the ranks that share a global batch; None is the default group.
 
+    Raises:
+        ValueError: every task has weight 0, or the weighting is made for another number of tasks.
+
     Example:
         >>> loss = MultiTaskLoss([Task.binary("click")])
         >>> loss.skipped().steps, loss.found_inf, loss.frozen()
@@ -72,6 +75,7 @@ class MultiTaskLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
+        check_weights(self.tasks)
         if weighting is not None and weighting.num_tasks != len(self.tasks):
             raise ValueError(f"the loss weighting is made for {weighting.num_tasks} tasks, not for {len(self.tasks)}")
         self.weighting = weighting

@@ -85,6 +85,8 @@ class Regularisers(nn.Module):
                 raise ValueError(f"regulariser {name!r} needs the model's tower")
             if name in _OF_EXPERTS and tower is not None and not tower.expert_levels():
                 raise ConfigError(_no_experts(name))
+        for level in tower.expert_levels() if tower is not None else ():
+            level.balanced = "gate_balance" in self.weights
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ data or tensors; every other room of the package is told by these objects what t
 
 from mtcl_torchrec.schema.declared import GROUPS, ConfigError, DataError, Group, GroupSet, check_unique, nearest
 from mtcl_torchrec.schema.features import Feature, own_table
-from mtcl_torchrec.schema.tasks import Chain, Task, chain_links, check_groups
+from mtcl_torchrec.schema.tasks import Chain, Task, chain_links, check_groups, check_weights
 from mtcl_torchrec.schema.whole import Schema
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "chain_links",
     "check_groups",
     "check_unique",
+    "check_weights",
     "nearest",
     "own_table",
 ]

@@ -271,6 +271,27 @@ def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:
     return links
 
 
+def check_weights(tasks: Sequence[Task]) -> None:
+    """See that something is trained.
+
+    Raises:
+        ValueError: every task has weight 0.
+
+    Example:
+        >>> check_weights([Task.binary("click", weight=0), Task.binary("like", weight=0)])
+        Traceback (most recent call last):
+            ...
+        ValueError: tasks 'click', 'like' all have weight 0: nothing would be trained
+    """
+    if tasks and not any(task.weight > 0 for task in tasks):
+        names = ", ".join(repr(task.name) for task in tasks)
+        raise ValueError(
+            f"tasks {names} all have weight 0: nothing would be trained"
+            if len(tasks) > 1
+            else f"task {names} has weight 0: nothing would be trained"
+        )
+
+
 def check_groups(groups: Sequence[Sequence[str]], tasks: Sequence[str]) -> None:
     """See that groups of tasks hold each task once.
 

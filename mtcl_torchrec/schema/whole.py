@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mtcl_torchrec.schema.declared import Declared, check_unique, nearest
 from mtcl_torchrec.schema.features import Feature
-from mtcl_torchrec.schema.tasks import Task, chain_links
+from mtcl_torchrec.schema.tasks import Task, chain_links, check_weights
 
 
 class Schema(Declared):
@@ -45,6 +45,7 @@ class Schema(Declared):
         check_unique("feature", [f.name for f in self.features])
         check_unique("task", [t.name for t in self.tasks])
         chain_links(self.tasks)
+        check_weights(self.tasks)
         sparse = {f.name: f for f in self.sparse_features}
         for task in self.tasks:
             if task.item_class is not None and task.item_class not in sparse:

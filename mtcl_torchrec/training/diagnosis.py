@@ -157,6 +157,7 @@ def _defined(metrics: Metrics) -> Metrics:
 
 
 def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> Iterator[_Finding]:
+    weak: dict[str, list[tuple[str, float]]] = {"auc": [], "r2": [], "ne": []}
     for task, kept in epochs[best_epoch - 1].items():
         name = "auc" if kept.get("auc") is not None else "r2" if kept.get("r2") is not None else "ne"
         value = kept.get(name)
@@ -166,12 +167,23 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
         if learnt:
             values = [of.get(task, {}).get(name) for of in epochs]
             yield from _fallen(task, name, values, best_epoch, _chance(kept))
-        elif name == "auc":
-            yield _Finding(2.5, f"{task} is predicted no better than by chance (validation AUC {value:.3f})")
-        elif name == "r2":
-            yield _Finding(2.5, f"{task} is predicted no better than by its mean (validation R² {_signed(value)})")
         else:
-            yield _Finding(2.5, f"{task} is predicted no better than by its base rates (validation NE {value:.2f})")
+            weak[name].append((task, value))
+    for name, tasks in weak.items():
+        if tasks:
+            yield _Finding(2.5 + len(tasks) / 100, _no_better(name, tasks))
+
+
+def _no_better(name: str, tasks: Sequence[tuple[str, float]]) -> str:
+    """One sentence about all tasks that learnt nothing by a metric, however many they are."""
+    whose, s = ("its", "") if len(tasks) == 1 else ("their", "s")
+    than = {"auc": "by chance", "r2": f"by {whose} mean{s}", "ne": f"by {whose} base rates"}
+    label, digits = {"auc": ("AUC", 3), "r2": ("R²", 2), "ne": ("NE", 2)}[name]
+    values = [value for _, value in tasks]
+    shown = [f"{value:.{digits}f}".replace("-", "−") for value in (min(values), max(values))]
+    span = " to ".join(dict.fromkeys(shown))
+    who = f"{_listed([task for task, _ in tasks])} {'is' if len(tasks) == 1 else 'are'}"
+    return f"{who} predicted no better than {than[name]} (validation {label} {span})"
 
 
 def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: int, chance: float) -> Iterator[_Finding]:

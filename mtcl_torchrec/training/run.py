@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import NonNegativeInt, TypeAdapter
 from rich.console import Console
 
-from mtcl_torchrec.config import RunConfig, dump_run
+from mtcl_torchrec.config import RunConfig, dump_run, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
@@ -26,8 +26,9 @@ from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.modules.balance.surgery import LEAN_ON_SMALL
 from mtcl_torchrec.modules.rare import uncalibrated_lines
-from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
@@ -134,8 +135,14 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     for line in uncalibrated_lines(model.tasks):
         say(line)
     _note_declared_weights(run, state, say)
+    if (surgery := run.balance.surgery).kind in LEAN_ON_SMALL:
+        held = f"its weights are held in [{surgery.min_weight:g}, {surgery.max_weight:g}]"
+        say(f"balance.surgery.kind {surgery.kind} leans on tasks of small gradients and can collapse a run; {held}")
     if start.checkpoint is not None:
-        state.load(start.checkpoint, where)
+        anew = _begins_anew(run, start.checkpoint)
+        state.load(start.checkpoint, where, anew=anew)
+        for part, before in anew.items():
+            say(f"balance.{part} was {before} before: its state begins anew")
         left = splits.train.rows_left(state.position) / max(splits.train.rows_per_epoch, 1)
         say(f"going on after step {state.step:,}: epoch {state.position.epoch}, {1 - left:.0%} of it done")
         if state.position.epoch > run.training.epochs:
@@ -202,6 +209,15 @@ def _start_of(folder: Path, splits: Splits, say: Say) -> _Start:
         history.best_epoch, history.best_step, history.best_auc = 0, 0, None
     _check_position(position, splits, newest)
     return _Start(step, averaged, position, history, newest)
+
+
+def _begins_anew(run: RunConfig, checkpoint: Path) -> dict[str, str]:
+    """See `BalanceConfig.begins_anew`; nothing where the checkpoint does not tell how it was trained."""
+    try:
+        before = parse_run(str(read_about(checkpoint)["run"]))
+    except (ConfigError, KeyError):
+        return {}
+    return run.balance.begins_anew(before.balance)
 
 
 def _check_position(position: Position, splits: Splits, checkpoint: Path) -> None:

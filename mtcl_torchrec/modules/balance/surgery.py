@@ -5,9 +5,8 @@
 Nothing else changes: any TorchRec pipeline, tables whose optimizer is fused into backward, any number of ranks.
 
 What a task's gradient is: what arrives through its own tower, with its weight in the loss.  (In a chain of events that
-is also what later tasks say about it; a penalty on a gate's mixture counts with the gate's task.)  Towers, heads and
-gates of a task's own always get the plain gradient, and a penalty on the embeddings goes past it all.  Which shared
-parameters get which weighted sum is decided by the cut, see `GradientSurgery`.
+is also what later tasks say about it.)  Towers, heads and gates of a task's own always get the plain gradient, and
+penalties go past it all.  Which shared parameters get which weighted sum is decided by the cut, see `GradientSurgery`.
 
 "Not conflicting" is a statement about the tensors at the cut: to first order, moving *them* against the combined
 gradient hurts no task.  Parameters below may still conflict.  The weighted sum of the losses is the default of this
@@ -41,6 +40,10 @@ KINDS = (
     "measure", "upgrad", "mgda", "imtl_g", "aligned_mtl", "fairgrad", "pcgrad", "gradvac", "cagrad", "nash_mtl",
     "gradnorm", "db_mtl",
 )  # fmt: skip
+
+
+# Their weights grow without bound for a task whose gradient vanishes.
+LEAN_ON_SMALL = ("mgda", "imtl_g", "aligned_mtl", "nash_mtl", "db_mtl")
 
 
 def build_solver(kind: str, num_tasks: int, *, seed: int = 0, **options: float) -> Solver:
@@ -111,7 +114,7 @@ class GradientSurgery(nn.Module):
     and sends T gradients of each row and dense parameter over the wire.
 
     A task without a gradient (no labels in this batch, frozen, weight 0) is left out and has weight 1.  Penalties go on
-    beside the weighted sum, as they are; only that of ``gate_balance`` on the last gates counts with their tasks.
+    beside the weighted sum, as they are.
     Weights are clamped; where they cannot be told (a Gramian that is zero or not finite, a solver without solution) all
     are 1, and the step is counted.  All state is in buffers.
 

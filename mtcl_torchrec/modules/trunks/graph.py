@@ -112,7 +112,8 @@ class ExpertLevel(nn.Module):
         )  # fmt: skip
         self.gate_dropout = gate_dropout
         self.mixes: list[Mix] = []
-        self._outputs: dict[tuple[int, ...], torch.Tensor] = {}  # of the experts, for `mixes`, as they left them
+        self.balanced = False  # whether a penalty looks at the gates' weights
+        self._parting: dict[tuple[int, ...], Shared] = {}  # for `mixes`: what the gates read, before any copies
         self.gate_names: list[str] | None = None  # for what is told about training; None: a gate for each task
         self.gate_reads = None if gate_reads is None else list(gate_reads)
         self.gates_also_read = gates_also_read
@@ -147,13 +148,15 @@ class ExpertLevel(nn.Module):
         outputs = self.experts(x, self._used(gates))
         if self.gate_weight is None:
             return Shared((outputs,))
-        if self.training:
-            self._outputs[tuple(self._wanted(gates))] = outputs
         if self.gate_reads is None:
-            return Shared((outputs, x))
-        own = x[[self.gate_reads[g] for g in self._wanted(gates)]]
-        also = () if self.gates_also_read is None else (x[self.gates_also_read],)
-        return Shared((outputs, *also), (own,))
+            parting = Shared((outputs, x))
+        else:
+            own = x[[self.gate_reads[g] for g in self._wanted(gates)]]
+            also = () if self.gates_also_read is None else (x[self.gates_also_read],)
+            parting = Shared((outputs, *also), (own,))
+        if self.training:
+            self._parting[tuple(self._wanted(gates))] = parting
+        return parting
 
     def split(self, shared: Shared, gates: Sequence[int] | None = None) -> torch.Tensor:
         """Mixtures (G, B, H) from what `shared` returned for the same gates."""
@@ -164,12 +167,15 @@ class ExpertLevel(nn.Module):
             if copied:
                 return outputs[range(len(at)), at]
             return outputs if at == list(range(len(outputs))) else outputs[at]
-        read = (*shared.own, *shared.common[1:])
-        x = read[0] if len(read) == 1 else read[0] + read[1]
-        weights = self.gate_weights(x, wanted, used)
+        x = _read_by_gates(shared)
+        weights, hidden = self._weights_and_hidden(x, wanted, used)
         if self.training:
-            # Not the copies: a penalty on outputs is no task's, and does not pass where tasks' gradients are caught.
-            self.mixes.append(Mix(wanted, used, weights, self._outputs.pop(tuple(wanted), outputs)))
+            # Not of the copies: a penalty is no task's, and does not pass where tasks' gradients are caught.
+            parting = self._parting.pop(tuple(wanted), shared)
+            told = weights
+            if copied and self.balanced:
+                told, _ = self._weights_and_hidden(_read_by_gates(parting), wanted, used, hidden)
+            self.mixes.append(Mix(wanted, used, told, parting.common[0]))
         if self.residual != "none":
             weights = weights + self._native_weights(x, wanted, used)
         if self.learns is None:
@@ -184,10 +190,10 @@ class ExpertLevel(nn.Module):
     def forget_mixes(self) -> None:
         """Let go of what `mixes` holds."""
         self.mixes.clear()
-        self._outputs.clear()
+        self._parting.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "mixes": [], "_outputs": {}}  # tensors of a graph cannot be copied
+        return {**self.__dict__, "mixes": [], "_parting": {}}  # tensors of a graph cannot be copied
 
     def _wanted(self, gates: Sequence[int] | None) -> list[int]:
         return list(range(len(self._seen)) if gates is None else gates)
@@ -202,14 +208,21 @@ class ExpertLevel(nn.Module):
         Args:
             x: (B, D) that all gates read, or (len(gates), B, D).
         """
+        return self._weights_and_hidden(x, gates, experts)[0]
+
+    def _weights_and_hidden(
+        self, x: torch.Tensor, gates: list[int], experts: list[int], hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and what gates leave out: `hidden`, or else what they do not see and what gate dropout draws."""
         assert self.gate_weight is not None
         logits = _logits(x, _rows_and_columns(self.gate_weight, gates, experts))
-        hidden = _rows_and_columns(self.hidden, gates, experts).unsqueeze(1)
-        if self.training and self.gate_dropout > 0:
-            draw = torch.rand_like(logits, dtype=torch.float32).masked_fill(hidden, -1.0)
-            luckiest = draw == draw.amax(-1, keepdim=True)  # stays where all would go
-            hidden = hidden | ((draw < self.gate_dropout) & ~luckiest)
-        return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
+        if hidden is None:
+            hidden = _rows_and_columns(self.hidden, gates, experts).unsqueeze(1)
+            if self.training and self.gate_dropout > 0:
+                draw = torch.rand_like(logits, dtype=torch.float32).masked_fill(hidden, -1.0)
+                luckiest = draw == draw.amax(-1, keepdim=True)  # stays where all would go
+                hidden = hidden | ((draw < self.gate_dropout) & ~luckiest)
+        return torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1), hidden
 
     def _native_weights(self, x: torch.Tensor, gates: list[int], experts: list[int]) -> torch.Tensor:
         """Weights of the residual, (g, B, e) or (g, 1, e); 0 where an expert is not native."""
@@ -262,6 +275,12 @@ class ExpertLevel(nn.Module):
                 if any(experts[p] in self._seen[g] and experts[p] not in self._learnt[g] for g in gates)
             ],
         )
+
+
+def _read_by_gates(shared: Shared) -> torch.Tensor:
+    """What the gates read, (B, D) or (g, B, D), of what `ExpertLevel.shared` returned or of its copies."""
+    read = (*shared.own, *shared.common[1:])
+    return read[0] if len(read) == 1 else read[0] + read[1]
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,9 @@ class HoME(ExpertGraph):
     over its own experts alone, so that they are trained however little the gate thinks of them.  Every expert has a
     feature gate of low rank on its input, see `BatchedExperts`, and ends in normalisation and Swish.
 
-    Unlike the paper, experts are normalised by row (LayerNorm) and not by batch: statistics of a batch would differ
-    between ranks.  The feature gate is one LoRA, not a mixture of several.
+    This follows the paper's structure, not its every detail: experts are normalised by row (LayerNorm) after each
+    layer and not by batch, since statistics of a batch would differ between ranks; a feature gate is one LoRA, not a
+    mixture of several; gates are linear; and groups, which the paper makes by hand, default to the tasks' kinds.
 
     Args:
         expert_layers: widths of an expert.

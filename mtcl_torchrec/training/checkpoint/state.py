@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.sharding import Ranks, local_shards, tables_of
 
 OPTIMIZER = "optimizer."
+DENSE = "dense."  # what the dense optimizer's names begin with after it
 RANDOM = "random."
+# What may begin anew in a run that goes on -> how its tensors in an MTCLTrain begin.
+_BALANCE = {"weighting": "loss.weighting.", "surgery": "surgery."}
 # FBGEMM's names of optimizer states, by the number of states the optimizer has.
 _FUSED_NAMES = {1: {"momentum1": "sum"}, 2: {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"}}
 
@@ -71,29 +75,42 @@ class TrainingState:
             self.average.swap()
         return tensors
 
-    def load(self, folder: Path, where: Ranks) -> None:
+    def load(self, folder: Path, where: Ranks, *, anew: Collection[str] = ()) -> None:
         """Read a checkpoint's tensors; the number of ranks and the sharding may be others than those that wrote it.
 
         The numbers beside them (`step`, `position`, `history`) are set by the caller before.
+
+        Args:
+            anew: ``"weighting"`` or ``"surgery"``: parts that are not read and stay as they begin.
 
         Raises:
             DataError: the checkpoint does not fit this model.
         """
         saved = saved_tensors(folder)
+        skipped = tuple(_BALANCE[part] for part in anew)
+
+        def wanted(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {prefix + n: v for n, v in tensors.items() if not n.removeprefix(DENSE).startswith(skipped)}
+
         self._materialise_optimizer()
         if self.average is not None and any(n.startswith(AVERAGE) for n in saved):
             self.average.swap()
-            read_tensors({AVERAGE + n: v for n, v in self.model.state_dict().items()}, folder)
+            read_tensors(wanted(AVERAGE, self.model.state_dict()), folder)
             self.average.swap()
-        weights = {WEIGHTS + n: v for n, v in self.model.state_dict().items()}
-        states = {OPTIMIZER + n: v for n, v in optimizer_tensors(self.model, self.optimizer).items()}
+        state = self.model.state_dict()
+        weights = wanted(WEIGHTS, state)
+        of_optimizer = optimizer_tensors(self.model, self.optimizer)
+        states = wanted(OPTIMIZER, of_optimizer)
+        for name, value in of_optimizer.items():
+            if OPTIMIZER + name not in states and name.endswith("/step"):
+                value.zero_()  # making the states has counted one
         # A fused optimizer counts no steps for each table, an unfused one does.
         uncounted = [n for n in states if n.endswith("/step") and n not in saved]
         for name in uncounted:
             states.pop(name).fill_(self.step)
         random = _random_states(where) if _ranks_of(saved) == where.world_size else {}
         read_tensors({**weights, **states, **random}, folder)
-        self.model.load_state_dict({n.removeprefix(WEIGHTS): v for n, v in weights.items()})
+        self.model.load_state_dict(state)  # whose tensors were filled in place
         if self.average is not None:
             if any(n.startswith(AVERAGE) for n in saved):
                 self.average.steps = self.averaged
@@ -204,6 +221,8 @@ def _restore_random(states: dict[str, torch.Tensor], where: Ranks) -> None:
 def load_weights(model: DistributedModelParallel, folder: Path) -> None:
     """Read a checkpoint's weights, averaged ones where there are, into a model with sharded tables."""
     kind = AVERAGE if any(name.startswith(AVERAGE) for name in saved_tensors(folder)) else WEIGHTS
-    tensors = {kind + n: v for n, v in model.state_dict().items()}
-    read_tensors(tensors, folder)
-    model.load_state_dict({n.removeprefix(kind): v for n, v in tensors.items()})
+    state = model.state_dict()
+    # What balances the tasks predicts nothing, and may have begun after this checkpoint.
+    balance = tuple(_BALANCE.values())
+    read_tensors({kind + n: v for n, v in state.items() if not n.startswith(balance)}, folder)
+    model.load_state_dict(state)  # whose tensors were filled in place
