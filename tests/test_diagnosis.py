@@ -56,12 +56,20 @@ LINES = [
         Balance(gradients=[agreement(-0.04, 0.5)], gates=gates([0.5, 0.5], [0.6, 0.4])),
         "nothing stands out in the use of experts and the tasks' gradients",
     ),
-    (Balance(gradients=[agreement(-0.02, 0.93)]), "like and click pull apart in 93% of steps (mean cosine −0.02)"),
-    (Balance(gradients=[agreement(-0.12, 0.41)]), "like and click pull apart in 41% of steps (mean cosine −0.12)"),
+    (
+        Balance(gradients=[agreement(-0.02, 0.93)]),
+        "like and click pull apart in 93% of steps (mean cosine of late −0.02)",
+    ),
+    (
+        Balance(gradients=[agreement(-0.12, 0.41)]),
+        "like and click pull apart in 41% of steps (mean cosine of late −0.12)",
+    ),
+    (Balance(gradients=[agreement(-0.01, 0.98)]), "nothing stands out in the tasks' gradients"),
+    (Balance(gates=gates([0.5, 0.5], [0.5, 0.5], entropy=0.99)), "nothing stands out in the use of experts"),
     (Balance(gradients=[agreement(None, None)]), "nothing stands out in the tasks' gradients"),
     (
         Balance(gradients=[agreement(0.5, 0.0), agreement(-0.3, 0.8, cut="embeddings")]),
-        "like and click pull apart at the embeddings in 80% of steps (mean cosine −0.30)",
+        "like and click pull apart at the embeddings in 80% of steps (mean cosine of late −0.30)",
     ),
     (
         Balance(gradients=[agreement(0.1, 0.3, weights=(3.0, 1.0))]),
@@ -89,7 +97,7 @@ LINES = [
     (Balance(gates=gates(*PLE_LIKE)), "task comment leans on its own expert (0.93): it shares little"),
     (Balance(gates=gates([0.95, 0.05], [0.5, 0.5])), "task click uses expert 0 alone (0.95)"),
     (
-        Balance(gates=gates([0.5, 0.5], [0.5, 0.5], entropy=0.99)),
+        Balance(readings=50, gates=gates([0.5, 0.5], [0.5, 0.5], entropy=0.99)),
         "the gates mix all experts evenly: one larger expert may do as well",
     ),
     (
@@ -164,11 +172,30 @@ def test_the_most_important_comes_first_and_eight_lines_are_enough():
 
 
 def test_many_weak_tasks_are_one_line_and_leave_room_for_the_rest():
-    weak = {f"task{n}": {**auc(0.5), "count": 100.0} for n in range(12)}
+    weak = {f"task{n}": {**auc(0.5), "count": 10_000.0} for n in range(12)}
     lines = diagnose(Balance(gradients=[agreement(-0.2, 0.6)]), [weak], 1)
     assert len(lines) == 2
     assert lines[0].startswith("task0, task1, task2")
     assert "pull apart" in lines[1]
+
+
+def test_many_pairs_that_pull_apart_are_three_lines_and_a_list():
+    names = ["a", "b", "c", "d"]
+    cosine = [[1.0 if i == j else -0.1 * (i + j) for j in range(4)] for i in range(4)]
+    share = [[0.0 if i == j else 0.5 for j in range(4)] for i in range(4)]
+    seen = GradientAgreement("trunk", names, cosine, share, dict.fromkeys(names, 1.0), 100, 0.0, 0.0)
+    lines = diagnose(Balance(gradients=[seen]))
+    assert [line.split(" pull")[0] for line in lines[:2]] == ["c and d", "b and d"]
+    assert len(lines) == 4
+    assert lines[3].startswith("other tasks that pull apart: ")
+    assert "a and b" in lines[3]
+
+
+def test_a_task_of_few_events_is_not_called_unlearnt():
+    few = {"report": {"auc": 0.385, "count": 2400.0, "base_rate": 0.004}}
+    assert diagnose(Balance(), [few], 1) == ["report cannot be judged: validation has 10 of its events"]
+    many = {"report": {"auc": 0.5, "count": 240000.0, "base_rate": 0.004}}
+    assert diagnose(Balance(), [many], 1) == ["report is predicted no better than by chance (validation AUC 0.500)"]
 
 
 # ---------------------------------------------------------------- numbers

@@ -134,7 +134,7 @@ def test_all_of_it_trains_and_predictions_are_those_of_all_rows(two):
     assert straight.count("task 'again': its focal loss pulls predictions towards 0.5") == 1
     metrics = read_about(newest_checkpoint(folder / "straight/checkpoints"))["history"]["epochs"]
     last = metrics[-1]
-    assert last["click"]["auc"] > 0.6
+    assert last["click"]["auc"] > 0.57
     assert last["again"]["auc"] > 0.55
     assert last["buy"]["auc"] > 0.7
     assert 0.8 < last["click"]["calibration"] < 1.2  # odds six times too high without the correction

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_distributed import TRUNKS, rows
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchjd import aggregation
 from torchjd.linalg import QuadprogProjector
 from torchrec.modules.crossnet import LowRankCrossNet
@@ -680,3 +681,33 @@ def test_gradients_that_come_by_their_factors_are_those_that_come_whole(trunk, m
     for mine, theirs in zip(found[:2], found[2:], strict=True):
         for name, value in theirs.items():
             close(mine[name], value, name)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations after which the host knows a value of a tensor, or how large a result came out."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "unique", "masked_select", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.lstrip("_").startswith(tuple(n.lstrip("_") for n in self.NAMES)):
+            self.met.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("measure", "trunk"), ("upgrad", "trunk"), ("upgrad", "embeddings")])
+def test_the_default_solver_makes_nobody_wait_for_the_device(kind, cut):
+    def waits(surgery):
+        train = MTCLTrain(model(), gradient_surgery=surgery)
+        train(batch())[0].backward()  # what is done once is done
+        with Waits() as waits:
+            train(batch())[0].backward()
+        return sorted(waits.met)
+
+    plain = waits(None)
+    assert waits(GradientSurgery(kind, cut=cut)) == plain
+    assert len(waits(GradientSurgery("aligned_mtl", cut=cut))) > len(plain)  # which says that it waits

@@ -16,6 +16,10 @@ MOST_LINES = 8
 
 OPPOSED = -0.05  # mean cosine of two gradients; near 0, half of all steps conflict by chance alone
 OFTEN, OFTEN_OF = 0.75, 20  # share of conflicting steps that chance does not explain, of so many steps or more
+NOTABLE = -0.02  # mean cosine above which that share is of no consequence
+PAIRS = 3  # of tasks that pull apart, named one by one
+VAGUE = 0.03  # standard error of an AUC that tells nothing of a task near chance
+SETTLED = 50  # readings before which a gate that does not choose is only one that has not learnt to yet
 HELD = 0.05  # share of steps in which weights were clamped or the Gramian had no solution
 UNUSED = 0.1  # of an equal share: what no gate gives more than is idle
 LEANS = 0.9  # weight of a task's own experts, or of one expert
@@ -52,7 +56,7 @@ def diagnose(balance: Balance, epochs: Sequence[Mapping[str, Metrics]] = (), bes
     for level in sorted({use.level for use in balance.gates}):
         uses = [use for use in balance.gates if use.level == level]
         several = len({use.level for use in balance.gates}) > 1
-        found += _about_experts(uses, f" of level {level}" if several else "")
+        found += _about_experts(uses, f" of level {level}" if several else "", balance.readings >= SETTLED)
     if 0 < best_epoch <= len(epochs):
         found += _about_metrics([{task: _defined(of) for task, of in epoch.items()} for epoch in epochs], best_epoch)
     found.sort(key=lambda finding: -finding.weight)
@@ -90,16 +94,21 @@ def _about_gradients(seen: GradientAgreement, where: str) -> Iterator[_Finding]:
         )
     if seen.clamped is not None and seen.clamped >= HELD:
         yield _Finding(2 + seen.clamped, f"the gradients' weights{where} were clamped in {seen.clamped:.0%} of steps")
+    pairs: list[tuple[float, str, float, float]] = []
     for i, one in enumerate(seen.tasks):
         for j, other in enumerate(seen.tasks[:i]):
             cosine, share = seen.cosine[i][j], seen.conflicting[i][j]
             if cosine is None or share is None:
                 continue
-            if (cosine <= OPPOSED and share > HELD) or (share >= OFTEN and seen.steps >= OFTEN_OF):
-                yield _Finding(
-                    1 + share - cosine,
-                    f"{other} and {one} pull apart{where} in {share:.0%} of steps (mean cosine {_signed(cosine)})",
-                )
+            often = share >= OFTEN and seen.steps >= OFTEN_OF and cosine <= NOTABLE
+            if often or (cosine <= OPPOSED and share > HELD):
+                pairs.append((1 + share - cosine, f"{other} and {one}", share, cosine))
+    pairs.sort(reverse=True)
+    for weight, pair, share, cosine in pairs[:PAIRS]:
+        sentence = f"{pair} pull apart{where} in {share:.0%} of steps (mean cosine of late {_signed(cosine)})"
+        yield _Finding(weight, sentence)
+    if rest := pairs[PAIRS:]:
+        yield _Finding(rest[0][0], f"other tasks that pull apart{where}: {', '.join(pair for _, pair, _, _ in rest)}")
     yield from _uneven("gradient surgery", seen.weights, where)
 
 
@@ -115,7 +124,7 @@ def _uneven(method: str, weights: Mapping[str, float | None], where: str) -> Ite
         yield _Finding(0.4 + math.log10(ratio) / 2, f"{method} gives {most} {times} times the weight of {least}{where}")
 
 
-def _about_experts(uses: Sequence[GateUse], where: str) -> Iterator[_Finding]:
+def _about_experts(uses: Sequence[GateUse], where: str, settled: bool) -> Iterator[_Finding]:
     idle = sorted(_idle(uses))
     if idle:
         most = max(use.weights[e] or 0.0 for use in uses for e in idle)
@@ -137,7 +146,7 @@ def _about_experts(uses: Sequence[GateUse], where: str) -> Iterator[_Finding]:
         elif seen[favourite] >= LEANS and favourite not in own:
             yield _Finding(0.7, f"task {use.gate} uses expert {favourite}{where} alone ({seen[favourite]:.2f})")
         hardly += use.entropy >= EVEN
-    if hardly == len(uses):
+    if settled and hardly == len(uses):
         yield _Finding(0.2, f"the gates{where} mix all experts evenly: one larger expert may do as well")
 
 
@@ -157,6 +166,7 @@ def _defined(metrics: Metrics) -> Metrics:
 
 
 def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> Iterator[_Finding]:
+    vague: dict[str, int] = {}
     weak: dict[str, list[tuple[str, float]]] = {"auc": [], "r2": [], "ne": []}
     for task, kept in epochs[best_epoch - 1].items():
         name = "auc" if kept.get("auc") is not None else "r2" if kept.get("r2") is not None else "ne"
@@ -164,11 +174,17 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
         if value is None:
             continue
         learnt = {"auc": value >= 0.51, "r2": value > 0, "ne": value < 1}[name]
-        if learnt:
+        if name == "auc" and not learnt and _chance(kept) > VAGUE:
+            vague[task] = round((kept.get("count") or 0) * (kept.get("base_rate") or 0))
+        elif learnt:
             values = [of.get(task, {}).get(name) for of in epochs]
             yield from _fallen(task, name, values, best_epoch, _chance(kept))
         else:
             weak[name].append((task, value))
+    if vague:
+        events = _listed([str(count) for count in vague.values()])
+        whose = "its" if len(vague) == 1 else "their"
+        yield _Finding(0.9, f"{_listed(vague)} cannot be judged: validation has {events} of {whose} events")
     for name, tasks in weak.items():
         if tasks:
             yield _Finding(2.5 + len(tasks) / 100, _no_better(name, tasks))
