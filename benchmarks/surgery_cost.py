@@ -33,13 +33,13 @@ from mtcl_torchrec.modules.balance.surgery import KINDS, GradientSurgery
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.sharding import Ranks, ranks
 
-DIM, DENSE, TASKS = 16, 13, 3
+DIM, DENSE = 16, 13
 PLAIN = "none"
 CASES = [PLAIN, *(f"{kind}/trunk" for kind in KINDS), *(f"upgrad/{cut}" for cut in ("embeddings", "both", "tables"))]
 
 
-def batches(size: int, rows: int, features: int, device: torch.device, count: int = 8) -> list[MTBatch]:
-    """Batches of single ids and one bag, with labels that partly contradict each other."""
+def batches(size: int, rows: int, features: int, tasks: int, device: torch.device, count: int = 8) -> list[MTBatch]:
+    """Batches of single ids and one bag; the labels of the first two tasks partly contradict each other."""
     made = []
     for seed in range(count):
         g = torch.Generator().manual_seed(seed)
@@ -49,12 +49,13 @@ def batches(size: int, rows: int, features: int, device: torch.device, count: in
         sparse = KeyedJaggedTensor([f"f{i}" for i in range(features)], ids, lengths=lengths.flatten())
         click = torch.randint(2, (size,), generator=g).float()
         other = torch.where(torch.rand(size, generator=g) < 0.7, 1 - click, click)
-        labels = torch.stack([click, other, torch.randint(2, (size,), generator=g).float()], 1)
+        more = torch.randint(2, (size, tasks - 2), generator=g).float()
+        labels = torch.cat([click[:, None], other[:, None], more], 1)
         made.append(MTBatch(torch.randn(size, DENSE, generator=g), sparse, labels).to(device))
     return made
 
 
-def train_module(case: str, rows: int, features: int, experts: int, layers: list[int]) -> MTCLTrain:
+def train_module(case: str, rows: int, features: int, tasks: int, experts: int, layers: list[int]) -> MTCLTrain:
     """The model of a case: ``none``, or kind/cut."""
     tables = [
         EmbeddingBagConfig(
@@ -68,7 +69,7 @@ def train_module(case: str, rows: int, features: int, experts: int, layers: list
         EmbeddingBagCollection(tables=tables, device=torch.device("meta")),
         DENSE,
         MMoE(experts, layers),
-        [Task.binary(f"task{i}") for i in range(TASKS)],
+        [Task.binary(f"task{i}") for i in range(tasks)],
     )
     if case == PLAIN:
         return MTCLTrain(model)
@@ -78,13 +79,13 @@ def train_module(case: str, rows: int, features: int, experts: int, layers: list
 
 def measure(options: argparse.Namespace, where: Ranks) -> dict[str, Any]:
     """Milliseconds of each case's steps."""
-    data = batches(options.batch_size, options.rows, options.features, where.device)
+    data = batches(options.batch_size, options.rows, options.features, options.tasks, where.device)
     layers = [int(width) for width in options.expert_layers.split(",")]
     running = {}
     for case in options.cases:
         model, optimizer = parallelise(
-            train_module(case, options.rows, options.features, options.experts, layers), where, OptimizersConfig(),
-            batch_size=options.batch_size,
+            train_module(case, options.rows, options.features, options.tasks, options.experts, layers), where,
+            OptimizersConfig(), batch_size=options.batch_size,
         )  # fmt: skip
         model.train()
         pipeline = build_pipeline(model, optimizer, where.device, options.pipeline)
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048, help="rows a step and rank")
     parser.add_argument("--rows", type=int, default=100_000, help="of each table")
     parser.add_argument("--features", type=int, default=26, help="single ids but for one bag, each with its table")
+    parser.add_argument("--tasks", type=int, default=3, help="two at least")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--expert-layers", default="128,64")
     parser.add_argument("--steps", type=int, default=40)
