@@ -163,7 +163,7 @@ def print_calibration(report: CalibrationReport, title: str, console: Console | 
     for heading, numbers in parts:
         if not numbers:
             continue
-        columns = ["ratio", "calibrated", "ECE", "calibrated", "ECE width", "calibrated", "labels"]
+        columns = ["ratio", "after", "ECE mass", "after", "ECE width", "after", "labels"]
         table = plain_table(heading, ["task", *columns])
         for name, of in numbers.items():
             cells = [_cell(of[when][key]) for key in ("ratio", "ece_mass", "ece_width") for when in ("before", "after")]
