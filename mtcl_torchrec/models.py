@@ -13,7 +13,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
-from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features, pooled_by_key
+from mtcl_torchrec.modules.calibration import Calibration
+from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features, pooled_by_key, single_value
 from mtcl_torchrec.modules.fusion import RowContext, fuse
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
@@ -26,7 +27,7 @@ from mtcl_torchrec.schema import Group, Task, check_unique, nearest
 
 
 class FusedOutput(nn.Module):
-    """Logits to predictions, and predictions to the fused score."""
+    """Logits to predictions, calibrated ones where there is a `calibration`, and predictions to the fused score."""
 
     def __init__(
         self,
@@ -34,9 +35,11 @@ class FusedOutput(nn.Module):
         fused_score: nn.Module | None,
         item_classes: Mapping[str, str],
         dims: Mapping[str, int],
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         self.dims = dict(dims)
+        self.calibration = calibration
         self.tasks = {task.name: task for task in tasks}
         self.fused_score = fused_score
         self.item_classes = dict(item_classes)
@@ -62,6 +65,8 @@ class FusedOutput(nn.Module):
         for task in self.tasks.values():
             if task.conditional_name is not None:
                 out[task.conditional_name] = torch.sigmoid(logits[task.conditional_name].float())
+        if self.calibration is not None:
+            out = self.calibration(out, sparse_features)
         if self.fused_score is not None:
             rows = RowContext(dense_features, self._embeddings(pooled), request)
             out["score"] = fuse(self.fused_score, self.parts(out, sparse_features), rows)
@@ -79,17 +84,12 @@ class FusedOutput(nn.Module):
         parts = {}
         for name, task in self.tasks.items():
             feature = self.item_classes.get(name)
-            item_class = None if feature is None else _single_value(sparse_features, feature)
-            parts[name] = in_unit_interval(task, predictions[name], item_class)
+            item_class = None if feature is None else single_value(sparse_features, feature)
+            if task.kind == "regression" and self.calibration is not None:
+                parts[name] = self.calibration.unit_interval(task, predictions[name])
+            else:
+                parts[name] = in_unit_interval(task, predictions[name], item_class)
         return parts
-
-
-def _single_value(sparse_features: KeyedJaggedTensor, feature: str) -> torch.Tensor:
-    """The first value of a feature in each row (B,), -1 where it has none."""
-    jagged = sparse_features[feature]
-    offsets, lengths = jagged.offsets(), jagged.lengths()
-    padded = torch.cat([jagged.values(), jagged.values().new_full((1,), -1)])
-    return torch.where(lengths > 0, padded[offsets[:-1]], -1)
 
 
 class MTCL(nn.Module):
@@ -119,6 +119,8 @@ class MTCL(nn.Module):
             logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss
             would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is slower in it.
         epnet, ppnet: PEPNet's gates on the embeddings and on the towers, see `mtcl_torchrec.modules.gates`.
+        calibration: of the predictions that it returns and fuses, not of the logits that train; may be set after
+            training, too, as ``model.output.calibration``.
 
     Raises:
         ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
@@ -177,6 +179,7 @@ class MTCL(nn.Module):
         precision: Precision = "fp32",
         epnet: EPNet | None = None,
         ppnet: PPNet | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -208,7 +211,7 @@ class MTCL(nn.Module):
             epnet=epnet,
             ppnet=ppnet,
         )
-        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score), dims)
+        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score), dims, calibration)
 
     def forward(
         self,

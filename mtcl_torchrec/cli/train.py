@@ -13,6 +13,7 @@ from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.source import read_rows
+from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.recommender import Recommender
@@ -116,3 +117,6 @@ def show(result: RunResult, console: Console) -> None:
         if split == "test" or len(result.evaluations) == 1:
             console.print()
             print_evaluation(evaluation, f"{split} split, {kept}", console)
+            if result.calibration is not None:
+                console.print()
+                print_calibration(result.calibration.splits[split], f"{split} split", console)

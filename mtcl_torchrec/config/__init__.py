@@ -1,6 +1,7 @@
 """A run's configuration: data, schema, statistics, model, optimizers, training, balance, fusion."""
 
 from mtcl_torchrec.config.balance import BalanceConfig, LossWeightingConfig, SurgeryConfig
+from mtcl_torchrec.config.calibration import CalibrationConfig, CalibratorConfig
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig, SyntheticConfig
 from mtcl_torchrec.config.model import FusionConfig, GateConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
@@ -16,6 +17,8 @@ from mtcl_torchrec.config.training import (
 
 __all__ = [
     "BalanceConfig",
+    "CalibrationConfig",
+    "CalibratorConfig",
     "CheckpointConfig",
     "DataConfig",
     "DenseOptimizerConfig",

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from mtcl_torchrec.config.balance import BalanceConfig
 from mtcl_torchrec.config.base import Part
+from mtcl_torchrec.config.calibration import CalibrationConfig
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
 from mtcl_torchrec.config.model import FusionConfig, ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
@@ -51,6 +52,7 @@ class RunConfig(Part):
     balance: BalanceConfig = Field(default_factory=BalanceConfig)
     sharding: ShardingConfig = Field(default_factory=ShardingConfig)
     fusion: FusionConfig | None = None
+    calibration: CalibrationConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -68,6 +70,8 @@ class RunConfig(Part):
                         f"training.regularisers.{name}: a {self.model.trunk.kind} trunk has no gate that mixes experts"
                     )
         self.model.check(self.data_schema)
+        if self.calibration is not None:
+            self.calibration.check(self.data_schema)
         tables = self.model.tables(self.data_schema)
         for name in self.optimizers.tables.lr_of:
             if name not in tables:
@@ -207,6 +211,7 @@ def _keys_at(path: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         fields = {f.alias or n: f for n, f in model.model_fields.items()}
+        part = "root" if issubclass(model, RootModel) else part  # whatever the key is called
         if part not in fields:
             return []
         model = _model_in(fields[part].annotation)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec.schema import GROUPS, Group, Schema, Task, nearest, own_table
 
@@ -294,3 +295,11 @@ def visible_columns(
             )
         columns += [float(set(groups) <= set(inputs)) for groups in dense_groups]
     return torch.tensor(columns)
+
+
+def single_value(sparse_features: KeyedJaggedTensor, feature: str) -> torch.Tensor:
+    """The first value of a feature in each row (B,), -1 where it has none."""
+    jagged = sparse_features[feature]
+    offsets, lengths = jagged.offsets(), jagged.lengths()
+    padded = torch.cat([jagged.values(), jagged.values().new_full((1,), -1)])
+    return torch.where(lengths > 0, padded[offsets[:-1]], -1)

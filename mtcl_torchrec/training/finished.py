@@ -16,9 +16,18 @@ from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.calibration import build_calibration
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
-from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING, WEIGHTS_PREFIX, readable_folder
+from mtcl_torchrec.training.directory import (
+    CATALOGUE,
+    CHECKPOINTS,
+    FUSION,
+    PREPROCESSING,
+    WEIGHTS_PREFIX,
+    readable_folder,
+)
+from mtcl_torchrec.training.fitted import load_state
 
 
 @dataclass
@@ -71,6 +80,9 @@ class FinishedRun:
             precision=config.training.precision,
         )
         load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
+        if config.calibration is not None and readable_folder(folder / FUSION).is_dir():
+            model.output.calibration = build_calibration(config.calibration, preprocessor.encoder)
+            load_state(folder / FUSION, model.output)
         fused = model.output.fused_score
         if config.fusion is not None and isinstance(fused, WeightedMean):
             fused.set_weights(config.fusion.weights)  # those of run.yaml, which may be edited without training

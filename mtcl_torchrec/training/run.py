@@ -31,6 +31,7 @@ from mtcl_torchrec.modules.rare import uncalibrated_lines
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules
+from mtcl_torchrec.training.calibration import CalibrationResult, calibrate_run
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
@@ -43,6 +44,7 @@ from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
     CATALOGUE,
     CHECKPOINTS,
+    FUSION,
     MARKER,
     PREPROCESSING,
     Existing,
@@ -71,12 +73,14 @@ class RunResult:
         history: validation metrics by epoch.
         evaluations: split -> evaluation of the kept epoch.
         diagnosis: what stands out, see `mtcl_torchrec.training.diagnosis`.
+        calibration: what it came to, of a run that has one.
     """
 
     folder: Path
     history: TrainingHistory
     evaluations: dict[str, Evaluation]
     diagnosis: list[str]
+    calibration: CalibrationResult | None = None
 
 
 def train_run(
@@ -90,7 +94,8 @@ def train_run(
     """Train what a configuration describes and write the run directory.
 
     Called by one process, or by every process of ``torchrun``.  The directory holds ``run.yaml``, ``preprocessing/``,
-    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``.
+    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``, and
+    ``fusion/`` where predictions are calibrated.
 
     Args:
         run: the configuration; its paths are taken as they are.
@@ -132,7 +137,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     start = _start_of(folder, splits, say) if resume else _Start()
     state = _state_at(start, run, model, splits, where)
     say(_describe(run, model, preprocessor, where))
-    for line in uncalibrated_lines(model.tasks):
+    calibrated = {} if run.calibration is None else run.calibration.pieces(model.tasks)
+    for line in uncalibrated_lines([task for task in model.tasks if task.name not in calibrated]):
         say(line)
     _note_declared_weights(run, state, say)
     if (surgery := run.balance.surgery).kind in LEAN_ON_SMALL:
@@ -155,6 +161,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     if best is None:
         raise DataError(f"{folder}: the best epoch's checkpoint is gone, and no epoch is left to train: raise epochs")
     load_weights(state.model, best)
+    calibration = calibrate_run(run, folder, plain_model(state.model), preprocessor, splits, where, say)
     evaluations = {
         name: evaluate_rows(
             plain_model(state.model), preprocessor, splits.raw[name], splits.encoded[name], splits.catalogue, where,
@@ -163,9 +170,9 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         for name in splits.encoded
     }  # fmt: skip
     if where.first:
-        write_metrics(folder / "metrics.json", history, evaluations, diagnosis)
+        write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration)
     where.barrier()
-    return RunResult(folder, history, evaluations, diagnosis)
+    return RunResult(folder, history, evaluations, diagnosis, calibration)
 
 
 def _earlier_encoder(folder: Path) -> FeatureEncoder:
@@ -284,6 +291,8 @@ def _open_directory(
         for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
+        for part in (FUSION, FUSION + ".old"):  # fitted for weights that are going to change
+            shutil.rmtree(folder / part, ignore_errors=True)
         sign_run_directory(folder)
         replace_file(folder / "run.yaml", dump_run(_with_paths_from(run, folder)))
         replace_folder(folder / PREPROCESSING, preprocessor.save)
@@ -415,7 +424,11 @@ def evaluate_rows(
 
 
 def write_metrics(
-    path: Path, history: TrainingHistory, evaluations: dict[str, Evaluation], diagnosis: list[str]
+    path: Path,
+    history: TrainingHistory,
+    evaluations: dict[str, Evaluation],
+    diagnosis: list[str],
+    calibration: CalibrationResult | None = None,
 ) -> None:
     """Everything measured, as JSON; what is not defined is null."""
     of_history = history.to_json()
@@ -425,4 +438,6 @@ def write_metrics(
         "diagnosis": diagnosis,
         "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()},
     }
+    if calibration is not None:
+        content["calibration"] = calibration.to_json()
     replace_file(path, json.dumps(content, indent=1))
