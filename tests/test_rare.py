@@ -305,14 +305,14 @@ def test_numbers_out_of_range_are_refused(options):
         Task.binary("a", **options)
 
 
-def test_a_request_without_pairs_and_pairs_without_a_request_are_refused():
+def test_pairs_without_a_request_are_refused():
     features = [Feature(name="item", group="item")]
     with pytest.raises(
         ValidationError, match="task 'a': pairwise compares rows of one request, and needs request or user"
     ):
         Schema(features=features, tasks=[Task.binary("a", pairwise=1.0)])
-    with pytest.raises(ValidationError, match="no task has a pairwise term"):
-        Schema(features=features, tasks=[Task.binary("a")], request="visit")
+    alone = Schema(features=features, tasks=[Task.binary("a")], request="visit")
+    assert alone.request_column == "visit"  # a fused score may compare its rows
     tables = [EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["user"])]
     model = MTCL(EmbeddingBagCollection(tables=tables), 0, SharedBottom([4]), [Task.binary("a", pairwise=1.0)])
     with pytest.raises(ValueError, match=r"task 'a': pairwise .* the batch has no requests"):

@@ -20,7 +20,9 @@ class Schema(Declared):
         user: column that names the user (metrics within a user, `recommend --user`).
         item: column that names the item.
         time: column of the event's time; a number or a timestamp.
-        request: column that names the request whose rows `Task.pairwise` compares; the default is the user.
+        request: column that names the request, the rows that are ranked against each other: what `Task.pairwise` and
+            fused scores within a request compare; the default is the user.
+        reward: column of a number in [0, 1] that the fused score can be trained against, empty where it is not known.
 
     Example:
         >>> schema = Schema(
@@ -38,6 +40,7 @@ class Schema(Declared):
     item: str | None = None
     time: str | None = None
     request: str | None = None
+    reward: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -54,8 +57,6 @@ class Schema(Declared):
         paired = next((t.name for t in self.tasks if t.pairwise), None)
         if paired is not None and (self.request or self.user) is None:
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
-        if paired is None and self.request is not None:
-            raise ValueError("request says which rows `pairwise` compares, and no task has a pairwise term")
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
             for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
@@ -83,14 +84,13 @@ class Schema(Declared):
 
     @property
     def request_column(self) -> str | None:
-        """The column that names the request, where some task compares rows of one."""
-        return (self.request or self.user) if any(t.pairwise for t in self.tasks) else None
+        """The column that names the request; the user, where one is needed and none was named."""
+        return self.request or (self.user if any(t.pairwise for t in self.tasks) else None)
 
     def label_columns(self) -> list[str]:
         """Every column that the tasks read, once."""
         columns: list[str] = []
         for task in self.tasks:
             columns += [c for c in (task.label_column, task.mask, task.sample_weight) if c]
-        if self.request_column is not None:
-            columns.append(self.request_column)
+        columns += [c for c in (self.request_column, self.reward) if c is not None]
         return list(dict.fromkeys(columns))

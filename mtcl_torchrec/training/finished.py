@@ -13,12 +13,12 @@ from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.models import MTCL
-from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
 from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING, WEIGHTS_PREFIX, readable_folder
+from mtcl_torchrec.training.fused import is_learned
 
 
 @dataclass
@@ -70,10 +70,11 @@ class FinishedRun:
             table_device="cpu",
             precision=config.training.precision,
         )
-        load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
         fused = model.output.fused_score
-        if config.fusion is not None and isinstance(fused, WeightedMean):
-            fused.set_weights(config.fusion.weights)  # those of run.yaml, which may be edited without training
+        if not is_learned(config.fusion):
+            model.output.fused_score = None  # it is what run.yaml says, which may be edited without training
+        load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
+        model.output.fused_score = fused
         return cls(config, preprocessor, model.eval(), catalogue, finished=(folder / "metrics.json").is_file())
 
     def encode(self, frame: pd.DataFrame) -> EncodedRows:

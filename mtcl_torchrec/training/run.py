@@ -51,6 +51,7 @@ from mtcl_torchrec.training.directory import (
     replace_folder,
     sign_run_directory,
 )
+from mtcl_torchrec.training.fused import build_fused_loss
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
@@ -230,6 +231,7 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
         loss_weighting=build_loss_weighting(run.balance.weighting, len(model.tasks)),
         gradient_surgery=build_surgery(run.balance.surgery, seed=config.seed),
         regularisers=config.regularisers.model_dump(),
+        fused_loss=build_fused_loss(run.fusion.train if run.fusion else None, run.data_schema),
         seed=config.seed,
     )
     sharded, optimizer = parallelise(

@@ -1,4 +1,4 @@
-"""The signature of a fused score, what it may know of its rows besides the tasks' parts, and what ours have in common."""
+"""The signature of a fused score, what it may know of its rows besides the parts, and what ours have in common."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -116,7 +117,7 @@ class MonotoneNetwork(FusedScore):
             raise ValueError(f"a hidden layer has a unit at least: {list(hidden)}")
         self.register_buffer("signs", torch.tensor([1.0 if sign > 0 else -1.0 for sign in signs.values()]))
         widths = [len(self.tasks), *hidden, 1]
-        self.weights = nn.ParameterList(_positive(*shape) for shape in zip(widths, widths[1:], strict=False))
+        self.weights = nn.ParameterList(_positive(*shape) for shape in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in widths[1:])
 
     def forward(self, parts: Parts) -> torch.Tensor:

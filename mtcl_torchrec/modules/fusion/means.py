@@ -88,7 +88,7 @@ class WeightedGeometricMean(Weighted):
 
 
 class PowerProduct(Weighted):
-    """∏ (bᵢ + wᵢ pᵢ)^βᵢ, as short-video feeds fuse their predictions, moved and scaled from [least, greatest] to [0, 1].
+    """∏ (bᵢ + wᵢ pᵢ)^βᵢ, as short-video feeds fuse their predictions, moved and scaled from its range to [0, 1].
 
     It keeps the order of the product: the score rises with a part where wᵢ βᵢ > 0 and falls where wᵢ βᵢ < 0.  A report
     that should weigh 60 is ``weights={"report": 60}, exponents={"report": -1}``.

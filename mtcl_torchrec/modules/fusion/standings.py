@@ -79,7 +79,7 @@ def _index(ordered: torch.Tensor) -> torch.Tensor:
 
 def _begins(ordered: torch.Tensor) -> torch.Tensor:
     """(B, n) bool: another value stands before."""
-    return torch.cat([torch.ones_like(ordered[:1], dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    return (_index(ordered) == 0) | (ordered != ordered.roll(1, 0))  # torch.export takes this for any number of rows
 
 
 def _begins_at(index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -89,5 +89,5 @@ def _begins_at(index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 def _ends_at(index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """(B, n): where the stretch of each place has ended."""
-    last = torch.cat([new[1:], torch.ones_like(new[:1])])
+    last = (index == index.shape[0] - 1) | new.roll(-1, 0)
     return torch.where(last, index + 1, index.shape[0]).flip(0).cummin(0).values.flip(0)

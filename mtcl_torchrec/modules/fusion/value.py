@@ -50,19 +50,19 @@ class DenseNumber(NamedTuple):
 
 
 class ExpectedValue(Weighted):
-    """V = Σ wᵢ nᵢ Pᵢ, the expected value of showing an item: wᵢ is what event i is worth, Pᵢ its probability, nᵢ a
-    number of the item (its price), or 1.
+    """V = Σ wᵢ nᵢ Pᵢ, the expected value of showing an item: wᵢ is what event i is worth, Pᵢ its probability, nᵢ
+    a number of the item (its price), or 1.
 
-    The score is a map of v = V / Σ|w|, which has no upper bound where there is a price, into [0, 1]: ``v / (scale + v)``
-    where no weight is negative, ``½ (1 + v / (scale + |v|))`` where one is.  It keeps the order of V, as long as weights
-    and scale stay the same; an item worth the scale scores ½ (¾).  Far beyond the scale float32 tells values apart no
-    better than in steps of v² / scale · 10⁻⁷.
+    The score is a map of v = V / Σ|w|, which has no upper bound where there is a price, into [0, 1]: ``v / (scale +
+    v)`` where no weight is negative, ``½ (1 + v / (scale + |v|))`` where one is.  It keeps the order of V, as long as
+    weights and scale stay the same; an item worth the scale scores ½ (¾).  Far beyond the scale float32 tells values
+    apart no better than in steps of v² / scale · 10⁻⁷.
 
     Args:
         weights: task name -> value of its event; negative for a loss.
         given: task -> the task whose event must happen first, where the task's prediction is the probability *given*
-            that (labels that count only there, `Task.mask`): ``{"buy": "click"}`` makes P(buy) = P(click) P(buy | click).
-            A task that was declared with `Task.after` predicts the probability of both already, and must not be named.
+            that (labels that count only there, `Task.mask`): ``{"buy": "click"}`` makes P(buy) = P(click) P(buy |
+            click).  A task that was declared with `Task.after` predicts the probability of both already.
         numbers: task -> the number of the item that its value is multiplied by; below 0 it counts as 0.
         scale: the v that scores in the middle; None takes the typical size of v: the mean of Σ |wᵢ| nᵢ / Σ|w| at each
             number's typical value, for probabilities of 1.
