@@ -101,7 +101,7 @@ def drawn(drawn_rows):
 
 
 @every
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batches)
 def test_scores_lie_in_the_unit_interval(kind, batch):
     score = fuse(KINDS[kind](), *drawn(batch))
@@ -110,7 +110,7 @@ def test_scores_lie_in_the_unit_interval(kind, batch):
 
 
 @every
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batches, st.sampled_from(list(WEIGHTS)), st.data())
 def test_a_score_follows_each_task_in_the_direction_of_its_sign(kind, batch, task, data):
     fused, (parts, context) = KINDS[kind](), drawn(batch)
@@ -122,7 +122,7 @@ def test_a_score_follows_each_task_in_the_direction_of_its_sign(kind, batch, tas
 
 
 @every
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batches, st.randoms(use_true_random=False))
 def test_a_score_does_not_depend_on_other_requests_nor_on_the_order_of_rows(kind, batch, random):
     fused, (parts, context) = KINDS[kind](), drawn(batch)
@@ -307,7 +307,7 @@ def smooth(x, all_, k=2, temperature=0.1):
         ("reciprocal_rank", lambda x, all_: 4 / (3 + rank(x, all_))),
     ],
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.7, 1.0])] * 3, st.integers(-1, 2)), min_size=1))
 def test_votes_and_ranks_equal_a_loop(kind, vote, batch):
     *columns, requests = zip(*batch, strict=True)
