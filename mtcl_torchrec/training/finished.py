@@ -43,8 +43,8 @@ class FinishedRun:
     def load(cls, folder: str | Path) -> FinishedRun:
         """Read a run directory, also one whose training was interrupted after an epoch was kept.
 
-        Its run.yaml may name a trunk or a fused score by its import path, which is then imported: trust the directory as you
-        trust code.
+        Its run.yaml may name a trunk or a fused score by its import path, which is then imported: trust the directory
+        as you trust code.
 
         Raises:
             DataError: the folder holds no run that has kept an epoch.
