@@ -15,7 +15,7 @@ from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.calibration import Calibration
 from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features, pooled_by_key, single_value
-from mtcl_torchrec.modules.fusion import RowContext, fuse
+from mtcl_torchrec.modules.fusion import FusedLoss, RowContext, fuse
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
@@ -51,6 +51,7 @@ class FusedOutput(nn.Module):
         sparse_features: KeyedJaggedTensor,
         pooled: Any,
         request: torch.Tensor | None = None,
+        detached: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Each task's prediction, chains' conditional ones, and with a fused score ``"score"`` (B,) in [0, 1].
 
@@ -60,7 +61,10 @@ class FusedOutput(nn.Module):
             sparse_features: the candidates, for the class of each in a multiclass task.
             pooled: the pooled embeddings, for a fused score that depends on them.
             request: (B,) int64, for a fused score that compares the candidates of a request; None: one request.
+            detached: no gradient reaches the logits.
         """
+        if detached:
+            logits = {name: value.detach() for name, value in logits.items()}
         out = {name: prediction(task, logits[name].float()) for name, task in self.tasks.items()}
         for task in self.tasks.values():
             if task.conditional_name is not None:
@@ -191,6 +195,12 @@ class MTCL(nn.Module):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
         dims = embedding_dims(embedding_bag_collection)
+        for key, width in getattr(fused_score, "features", {}).items():
+            if dims.get(key) != width:
+                raise ValueError(
+                    f"the fused score reads a pooled embedding {key!r} of width {width}, and the model has "
+                    f"{f'one of width {dims[key]}' if key in dims else f'none{nearest(key, dims)}'}"
+                )
         features = looked_up_features(embedding_bag_collection)
         self.tasks = tuple(tasks)
         self.embedding_bag_collection = embedding_bag_collection
@@ -284,6 +294,7 @@ class MTCLTrain(nn.Module):
         gradient_surgery: combines the tasks' gradients of what they share; None leaves them to add up.
         regularisers: penalties by name, such as ``{"l2_embedding": 1e-4}``; see
             `mtcl_torchrec.modules.regularisers.Regularisers`.
+        fused_loss: trains the fused score too, such as ``FusedLoss({"click": 1, "like": 8})``.
         seed: of the draws of `Task.negative_rate`.
         process_group: the ranks that share a global batch; None is the default group.
 
@@ -308,6 +319,7 @@ class MTCLTrain(nn.Module):
         loss_weighting: LossWeighting | None = None,
         gradient_surgery: GradientSurgery | None = None,
         regularisers: Mapping[str, float] | None = None,
+        fused_loss: FusedLoss | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -315,6 +327,8 @@ class MTCLTrain(nn.Module):
         _check_type("loss_weighting", loss_weighting, LossWeighting, "FAMO(len(model.tasks))")
         _check_type("gradient_surgery", gradient_surgery, GradientSurgery, 'GradientSurgery("upgrad")')
         self.model = model
+        if fused_loss is not None:
+            fused_loss.build(model.tasks, model.output.fused_score)
         self.surgery = gradient_surgery
         if gradient_surgery is not None:
             gradient_surgery.build(model)
@@ -323,6 +337,7 @@ class MTCLTrain(nn.Module):
             model.tasks,
             weighting=loss_weighting,
             regularisers=Regularisers(regularisers, model.tower),
+            fused_loss=fused_loss,
             seed=seed,
             process_group=process_group,
         )
@@ -341,4 +356,8 @@ class MTCLTrain(nn.Module):
         frozen = self.loss.frozen_tasks(batch.labels)
         cut = None if self.surgery is None else self.surgery(batch.sparse_features)
         logits = self.model.tower(batch.dense_features, pooled, skip, frozen, cut)
-        return self.loss(logits, pooled, batch, skip, cut)
+        if self.loss.fused_loss is None:
+            return self.loss(logits, pooled, batch, skip, cut)
+        detached = self.loss.fused_loss.detached
+        out = self.model.output(logits, batch.dense_features, batch.sparse_features, pooled, None, detached)
+        return self.loss(logits, pooled, batch, skip, cut, out["score"])

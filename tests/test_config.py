@@ -135,7 +135,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(path, line):
         (("schema",), "missing key 'schema'"),
         (("schema", "tasks"), "missing key 'schema.tasks'"),
         (("schema", "features", 2, "group"), "missing key 'schema.features.2.group'"),
-        (("fusion", "weights"), "missing key 'fusion.weights'"),
+        (("fusion", "weights"), "fusion: weighted_mean needs weights"),
     ],
 )
 def test_a_missing_key_is_named(path, line):

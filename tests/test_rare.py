@@ -311,8 +311,8 @@ def test_pairs_without_a_request_are_refused():
         ValidationError, match="task 'a': pairwise compares rows of one request, and needs request or user"
     ):
         Schema(features=features, tasks=[Task.binary("a", pairwise=1.0)])
-    unpaired = Schema(features=features, tasks=[Task.binary("a")], request="visit")
-    assert unpaired.request_column is None  # read by nothing
+    alone = Schema(features=features, tasks=[Task.binary("a")], request="visit")
+    assert alone.request_column == "visit"  # a fused score may compare its rows
     tables = [EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["user"])]
     model = MTCL(EmbeddingBagCollection(tables=tables), 0, SharedBottom([4]), [Task.binary("a", pairwise=1.0)])
     with pytest.raises(ValueError, match=r"task 'a': pairwise .* the batch has no requests"):

@@ -3,7 +3,8 @@
 from mtcl_torchrec.config.balance import BalanceConfig, LossWeightingConfig, SurgeryConfig
 from mtcl_torchrec.config.calibration import CalibrationConfig, CalibratorConfig
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig, SyntheticConfig
-from mtcl_torchrec.config.model import FusionConfig, GateConfig, ModelConfig, TrunkConfig
+from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
+from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
 from mtcl_torchrec.config.training import (
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DenseOptimizerConfig",
+    "FusedLossConfig",
     "FusionConfig",
     "GateConfig",
     "LossWeightingConfig",

@@ -1,4 +1,4 @@
-"""The model: trunk, towers, fused score."""
+"""The model: trunk and towers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from mtcl_torchrec.config.base import Fraction, Part
+from mtcl_torchrec.config.base import Fraction, Part, known_kind
 from mtcl_torchrec.schema import Feature, Schema, check_groups, check_unique, nearest, own_table
 
 TrunkKind = Literal["shared_bottom", "single_task", "mmoe", "ple", "adatt", "home", "stem"]
@@ -67,15 +67,7 @@ class TrunkConfig(Part):
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
-        module, colon, name = kind.partition(":")
-        path = colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
-        if kind not in KINDS and not path:
-            kinds = ", ".join(repr(known) for known in KINDS)
-            raise ValueError(
-                f"{kind!r} is none of {kinds}, nor an import path such as 'my_package.my_module:MyTrunk'"
-                f"{nearest(kind, KINDS)}"
-            )
-        return kind
+        return known_kind(kind, KINDS, "MyTrunk")
 
     @model_validator(mode="after")
     def _fitting(self) -> TrunkConfig:
@@ -191,15 +183,3 @@ def _check_gate(key: str, features: Iterable[str] | None, schema: Schema, of_con
             raise ValueError(f"{key}.features: no sparse feature {name!r}{nearest(name, sparse)}")
     if features is None and of_context and not any(f.group == ("context",) for f in sparse.values()):
         raise ValueError(f"{key}: no sparse feature is of the group context; name features")
-
-
-class FusionConfig(Part):
-    """The fused score: a weighted mean of the tasks' predictions in [0, 1]."""
-
-    weights: dict[str, float]
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> FusionConfig:
-        if not any(self.weights.values()):
-            raise ValueError("the fused score needs at least one weight that is not 0")
-        return self

@@ -13,7 +13,8 @@ from mtcl_torchrec.config.balance import BalanceConfig
 from mtcl_torchrec.config.base import Part
 from mtcl_torchrec.config.calibration import CalibrationConfig
 from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
-from mtcl_torchrec.config.model import FusionConfig, ModelConfig
+from mtcl_torchrec.config.fusion import FusionConfig
+from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
 from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
 from mtcl_torchrec.schema import ConfigError, Schema, nearest
@@ -57,9 +58,9 @@ class RunConfig(Part):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         tasks = {t.name for t in self.data_schema.tasks}
-        for name in self.fusion.weights if self.fusion else ():
-            if name not in tasks:
-                raise ValueError(f"fusion.weights: no task {name!r}{nearest(name, tasks)}")
+        if self.fusion is not None:
+            self.fusion.check(self.data_schema)
+            self.data_schema = self.fusion.completed(self.data_schema)
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")

@@ -25,6 +25,7 @@ class MTBatch(Pipelineable):
         requests: (B,) int64 keys of the requests that the rows belong to, negative where a row belongs to none; needed
             where a task has a pairwise term.
         largest_request: rows of the largest request; found out where `requests` lie on the CPU.
+        reward: (B,) float32 in [0, 1], what the fused score is trained against; NaN where it is not known.
     """
 
     dense_features: torch.Tensor
@@ -34,6 +35,7 @@ class MTBatch(Pipelineable):
     mask: torch.Tensor | None = None
     requests: torch.Tensor | None = None
     largest_request: int | None = None
+    reward: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.requests is not None and self.largest_request is None and self.requests.device.type == "cpu":
@@ -56,12 +58,13 @@ class MTBatch(Pipelineable):
             move(self.mask),
             move(self.requests),
             self.largest_request,
+            move(self.reward),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Mark every tensor as used on `stream`."""
         self.sparse_features.record_stream(stream)
-        for tensor in (self.dense_features, self.labels, self.weights, self.mask, self.requests):
+        for tensor in (self.dense_features, self.labels, self.weights, self.mask, self.requests, self.reward):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -75,6 +78,7 @@ class MTBatch(Pipelineable):
             None if self.mask is None else self.mask.pin_memory(),
             None if self.requests is None else self.requests.pin_memory(),
             self.largest_request,
+            None if self.reward is None else self.reward.pin_memory(),
         )
 
 
@@ -132,7 +136,8 @@ class EncodedRows:
         bags: the other sparse features.
         labels: (N, T) float32, NaN where missing or masked out.
         weights: (N, T) float32, or None.
-        requests: (N,) int64 keys of the rows' requests, -1 where missing; or None, where no task compares rows.
+        requests: (N,) int64 keys of the rows' requests, -1 where missing; or None, where nothing compares rows.
+        rewards: (N,) float32, NaN where not known; or None, where the fused score learns from none.
     """
 
     dense: torch.Tensor
@@ -142,6 +147,7 @@ class EncodedRows:
     bags: dict[str, Bag] = field(default_factory=dict)
     weights: torch.Tensor | None = None
     requests: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -156,6 +162,7 @@ class EncodedRows:
             bags={key: bag.slice(start, stop) for key, bag in self.bags.items()},
             weights=None if self.weights is None else self.weights[start:stop].clone(),
             requests=None if self.requests is None else self.requests[start:stop].clone(),
+            rewards=None if self.rewards is None else self.rewards[start:stop].clone(),
         )
 
     @classmethod
@@ -172,6 +179,7 @@ class EncodedRows:
             bags={key: Bag.cat([part.bags[key] for part in parts]) for key in first.bags},
             weights=_cat([part.weights for part in parts]),
             requests=_cat([part.requests for part in parts]),
+            rewards=_cat([part.rewards for part in parts]),
         )
 
     def batch(self, index: torch.Tensor | None = None) -> MTBatch:
@@ -198,6 +206,7 @@ class EncodedRows:
             labels=self.labels if index is None else self.labels[index],
             weights=self.weights if index is None or self.weights is None else self.weights[index],
             requests=self.requests if index is None or self.requests is None else self.requests[index],
+            reward=self.rewards if index is None or self.rewards is None else self.rewards[index],
         )
 
     def blank(self) -> MTBatch:
@@ -212,6 +221,7 @@ class EncodedRows:
             labels=torch.full((1, self.labels.shape[1]), float("nan")),
             weights=None if self.weights is None else torch.ones(1, self.weights.shape[1]),
             requests=None if self.requests is None else torch.full((1,), -1),
+            reward=None if self.rewards is None else torch.full((1,), float("nan")),
         )
 
 

@@ -100,6 +100,21 @@ class FeatureEncoder:
             tasks.append(task)
         return tuple(tasks)
 
+    def dense_scale(self, name: str) -> tuple[int, float, float]:
+        """The column of a dense feature in `EncodedRows.dense`, and the mean and standard deviation of its transformed
+        values, which were taken off.
+
+        Raises:
+            KeyError: there is no such dense feature.
+        """
+        column = 0
+        for feature in self.schema.dense_features:
+            mean, std, marks_missing = self._dense[feature.name]
+            if feature.name == name:
+                return column, mean, std
+            column += 2 if marks_missing else 1
+        raise KeyError(name)
+
     # ------------------------------------------------------------------ learning from the training split
 
     def fit(self, rows: Rows, *, grown_from: FeatureEncoder | None = None) -> FeatureEncoder:
@@ -226,6 +241,7 @@ class FeatureEncoder:
             labels=labels,
             weights=weights,
             requests=self._requests(rows) if with_labels else None,
+            rewards=self._rewards(rows) if with_labels else None,
         )
 
     def _row_numbers(
@@ -288,6 +304,15 @@ class FeatureEncoder:
             return None
         hashed, codes = _hashed(ids_of(rows, self.schema.request_column))
         return torch.from_numpy(np.r_[(hashed >> np.uint64(1)).astype(np.int64), -1][codes])
+
+    def _rewards(self, rows: Rows) -> torch.Tensor | None:
+        """What the fused score is trained against, NaN where it is not known."""
+        column = self.schema.reward
+        if column is None:
+            return None
+        given = numbers(rows, column, "reward")
+        refuse(rows, (given < 0) | (given > 1), column, "a reward is a number from 0 to 1")
+        return torch.from_numpy(given.astype(np.float32))
 
     def _classes(self, rows: Rows, task: Task) -> np.ndarray:
         """A multiclass label as the row that the item's own class would have; row 0, unknown, is no label."""

@@ -78,7 +78,7 @@ class MemoryRows:
     @cached_property
     def _digest(self) -> str:
         bags = [part for bag in self.rows.bags.values() for part in (bag.values, bag.offsets)]
-        optional = [tensor for tensor in (self.rows.weights, self.rows.requests) if tensor is not None]
+        optional = [t for t in (self.rows.weights, self.rows.requests, self.rows.rewards) if t is not None]
         digest = sha256()
         for tensor in (self.rows.dense, self.rows.ids, self.rows.labels, *optional, *bags):
             digest.update(np.ascontiguousarray(tensor.numpy()).data)

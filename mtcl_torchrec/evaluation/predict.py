@@ -18,6 +18,7 @@ def predict(
 ) -> dict[str, np.ndarray]:
     """Predictions and scores for all rows, in their order.
 
+    Where the fused score compares the candidates of a request, each batch holds whole requests, however large they are.
     With several ranks, each scores its part and every rank gets the whole.  Tables must be sharded over the same ranks.
 
     Args:
@@ -31,29 +32,75 @@ def predict(
     """
     device = device or torch.device("cpu")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    indices = global_batches(len(rows), batch_size, rank=rank, world_size=world_size)
+    compares = compares_candidates(model)
+    indices = (
+        whole_requests(rows, batch_size, rank=rank, world_size=world_size)
+        if compares
+        else global_batches(len(rows), batch_size, rank=rank, world_size=world_size)
+    )
     was_training = model.training
     model.eval()
     parts: dict[str, list[np.ndarray]] = {}
     try:
         for batch, index in zip(iterate(rows, indices), indices, strict=True):
             batch = batch.to(device)
-            out = model(batch.dense_features, batch.sparse_features)
+            out = model(batch.dense_features, batch.sparse_features, batch.requests if compares else None)
             for name, value in out.items():
                 parts.setdefault(name, []).append(value[: len(index)].float().cpu().numpy())
     finally:
         model.train(was_training)
     local = {name: np.concatenate(values) for name, values in parts.items()}
-    if world_size == 1:
+    if world_size == 1 and not compares:
         return local
     return _in_order(local, indices, len(rows), world_size)
+
+
+def compares_candidates(model: MTCL) -> bool:
+    """Whether the model's fused score compares the candidates of a request, which must then be scored together."""
+    return bool(getattr(model.output.fused_score, "within_request", False))
+
+
+def whole_requests(rows: EncodedRows, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[torch.Tensor]:
+    """Row numbers of the batches of one rank, none of which cuts a request apart.
+
+    Args:
+        rows: where they name no requests, all of them are one.
+        batch_size: a batch has no more rows than that, unless one request has.
+
+    Returns:
+        As many tensors (b,) int64 on every rank, some of which may be empty.
+
+    Example:
+        >>> rows = EncodedRows(torch.empty(5, 0), (), torch.empty(5, 0), torch.empty(5, 0),
+        ...                    requests=torch.tensor([7, 8, 7, -1, 8]))
+        >>> [b.tolist() for b in whole_requests(rows, 3)]
+        [[3, 0, 2], [1, 4]]
+    """
+    if rows.requests is None:
+        ends, order = torch.tensor([len(rows)]), torch.arange(len(rows))
+    else:
+        order = torch.argsort(rows.requests, stable=True)
+        ordered = rows.requests[order]
+        last = torch.ones(len(rows), dtype=torch.bool)
+        last[:-1] = (ordered[1:] != ordered[:-1]) | (ordered[1:] < 0)
+        ends = torch.nonzero(last).flatten() + 1
+    batches, start, stop = [], 0, 0
+    for end in ends.tolist():
+        if end - start > batch_size and stop > start:
+            batches.append(order[start:stop])
+            start = stop
+        stop = end
+    batches.append(order[start:stop])
+    batches += [order[:0]] * (-len(batches) % world_size)
+    return batches[rank::world_size]
 
 
 def _in_order(
     local: dict[str, np.ndarray], indices: Sequence[torch.Tensor], total: int, world_size: int
 ) -> dict[str, np.ndarray]:
-    gathered: list[tuple[dict[str, np.ndarray], np.ndarray]] = [({}, np.empty(0))] * world_size
-    dist.all_gather_object(gathered, (local, torch.cat(list(indices)).numpy()))
+    gathered = [(local, torch.cat(list(indices)).numpy())] * world_size
+    if world_size > 1:
+        dist.all_gather_object(gathered, gathered[0])
     whole = {}
     for name, value in local.items():
         whole[name] = np.empty((total, *value.shape[1:]), np.float32)

@@ -14,6 +14,7 @@ from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.chains import ChainLoss
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.freezing import FrozenTasks
+from mtcl_torchrec.modules.fusion.joint import FusedLoss
 from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gradient_if
 from mtcl_torchrec.modules.heads import loss_per_row
 from mtcl_torchrec.modules.rare import NegativeSampling, PairwiseLoss
@@ -50,6 +51,8 @@ class MultiTaskLoss(nn.Module):
         weighting: how weights follow the losses, see `mtcl_torchrec.modules.balance.weighting`; None is the weighted
             sum.
         regularisers: penalties; None is none.
+        fused_loss: of the fused score; None is none.  It is added beside the tasks, as penalties are: no weighting
+            touches it.
         seed: of the draws of `Task.negative_rate`.
         process_group: the ranks that share a global batch; None is the default group.
 
@@ -70,6 +73,7 @@ class MultiTaskLoss(nn.Module):
         *,
         weighting: LossWeighting | None = None,
         regularisers: Regularisers | None = None,
+        fused_loss: FusedLoss | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -84,10 +88,13 @@ class MultiTaskLoss(nn.Module):
         self.pairwise = PairwiseLoss(tasks)
         self.regularisers = regularisers if regularisers is not None else Regularisers()
         self.frozen_tasks = FrozenTasks([t.name for t in tasks])
+        self.fused_loss = fused_loss
         self.last_task_losses = torch.zeros(len(self.tasks))
+        self.last_fused_loss: torch.Tensor | None = None
         self.register_buffer("task_weights", torch.tensor([t.weight for t in self.tasks]), persistent=False)
         self.chains = ChainLoss(self.tasks)
-        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *self.chains.names, *REGULARISERS])
+        score = [] if fused_loss is None else ["the score"]
+        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *self.chains.names, *REGULARISERS, *score])
 
     @property
     def found_inf(self) -> torch.Tensor:
@@ -125,6 +132,7 @@ class MultiTaskLoss(nn.Module):
         batch: Any,
         skip: torch.Tensor | None = None,
         cut: Cut | None = None,
+        score: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, Logits, torch.Tensor]]:
         """The loss and what metrics need.
 
@@ -135,6 +143,7 @@ class MultiTaskLoss(nn.Module):
                 requests (B,) too.
             skip: () bool, set to whether the batch is to be skipped; for the guard inside the tower.
             cut: is told the tasks' losses, at which some kinds of gradient surgery look, and which tasks take part.
+            score: (B,) the fused score, where there is a `fused_loss`.
 
         Returns:
             ``(loss, (loss, logits, labels))``, the second part detached; the labels with the zeros that chains imply.
@@ -155,25 +164,31 @@ class MultiTaskLoss(nn.Module):
         safe = {name: stop_gradient_if(value, skip) for name, value in logits.items()}
         sums, counts, bad = self._parts(safe, known, weights, batch)
         penalised = self.regularisers.sums(pooled, labelled, skip)
-        of_rows = torch.cat([s.flatten() for s in penalised.values()]) if penalised else sums.new_zeros(0)
+        of_score, scored = self._score_sums(score, labels, present, batch, skip)
+        beside = torch.cat([sums.new_zeros(0), *(s.flatten() for s in penalised.values()), of_score])
         totals, of_all, any_bad = self._over_ranks(
-            torch.cat([counts, labelled.sum().reshape(1)]),
-            of_rows.detach() if self.weighting is None else torch.cat([of_rows, sums]).detach(),
-            torch.cat([bad, _bad_regularisers(penalised, skip)]),
+            torch.cat([counts, scored, labelled.sum().reshape(1)]),
+            beside.detach() if self.weighting is None else torch.cat([beside, sums]).detach(),
+            torch.cat([bad, _bad_regularisers(penalised, skip), _of_no_use(of_score)]),
             skip,
         )
         _, ranks = self._place()
-        per_task = self._per_task(_average(ranks * sums, totals[:-1]))
+        counts, scored = totals[: len(counts)], totals[len(counts) : -1]
+        per_task = self._per_task(_average(ranks * sums, counts))
         if self.weighting is None:
             loss = (self.task_weights * per_task).sum()
         else:
-            of_task = self._per_task(_average(of_all[len(of_rows) :], totals[:-1]))
+            of_task = self._per_task(_average(of_all[len(beside) :], counts))
             loss = self._weighted(per_task, of_task, totals[: len(self.tasks)] > 0, any_bad)
+        # The sum over all ranks, with this rank's part of its gradient (which is averaged over ranks).
+        everywhere = of_all[: len(beside)] + ranks * (beside - beside.detach())
         if penalised:
-            # The sum over all ranks, with this rank's part of its gradient (which is averaged over ranks).
-            everywhere = of_all[: len(of_rows)] + ranks * (of_rows - of_rows.detach())
-            parts = _average(everywhere, totals[-1]).split([len(s) for s in penalised.values()])
+            sizes = [len(s) for s in penalised.values()]
+            parts = _average(everywhere[: sum(sizes)], totals[-1]).split(sizes)
             loss = loss + self.regularisers.penalty(dict(zip(penalised, parts, strict=True)))
+        if self.fused_loss is not None:
+            of_fused = _average(everywhere[-1], scored[0])
+            loss, self.last_fused_loss = loss + self.fused_loss.weight * of_fused, of_fused.detach()
         self.last_task_losses = per_task.detach()
         if cut is not None:
             cut.losses = self.last_task_losses
@@ -191,6 +206,17 @@ class MultiTaskLoss(nn.Module):
                 f"{[t.name for t in self.tasks]}"
             )
         return labels
+
+    def _score_sums(
+        self, score: torch.Tensor | None, labels: torch.Tensor, present: torch.Tensor, batch: Any, skip: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's sum of the fused score's loss, and what divides it: (1,) each, (0,) without such a loss."""
+        if self.fused_loss is None:
+            return labels.new_zeros(0), labels.new_zeros(0)
+        if score is None:
+            raise ValueError("the fused score has a loss, which was given no score")
+        total, count = self.fused_loss(stop_gradient_if(score, skip), labels, present, batch)
+        return total.reshape(1), count.reshape(1)
 
     def _place(self) -> tuple[int, int]:
         """This rank, and how many there are."""

@@ -196,20 +196,9 @@ class PairwiseLoss(nn.Module):
         """
         if not self.weights:
             return weights.new_zeros(0), weights.new_zeros(0)
-        requests = getattr(batch, "requests", None)
-        if requests is None:
-            task = self.names[next(iter(self.weights))]
-            raise ValueError(f"task {task!r}: pairwise compares rows of one request, and the batch has no requests")
-        largest = getattr(batch, "largest_request", None)
-        largest = len(requests) if largest is None else min(largest, len(requests))
-        order = torch.argsort(requests, stable=True)
-        ordered = requests[order]
-        sums, counts = [], []
-        for i in self.weights:
-            label, weight = labels[order, i], torch.where(ordered >= 0, weights[order, i], 0.0)
-            total, count = _PairSums.apply(logits[self.names[i]].float()[order], label, weight, ordered, largest)
-            sums.append(total)
-            counts.append(count)
+        pairs = RequestPairs(batch, f"task {self.names[next(iter(self.weights))]!r}")
+        found = [pairs(logits[self.names[i]], labels[:, i], weights[:, i]) for i in self.weights]
+        sums, counts = zip(*found, strict=True)
         return torch.stack(sums), torch.stack(counts)
 
     def per_task(self, averages: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -220,8 +209,41 @@ class PairwiseLoss(nn.Module):
         return torch.stack(added)
 
 
+class RequestPairs:
+    """The pairs of rows of one request in a batch.
+
+    Args:
+        batch: has `requests` (B,) int64, and may have `largest_request`.
+        what: needs them, for the message.
+
+    Raises:
+        ValueError: the batch names no requests.
+    """
+
+    def __init__(self, batch: Any, what: str) -> None:
+        requests = getattr(batch, "requests", None)
+        if requests is None:
+            raise ValueError(f"{what}: pairwise compares rows of one request, and the batch has no requests")
+        largest = getattr(batch, "largest_request", None)
+        self.largest = len(requests) if largest is None else min(largest, len(requests))
+        self.order = torch.argsort(requests, stable=True)
+        self.requests = requests[self.order]
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ over pairs of |yₖ - yₗ| vₖ vₗ softplus(z⁻ - z⁺), z⁺ being the logit of the row with the higher label; and
+        Σ |yₖ - yₗ| vₖ vₗ.
+
+        Args:
+            logits, labels, weights: (B,); a row of weight 0 is in no pair.
+        """
+        weight = torch.where(self.requests >= 0, weights[self.order], 0.0)
+        return _PairSums.apply(logits.float()[self.order], labels[self.order], weight, self.requests, self.largest)
+
+
 class _PairSums(torch.autograd.Function):
-    """Σ vₖ vₗ softplus(z⁻ - z⁺) over the pairs of rows sorted by request, and Σ vₖ vₗ.
+    """The sums of `RequestPairs`, of rows sorted by request.
 
     The gradient is computed along with the sum, so that the comparisons need not be kept.
     """
@@ -238,8 +260,9 @@ class _PairSums(torch.autograd.Function):
         rows = max(_AT_ONCE // (2 * reach + 1), 1)
         for start in range(0, size, rows):
             at = slice(start, start + rows)
-            sign = label[at, None] - around[1][at]  # 1: this row is the positive one, -1: the other, 0: no pair
-            pair = torch.where(request[at, None] == same[at], sign.abs() * weight[at, None] * around[2][at], 0.0)
+            apart = label[at, None] - around[1][at]
+            sign = apart.sign()  # 1: this row is the positive one, -1: the other, 0: no pair
+            pair = torch.where(request[at, None] == same[at], apart.abs() * weight[at, None] * around[2][at], 0.0)
             behind = sign * (around[0][at] - z[at, None])
             total = total + torch.where(pair > 0, pair * F.softplus(behind), 0.0).sum()
             count = count + pair.sum()

@@ -20,8 +20,9 @@ class Schema(Declared):
         user: column that names the user (metrics within a user, `recommend --user`).
         item: column that names the item.
         time: column of the event's time; a number or a timestamp.
-        request: column that names the request, the rows that were offered to a user together; without one,
-            `Task.pairwise` compares all rows of a user.
+        request: column that names the request, the rows that were offered to a user together: what `Task.pairwise` and
+            fused scores within a request compare; without one, all rows of a user.
+        reward: column of a number in [0, 1] that the fused score can be trained against, empty where it is not known.
 
     Example:
         >>> schema = Schema(
@@ -39,6 +40,7 @@ class Schema(Declared):
     item: str | None = None
     time: str | None = None
     request: str | None = None
+    reward: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
@@ -83,14 +85,13 @@ class Schema(Declared):
 
     @property
     def request_column(self) -> str | None:
-        """The column that names the request, where some task compares rows of one."""
-        return (self.request or self.user) if any(t.pairwise for t in self.tasks) else None
+        """The column that names the request; the user, where one is needed and none was named."""
+        return self.request or (self.user if any(t.pairwise for t in self.tasks) else None)
 
     def label_columns(self) -> list[str]:
         """Every column that the tasks read, once."""
         columns: list[str] = []
         for task in self.tasks:
             columns += [c for c in (task.label_column, task.mask, task.sample_weight) if c]
-        if self.request_column is not None:
-            columns.append(self.request_column)
+        columns += [c for c in (self.request_column, self.reward) if c is not None]
         return list(dict.fromkeys(columns))

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from mtcl_torchrec.data.batch import global_batches, iterate
+from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.finished import FinishedRun
 
@@ -74,9 +75,13 @@ class Recommender:
 
     @torch.no_grad()
     def score(self, frame: pd.DataFrame, batch_size: int = 8192) -> pd.DataFrame:
-        """Score and predictions for rows that have every input column, in their order."""
+        """Score and predictions for rows that have every input column, in their order.
+
+        Where the fused score compares the candidates of a request, the rows are taken for one request.
+        """
         model, rows, parts = self.run.model, self.run.encode(frame), []
-        for batch in iterate(rows, global_batches(len(rows), batch_size)):
+        size = len(rows) if compares_candidates(model) else batch_size
+        for batch in iterate(rows, global_batches(len(rows), size)):
             out = model(batch.dense_features, batch.sparse_features)
             pieces = model.output.parts(out, batch.sparse_features)
             columns = {t.name: pieces[t.name] if t.kind == "multiclass" else out[t.name] for t in model.tasks}

@@ -132,11 +132,14 @@ def read_step(
         overdue: rank 0's is told to all.
 
     Returns:
-        Losses of the global batch, by task and ``"total"``; and rank 0's `overdue`.
+        Losses of the global batch, by task, ``"total"`` and, where the fused score is trained, ``"score"``; and rank
+        0's `overdue`.
     """
     levels = [(n, level) for n, level in enumerate(train_module.model.tower.expert_levels(), 1)]
     sums = [(n, found) for n, level in levels if (found := gate_sums(level)) is not None]
-    losses = torch.cat([loss.detach().reshape(1), train_module.loss.last_task_losses])
+    of_score = train_module.loss.last_fused_loss
+    more = [] if of_score is None else [of_score.reshape(1)]
+    losses = torch.cat([loss.detach().reshape(1), train_module.loss.last_task_losses, *more])
     told = losses.new_tensor([float(overdue and where.first) * where.world_size])
     of_ranks = [losses, told, *(t for _, s in sums for t in (s.weights, s.native, s.entropy, s.rows))]
     values = torch.cat([t.double().flatten() for t in of_ranks])
@@ -146,7 +149,7 @@ def read_step(
     alike = [] if weighting is None else [weighting.mean_weights, weighting.clamped / weighting.seen]
     numbers = _Numbers(torch.cat([values, *(t.double() for t in alike)]).tolist())
     tasks = [task.name for task in train_module.model.tasks]
-    means = [value / where.world_size for value in numbers.take(len(tasks) + 2)]
+    means = [value / where.world_size for value in numbers.take(len(losses) + 1)]
     names = {n: _gate_names(level, tasks) for n, level in levels}
     gates = [use for n, s in sums for use in _gate_uses(n, names[n], s, numbers)]
     if weighting is not None:
@@ -156,7 +159,7 @@ def read_step(
     balance.gradients = [] if surgery is None else _agreements(surgery.statistics())
     balance._meet(gates)
     balance.readings += 1
-    return dict(zip(["total", *tasks], means, strict=False)), means[-1] > 0
+    return dict(zip(["total", *tasks, "score"], means[:-1], strict=False)), means[-1] > 0
 
 
 class _Numbers:

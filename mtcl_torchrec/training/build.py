@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -31,22 +30,23 @@ from mtcl_torchrec.modules.balance.weighting import (
     SmoothTchebycheff,
     UncertaintyWeighting,
 )
-from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, table_module_name
-from mtcl_torchrec.modules.fusion import WeightedMean
+from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, embedding_dims, table_module_name
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
-from mtcl_torchrec.schema import ConfigError, nearest, own_table
+from mtcl_torchrec.schema import ConfigError, own_table
+from mtcl_torchrec.training.fused import build_fused_score
+from mtcl_torchrec.training.imported import import_module
 
 
 def build_trunk(config: TrunkConfig) -> nn.Module:
     """The trunk of a configuration.
 
     Raises:
-        ConfigError: a trunk of one's own cannot be imported or made; see `import_trunk`.
+        ConfigError: a trunk of one's own cannot be imported or made; see `import_module`.
     """
     if config.import_path is not None:
-        return import_trunk(config.import_path, config.options)
+        return import_module(config.import_path, config.options, key="model.trunk")
     layers = config.expert_layers
     common: dict[str, Any] = {"norm": config.norm, "dropout": config.dropout}
     if config.kind == "shared_bottom":
@@ -70,47 +70,6 @@ def build_trunk(config: TrunkConfig) -> nn.Module:
     return STEM(layers, levels=config.levels or 1, **common)
 
 
-def import_trunk(path: str, options: dict[str, Any]) -> nn.Module:
-    """A trunk of one's own.  Importing its module runs the code in it.
-
-    Args:
-        path: ``module:Name``, Name being a class or function that makes an `nn.Module` of the signature in
-            `mtcl_torchrec.modules.trunks`.
-        options: its arguments.
-
-    Raises:
-        ConfigError: the module cannot be imported, has no such name, or what it makes is no trunk.
-
-    Example:
-        >>> import_trunk("mtcl_torchrec.modules.trunks:MMoe", {})
-        Traceback (most recent call last):
-            ...
-        mtcl_torchrec.schema.declared.ConfigError: model.trunk.kind: module 'mtcl_torchrec.modules.trunks' has no
-        'MMoe' (did you mean 'MMoE'?)
-    """
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module's own code raises
-        missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or " ")
-        why = "it is not installed nor on PYTHONPATH" if missing else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"model.trunk.kind: module {module_name!r} cannot be imported ({why})") from error
-    make = getattr(module, name, None)
-    if make is None:
-        raise ConfigError(f"model.trunk.kind: module {module_name!r} has no {name!r}{nearest(name, dir(module))}")
-    if not callable(make):
-        raise ConfigError(f"model.trunk.kind: {path} is a {type(make).__name__}, not a class or function")
-    try:
-        trunk = make(**options)
-    except Exception as error:
-        raise ConfigError(
-            f"model.trunk.options: {path} cannot be made of {options} ({type(error).__name__}: {error})"
-        ) from error
-    if not isinstance(trunk, nn.Module):
-        raise ConfigError(f"model.trunk.kind: {path} makes a {type(trunk).__name__}, not a torch.nn.Module")
-    return trunk
-
-
 def build_model(
     config: ModelConfig,
     encoder: FeatureEncoder,
@@ -125,17 +84,12 @@ def build_model(
     Args:
         config: the model part of a run.
         encoder: fitted; tells vocabularies, dense columns and label scales.
-        fusion: weights of the fused score; None weighs every binary task the same, or all tasks where none is binary.
+        fusion: the fused score, see `build_fused_score`.
         seed: of the dense parameters, so that every rank starts from the same.
         table_device: where the embedding tables live until they are sharded.
         precision: of everything after the embeddings, in training and afterwards.
     """
     tasks = encoder.resolved_tasks()
-    if fusion is None:
-        binary = [task.name for task in tasks if task.kind == "binary"]
-        weights = dict.fromkeys(binary or [task.name for task in tasks], 1.0)
-    else:
-        weights = fusion.weights
 
     def cross(width: int) -> nn.Module:
         return LowRankCrossNet(width, config.cross_layers, low_rank=min(config.cross_rank, width))
@@ -143,14 +97,17 @@ def build_model(
     epnet, ppnet = config.epnet, config.ppnet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        tables = build_embedding_bag_collection(
+            encoder.schema, encoder.num_embeddings, table_device, config.copied_tables(encoder.schema)
+        )
+        with torch.random.fork_rng(devices=[]):  # the rest starts the same whatever fuses it
+            fused_score = build_fused_score(fusion, tasks, encoder=encoder, dims=embedding_dims(tables))
         return MTCL(
-            build_embedding_bag_collection(
-                encoder.schema, encoder.num_embeddings, table_device, config.copied_tables(encoder.schema)
-            ),
+            tables,
             len(encoder.dense_groups),
             build_trunk(config.trunk),
             tasks,
-            WeightedMean(weights),
+            fused_score,
             interaction=cross if config.cross_layers else None,
             tower_layers=config.tower_layers,
             embedding_dropout=config.embedding_dropout,

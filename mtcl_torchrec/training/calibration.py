@@ -29,7 +29,7 @@ from mtcl_torchrec.modules.calibration import (
     UnitInterval,
 )
 from mtcl_torchrec.schema import ConfigError, Task
-from mtcl_torchrec.training.directory import FUSION
+from mtcl_torchrec.training.directory import CALIBRATION
 from mtcl_torchrec.training.fitted import save_state
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.sharding import Ranks
@@ -135,7 +135,7 @@ def calibrate_run(
             only=_changed(calibration),
         )
     if where.first:
-        save_state(folder / FUSION, model.output, {"calibration": result.to_json()})
+        save_state(folder / CALIBRATION, calibration, result.to_json())
     where.barrier()
     return result
 

@@ -18,7 +18,8 @@ WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
 
 PREPROCESSING = "preprocessing"
 CATALOGUE = "catalogue"
-FUSION = "fusion"  # what is fitted after training: calibration and fused score
+CALIBRATION = "calibration"  # what training ends with, on the validation split
+FUSION = "fusion"  # what `mtcl fuse` found
 
 Existing = Literal["refuse", "overwrite", "resume"]
 

@@ -13,21 +13,21 @@ from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.models import MTCL
-from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.calibration import build_calibration
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
 from mtcl_torchrec.training.directory import (
+    CALIBRATION,
     CATALOGUE,
     CHECKPOINTS,
-    FUSION,
     PREPROCESSING,
     WEIGHTS_PREFIX,
     readable_folder,
 )
 from mtcl_torchrec.training.fitted import load_state
+from mtcl_torchrec.training.fused import is_learned
 
 
 @dataclass
@@ -52,7 +52,8 @@ class FinishedRun:
     def load(cls, folder: str | Path) -> FinishedRun:
         """Read a run directory, also one whose training was interrupted after an epoch was kept.
 
-        Its run.yaml may name a trunk by its import path, which is then imported: trust the directory as you trust code.
+        Its run.yaml may name a trunk or a fused score by its import path, which is then imported: trust the directory
+        as you trust code.
 
         Raises:
             DataError: the folder holds no run that has kept an epoch.
@@ -79,13 +80,14 @@ class FinishedRun:
             table_device="cpu",
             precision=config.training.precision,
         )
-        load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
-        if config.calibration is not None and readable_folder(folder / FUSION).is_dir():
-            model.output.calibration = build_calibration(config.calibration, preprocessor.encoder)
-            load_state(folder / FUSION, model.output)
         fused = model.output.fused_score
-        if config.fusion is not None and isinstance(fused, WeightedMean):
-            fused.set_weights(config.fusion.weights)  # those of run.yaml, which may be edited without training
+        if not is_learned(config.fusion):
+            model.output.fused_score = None  # it is what run.yaml says, which may be edited without training
+        load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
+        model.output.fused_score = fused
+        if config.calibration is not None and readable_folder(folder / CALIBRATION).is_dir():
+            model.output.calibration = build_calibration(config.calibration, preprocessor.encoder)
+            load_state(folder / CALIBRATION, model.output.calibration)
         return cls(config, preprocessor, model.eval(), catalogue, finished=(folder / "metrics.json").is_file())
 
     def encode(self, frame: pd.DataFrame) -> EncodedRows:

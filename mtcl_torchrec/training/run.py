@@ -42,6 +42,7 @@ from mtcl_torchrec.training.checkpoint.store import (
 )
 from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
+    CALIBRATION,
     CATALOGUE,
     CHECKPOINTS,
     FUSION,
@@ -54,6 +55,7 @@ from mtcl_torchrec.training.directory import (
     replace_folder,
     sign_run_directory,
 )
+from mtcl_torchrec.training.fused import build_fused_loss
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
@@ -253,6 +255,7 @@ def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where:
         loss_weighting=build_loss_weighting(run.balance.weighting, len(model.tasks)),
         gradient_surgery=build_surgery(run.balance.surgery, seed=config.seed),
         regularisers=config.regularisers.model_dump(),
+        fused_loss=build_fused_loss(run.fusion.train if run.fusion else None, run.data_schema),
         seed=config.seed,
     )
     sharded, optimizer = parallelise(
@@ -291,7 +294,9 @@ def _open_directory(
         for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
-        for part in (FUSION, FUSION + ".old"):  # fitted for weights that are going to change
+        for part in (
+            of + end for of in (CALIBRATION, FUSION) for end in ("", ".old")
+        ):  # fitted for weights that are going to change
             shutil.rmtree(folder / part, ignore_errors=True)
         sign_run_directory(folder)
         replace_file(folder / "run.yaml", dump_run(_with_paths_from(run, folder)))

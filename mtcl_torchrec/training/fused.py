@@ -1,0 +1,139 @@
+"""The fused score that a run's configuration describes, and what it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from mtcl_torchrec.config import FusedLossConfig, FusionConfig
+from mtcl_torchrec.config.fusion import LEARNED
+from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.modules.fusion import (
+    Borda,
+    ContextGatedMean,
+    DenseNumber,
+    ExpectedValue,
+    FusedLoss,
+    HardVoting,
+    MonotoneNetwork,
+    PowerProduct,
+    ReciprocalRankFusion,
+    SoftVoting,
+    Stacking,
+    TopKVoting,
+    WeightedGeometricMean,
+    WeightedMean,
+)
+from mtcl_torchrec.schema import ConfigError, Schema, Task
+from mtcl_torchrec.training.imported import import_module
+
+# The kinds whose options are named as the arguments of their class.
+_CLASSES: dict[str, Any] = {
+    "weighted_mean": (WeightedMean, ()),
+    "weighted_geometric_mean": (WeightedGeometricMean, ("floor",)),
+    "power_product": (PowerProduct, ("bases", "exponents")),
+    "soft_voting": (SoftVoting, ("thresholds", "temperature")),
+    "hard_voting": (HardVoting, ("thresholds",)),
+    "top_k_voting": (TopKVoting, ("k", "temperature")),
+    "borda": (Borda, ()),
+    "reciprocal_rank": (ReciprocalRankFusion, ("k",)),
+}
+
+
+def build_fused_score(
+    config: FusionConfig | None,
+    tasks: Sequence[Task],
+    *,
+    encoder: FeatureEncoder | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """The fused score of a configuration.
+
+    Args:
+        config: None weighs every binary task the same, or all tasks where none is binary.
+        tasks: the model's.
+        encoder: fitted; where the score reads dense features (``numbers``, ``features``).
+        dims: width of each pooled embedding of the model by its key; where the score reads any (``features``).
+
+    Raises:
+        ConfigError: a score of one's own cannot be imported or made, or does not name its tasks; the configuration
+            reads features, and nobody told of them.
+
+    Example:
+        >>> build_fused_score(FusionConfig(kind="stacking"), [Task.binary("click"), Task.binary("like")]).tasks
+        ('click', 'like')
+    """
+    if config is None:
+        binary = [task.name for task in tasks if task.kind == "binary"]
+        return WeightedMean(dict.fromkeys(binary or [task.name for task in tasks], 1.0))
+    if config.import_path is not None:
+        return _imported(config.import_path, config.options)
+    if config.kind == "stacking":
+        return Stacking(config.weights or {task.name: 1 / len(tasks) for task in tasks})
+    if config.kind == "monotone_network":
+        return MonotoneNetwork(config.signs or {}, **_given(config, "hidden"))
+    weights = config.weights or {}
+    if config.kind == "expected_value":
+        numbers = {task: _number(name, encoder) for task, name in (config.numbers or {}).items()}
+        return ExpectedValue(weights, numbers=numbers, **_given(config, "given", "scale"))
+    if config.kind == "context_gated_mean":
+        read = _features(config.features or [], encoder, dims)
+        return ContextGatedMean(weights, **read, hidden=16 if config.hidden is None else config.hidden[0])
+    make, options = _CLASSES[config.kind]
+    return make(weights, **_given(config, *options))
+
+
+def _given(config: FusionConfig, *options: str) -> dict[str, Any]:
+    """Options that were given; the class knows the defaults of the others."""
+    return {name: value for name in options if (value := getattr(config, name)) is not None}
+
+
+def _imported(path: str, options: dict[str, Any]) -> nn.Module:
+    made = import_module(path, options, key="fusion")
+    tasks = getattr(made, "tasks", None)
+    if not isinstance(tasks, (tuple, list)) or not all(isinstance(task, str) for task in tasks):
+        raise ConfigError(f"fusion.kind: {path} makes a module without an attribute tasks, the names that it needs")
+    return made
+
+
+def _number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
+    """A dense feature in its own unit."""
+    if encoder is None:
+        raise ConfigError(f"fusion.numbers: {name!r} is read from the dense features, which needs the encoder")
+    column, mean, std = encoder.dense_scale(name)
+    transform = next(f.transform for f in encoder.schema.dense_features if f.name == name)
+    return DenseNumber(column, mean, std, transform)
+
+
+def _features(names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None) -> dict[str, Any]:
+    """The pooled embeddings and dense columns of features, as a `ContextGatedMean` takes them."""
+    if encoder is None or dims is None:
+        raise ConfigError("fusion.features: they are read from the model's inputs, which needs the encoder and dims")
+    dense = {feature.name for feature in encoder.schema.dense_features}
+    tasks = {task.name.replace(".", "_") for task in encoder.schema.tasks}
+    features: dict[str, int] = {}
+    for name in names:
+        # Where tasks have tables of their own, those shared by all are read.
+        keys = [key for key in dims if key.split("@")[0] == name]
+        features |= {key: dims[key] for key in keys if key.count("@") < 2 or key.rsplit("@", 1)[1] not in tasks}
+    return {"features": features, "dense_columns": [encoder.dense_scale(name)[0] for name in names if name in dense]}
+
+
+def build_fused_loss(config: FusedLossConfig | None, schema: Schema) -> FusedLoss | None:
+    """What the fused score learns from, if it does.
+
+    Args:
+        schema: tells the tasks from the columns.
+    """
+    if config is None:
+        return None
+    return FusedLoss(
+        config.values(schema), weight=config.weight, heads=config.heads, loss=config.loss, missing=config.missing
+    )
+
+
+def is_learned(config: FusionConfig | None) -> bool:
+    """Whether training changed the fused score, or may have: a kind that learns, or one of one's own."""
+    return config is not None and (config.kind in LEARNED or config.import_path is not None)
