@@ -294,10 +294,9 @@ def _open_directory(
         for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
-        for part in (
-            of + end for of in (CALIBRATION, FUSION) for end in ("", ".old")
-        ):  # fitted for weights that are going to change
-            shutil.rmtree(folder / part, ignore_errors=True)
+        for part in (CALIBRATION, FUSION):  # fitted for weights that are going to change
+            for fitted in (folder / part, folder / f"{part}.old"):
+                shutil.rmtree(fitted, ignore_errors=True)
         sign_run_directory(folder)
         replace_file(folder / "run.yaml", dump_run(_with_paths_from(run, folder)))
         replace_folder(folder / PREPROCESSING, preprocessor.save)
