@@ -64,8 +64,8 @@ def fit_fusion(
         held_out: predictions for rows that the model was not trained on.
         values: task -> what its event is worth; needed by ``value@K`` and ``ndcg@K``.  A task of negative value gets no
             positive weight from a search.
-        target: see `mtcl_torchrec.fusing.targets.parse_target`; or a function of one's own, (held-out rows, scores (N,))
-            -> a number, or (R,) numbers by request.
+        target: see `mtcl_torchrec.fusing.targets.parse_target`; or a function of one's own, (held-out rows, scores
+            (N,)) -> a number, or (R,) numbers by request.
         combiners: kinds by name, or a `Combiner`; the default is `mtcl_torchrec.fusing.combiners.resolved`'s.
         tasks: those that enter the score; by default those of `values`, `influence` and constrained weights, or, with
             none of them, all.
@@ -87,15 +87,13 @@ def fit_fusion(
             came.
 
     Example:
+        >>> import torch
         >>> from mtcl_torchrec.data.impressions import draw_impressions
         >>> rows = draw_impressions(200, 10)
         >>> held_out = HeldOut(rows.probability, rows.labels, rows.request)
-        >>> fitted = fit_fusion(held_out, values=rows.values, search="none", combiners=["weighted_mean"], front_points=0)
-        >>> fitted.fused_score(  # doctest: +SKIP
-        ...     {"click": ..., "like": ..., "buy": ..., "report": ...}
-        ... )
-        >>> sorted(fitted.weights)
-        ['buy', 'click', 'like', 'report']
+        >>> fitted = fit_fusion(held_out, values=rows.values, search="none", front_points=0)
+        >>> fitted.method, fitted.fused_score({task: torch.full((1,), 0.5) for task in fitted.weights}).shape
+        ('values', torch.Size([1]))
     """
     entering = _entering(held_out, tasks, values, influence, constraints)
     goal = parse_target(target, values, held_out.labels)
@@ -209,12 +207,11 @@ def _candidates(
     """What is tried of one combiner."""
     combiner, signs, feature = problem.combiner, problem.signs, problem.combiner.feature
     tasks = list(signs)
-    adjust = problem.adjust
     is_mean = combiner.name == "weighted_mean"
     alike = {task: float(signs[task] or 1) for task in tasks}
-    found: dict[str, Callable[[HeldOut], Weights]] = {"all alike": lambda rows: alike}
+    found: dict[str, Callable[[HeldOut], Weights]] = {"all alike": partial(_given, alike)}
     if values and any(values.get(task) for task in tasks):
-        found["values"] = lambda rows: {task: float(values.get(task, 0.0)) for task in tasks}
+        found["values"] = partial(_given, {task: float(values.get(task, 0.0)) for task in tasks})
     if feature is not None and (values or (isinstance(target, str) and ":" in target)):
         task = None if values else str(target).partition(":")[2]
 
@@ -224,20 +221,27 @@ def _candidates(
             return weights if is_mean else unit(weights)
 
         found["stacking"] = stacked
-    adjusted = {name: (lambda rows, of=of: adjust(rows, of(rows))) for name, of in found.items()}
+    adjusted = {name: _then(of, problem.adjust) for name, of in found.items()}
     if search != "none" and len(tasks) > 1:
 
         def searched(rows: HeldOut) -> Weights:
             starts = [of(rows) for of in found.values()] + [{task: alike[task]} for task in tasks]
-            return search_weights(
-                problem, rows, starts, search=search, trials=trials, seed=seed, progress=work.step
-            )
+            return search_weights(problem, rows, starts, search=search, trials=trials, seed=seed, progress=work.step)
 
         adjusted["search"] = searched
     candidates = [_Candidate(combiner, method, of) for method, of in adjusted.items()]
     if is_mean and not influence:
-        candidates += [_Candidate(combiner, f"head {task}", lambda rows, t=task: {t: alike[t]}) for task in tasks]
+        heads: dict[str, Weights] = {task: {task: alike[task]} for task in tasks}
+        candidates += [_Candidate(combiner, f"head {task}", partial(_given, heads[task])) for task in tasks]
     return candidates
+
+
+def _given(weights: Weights, held_out: HeldOut) -> Weights:
+    return weights
+
+
+def _then(of: Callable[[HeldOut], Weights], adjust: Callable[[HeldOut, Weights], Weights]) -> Callable:
+    return lambda held_out: adjust(held_out, of(held_out))
 
 
 def _try(

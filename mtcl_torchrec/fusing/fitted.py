@@ -116,23 +116,10 @@ class FittedFusion:
             One line each, the fused score first: name, target, error, and how much better than this line the fused
             score is, request by request: better, better_error.
         """
-        scores = held_out.scores(self.fused_score)
-        others = {f"head {task}": self.values_sign(task) * held_out.parts[task] for task in self.weights}
-        lines = []
-        for name, other in {"fused": scores, **others, **held_out.rankings}.items():
-            mean, error = self.target.with_error(held_out, other)
-            better, better_error = self.target.difference(held_out, scores, other)
-            lines.append(
-                {"name": name, "target": mean, "error": error, "better": better, "better_error": better_error}
-            )
-        return pd.DataFrame(lines)
-
-    def values_sign(self, task: str) -> float:
-        """-1 for a task whose event costs something."""
-        return -1.0 if self.values.get(task, 0.0) < 0 else 1.0
+        return compare(held_out, self.fused_score, self.target, list(self.weights), self.values)
 
     def task_losses(self, held_out: HeldOut) -> pd.DataFrame:
-        """AUC of each task's own head, and of the fused score for the same labels: over all rows and within requests."""
+        """AUC of each task's own head and of the fused score, for the same labels: over all rows, within requests."""
         scores = held_out.scores(self.fused_score)
         lines = []
         for task in self.weights:
@@ -167,6 +154,25 @@ class FittedFusion:
         draw_front(self, path)
 
 
+def compare(
+    held_out: HeldOut, fused_score: nn.Module, target: Target, tasks: list[str], values: Mapping[str, float]
+) -> pd.DataFrame:
+    """A fused score beside each task's own head and the other rankings; see `FittedFusion.compare`.
+
+    Args:
+        tasks: whose heads it is compared with.
+        values: task -> what its event is worth; the head of what costs something ranks the other way round.
+    """
+    scores = held_out.scores(fused_score)
+    heads = {f"head {t}": (-1.0 if values.get(t, 0.0) < 0 else 1.0) * held_out.parts[t] for t in tasks}
+    lines = []
+    for name, other in {"fused": scores, **heads, **held_out.rankings}.items():
+        mean, error = target.with_error(held_out, other)
+        better, better_error = target.difference(held_out, scores, other)
+        lines.append({"name": name, "target": mean, "error": error, "better": better, "better_error": better_error})
+    return pd.DataFrame(lines)
+
+
 def _plain(value: Any) -> Any:
     """For JSON."""
     if isinstance(value, Mapping):
@@ -176,5 +182,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-

@@ -1,4 +1,4 @@
-"""What a fusion is fitted on: predictions for rows that the model was not trained on, with their labels and requests."""
+"""What a fusion is fitted on: predictions for rows that the model was not trained on, labels, and requests."""
 
 from __future__ import annotations
 
@@ -81,6 +81,11 @@ class HeldOut:
         return rows_by_request(self.request)[0]
 
     @property
+    def rows_of_requests(self) -> np.ndarray:
+        """(R,) how many rows each request has."""
+        return np.bincount(self.numbers)
+
+    @property
     def requests(self) -> int:
         """R, how many requests there are."""
         return int(self.numbers.max()) + 1
@@ -91,6 +96,10 @@ class HeldOut:
         clusters = np.empty(self.requests, np.int64)
         clusters[self.numbers] = self.numbers if self.user is None else self.user
         return clusters
+
+    @cached_property
+    def _happened(self) -> Arrays:
+        return {task: np.nan_to_num(label) for task, label in self.labels.items()}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -120,7 +129,7 @@ class HeldOut:
         for task in values:
             if task not in self.labels:
                 raise ConfigError(f"values: no labels of a task {task!r}{nearest(task, self.labels)}")
-        return np.sum([v * np.nan_to_num(self.labels[task]) for task, v in values.items()], axis=0)
+        return np.sum([v * self._happened[task] for task, v in values.items()], axis=0)
 
     def folds(self, count: int, *, seed: int = 0) -> np.ndarray:
         """(N,) which of `count` folds a row is in; all rows of a user (without users: of a request) are in one.
@@ -138,7 +147,9 @@ class HeldOut:
         there = int(of_row.max()) + 1
         if not 2 <= count <= there:
             what = "requests" if self.user is None else "users"
-            raise ConfigError(f"folds: {count} folds over {there:,} {what}; at least 2 are needed, and one in each fold")
+            raise ConfigError(
+                f"folds: {count} folds over {there:,} {what}; at least 2 are needed, and one in each fold"
+            )
         fold = np.arange(there) % count
         np.random.default_rng(seed).shuffle(fold)
         return fold[of_row]

@@ -21,9 +21,16 @@ def rows_by_request(request: np.ndarray) -> tuple[np.ndarray, int]:
     return numbers, len(keys)
 
 
+def _in_order(request: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Rows by request, within it by rising `by`; sorting integers twice is faster than `numpy.lexsort` on floats."""
+    place = np.empty(len(by), np.int64)
+    place[np.argsort(by)] = np.arange(len(by))
+    return np.argsort(request * len(by) + place)
+
+
 def _ranked(request: np.ndarray, scores: np.ndarray, gains: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Rows from the best to the worst within each request: request, place from 0, and gain, tied rows sharing theirs."""
-    order = np.lexsort((-scores, request))
+    """Rows from best to worst within each request: request, place from 0, and gain; tied rows share theirs."""
+    order = _in_order(request, -scores)
     r, s = request[order], scores[order]
     new_request = np.r_[True, r[1:] != r[:-1]]
     first = np.flatnonzero(new_request)
@@ -59,7 +66,7 @@ def value_at_k(request: np.ndarray, scores: np.ndarray, reward: np.ndarray, k: i
 
 
 def ndcg_at_k(request: np.ndarray, scores: np.ndarray, reward: np.ndarray, k: int) -> np.ndarray:
-    """Normalised discounted cumulative gain of each request (Järvelin & Kekäläinen, TOIS 2002), with 1 / log₂(1 + rank).
+    """Normalised discounted cumulative gain of each request (Järvelin & Kekäläinen, TOIS 2002), by 1 / log₂(1 + rank).
 
     A gain is the reward, or 0 where that is negative: NDCG is not defined for negative gains.
 
@@ -83,7 +90,7 @@ def ndcg_at_k(request: np.ndarray, scores: np.ndarray, reward: np.ndarray, k: in
 
 
 def auc_by_request(request: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUC of each request and its number of rows; their weighted mean is the grouped AUC (Zhou et al., KDD 2018, eq. 7).
+    """AUC of each request and its number of rows; the weighted mean is the grouped AUC (Zhou et al., KDD 2018, eq. 7).
 
     Args:
         labels: (N,) 0 or 1; rows where it is missing (NaN) are left out.
@@ -98,7 +105,7 @@ def auc_by_request(request: np.ndarray, scores: np.ndarray, labels: np.ndarray) 
     count = int(request.max(initial=-1)) + 1
     known = ~np.isnan(labels)
     request, scores, labels = request[known], scores[known], labels[known]
-    order = np.lexsort((scores, request))
+    order = _in_order(request, scores)
     r, s, y = request[order], scores[order], labels[order]
     rows, positives = np.bincount(r, minlength=count).astype(float), np.bincount(r, y, minlength=count)
     if len(r) == 0:

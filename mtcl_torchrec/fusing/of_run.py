@@ -80,7 +80,7 @@ def held_out_of(
 
     Args:
         rows: with the columns of `columns_needed`.
-        session_minutes: a user who does nothing for longer begins a new session.
+        session_minutes: a user who does nothing for longer begins a new session; 0: all rows of a user are one request.
         context: whether dense features and embeddings are kept, for a fused score that depends on them.
 
     Raises:
@@ -116,9 +116,7 @@ def held_out_of(
     return held_out
 
 
-def _requests(
-    schema: Schema, rows: Rows, session_minutes: float
-) -> tuple[np.ndarray, np.ndarray | None, str]:
+def _requests(schema: Schema, rows: Rows, session_minutes: float) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Request and user of each row as (N,) float, NaN where not known, and what a request is in words."""
     user = user_groups(schema, rows.frame)
     if schema.request is not None:
@@ -130,13 +128,17 @@ def _requests(
         return request, user, "request"
     if user is None:
         raise ConfigError("a fusion ranks the rows of a request: the schema needs a request, or a user")
-    if schema.time is None:
+    if schema.time is None or session_minutes == 0:
         return user, user, "user"
     times = time_values(rows.frame, schema.time, rows).astype(float)
     known = ~np.isnan(user)
     request = np.full(len(user), np.nan)
     if known.any():
-        gap = session_minutes * 60 * _per_second(times, schema.time, pd.api.types.is_numeric_dtype(rows.frame[schema.time]))
+        gap = (
+            session_minutes
+            * 60
+            * _per_second(times, schema.time, pd.api.types.is_numeric_dtype(rows.frame[schema.time]))
+        )
         request[known] = sessions(user[known], times[known], gap)
     return request, user, f"session (of a user, {session_minutes:g} min apart)"
 

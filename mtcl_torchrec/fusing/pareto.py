@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +80,7 @@ def not_dominated(losses: np.ndarray) -> np.ndarray:
 
 
 def draw_front(fitted: FittedFusion, path: str | Path) -> None:
-    """A panel for each task: its loss to the right, the target upwards; front, chosen and tried rankings marked.
+    """A panel for each task: its loss to the right, the target upwards, and the front of the two.
 
     Raises:
         ConfigError: there is no front, or matplotlib is not installed.
@@ -94,23 +94,27 @@ def draw_front(fitted: FittedFusion, path: str | Path) -> None:
         raise ConfigError("a picture needs matplotlib: pip install 'mtcl_torchrec[plots]'") from None
     frame = fitted.front
     tasks = [column.removeprefix("loss ") for column in frame.columns if column.startswith("loss ")]
-    columns = min(len(tasks), 3) or 1
+    columns = 2 if len(tasks) in (2, 4) else min(len(tasks), 3) or 1
     rows = math.ceil(len(tasks) / columns) or 1
     figure = Figure(figsize=(4.2 * columns + 0.6, 3.4 * rows + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
     chosen = frame["name"] == fitted.chosen.name
     heads = frame["name"].str.startswith("head ")
-    others = (frame["name"] != "") & ~chosen & ~heads
-    groups = [
-        ("drawn at random", ~frame["front"] & (frame["name"] == ""), {"color": "0.8", "s": 10}),
-        ("Pareto front", frame["front"] & (frame["name"] == ""), {"color": "tab:blue", "s": 16}),
-        ("one head alone", heads, {"color": "tab:green", "marker": "s", "s": 28}),
-        ("other weights tried", others, {"color": "tab:orange", "marker": "^", "s": 36}),
+    groups: list[tuple[str, pd.Series, dict[str, Any]]] = [
+        ("weights drawn at random", frame["name"] == "", {"color": "0.75", "s": 12}),
+        ("one head alone", heads & ~chosen, {"color": "tab:green", "marker": "s", "s": 28}),
+        ("other weights tried", (frame["name"] != "") & ~chosen & ~heads,
+         {"color": "tab:orange", "marker": "^", "s": 36}),
         ("chosen", chosen, {"color": "tab:red", "marker": "*", "s": 170, "edgecolors": "white", "linewidths": 0.6}),
-    ]
+    ]  # fmt: skip
     for number, task in enumerate(tasks):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        line = frame.sort_values(f"loss {task}")
+        axes.step(
+            line[f"loss {task}"], line["target"].cummax(), where="post", color="tab:blue", linewidth=1.2, zorder=1,
+            label="the most to be had for this loss" if number == 0 else None,
+        )  # fmt: skip
         for label, mask, style in groups:
             axes.scatter(
                 frame.loc[mask, f"loss {task}"], frame.loc[mask, "target"],
@@ -123,5 +127,5 @@ def draw_front(fitted: FittedFusion, path: str | Path) -> None:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
     figure.suptitle(f"{fitted.target.name} and what each task's ranking loses", fontsize=12)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(5, 2 * columns), fontsize=8, frameon=False)
     figure.savefig(str(path), dpi=130)

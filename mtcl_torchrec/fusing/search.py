@@ -1,10 +1,10 @@
-"""Weights by search: TPE or CMA-ES of `optuna` on the target itself, kept to constraints by a penalty."""
+"""Weights by search on the target itself, TPE of `optuna` or CMA-ES of `cmaes`, kept to constraints by a penalty."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from mtcl_torchrec.fusing.targets import Constraint, Target
 from mtcl_torchrec.schema import ConfigError
 
 Search = Literal["auto", "tpe", "cma", "none"]
+Point = dict[str, float]
 
 _MANY_TRIALS = 200  # from which on CMA-ES, which learns slower and finds more, is the usual choice
+_MISSING = "search {search} needs {library}: pip install 'mtcl_torchrec[tune]', or search none, which needs nothing"
 _PENALTY = 1e6  # what breaks a constraint is worse than all that does not
 
 
@@ -41,7 +43,7 @@ class Problem:
         """The target; where a constraint is broken, a number far below it that rises towards keeping to it."""
         scores = held_out.scores(self.combiner.build(weights))
         found = [c.violation(c.of(held_out, scores, unit(weights))) for c in self.constraints]
-        broken = float(np.sum([min(v, _PENALTY) / (abs(c.bound) or 1.0) for v, c in zip(found, self.constraints, strict=True)]))
+        broken = sum(min(v, 1e3) / (abs(c.bound) or 1.0) for v, c in zip(found, self.constraints, strict=True))
         if broken > 0:
             return -_PENALTY * (1 + broken)
         value = self.target(held_out, scores)
@@ -107,7 +109,7 @@ def search_weights(
     def value_of(point: dict[str, float]) -> float:
         nonlocal best
         if not any(point.values()):
-            return -_PENALTY**2
+            return -(_PENALTY**2)
         weights = as_weights(point)
         value = problem.judged(held_out, weights)
         if best is None or value > best[0]:
@@ -115,41 +117,63 @@ def search_weights(
         return value
 
     known = [(value_of(point), point) for point in points]
-    study, distributions = _study(search, trials, seed, tasks, lower, upper, known)
-    for _ in range(trials):
-        trial = study.ask(distributions)
-        study.tell(trial, value_of(trial.params))
-        progress()
+    if search == "cma" or (search == "auto" and trials >= _MANY_TRIALS):
+        middle = max(known, key=lambda pair: pair[0])[1] if known else {t: (lower[t] + upper[t]) / 2 for t in tasks}
+        _evolve(value_of, middle, lower, upper, trials, seed, progress)
+    else:
+        _estimate(value_of, known, lower, upper, trials, seed, progress)
     assert best is not None
     return best[1]
 
 
-def _study(
-    search: Search,
+def _evolve(
+    value_of: Callable[[Point], float],
+    middle: Point,
+    lower: Point,
+    upper: Point,
     trials: int,
     seed: int,
-    tasks: list[str],
-    lower: dict[str, float],
-    upper: dict[str, float],
-    known: list[tuple[float, dict[str, float]]],
-) -> tuple[Any, dict[str, Any]]:
-    """A study of optuna that knows the starting points, and the space it draws from."""
+    progress: Callable[[], object],
+) -> None:
+    """CMA-ES from a point on."""
+    try:
+        from cmaes import CMA  # type: ignore[import-untyped]
+    except ImportError:
+        raise ConfigError(_MISSING.format(search="cma", library="cmaes")) from None
+    tasks = list(middle)
+    bounds = np.array([(lower[task], upper[task]) for task in tasks])
+    optimizer = CMA(mean=np.array(list(middle.values())), sigma=0.2, bounds=bounds, seed=seed)
+    told: list[tuple[np.ndarray, float]] = []
+    for _ in range(trials):
+        x = optimizer.ask()
+        told.append((x, -value_of(dict(zip(tasks, x.tolist(), strict=True)))))
+        progress()
+        if len(told) == optimizer.population_size:
+            optimizer.tell(told)
+            told = []
+
+
+def _estimate(
+    value_of: Callable[[Point], float],
+    known: list[tuple[float, Point]],
+    lower: Point,
+    upper: Point,
+    trials: int,
+    seed: int,
+    progress: Callable[[], object],
+) -> None:
+    """TPE, told of the points that are known."""
     try:
         import optuna
     except ImportError:
-        raise ConfigError("a search of weights needs optuna: pip install 'mtcl_torchrec[tune]', or search='none'") from None
+        raise ConfigError(_MISSING.format(search="tpe", library="optuna")) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {task: optuna.distributions.FloatDistribution(lower[task], upper[task]) for task in tasks}
-    if search == "cma" or (search == "auto" and trials >= _MANY_TRIALS):
-        try:
-            import cmaes  # noqa: F401
-        except ImportError:
-            raise ConfigError("search 'cma' needs cmaes: pip install 'mtcl_torchrec[tune]', or search='tpe'") from None
-        middle = max(known, key=lambda pair: pair[0])[1] if known else None
-        sampler: Any = optuna.samplers.CmaEsSampler(x0=middle, sigma0=0.2, seed=seed, n_startup_trials=0)
-    else:
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    space = {task: optuna.distributions.FloatDistribution(lower[task], upper[task]) for task in lower}
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for value, point in known:
-        study.add_trial(optuna.trial.create_trial(params=point, distributions=distributions, value=value))
-    return study, distributions
+        study.add_trial(optuna.trial.create_trial(params=point, distributions=dict(space), value=value))
+    for _ in range(trials):
+        trial = study.ask(dict(space))
+        study.tell(trial, value_of(trial.params))
+        progress()

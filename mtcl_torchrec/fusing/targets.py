@@ -66,7 +66,8 @@ def parse_target(target: str | OfRows, values: Values | None, tasks: Iterable[st
         >>> parse_target("value@five", None, ["click"])
         Traceback (most recent call last):
             ...
-        mtcl_torchrec.schema.declared.ConfigError: no target 'value@five'; there are value@K, ndcg@K, gauc:TASK, auc:TASK
+        mtcl_torchrec.schema.declared.ConfigError: no target 'value@five'; there are value@K, ndcg@K, gauc:TASK,
+        auc:TASK
     """
     if not isinstance(target, str):
         return Target(getattr(target, "__name__", "target"), target)

@@ -121,7 +121,7 @@ def weights_of_influence(
         budget.append(1 - total)
     a = np.stack(columns)
     c, t = a @ covariance @ a.T, np.array(budget)
-    if (still := [name for name, v in zip([*influence, "the others"], np.diag(c), strict=False) if v <= 1e-18]):
+    if still := [name for name, v in zip([*influence, "the others"], np.diag(c), strict=False) if v <= 1e-18]:
         raise ConfigError(f"influence: the part of {still[0]} is the same in all rows of each request")
     w = 1 / np.sqrt(np.diag(c))
     for _ in range(_ROUNDS):

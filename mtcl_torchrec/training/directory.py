@@ -18,6 +18,7 @@ WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
 
 PREPROCESSING = "preprocessing"
 CATALOGUE = "catalogue"
+FUSION = "fusion"  # what is fitted after training: calibration and fused score
 
 Existing = Literal["refuse", "overwrite", "resume"]
 

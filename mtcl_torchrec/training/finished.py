@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mtcl_torchrec.config import RunConfig, parse_run
+from mtcl_torchrec.config import FusionConfig, RunConfig, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -19,6 +19,7 @@ from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
 from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING, WEIGHTS_PREFIX, readable_folder
+from mtcl_torchrec.training.fitted_fusion import load_fusion
 
 
 @dataclass
@@ -31,6 +32,7 @@ class FinishedRun:
         model: in eval mode, on the CPU.
         catalogue: what it knows of users and items; None where the schema names no user or item.
         finished: False where training was interrupted; the model is that of its best epoch so far.
+        fusion: what it ranks by: fitted after training (``mtcl fuse``), or else as declared; None where neither is.
     """
 
     config: RunConfig
@@ -38,6 +40,7 @@ class FinishedRun:
     model: MTCL
     catalogue: Catalogue | None
     finished: bool = True
+    fusion: FusionConfig | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> FinishedRun:
@@ -71,10 +74,11 @@ class FinishedRun:
             precision=config.training.precision,
         )
         load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
-        fused = model.output.fused_score
-        if config.fusion is not None and isinstance(fused, WeightedMean):
+        fitted, fused = load_fusion(folder, model), model.output.fused_score
+        if fitted is None and config.fusion is not None and isinstance(fused, WeightedMean):
             fused.set_weights(config.fusion.weights)  # those of run.yaml, which may be edited without training
-        return cls(config, preprocessor, model.eval(), catalogue, finished=(folder / "metrics.json").is_file())
+        finished = (folder / "metrics.json").is_file()
+        return cls(config, preprocessor, model.eval(), catalogue, finished, fitted or config.fusion)
 
     def encode(self, frame: pd.DataFrame) -> EncodedRows:
         """Encode rows to be scored."""

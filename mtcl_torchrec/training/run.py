@@ -42,6 +42,7 @@ from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
     CATALOGUE,
     CHECKPOINTS,
+    FUSION,
     MARKER,
     PREPROCESSING,
     Existing,
@@ -268,6 +269,8 @@ def _open_directory(
         for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
+        for part in (FUSION, FUSION + ".old"):  # fitted for weights that are going to change
+            shutil.rmtree(folder / part, ignore_errors=True)
         sign_run_directory(folder)
         replace_file(folder / "run.yaml", dump_run(_with_paths_from(run, folder)))
         replace_folder(folder / PREPROCESSING, preprocessor.save)
