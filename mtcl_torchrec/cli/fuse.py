@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -101,6 +102,7 @@ def fuse(
     console = screen()
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
+    before = run.model.output.fused_score
     values, whence = _values(run, value, target)
     if set_:
         given = dict(zip(_FITTING, (combiner, constraint, influence, data), strict=True))
@@ -125,11 +127,14 @@ def fuse(
             influence=_numbers(influence or [], "--influence") or None,
             seed=seed,
         )
+        run.model.output.fused_score = fitted.fused_score
         _print_fitted(fitted, held_out, console)
         if not dry_run:
             _save(fitted, run, run_dir, console)
     if test:
         judged = _held_out(run, run_dir, None, "test", session_minutes)
+        if before is not None:
+            judged.rankings["as it was"] = judged.scores(before)
         _print_test(run, judged, values, target, console)
     if not dry_run:
         console.print(
@@ -177,7 +182,8 @@ def _held_out(run: FinishedRun, folder: Path, data: list[str] | None, split: str
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    err = Console(stderr=True)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fitting", total=None)
 
         def progress(done: int, total: int, doing: str) -> None:
@@ -198,6 +204,8 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
     try:
         config = made.config({**((now.weights if now else None) or {}), **weights})
         run.model.output.fused_score = made.build(dict(config.weights or {}))
+    except ValidationError as error:
+        raise ConfigError(f"--set: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:
         raise ConfigError(f"--set: {error}") from None
     shown = ", ".join(f"{task} {w:g}" for task, w in (config.weights or {}).items())
@@ -209,7 +217,6 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
 
 def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console) -> None:
     assert fitted.combiner.config is not None  # combiners given by name have one
-    run.model.output.fused_score = fitted.fused_score
     try:
         import matplotlib  # noqa: F401
 
@@ -236,13 +243,16 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
     )
     console.print()
     against = f"better than {heads} alone" if heads else "better"
-    table = plain_table(title, ["ranked by", fitted.target.name, "± folds", against])
+    console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
+    table = plain_table("", ["ranked by", fitted.target.name, "± folds", against])
     lines = fitted.table()
-    for line in lines.itertuples(index=False):
-        mark = "  ✗ " + str(line.broken) if line.broken else "  ← chosen" if line.name == fitted.chosen.name else ""
+    for line in lines.to_dict("records"):
+        mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
+        if line["broken"]:
+            mark = f"  breaks {line['broken']}"
         table.add_row(
-            f"{line.name}{mark}", _plus_minus(float(line.target), float(line.error)), f"{line.std:.4f}",
-            _plus_minus(float(line.better), float(line.better_error)),
+            f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["error"])), f"{line['std']:.4f}",
+            _plus_minus(float(line["better"]), float(line["better_error"])),
         )  # fmt: skip
     console.print(table)
     _warn_of_short_requests(fitted, held_out, console)
@@ -291,9 +301,9 @@ def _print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], t
     tasks = [task for task in getattr(fused, "tasks", held_out.tasks) if task in held_out.parts]
     lines = compare(held_out, fused, goal, tasks, values)
     title = f"test split: {len(held_out):,} rows, {held_out.requests:,} requests (each a {held_out.requests_are})"
-    table = plain_table(title, ["ranked by", goal.name, "fused is better by"])
-    for line in lines.itertuples(index=False):
-        gain = "" if line.name == "fused" else _plus_minus(float(line.better), float(line.better_error))
-        table.add_row(str(line.name), _plus_minus(float(line.target), float(line.error)), gain)
-    console.print()
+    console.print(f"\n[bold]{title}[/]", highlight=False, soft_wrap=True)
+    table = plain_table("", ["ranked by", goal.name, "fused is better by"])
+    for line in lines.to_dict("records"):
+        gain = "" if line["name"] == "fused" else _plus_minus(float(line["better"]), float(line["better_error"]))
+        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), float(line["error"])), gain)
     console.print(table)

@@ -58,7 +58,8 @@ def fit_fusion(
     For each combiner these are tried: all weights alike; the values as weights (the value model, right where the parts
     are calibrated); stacking, in closed form; a search on the target itself.  Beside them stand each task's own head
     alone and the other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of
-    the best mean that keeps to the constraints is then fitted on all rows.
+    the best mean that keeps to the constraints is then fitted on all rows.  Values that are given are only left for
+    weights that are better by more than two standard errors, request by request: a smaller lead is mostly noise.
 
     Args:
         held_out: predictions for rows that the model was not trained on.
@@ -110,14 +111,14 @@ def fit_fusion(
     for combiner in kinds:
         share = partial(_share, combiner)
         kept_to[combiner.name] = parse_constraints(constraints, values, held_out, entering, share)
-        problem = Problem(combiner, signs, goal, kept_to[combiner.name], _adjustment(combiner, influence))
+        problem = Problem(combiner, signs, goal, kept_to[combiner.name], _adjustment(combiner, influence, signs))
         candidates += _candidates(problem, held_out, values, target, influence, search, trials, seed, work)
     searches = sum(c.method == "search" for c in candidates)
     work.total = (folds + 1) * (len(candidates) + searches * trials) + front_points
     fold = held_out.folds(folds, seed=seed)
     tried = [_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work) for candidate in candidates]
     tried += [_as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
-    best = _best(tried, kept_to)
+    best = _best(tried, kept_to, held_out, goal)
     combiner = next(c for c in kinds if c.name == best.combiner)
     heads = [t for t in tried if t.method.startswith("head ")]
     for one in tried:
@@ -181,14 +182,17 @@ def _entering(
 def _share(combiner: Combiner, held_out: HeldOut, weights: Mapping[str, float], task: str) -> float:
     if combiner.feature is None:
         raise ConfigError(f"share:{task}: the influence of a task in a {combiner.name} cannot be told")
-    return influence_of(held_out, weights, combiner.feature)[task]
+    return influence_of(held_out, weights, combiner.feature).get(task, 0.0)
 
 
-def _adjustment(combiner: Combiner, influence: Mapping[str, float] | None) -> Callable[[HeldOut, Weights], Weights]:
+def _adjustment(
+    combiner: Combiner, influence: Mapping[str, float] | None, signs: Mapping[str, int]
+) -> Callable[[HeldOut, Weights], Weights]:
     def adjusted(held_out: HeldOut, weights: Weights) -> Weights:
         if not influence or combiner.feature is None:
             return weights
-        return weights_of_influence(held_out, weights, influence, combiner.feature)
+        signed = {task: weights.get(task, 0.0) or float(signs[task] or 1) for task in influence}
+        return weights_of_influence(held_out, {**weights, **signed}, influence, combiner.feature)
 
     return adjusted
 
@@ -291,13 +295,17 @@ def _as_it_is(name: str, scores: np.ndarray, held_out: HeldOut, fold: np.ndarray
     )  # fmt: skip
 
 
-def _best(tried: list[Tried], constraints: dict[str, list[Constraint]]) -> Tried:
-    """The one of the best mean on rows left out, among those that keep to the constraints."""
+def _best(tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target) -> Tried:
+    """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
+    is as good within two standard errors (after the one-standard-error rule; Breiman et al., CART, 1984)."""
     able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
     if not able:
         raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
     if feasible := [t for t in able if not t.broken]:
-        return max(feasible, key=lambda t: t.mean)
+        best = max(feasible, key=lambda t: t.mean)
+        by_values = next((t for t in feasible if t.name == "weighted_mean, values"), best)
+        ahead, error = goal.difference(held_out, best.scores, by_values.scores)
+        return by_values if ahead <= (0.0 if np.isnan(error) else 2 * error) else best
 
     def missed(one: Tried) -> float:
         return sum(c.violation(one.kept[c.text]) / (abs(c.bound) or 1.0) for c in constraints[one.combiner])

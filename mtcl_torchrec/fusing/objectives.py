@@ -7,7 +7,6 @@ so that a ranking gains nothing from the order in which the rows were stored.
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def rows_by_request(request: np.ndarray) -> tuple[np.ndarray, int]:
@@ -102,7 +101,7 @@ def auc_by_request(request: np.ndarray, scores: np.ndarray, labels: np.ndarray) 
         >>> auc_by_request(np.array([0, 0, 1]), np.array([0.1, 0.9, 0.5]), np.array([0.0, 1.0, 1.0]))
         (array([ 1., nan]), array([2., 1.]))
     """
-    count = int(request.max(initial=-1)) + 1
+    count = int(request.max(initial=0)) + 1
     known = ~np.isnan(labels)
     request, scores, labels = request[known], scores[known], labels[known]
     order = _in_order(request, scores)
@@ -127,13 +126,7 @@ def auc_of(scores: np.ndarray, labels: np.ndarray) -> float:
         >>> auc_of(np.array([0.1, 0.4, 0.3, 0.2]), np.array([0.0, 1.0, 1.0, np.nan]))
         1.0
     """
-    known = ~np.isnan(labels)
-    y = labels[known]
-    positives, negatives = float(y.sum()), float((1 - y).sum())
-    if positives == 0 or negatives == 0:
-        return float("nan")
-    u = rankdata(scores[known])[y == 1].sum() - positives * (positives + 1) / 2
-    return float(u / (positives * negatives))
+    return float(auc_by_request(np.zeros(len(scores), np.int64), scores, labels)[0][0])
 
 
 def mean_and_error(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:

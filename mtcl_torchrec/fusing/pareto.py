@@ -35,6 +35,7 @@ def pareto_front(
 
     Args:
         signs: task -> 1, -1 or 0, as in the search; 0 counts as 1.
+        progress: called for each of the points.
 
     Returns:
         A line each: ``name`` (empty for random weights), ``target``, ``loss <task>``, ``weight <task>`` (of absolute
@@ -61,7 +62,8 @@ def pareto_front(
             line[f"loss {task}"] = own[task] - (found if sign[task] > 0 else 1 - found)
         line |= {f"weight {task}": weights.get(task, 0.0) / size for task in tasks}
         lines.append(line)
-        progress()
+        if len(lines) > len(tried) + len(tasks):
+            progress()
     frame = pd.DataFrame(lines)
     frame["front"] = not_dominated(frame[[f"loss {task}" for task in judged]].to_numpy(dtype=np.float64))
     return frame
@@ -76,7 +78,7 @@ def not_dominated(losses: np.ndarray) -> np.ndarray:
     """
     at_most = (losses[:, None, :] <= losses[None, :, :]).all(axis=2)
     lower = (losses[:, None, :] < losses[None, :, :]).any(axis=2)
-    return ~(at_most & lower).any(axis=0)
+    return np.logical_not((at_most & lower).any(axis=0))
 
 
 def draw_front(fitted: FittedFusion, path: str | Path) -> None:

@@ -105,12 +105,17 @@ def search_weights(
 
     points = [p for p in map(as_point, starts) if any(p.values())]
     best: tuple[float, Weights] | None = None
+    refused: ConfigError | None = None
 
     def value_of(point: dict[str, float]) -> float:
-        nonlocal best
+        nonlocal best, refused
         if not any(point.values()):
             return -(_PENALTY**2)
-        weights = as_weights(point)
+        try:
+            weights = as_weights(point)
+        except ConfigError as error:  # no weights of this kind can be adjusted
+            refused = error
+            return -(_PENALTY**2)
         value = problem.judged(held_out, weights)
         if best is None or value > best[0]:
             best = (value, weights)
@@ -122,7 +127,8 @@ def search_weights(
         _evolve(value_of, middle, lower, upper, trials, seed, progress)
     else:
         _estimate(value_of, known, lower, upper, trials, seed, progress)
-    assert best is not None
+    if best is None:
+        raise refused or ConfigError("a search of weights needs one trial at least")
     return best[1]
 
 
