@@ -16,7 +16,7 @@ from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
 from mtcl_torchrec.config import FusionConfig, load_run
 from mtcl_torchrec.data.source import Rows, read_rows
 from mtcl_torchrec.evaluation.report import plain_table
-from mtcl_torchrec.fusing.combiners import combiner_of, known_kinds
+from mtcl_torchrec.fusing.combiners import combiner_of, known_kinds, signed_weights
 from mtcl_torchrec.fusing.fit import fit_fusion
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
@@ -202,8 +202,8 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
     made = combiner_of(kind)
     assert made.config is not None
     try:
-        config = made.config({**((now.weights if now else None) or {}), **weights})
-        run.model.output.fused_score = made.build(dict(config.weights or {}))
+        config = made.config({**(signed_weights(now) if now else {}), **weights})
+        run.model.output.fused_score = made.build(signed_weights(config))
     except ValidationError as error:
         raise ConfigError(f"--set: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     except ValueError as error:

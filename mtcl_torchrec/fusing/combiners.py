@@ -114,6 +114,12 @@ def arguments(kind: str, weights: Weights) -> dict[str, Any]:
     return {"weights": {t: abs(w) for t, w in weights.items()}, **({"exponents": lowering} if lowering else {})}
 
 
+def signed_weights(config: FusionConfig) -> Weights:
+    """The weights that `arguments` made a configuration of."""
+    exponents = getattr(config, "exponents", None) or {}
+    return {t: -w if exponents.get(t, 1.0) < 0 else w for t, w in (config.weights or {}).items()}
+
+
 def resolved(combiners: Sequence[str | Combiner] | None) -> list[Combiner]:
     """The combiners asked for; by default, a value model, a stacking and a log-linear one."""
     if combiners is None:

@@ -215,7 +215,8 @@ def _candidates(
     alike = {task: float(signs[task] or 1) for task in tasks}
     found: dict[str, Callable[[HeldOut], Weights]] = {"all alike": partial(_given, alike)}
     if values and any(values.get(task) for task in tasks):
-        found["values"] = partial(_given, {task: float(values.get(task, 0.0)) for task in tasks})
+        worth = {task: float(values.get(task, 0.0)) for task in tasks}
+        found["values"] = partial(_given, worth if is_mean else unit(worth))
     if feature is not None and (values or (isinstance(target, str) and ":" in target)):
         task = None if values else str(target).partition(":")[2]
 
