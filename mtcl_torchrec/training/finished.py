@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mtcl_torchrec.config import RunConfig, parse_run
+from mtcl_torchrec.config import FusionConfig, RunConfig, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -27,6 +27,7 @@ from mtcl_torchrec.training.directory import (
     readable_folder,
 )
 from mtcl_torchrec.training.fitted import load_state
+from mtcl_torchrec.training.fitted_fusion import load_fusion
 from mtcl_torchrec.training.fused import is_learned
 
 
@@ -40,6 +41,7 @@ class FinishedRun:
         model: in eval mode, on the CPU.
         catalogue: what it knows of users and items; None where the schema names no user or item.
         finished: False where training was interrupted; the model is that of its best epoch so far.
+        fusion: what it ranks by: fitted after training (``mtcl fuse``), or else as declared; None where neither is.
     """
 
     config: RunConfig
@@ -47,6 +49,7 @@ class FinishedRun:
     model: MTCL
     catalogue: Catalogue | None
     finished: bool = True
+    fusion: FusionConfig | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> FinishedRun:
@@ -88,7 +91,9 @@ class FinishedRun:
         if config.calibration is not None and readable_folder(folder / CALIBRATION).is_dir():
             model.output.calibration = build_calibration(config.calibration, preprocessor.encoder)
             load_state(folder / CALIBRATION, model.output.calibration)
-        return cls(config, preprocessor, model.eval(), catalogue, finished=(folder / "metrics.json").is_file())
+        fitted = load_fusion(folder, model, preprocessor.encoder)
+        finished = (folder / "metrics.json").is_file()
+        return cls(config, preprocessor, model.eval(), catalogue, finished, fitted or config.fusion)
 
     def encode(self, frame: pd.DataFrame) -> EncodedRows:
         """Encode rows to be scored."""

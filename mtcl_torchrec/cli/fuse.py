@@ -1,0 +1,330 @@
+"""`mtcl fuse`: fit what a finished run ranks by, or set it, without training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
+from mtcl_torchrec.config import FusionConfig, load_run
+from mtcl_torchrec.data.source import Rows, read_rows
+from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.fusing.combiners import combiner_of, known_kinds, signed_weights
+from mtcl_torchrec.fusing.fit import fit_fusion
+from mtcl_torchrec.fusing.fitted import FittedFusion, compare
+from mtcl_torchrec.fusing.held_out import HeldOut
+from mtcl_torchrec.fusing.search import Search
+from mtcl_torchrec.fusing.targets import parse_target
+from mtcl_torchrec.modules.fusion import Stacking, WeightedMean
+from mtcl_torchrec.modules.fusion.contract import Weighted
+from mtcl_torchrec.schema import ConfigError, nearest
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion
+from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, held_out_of, rows_of_split
+
+_FITTING = ("--combiner", "--constraint", "--influence", "--data")
+
+
+@app.command()
+def fuse(
+    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What the ranking shall be best at: value@K (mean over requests of the values of what happened to the "
+            "K best rows), ndcg@K, gauc:TASK, auc:TASK."
+        ),
+    ] = "value@5",
+    value: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="task=number: what its event is worth, or, below 0, costs; may be repeated.  Default: the weights of "
+            "the run's `fusion`."
+        ),
+    ] = None,
+    combiner: Annotated[
+        list[str] | None, typer.Option(help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}.")
+    ] = None,
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to keep to, such as 'auc:like >= 0.8', 'weight:report <= -0.5' (of all weights), "
+            "'share:long_view >= 0.3' (of the influence); may be repeated."
+        ),
+    ] = None,
+    influence: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="task=share: how much of the ranking it shall decide, such as long_view=0.5; may be repeated."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="task=weight,...: take these weights as they are; nothing is fitted or searched."),
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation, over users (or requests).")] = 5,
+    search: Annotated[Search, typer.Option(help="How to search: tpe, cma (CMA-ES), none, or what suits.")] = "auto",
+    trials: Annotated[int, typer.Option(min=1, help="Of each search, in each fold.")] = 100,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Fit on these rows instead of the validation split; Parquet or CSV, may be repeated."),
+    ] = None,
+    session_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Without schema.request, a user's rows up to so many minutes apart are one request; 0: all of them.",
+        ),
+    ] = SESSION_MINUTES,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
+    test: Annotated[
+        bool, typer.Option("--test", help="Then judge by the test split, which nothing was fitted on.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what comes of it; write nothing.")] = False,
+) -> None:
+    """Find the weights by which a finished run ranks, on rows that it was not trained on.  Nothing is trained.
+
+    Tries each combiner with several ways to weights, judges each by cross-validation, takes the best that keeps to the
+    constraints, and writes it into RUN_DIR/fusion, whence `recommend`, `evaluate` and `export` take it.  What was there
+    before is kept in RUN_DIR/fusion/former.
+
+    **By what events are worth:** mtcl fuse RUN_DIR --target value@5 --value click=1 --value like=8 --value report=-60
+
+    **By hand, at once:** mtcl fuse RUN_DIR --set click=0.5,like=2
+
+    **With a floor:** mtcl fuse RUN_DIR --target auc:click --constraint 'auc:like >= 0.8'
+    """
+    console = screen()
+    run = FinishedRun.load(run_dir)
+    note_if_unfinished(run, run_dir)
+    before = run.model.output.fused_score
+    values, whence = _values(run, value, target)
+    if set_:
+        given = dict(zip(_FITTING, (combiner, constraint, influence, data), strict=True))
+        if clash := next((name for name, chosen in given.items() if chosen), None):
+            raise ConfigError(
+                f"--set takes the weights as they are, and {clash} says how to fit them: give one of them"
+            )
+        _set_weights(run, run_dir, _numbers(set_, "--set"), console, dry_run)
+    else:
+        if whence:
+            console.print(whence, highlight=False, soft_wrap=True)
+        held_out = _held_out(run, run_dir, data, "val", session_minutes)
+        fitted = _fit_with_bar(
+            held_out,
+            values=values or None,
+            target=target,
+            combiners=combiner,
+            folds=folds,
+            search=search,
+            trials=trials,
+            constraints=constraint or [],
+            influence=_numbers(influence or [], "--influence") or None,
+            seed=seed,
+        )
+        run.model.output.fused_score = fitted.fused_score
+        _print_fitted(fitted, held_out, console)
+        if not dry_run:
+            _save(fitted, run, run_dir, console)
+    if test:
+        judged = _held_out(run, run_dir, None, "test", session_minutes)
+        if before is not None:
+            judged.rankings["as it was"] = judged.scores(before)
+        _print_test(run, judged, values, target, console)
+    if not dry_run:
+        console.print(
+            "\nNext:" + ("" if test else f"\n  mtcl fuse {run_dir} --set ... --test    judge weights by the test split")
+            + f"\n  mtcl recommend {run_dir} --user USER",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dict[str, float], str]:
+    """What events are worth, and a line that says so where it was not given."""
+    if given:
+        return _numbers(given, "--value"), ""
+    if "@" not in target:
+        return {}, ""
+    if run.config.fusion is None or not run.config.fusion.weights:
+        raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
+    values = dict(run.config.fusion.weights)
+    shown = ", ".join(f"{task} {v:g}" for task, v in values.items())
+    return values, f"values are the weights of the run's fusion: {shown}  (--value TASK=NUMBER for others)"
+
+
+def _numbers(pairs: list[str], option: str) -> dict[str, float]:
+    """task=number pairs, each option one or several with commas between."""
+    numbers: dict[str, float] = {}
+    for pair in (p.strip() for text in pairs for p in text.split(",")):
+        name, _, text = pair.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise ConfigError(f"{option} takes task=number, such as like=8, not {pair!r}")
+        if name.strip() in numbers:
+            raise ConfigError(f"{option}: {name.strip()!r} is given twice")
+        numbers[name.strip()] = number
+    return numbers
+
+
+def _held_out(run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float) -> HeldOut:
+    columns = columns_needed(run)
+    rows: Rows = read_rows(data, columns) if data else rows_of_split(load_run(folder / "run.yaml"), columns, split)
+    return held_out_of(run, rows, session_minutes=session_minutes)
+
+
+def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    err = Console(stderr=True)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("fitting", total=None)
+
+        def progress(done: int, total: int, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=doing)
+
+        return fit_fusion(held_out, **options, progress=progress)
+
+
+def _weights_of(fused_score: nn.Module | None) -> dict[str, float]:
+    """Those of a weighted mean."""
+    assert isinstance(fused_score, WeightedMean)
+    return dict(zip(fused_score.tasks, fused_score.weights.tolist(), strict=True))
+
+
+def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
+    names = [task.name for task in run.model.tasks]
+    for task in weights:
+        if task not in names:
+            raise ConfigError(f"--set: no task {task!r}{nearest(task, names)}")
+    now = run.fusion or FusionConfig(weights=_weights_of(run.model.output.fused_score))
+    kind = now.kind
+    if now.weights is None or (kind not in known_kinds() and not set(weights) <= set(now.weights)):
+        raise ConfigError(f"--set: the fused score {kind} has no weight of {', '.join(weights)}")
+    try:
+        fused_score = run.model.output.fused_score
+        if (
+            isinstance(fused_score, (Weighted, Stacking))
+            and set(weights) <= set(now.weights)
+            and kind != "power_product"
+        ):
+            new = {"weights": {**now.weights, **weights}}
+            config = FusionConfig.model_validate(now.model_dump(exclude_unset=True) | new)
+            fused_score.set_weights(weights)  # type: ignore[union-attr, operator]  # whatever else it has been given stays
+        else:
+            made = combiner_of(kind)
+            assert made.config is not None
+            config = made.config({**signed_weights(now), **weights})
+            run.model.output.fused_score = made.build(signed_weights(config))
+    except ValidationError as error:
+        raise ConfigError(f"--set: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    except ValueError as error:
+        raise ConfigError(f"--set: {error}") from None
+    shown = ", ".join(f"{task} {w:g}" for task, w in (config.weights or {}).items())
+    console.print(f"{kind}: {shown}", highlight=False, soft_wrap=True)
+    if not dry_run:
+        where = save_fusion(folder, run.model, config, {"combiner": kind, "method": "set", "weights": config.weights})
+        console.print(f"written to {where}", highlight=False, soft_wrap=True)
+
+
+def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console) -> None:
+    assert fitted.combiner.config is not None  # combiners given by name have one
+    try:
+        import matplotlib  # noqa: F401
+
+        draw = fitted.plot
+    except ImportError:
+        draw = None
+        console.print("no picture of the Pareto front: pip install 'mtcl_torchrec[plots]' to have it", markup=False)
+    where = save_fusion(folder, run.model, fitted.combiner.config(fitted.weights), fitted.report(), draw=draw)
+    picture = f"; what each task loses is drawn in {PICTURE} there" if draw else ""
+    console.print(f"written to {where}{picture}", highlight=False, soft_wrap=True)
+
+
+def _plus_minus(mean: float, error: float, digits: int = 4) -> str:
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
+    heads = next((t.against for t in fitted.tried if t.against), "")
+    title = (
+        f"{fitted.target.name} on folds left out: {len(held_out):,} rows, {held_out.requests:,} requests "
+        f"(each a {held_out.requests_are}), {fitted.folds} folds"
+    )
+    console.print()
+    against = f"better than {heads} alone" if heads else "better"
+    console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
+    table = plain_table("", ["ranked by", fitted.target.name, "± folds", against])
+    lines = fitted.table()
+    for line in lines.to_dict("records"):
+        mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
+        if line["broken"]:
+            mark = f"  breaks {line['broken']}"
+        table.add_row(
+            f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["error"])), f"{line['std']:.4f}",
+            _plus_minus(float(line["better"]), float(line["better_error"])),
+        )  # fmt: skip
+    console.print(table)
+    _warn_of_short_requests(fitted, held_out, console)
+    console.print()
+    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", "weight", "± folds", "of the ranking"])
+    for task, weight in fitted.weights.items():
+        share = "–" if fitted.influence is None else f"{fitted.influence.get(task, 0.0):.0%}"
+        table.add_row(task, f"{weight:.4g}", f"{fitted.weights_std[task]:.2g}", share)
+    console.print(table)
+    for text, found in fitted.chosen.kept.items():
+        console.print(f"{text}: {found:.4g}", highlight=False, markup=False)
+    console.print()
+    _print_losses(fitted.task_losses(held_out), console)
+
+
+def _warn_of_short_requests(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
+    """A request of at most K rows is worth the same in any order."""
+    name, _, k = fitted.target.name.partition("@")
+    if name != "value" or not k.isdigit():
+        return
+    longer = float((held_out.rows_of_requests > int(k)).mean())
+    if longer < 0.2:
+        console.print(
+            f"only {longer:.1%} of the requests have more than {k} rows; the others are worth the same in any order: "
+            "take a smaller K, or longer requests (--session-minutes)",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _print_losses(losses: pd.DataFrame, console: Console) -> None:
+    headers = [c for c in losses.columns if c != "task"]
+    table = plain_table(
+        "What each task's own ranking would be",
+        ["task", *(h.replace("auc", "AUC").replace("gAUC", "GAUC") for h in headers)],
+    )
+    for line in losses.to_dict("records"):
+        table.add_row(str(line["task"]), *(f"{line[h]:.4f}" for h in headers))
+    console.print(table)
+
+
+def _print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], target: str, console: Console) -> None:
+    fused = run.model.output.fused_score
+    if fused is None:
+        raise ConfigError("this run has no fused score")
+    goal = parse_target(target, values or None, held_out.labels)
+    tasks = [task for task in getattr(fused, "tasks", held_out.tasks) if task in held_out.parts]
+    lines = compare(held_out, fused, goal, tasks, values)
+    title = f"test split: {len(held_out):,} rows, {held_out.requests:,} requests (each a {held_out.requests_are})"
+    console.print(f"\n[bold]{title}[/]", highlight=False, soft_wrap=True)
+    table = plain_table("", ["ranked by", goal.name, "fused is better by"])
+    for line in lines.to_dict("records"):
+        gain = "" if line["name"] == "fused" else _plus_minus(float(line["better"]), float(line["better_error"]))
+        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), float(line["error"])), gain)
+    console.print(table)

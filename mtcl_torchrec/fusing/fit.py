@@ -1,0 +1,318 @@
+"""Fit a fused score on held-out predictions: try combiners, judge each on rows it was not fitted on, keep the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mtcl_torchrec.fusing.combiners import Combiner, Weights, resolved
+from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
+from mtcl_torchrec.fusing.held_out import HeldOut
+from mtcl_torchrec.fusing.pareto import pareto_front
+from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
+from mtcl_torchrec.fusing.targets import Constraint, OfRows, Target, parse_constraints, parse_target
+from mtcl_torchrec.fusing.weights import check_influence, influence_of, stacked_weights, weights_of_influence
+from mtcl_torchrec.schema import ConfigError, nearest
+
+Progress = Callable[[int, int, str], object]
+
+
+def _quiet(done: int, total: int, doing: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to come to weights: of a combiner, by a method."""
+
+    combiner: Combiner
+    method: str
+    weights: Callable[[HeldOut], Weights]
+
+    @property
+    def name(self) -> str:
+        return f"{self.combiner.name}, {self.method}"
+
+
+def fit_fusion(
+    held_out: HeldOut,
+    *,
+    values: Mapping[str, float] | None = None,
+    target: str | OfRows = "value@5",
+    combiners: Sequence[str | Combiner] | None = None,
+    tasks: Sequence[str] | None = None,
+    folds: int = 5,
+    search: Search = "auto",
+    trials: int = 100,
+    constraints: Sequence[str] = (),
+    influence: Mapping[str, float] | None = None,
+    front_points: int = 100,
+    seed: int = 0,
+    progress: Progress = _quiet,
+) -> FittedFusion:
+    """The fused score that ranks best, fitted by cross-validation over users (or requests), never over rows.
+
+    For each combiner these are tried: all weights alike; the values as weights (the value model, right where the parts
+    are calibrated); stacking, in closed form; a search on the target itself.  Beside them stand each task's own head
+    alone and the other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of
+    the best mean that keeps to the constraints is then fitted on all rows.  Values that are given are only left for
+    weights that are better by more than two standard errors, request by request: a smaller lead is mostly noise.
+
+    Args:
+        held_out: predictions for rows that the model was not trained on.
+        values: task -> what its event is worth; needed by ``value@K`` and ``ndcg@K``.  A task of negative value gets no
+            positive weight from a search.
+        target: see `mtcl_torchrec.fusing.targets.parse_target`; or a function of one's own, (held-out rows, scores
+            (N,)) -> a number, or (R,) numbers by request.
+        combiners: kinds by name, or a `Combiner`; the default is `mtcl_torchrec.fusing.combiners.resolved`'s.
+        tasks: those that enter the score; by default those of `values`, `influence` and constrained weights, or, with
+            none of them, all.
+        folds: of the cross-validation.
+        search: ``"auto"``, ``"tpe"``, ``"cma"``, or ``"none"``; see `search_weights`.
+        trials: of each search, in each fold.
+        constraints: such as ``"auc:like >= 0.8"``; see `parse_constraints`.
+        influence: task -> its share of the ranking; see `weights_of_influence`.  Combiners of which the influence
+            cannot be told are left out then.
+        front_points: rankings drawn for the Pareto front; 0 for none.
+        seed: of folds, search and front: equal arguments give an equal result.
+        progress: called with (done, total, what is done now).
+
+    Returns:
+        The fused score with its weights, their spread over the folds, everything tried, and the Pareto front.
+
+    Raises:
+        ConfigError: an option that does not fit; or no combiner keeps to the constraints, and then how far the nearest
+            came.
+
+    Example:
+        >>> import torch
+        >>> from mtcl_torchrec.data.impressions import draw_impressions
+        >>> rows = draw_impressions(200, 10)
+        >>> held_out = HeldOut(rows.probability, rows.labels, rows.request)
+        >>> fitted = fit_fusion(held_out, values=rows.values, search="none", front_points=0)
+        >>> fitted.method, fitted.fused_score({task: torch.full((1,), 0.5) for task in fitted.weights}).shape
+        ('values', torch.Size([1]))
+    """
+    entering = _entering(held_out, tasks, values, influence, constraints)
+    goal = parse_target(target, values, held_out.labels)
+    kinds = resolved(combiners)
+    if influence:
+        check_influence(influence, entering)
+        kinds = [c for c in kinds if c.feature is not None]
+        if not kinds:
+            raise ConfigError("influence: of none of the combiners can the influence of a task be told")
+    signs = {task: int(np.sign(values.get(task, 0.0))) if values else 0 for task in entering}
+    candidates: list[_Candidate] = []
+    kept_to: dict[str, list[Constraint]] = {}
+    work = _Work(progress, 0)
+    for combiner in kinds:
+        share = partial(_share, combiner)
+        kept_to[combiner.name] = parse_constraints(constraints, values, held_out, entering, share)
+        problem = Problem(combiner, signs, goal, kept_to[combiner.name], _adjustment(combiner, influence, signs))
+        candidates += _candidates(problem, held_out, values, target, influence, search, trials, seed, work)
+    searches = sum(c.method == "search" for c in candidates)
+    work.total = (folds + 1) * (len(candidates) + searches * trials) + front_points
+    fold = held_out.folds(folds, seed=seed)
+    tried = [_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work) for candidate in candidates]
+    tried += [_as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
+    best = _best(tried, kept_to, held_out, goal)
+    combiner = next(c for c in kinds if c.name == best.combiner)
+    heads = [t for t in tried if t.method.startswith("head ")]
+    for one in tried:
+        if heads:
+            head = max(heads, key=lambda t: t.mean)
+            one.against = head.method.removeprefix("head ")
+            one.better, one.better_error = goal.difference(held_out, one.scores, head.scores)
+    fitted = FittedFusion(
+        combiner=combiner,
+        method=best.method,
+        weights=best.weights,
+        weights_std=best.weights_std,
+        fused_score=combiner.build(best.weights),
+        target=goal,
+        tried=tried,
+        influence=None if combiner.feature is None else influence_of(held_out, best.weights, combiner.feature),
+        values=dict(values or {}),
+        seed=seed,
+        folds=folds,
+        about={
+            "rows": len(held_out), "requests": held_out.requests, "requests_are": held_out.requests_are,
+            "users": None if held_out.user is None else len(np.unique(held_out.user)),
+            "search": search, "trials": trials, "influence": dict(influence or {}), "constraints": list(constraints),
+        },
+    )  # fmt: skip
+    if front_points:
+        fitted.front = pareto_front(held_out, fitted, signs, points=front_points, seed=seed, progress=work.step)
+    return fitted
+
+
+class _Work:
+    """How far it is."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done, self.doing = progress, total, 0, ""
+
+    def step(self) -> None:
+        """One more piece is done."""
+        self.done += 1
+        self.progress(self.done, self.total, self.doing)
+
+
+def _entering(
+    held_out: HeldOut,
+    tasks: Sequence[str] | None,
+    values: Mapping[str, float] | None,
+    influence: Mapping[str, float] | None,
+    constraints: Sequence[str],
+) -> list[str]:
+    """The tasks that enter the score, in the order of the parts."""
+    weighed = [c.split(">")[0].split("<")[0].strip().removeprefix("weight:") for c in constraints if "weight:" in c]
+    named = list(tasks) if tasks is not None else [*(values or {}), *(influence or {}), *weighed]
+    for task in named:
+        if task not in held_out.parts:
+            raise ConfigError(f"no task {task!r} has predictions{nearest(task, held_out.parts)}")
+    if values is not None and not all(np.isfinite(v) for v in values.values()):
+        raise ConfigError(f"values are finite numbers: {dict(values)}")
+    return [task for task in held_out.parts if task in named] if named else list(held_out.parts)
+
+
+def _share(combiner: Combiner, held_out: HeldOut, weights: Mapping[str, float], task: str) -> float:
+    if combiner.feature is None:
+        raise ConfigError(f"share:{task}: the influence of a task in a {combiner.name} cannot be told")
+    return influence_of(held_out, weights, combiner.feature).get(task, 0.0)
+
+
+def _adjustment(
+    combiner: Combiner, influence: Mapping[str, float] | None, signs: Mapping[str, int]
+) -> Callable[[HeldOut, Weights], Weights]:
+    def adjusted(held_out: HeldOut, weights: Weights) -> Weights:
+        if not influence or combiner.feature is None:
+            return weights
+        signed = {task: weights.get(task, 0.0) or float(signs[task] or 1) for task in influence}
+        return weights_of_influence(held_out, {**weights, **signed}, influence, combiner.feature)
+
+    return adjusted
+
+
+def _candidates(
+    problem: Problem,
+    held_out: HeldOut,
+    values: Mapping[str, float] | None,
+    target: str | OfRows,
+    influence: Mapping[str, float] | None,
+    search: Search,
+    trials: int,
+    seed: int,
+    work: _Work,
+) -> list[_Candidate]:
+    """What is tried of one combiner."""
+    combiner, signs, feature = problem.combiner, problem.signs, problem.combiner.feature
+    tasks = list(signs)
+    is_mean = combiner.name == "weighted_mean"
+    alike = {task: float(signs[task] or 1) for task in tasks}
+    found: dict[str, Callable[[HeldOut], Weights]] = {"all alike": partial(_given, alike)}
+    if values and any(values.get(task) for task in tasks):
+        worth = {task: float(values.get(task, 0.0)) for task in tasks}
+        found["values"] = partial(_given, worth if is_mean else unit(worth))
+    if feature is not None and (values or (isinstance(target, str) and ":" in target)):
+        task = None if values else str(target).partition(":")[2]
+
+        def stacked(rows: HeldOut) -> Weights:
+            reward = rows.labels[task] if task is not None else rows.reward(values or {})
+            weights = stacked_weights(rows, tasks, feature, reward, binary=task is not None)
+            return weights if is_mean else unit(weights)
+
+        found["stacking"] = stacked
+    adjusted = {name: _then(of, problem.adjust) for name, of in found.items()}
+    if search != "none" and len(tasks) > 1:
+
+        def searched(rows: HeldOut) -> Weights:
+            starts = [of(rows) for of in found.values()] + [{task: alike[task]} for task in tasks]
+            return search_weights(problem, rows, starts, search=search, trials=trials, seed=seed, progress=work.step)
+
+        adjusted["search"] = searched
+    candidates = [_Candidate(combiner, method, of) for method, of in adjusted.items()]
+    if is_mean and not influence:
+        heads: dict[str, Weights] = {task: {task: alike[task]} for task in tasks}
+        candidates += [_Candidate(combiner, f"head {task}", partial(_given, heads[task])) for task in tasks]
+    return candidates
+
+
+def _given(weights: Weights, held_out: HeldOut) -> Weights:
+    return weights
+
+
+def _then(of: Callable[[HeldOut], Weights], adjust: Callable[[HeldOut, Weights], Weights]) -> Callable:
+    return lambda held_out: adjust(held_out, of(held_out))
+
+
+def _try(
+    candidate: _Candidate, held_out: HeldOut, fold: np.ndarray, goal: Target, constraints: list[Constraint], work: _Work
+) -> Tried:
+    """Fit on all folds but one, judge on that one; then fit on all rows."""
+    scores, of_fold, by_fold = np.empty(len(held_out)), [], []
+    for number in range(int(fold.max()) + 1):
+        work.doing = f"{candidate.name}, fold {number + 1}"
+        weights = candidate.weights(held_out.take(fold != number))
+        left_out = held_out.take(fold == number)
+        found = left_out.scores(candidate.combiner.build(weights))
+        scores[fold == number] = found
+        of_fold.append(goal(left_out, found))
+        by_fold.append(unit(weights))
+        work.step()
+    work.doing = f"{candidate.name}, all rows"
+    weights = candidate.weights(held_out)
+    work.step()
+    size = sum(abs(w) for w in weights.values())
+    final = held_out.scores(candidate.combiner.build(weights))
+    return Tried(
+        combiner=candidate.combiner.name,
+        method=candidate.method,
+        mean=_mean(of_fold),
+        std=float(np.nanstd(of_fold, ddof=1)),
+        error=goal.with_error(held_out, scores)[1],
+        scores=scores,
+        weights=weights,
+        weights_std={t: float(np.std([w[t] for w in by_fold], ddof=1)) * size for t in weights},
+        kept={c.text: c.of(held_out, final, unit(weights)) for c in constraints},
+        broken=[c.text for c in constraints if c.violation(c.of(held_out, final, unit(weights))) > 0],
+    )
+
+
+def _mean(values: list[float]) -> float:
+    known = [v for v in values if np.isfinite(v)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _as_it_is(name: str, scores: np.ndarray, held_out: HeldOut, fold: np.ndarray, goal: Target) -> Tried:
+    """Another ranking, which has nothing to fit."""
+    of_fold = [goal(held_out.take(fold == n), scores[fold == n]) for n in range(int(fold.max()) + 1)]
+    return Tried(
+        combiner="", method=name, mean=_mean(of_fold), std=float(np.nanstd(of_fold, ddof=1)),
+        error=goal.with_error(held_out, scores)[1], scores=scores,
+    )  # fmt: skip
+
+
+def _best(tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target) -> Tried:
+    """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
+    is as good within two standard errors (after the one-standard-error rule; Breiman et al., CART, 1984)."""
+    able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
+    if not able:
+        raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
+    if feasible := [t for t in able if not t.broken]:
+        best = max(feasible, key=lambda t: t.mean)
+        by_values = next((t for t in feasible if t.name == "weighted_mean, values"), best)
+        ahead, error = goal.difference(held_out, best.scores, by_values.scores)
+        return by_values if ahead <= (0.0 if np.isnan(error) else 2 * error) else best
+
+    def missed(one: Tried) -> float:
+        return sum(c.violation(one.kept[c.text]) / (abs(c.bound) or 1.0) for c in constraints[one.combiner])
+
+    nearest_one = min(able, key=missed)
+    came = "; ".join(f"{text} came to {nearest_one.kept[text]:.4g}" for text in nearest_one.broken)
+    raise ConfigError(
+        f"no weights keep to all constraints; the nearest, {nearest_one.combiner} by {nearest_one.method}: {came}"
+    )

@@ -1,0 +1,200 @@
+"""Fitting the fused score of a finished run, through the command line; what is written, read back, and refused."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import shop
+import yaml
+from rich.console import Console
+
+from mtcl_torchrec import ConfigError, DataError
+from mtcl_torchrec.cli import main
+from mtcl_torchrec.config import load_run, parse_run
+from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.modules.fusion import Stacking
+from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.fitted_fusion import load_fusion, save_fusion
+from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
+from mtcl_torchrec.training.run import train_run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fusing")
+    shop.log().to_parquet(folder / "log.parquet", index=False)
+    run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 2"), folder=folder)
+    train_run(run, folder / "run", device="cpu", console=Console(quiet=True))
+    return folder / "run"
+
+
+@pytest.fixture
+def fuse(monkeypatch, capsys):
+    """Runs `mtcl fuse` and gives (exit status, what it printed, what it said on stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mtcl", "fuse", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out = capsys.readouterr()
+        return stopped.value.code or 0, out.out, out.err
+
+    return run
+
+
+def held_out(folder, split="val", **options):
+    run = FinishedRun.load(folder)
+    return run, held_out_of(run, rows_of_split(load_run(folder / "run.yaml"), columns_needed(run), split), **options)
+
+
+def test_held_out_rows_are_the_runs_own_predictions_labels_and_requests(trained):
+    run, rows = held_out(trained, session_minutes=0)
+    raw = rows_of_split(load_run(trained / "run.yaml"), columns_needed(run))
+    encoded = run.preprocessor.encode(raw)
+    out = predict(run.model, encoded)
+    np.testing.assert_allclose(rows.parts["click"], out["click"])
+    np.testing.assert_allclose(rows.rankings["as it was"], out["score"], atol=1e-6)
+    labels = dict(zip([t.name for t in run.model.tasks], encoded.labels.numpy().T, strict=True))
+    np.testing.assert_array_equal(rows.labels["buy"], labels["buy"])
+    # a multiclass task: did it come to the item's own class (where the label is known)?
+    known = ~np.isnan(rows.labels["taste"])
+    assert known.sum() == (raw.frame["click"] == 1).sum()
+    assert set(rows.labels["taste"][known]) == {1.0}  # the shop's clicks go to the item's own genre
+    assert (rows.request == pd.factorize(raw.frame["user_id"])[0]).all()
+    popularity = raw.frame["product_id"].map(run.catalogue.popularity).to_numpy()
+    np.testing.assert_array_equal(rows.rankings["popularity"], popularity)
+    assert run.model.output.fused_score is not None
+
+
+def test_requests_are_sessions_users_or_a_declared_column(trained):
+    run, rows = held_out(trained, session_minutes=60)
+    raw = rows_of_split(load_run(trained / "run.yaml"), columns_needed(run))
+    by = pd.DataFrame(
+        {"user": raw.frame["user_id"].to_numpy(), "time": raw.frame["time"].to_numpy(), "s": rows.request}
+    )
+    assert (by.groupby("s")["user"].nunique() == 1).all()
+    for _, mine in by.sort_values("time").groupby("user"):
+        apart = mine["time"].diff().iloc[1:].to_numpy() > 3600
+        assert (mine["s"].diff().iloc[1:].to_numpy() != 0).tolist() == apart.tolist()
+    assert "60 min" in rows.requests_are
+    small = raw.frame.assign(time=np.arange(len(raw.frame)))
+    with pytest.raises(ConfigError, match="too small to be seconds since 1970"):
+        held_out_of(run, Rows(small))
+    nobody = raw.frame.assign(user_id=None)
+    with pytest.raises(DataError, match="no row has a known user_id"):
+        held_out_of(run, Rows(nobody))
+
+
+def test_a_fusion_is_fitted_written_and_ranks_from_then_on(trained, fuse, tmp_path):
+    status, shown, _ = fuse(
+        trained, "--target", "value@3", "--value", "click=1,buy=5", "--session-minutes", 0, "--trials", 5, "--folds", 3,
+        "--combiner", "weighted_mean", "--constraint", "weight:buy >= 0.2", "--test",
+    )  # fmt: skip
+    assert status == 0
+    for line in ("head click", "as it was", "popularity", "Chosen: ", "weight:buy >= 0.2: ", "test split: ", "Next:"):
+        assert line in shown
+    folder = trained / "fusion"
+    declared = yaml.safe_load((folder / "fusion.yaml").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    assert declared["fusion"]["weights"] == report["weights"]
+    assert (folder / "pareto.png").stat().st_size > 10_000
+    run, rows = held_out(trained, session_minutes=0)
+    weights = report["weights"]
+    expected = sum(w * rows.parts[t] for t, w in weights.items()) / sum(abs(w) for w in weights.values())
+    np.testing.assert_allclose(rows.rankings["as it was"], expected, atol=1e-6)
+    assert run.fusion.weights == weights
+    first = Recommender.load(trained).recommend("u3", k=5)
+    # Weights may be set, without fitting; what was there is kept.
+    status, shown, _ = fuse(trained, "--set", "click=0.5,buy=2,stars=-0.1")
+    assert status == 0, shown
+    changed = FinishedRun.load(trained)
+    assert changed.fusion.weights == pytest.approx({**weights, "click": 0.5, "buy": 2, "stars": -0.1})
+    assert not Recommender.load(trained).recommend("u3", k=5).equals(first)
+    assert yaml.safe_load((folder / "former/1/fusion.yaml").read_text()) == declared
+    assert not (folder / "former/1/former").exists()
+    assert fuse(trained, "--set", "click=1")[0] == 0
+    assert sorted(p.name for p in (folder / "former").iterdir()) == ["1", "2"]
+    # The file may be edited, as run.yaml may.
+    text = (folder / "fusion.yaml").read_text()
+    (folder / "fusion.yaml").write_text(text.replace("click: 1.0", "click: 7.0"))
+    assert FinishedRun.load(trained).model.output.fused_score.weights[0] == 7
+    (folder / "fusion.yaml").write_text(text)
+
+
+def test_other_kinds_are_read_back_with_all_they_learnt(trained, fuse):
+    fuse(trained, "--value", "click=1", "--value", "buy=5", "--combiner", "stacking", "--search", "none", "--folds", 2)
+    stacked = FinishedRun.load(trained).model.output.fused_score
+    assert isinstance(stacked, Stacking)
+    assert stacked.bias != 0
+    fuse(trained, "--set", "click=2")
+    changed = FinishedRun.load(trained).model.output.fused_score
+    assert changed.bias == stacked.bias
+    assert dict(zip(changed.tasks, changed.weights.tolist(), strict=True))["click"] == 2
+
+
+def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    options = ("--value", "click=1", "--value", "buy=5", "--target", "ndcg@3", "--trials", 3, "--folds", 2, "--dry-run")
+    first, again = fuse(trained, *options, "--test")[1], fuse(trained, *options, "--test")[1]
+    *_, fused, was = (line.split() for line in first.splitlines() if line.startswith(("fused ", "as it was ")))
+    assert fused[1:4] != was[3:6]  # what was found is judged, written or not
+    assert first == again
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    assert "requests have more than" not in first
+    shown = fuse(trained, "--trials", 2, "--folds", 2, "--dry-run")[1]
+    assert "values are the weights of the run's fusion: click 1, buy 3" in shown
+    assert "of the requests have more than 5 rows" in shown  # 30-minute sessions of this shop are short
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--value", "click"), "--value takes task=number, such as like=8, not 'click'"),
+        (("--value", "click=1,click=2"), "--value: 'click' is given twice"),
+        (("--value", "clck=1"), "no task 'clck' has predictions (did you mean 'click'?)"),
+        (("--target", "value@x"), "no target 'value@x'"),
+        (("--set", "clck=1"), "--set: no task 'clck' (did you mean 'click'?)"),
+        (("--set", "click=0,buy=0,taste=0,stars=0"), "at least one"),
+        (("--set", "click=1", "--combiner", "weighted_mean"), "--combiner says how to fit them"),
+        (("--combiner", "mean"), "no combiner 'mean'"),
+        (("--constraint", "auc:click >= 0.9999", "--search", "none"), "no weights keep to all constraints"),
+        (("--influence", "click=2"), "the share of 'click' lies above 0 and at most at 1"),
+        (("--data", "nowhere.parquet"), "no Parquet or CSV file at nowhere.parquet"),
+    ],
+)
+def test_mistakes_are_one_line(trained, fuse, options, said):
+    status, _, error = fuse(trained, *options)
+    assert status == 2
+    assert error.count("\n") == 1, error
+    assert said in error
+
+
+def test_a_damaged_fusion_is_refused_and_a_broken_off_one_leaves_the_former(trained):
+    run = FinishedRun.load(trained)
+    where = save_fusion(trained, run.model, run.fusion, {"method": "set"})
+    whole = (where / "fusion.yaml").read_bytes()
+
+    def fails(path):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_fusion(trained, run.model, run.fusion, {}, draw=fails)
+    assert FinishedRun.load(trained).fusion == run.fusion
+    for content, said in (
+        (b"fusion: [", "damaged"),
+        (b"format: 9\nfusion: {weights: {click: 1}}", "expected format 1"),
+        (b"format: 1\nfusion: {weights: {clck: 1}}", "no task 'clck' in the model"),
+        (b"format: 1\nfusion: {weights: {click: 1, buy: 2}, nope: 1}", "not permitted"),
+        (b"format: 1\nfusion: {weights: {click: 1}}", "fitted for another model"),
+    ):
+        (where / "fusion.yaml").write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            load_fusion(trained, run.model, run.preprocessor.encoder)
+    (where / "fusion.yaml").write_bytes(whole)
+    (where / "state.npz").write_bytes(b"PK\x03\x04 not a state")
+    with pytest.raises(DataError, match="damaged"):
+        FinishedRun.load(trained)
