@@ -219,7 +219,7 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
         ):
             new = {"weights": {**now.weights, **weights}}
             config = FusionConfig.model_validate(now.model_dump(exclude_unset=True) | new)
-            fused_score.set_weights(weights)  # type: ignore[union-attr, operator]  # whatever else it has been given stays
+            fused_score.set_weights(weights)  # whatever else it has been given stays
         else:
             made = combiner_of(kind)
             assert made.config is not None
