@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from mtcl_torchrec.modules.fusion.contract import RowContext
+
 
 class WeightedMean(nn.Module):
     """The weighted mean of the tasks' parts; a negative weight lowers the score (a report, a hide).
@@ -56,3 +58,19 @@ class WeightedMean(nn.Module):
         stacked = torch.stack([parts[task] for task in self.tasks], dim=1)
         total = (stacked * self.weights).sum(1) - self.weights.clamp(max=0).sum()
         return (total / self.weights.abs().sum()).clamp(0, 1)
+
+    def contributions(
+        self, parts: dict[str, torch.Tensor], context: RowContext | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What each task adds to the score: w_i · part_i / Σ|w|, (B,) by task.
+
+        They add up to the score where no weight is negative; where some are, to the score minus what it starts from,
+        Σ|negative weights| / Σ|w|.
+
+        Example:
+            >>> fused = WeightedMean({"click": 1.0, "like": 3.0})
+            >>> fused.contributions({"click": torch.tensor([0.8]), "like": torch.tensor([0.4])})
+            {'click': tensor([0.2000]), 'like': tensor([0.3000])}
+        """
+        shares = (self.weights / self.weights.abs().sum()).unbind()
+        return {task: parts[task] * share for task, share in zip(self.tasks, shares, strict=True)}
