@@ -102,8 +102,12 @@ class StackedTables(nn.Module):
             number = len(self._runs)
             means = [lookup.table.pooling == PoolingType.MEAN for lookup in of]
             self._runs.append(_Run(start, stack, tuple(lookup.key for lookup in of), any(means)))
-            self.register_buffer(f"base_{number}", torch.tensor([first_row[lookup.table.name] for lookup in of]))
-            self.register_buffer(f"size_{number}", torch.tensor([lookup.table.num_embeddings for lookup in of]))
+            # Of the features before and after the run: no row at all.
+            rest = (start, len(self.features) - start - len(of))
+            base = torch.tensor([first_row[lookup.table.name] for lookup in of])
+            size = torch.tensor([lookup.table.num_embeddings for lookup in of])
+            self.register_buffer(f"base_{number}", F.pad(base, rest))
+            self.register_buffer(f"size_{number}", F.pad(size, rest))
             self.register_buffer(f"mean_{number}", torch.tensor(means).view(-1, 1))
 
     def _stack(self, lookups: list[_Lookup], weights: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -139,21 +143,18 @@ class StackedTables(nn.Module):
         width = lengths.shape[1]
         offsets = F.pad(lengths.flatten().cumsum(0), (1, 0))
         pooled: dict[str, torch.Tensor] = {}
+        count = lengths.sum(1)
         for number, run in enumerate(self._runs):
             stop = run.start + len(run.keys)
-            of, bounds, mine = lengths[run.start : stop], offsets, values
-            if len(run.keys) < len(self.features):
-                bounds = offsets[run.start * width : stop * width + 1]
-                mine = _cut(values, bounds[0], bounds[-1])
-                bounds = bounds - bounds[0]
-            count = of.sum(1)
-            size = _repeated(getattr(self, f"size_{number}"), count, mine)
-            known = (mine >= 0) & (mine < size)
-            rows = _repeated(getattr(self, f"base_{number}"), count, mine) + torch.where(known, mine, 0)
-            summed = self._pooled(run.stack, rows, bounds).view(len(run.keys), width, -1)
+            # Values of other features are read as row 0, and what is pooled of them is dropped: to cut them out would
+            # need sizes that only the data tells, which a graph can hold, but not quickly.
+            size = getattr(self, f"size_{number}").repeat_interleave(count, output_size=values.shape[0])
+            base = getattr(self, f"base_{number}").repeat_interleave(count, output_size=values.shape[0])
+            rows = base + torch.where((values >= 0) & (values < size), values, 0)
+            summed = self._pooled(run.stack, rows, offsets).view(len(self.features), width, -1)[run.start : stop]
             if run.mean:
-                mean = getattr(self, f"mean_{number}")
-                summed = summed / torch.where(mean, of.clamp(min=1), 1).unsqueeze(-1)
+                divisor = lengths[run.start : stop].clamp(min=1)
+                summed = summed / torch.where(getattr(self, f"mean_{number}"), divisor, 1).unsqueeze(-1)
             pooled.update(zip(run.keys, summed.unbind(0), strict=True))
         return pooled
 
@@ -201,17 +202,3 @@ def _runs(lookups: list[_Lookup], features: tuple[str, ...]) -> list[tuple[int, 
         else:
             runs.append((at, kind, [lookup]))
     return runs
-
-
-def _repeated(of_feature: torch.Tensor, count: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What belongs to a feature (n,), for each of its values (V,)."""
-    return of_feature.repeat_interleave(count, output_size=values.shape[0])
-
-
-def _cut(values: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-    """``values[start:stop]``; in an export these are sizes that only the data tells."""
-    first, last = int(start), int(stop)
-    torch._check(first >= 0)
-    torch._check(last >= first)
-    torch._check(last <= values.shape[0])
-    return values[first:last]
