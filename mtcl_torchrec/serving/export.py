@@ -98,8 +98,7 @@ def export_run(
     sample = sample_inputs(network, encoder, 5)
     with tempfile.TemporaryDirectory(prefix="mtcl-export-") as name:
         folder = Path(name)
-        with _quietly():
-            torch.export.save(program, folder / NETWORK)
+        _save(program, folder / NETWORK)
         difference = _compare(portable(folder / NETWORK), network, encoder)
         makes_code = compiled == "yes" or (compiled == "auto" and _has_compiler())
         if makes_code:
@@ -180,8 +179,16 @@ def _exported(network: AnyNetwork, encoder: FeatureEncoder) -> ExportedProgram:
             f"this model cannot be exported ({type(error).__name__}: {first}); a trunk or fused score of your own must "
             "be one that torch.export takes: no branches on values, x.shape[0] instead of len(x)"
         ) from error
-    program._example_inputs = None  # they would be stored as a pickle
     return program
+
+
+def _save(program: ExportedProgram, path: Path) -> None:
+    inputs, program._example_inputs = program._example_inputs, None  # they would be stored as a pickle
+    try:
+        with _quietly():
+            torch.export.save(program, path)
+    finally:
+        program._example_inputs = inputs
 
 
 def _compile(program: ExportedProgram, path: Path, network: AnyNetwork, encoder: FeatureEncoder) -> dict[str, float]:

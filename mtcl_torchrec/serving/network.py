@@ -162,10 +162,9 @@ AnyNetwork = ServingNetwork | ServingEnsemble
 
 def serving_network(model: nn.Module, tables: TablePrecision | None = None) -> AnyNetwork:
     """The network of a model, or of an ensemble of models (a module with ``members``); see `ServingNetwork`."""
-    members: Any = getattr(model, "members", None)
-    if members is None:
+    if not hasattr(model, "members"):
         return ServingNetwork(cast(MTCL, model), tables)
-    return ServingEnsemble([ServingNetwork(member, tables) for member in members])
+    return ServingEnsemble([ServingNetwork(member, tables) for member in cast(Any, model).members])
 
 
 def network_inputs(
