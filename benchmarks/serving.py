@@ -93,6 +93,11 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
         ways[-1] |= measure(recommender, candidates=given.candidates, times=given.times, seed=given.seed)
 
     add("eager", lambda: Recommender.load(given.run_dir))
+    for path in given.file:
+        artefact, about = Artefact.load(path), {"file_mb": path.stat().st_size / 1e6}
+        for compiled in (False, True) if artefact.compiled else (False,):
+            way = f"{artefact.manifest['tables']} {'compiled' if compiled else 'graph'}"
+            add(way, lambda path=path, code=compiled: Recommender(Artefact.load(path, compiled=code)), **about)
     with tempfile.TemporaryDirectory() as name:
         for tables in given.tables:
             path = Path(name) / f"{tables}.mtcl"
@@ -118,7 +123,8 @@ def show(ways: list[dict[str, Any]], console: Console) -> None:
         table.add_row(
             way["way"], *(f"{one[n]:.1f}" for n in ("p50", "p99", "cpu")), f"{way['candidates_per_s']:,.0f}",
             f"{way['catalogue']['p50']:.0f}", f"{way['together']['p50']:.0f}", f"{way['together_per_s']:,.0f}",
-            f"{way['file_mb']:.1f}" if "file_mb" in way else "", f"{way['difference']:.1g}" if "file_mb" in way else "",
+            f"{way['file_mb']:.1f}" if "file_mb" in way else "",
+            f"{way['difference']:.1g}" if "difference" in way else "",
         )  # fmt: skip
     console.print(table)
 
@@ -128,6 +134,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path, help="what `mtcl demo` or `mtcl train` wrote")
     parser.add_argument("--tables", default="fp32,int8", help="precisions to export (%(default)s)")
     parser.add_argument("--compiled", choices=["auto", "yes", "no"], default="auto", help="machine code (%(default)s)")
+    parser.add_argument(
+        "--file", type=Path, action="append", default=[], help="an export of the run that stands already"
+    )
     parser.add_argument("--candidates", type=int, default=500, help="of one user (%(default)s)")
     parser.add_argument("--times", type=int, default=200, help="requests to time (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")

@@ -125,8 +125,11 @@ class ServingNetwork(nn.Module):
         return {**out, **{PART + name: part for name, part in told.items()}, **multiclass}
 
     def _contributions(self, parts: dict[str, torch.Tensor], context: RowContext) -> Mapping[str, torch.Tensor]:
-        contributions: Any = getattr(self.output.fused_score, "contributions", None)
-        return {} if contributions is None else contributions(parts, context) or {}
+        fused: Any = self.output.fused_score
+        if not hasattr(fused, "contributions"):
+            return {}
+        with_context = getattr(fused, "needs_context", False)
+        return (fused.contributions(parts, context) if with_context else fused.contributions(parts)) or {}
 
 
 class ServingEnsemble(nn.Module):
@@ -151,7 +154,8 @@ class ServingEnsemble(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `ServingNetwork.forward`."""
-        outs = [member(**{name: inputs[name] for name in member.inputs}) for member in self.members]
+        members: Any = self.members
+        outs = [member(**{name: inputs[name] for name in member.inputs}) for member in members]
         found = {name: torch.stack([out[name] for out in outs]) for name in outs[0] if all(name in out for out in outs)}
         mean = {name: values.mean(0) for name, values in found.items()}
         return {**mean, "score_std": found["score"].std(0, correction=0)} if "score" in found else mean
