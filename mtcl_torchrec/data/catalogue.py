@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.data.columns import as_text
 from mtcl_torchrec.data.source import time_values
-from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema, nearest
+from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema
+
+
+class NothingLeftError(DataError):
+    """A user has seen every item that could be offered."""
 
 
 @dataclass
@@ -75,43 +83,26 @@ class Catalogue:
             popularity=popularity.astype("float64").rename("popularity"),
         )
 
-    def candidates(self, user: object, context: dict[str, Any], *, seen: bool = False) -> pd.DataFrame:
-        """One row per item for a user in a context, with all input columns.
-
-        Args:
-            user: key of a known user; any other is a user of whom nothing is known.
-            context: overrides of the usual context.
-            seen: whether items the user has already met are offered too.
-
-        Raises:
-            DataError: a context column that does not exist, or nothing is left to rank.
-        """
-        for column in context:
-            if column not in self.context:
-                there = ", ".join(self.context) or "none"
-                raise DataError(f"no context column {column!r}{nearest(column, self.context)}; there are: {there}")
-        key, item = self.seen.columns
-        items = self.items
-        if not seen:
-            met = self.seen.loc[(self.seen[key] == user).fillna(False).to_numpy(dtype=bool), item]
-            items = items[~items[item].isin(met)]
-        if items.empty:
-            raise DataError(f"user {user!r} has seen every item; allow seen items to rank them again")
-        rows = items.reset_index(drop=True)
-        about = self.users[(self.users[key] == user).fillna(False).to_numpy(dtype=bool)]
-        for column in self.users.columns:
-            value = about[column].iloc[0] if len(about) else None
-            filled = pd.Series([value] * len(rows), index=rows.index)
-            rows[column] = filled.astype(self.users[column].dtype) if len(about) else filled
-        for column, usual in self.context.items():
-            rows[column] = [context.get(column, usual)] * len(rows)
-        return rows
-
     def known_user(self, text: str) -> object | None:
         """The user whose key reads as `text`, or None."""
-        keys = self.users.iloc[:, 0]
-        found = keys[keys.astype(str) == text]
-        return _plain(found.iloc[0]) if len(found) else None
+        at = int(self.user_positions([text])[0])
+        return None if at < 0 else _plain(self.users.iloc[at, 0])
+
+    def user_positions(self, keys: Sequence[Any]) -> np.ndarray:
+        """(N,) row of each user in `users`, -1 where it is unknown; keys may be given as text."""
+        return self._users.positions(keys)
+
+    def item_positions(self, keys: Sequence[Any]) -> np.ndarray:
+        """(N,) row of each item in `items`, -1 where it is unknown; keys may be given as text."""
+        return self._items.positions(keys)
+
+    @cached_property
+    def _users(self) -> _Keys:
+        return _Keys(self.users.iloc[:, 0])
+
+    @cached_property
+    def _items(self) -> _Keys:
+        return _Keys(self.items.iloc[:, 0])
 
     def save(self, folder: Path) -> None:
         """Write Parquet and JSON."""
@@ -133,6 +124,22 @@ class Catalogue:
             seen=pd.read_parquet(folder / "seen.parquet"),
             popularity=popularity.set_index(popularity.columns[0])["popularity"],
         )
+
+
+class _Keys:
+    """Finds keys in a column by value, or by how they read."""
+
+    def __init__(self, column: pd.Series) -> None:
+        self._by_text = {text: at for at, text in enumerate(as_text(column).tolist())}
+
+    def positions(self, keys: Sequence[Any]) -> np.ndarray:
+        found = (self._by_text.get(_text(key), -1) for key in keys)
+        return np.fromiter(found, np.int64, len(keys))
+
+
+def _text(key: Any) -> str:
+    """A key as `as_text` writes it."""
+    return str(int(key)) if isinstance(key, float) and key.is_integer() else str(key)
 
 
 def _plain(value: Any) -> Any:

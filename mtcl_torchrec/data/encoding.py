@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +203,17 @@ class FeatureEncoder:
             )
 
     # ------------------------------------------------------------------ encoding
+
+    def only(self, features: Collection[str]) -> FeatureEncoder:
+        """An encoder of some of the features, with what this one has learnt; they keep their order."""
+        kept = tuple(f for f in self.schema.features if f.name in features)
+        part = FeatureEncoder(self.schema.model_copy(update={"features": kept}))
+        part._vocabularies, part._dense, part._label_scale = self._vocabularies, self._dense, self._label_scale
+        return part
+
+    def dense_columns(self) -> tuple[str, ...]:
+        """The feature of each dense column."""
+        return tuple(f.name for f in self.schema.dense_features for _ in range(2 if self._dense[f.name][2] else 1))
 
     def columns(self, *, with_labels: bool = True) -> list[str]:
         """The columns that `encode` reads."""

@@ -122,14 +122,14 @@ def _within_unit_interval(values: np.ndarray) -> np.ndarray:
     return np.asarray(((values >= 0) & (values <= 1)).all(axis=0))
 
 
-class _KeyIndex:
+class KeyIndex:
     """Numbers the distinct values of one key (one or several columns) that the training split has."""
 
     def __init__(self, columns: Sequence[str], levels: list[pd.Index], combined: np.ndarray) -> None:
         self.columns, self.levels, self.combined = list(columns), levels, combined
 
     @classmethod
-    def fit(cls, columns: Sequence[str], frame: pd.DataFrame) -> _KeyIndex:
+    def fit(cls, columns: Sequence[str], frame: pd.DataFrame) -> KeyIndex:
         for column in columns:
             if pd.api.types.infer_dtype(frame[column], skipna=True).startswith("mixed"):
                 raise DataError(f"statistics.keys: column {column!r} must hold one kind of single values")
@@ -137,27 +137,38 @@ class _KeyIndex:
         if math.prod(map(len, levels)) > np.iinfo(np.int64).max:
             raise DataError(f"statistics.keys: {' × '.join(columns)} has too many combinations")
         index = cls(columns, levels, np.empty(0, np.int64))
-        index.combined = np.unique(index._combine(frame))
+        index.combined = np.unique(index.part(frame, columns))
         index.combined = index.combined[index.combined >= 0]
         return index
 
-    def _combine(self, frame: pd.DataFrame) -> np.ndarray:
+    def part(self, frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+        """What some of the columns add to the code of each row's key (N,) int64; -1 where a value is unknown."""
         code = np.zeros(len(frame), np.int64)
         known = np.ones(len(frame), bool)
-        for column, level in zip(self.columns, self.levels, strict=True):
-            here = level.get_indexer(pd.Index(frame[column]))
-            known &= here >= 0
-            code = code * len(level) + here
+        step = 1
+        for column, level in reversed(list(zip(self.columns, self.levels, strict=True))):
+            if column in columns:
+                here = level.get_indexer(pd.Index(frame[column]))
+                known &= here >= 0
+                code += here * step
+            step *= len(level)
         return np.where(known, code, -1)
 
-    def lookup(self, frame: pd.DataFrame) -> np.ndarray:
-        """(N,) number of each row's key, -1 where training has never seen it."""
-        code = self._combine(frame)
+    def find(self, code: np.ndarray) -> np.ndarray:
+        """(N,) number of the key of each code, -1 where training has never seen it.
+
+        Args:
+            code: (N,) int64, the sum of all columns' parts, or a negative number.
+        """
         at = np.searchsorted(self.combined, code)
         at = np.minimum(at, max(len(self.combined) - 1, 0))
         found = (code >= 0) & (len(self.combined) > 0)
         found &= self.combined[at] == code if len(self.combined) else False
         return np.where(found, at, -1)
+
+    def lookup(self, frame: pd.DataFrame) -> np.ndarray:
+        """(N,) number of each row's key, -1 where training has never seen it."""
+        return self.find(self.part(frame, self.columns))
 
     def frame(self) -> pd.DataFrame:
         """One row for each key: its columns' values, in numbering order."""
@@ -170,7 +181,7 @@ class _KeyIndex:
 
 @dataclass
 class _Totals:
-    index: _KeyIndex
+    index: KeyIndex
     counts: np.ndarray  # (K,)
     present: np.ndarray  # (K, O) rows in which the outcome is known
     sums: np.ndarray  # (K, O)
@@ -284,7 +295,7 @@ class CausalStatistics:
         numbers = np.c_[np.ones((len(frame), 1)), present, values]
         width = len(self.outcomes)
         for key in self.keys:
-            index = _KeyIndex.fit(key, frame)
+            index = KeyIndex.fit(key, frame)
             group = index.lookup(frame)
             sums = earlier_sums(group, time, numbers, self.last)
             sums[group < 0] = 0
@@ -306,7 +317,7 @@ class CausalStatistics:
 
         predicted = (1 - len(self.given)) * link(prior)
         for column in self.given:
-            group = _KeyIndex.fit([column], frame).lookup(frame)
+            group = KeyIndex.fit([column], frame).lookup(frame)
             sums = earlier_sums(group, time, np.c_[present, values])
             sums[group < 0] = 0
             there, total = sums[:, : present.shape[1]], sums[:, present.shape[1] :]
@@ -327,6 +338,19 @@ class CausalStatistics:
             sums = np.where((at >= 0)[:, None], sums, 0.0)
             columns.append(self._columns_of(sums, np.broadcast_to(self._prior, (len(frame), len(self.outcomes)))))
         return self._as_frame(columns, frame)
+
+    def frozen(self) -> list[tuple[KeyIndex, pd.DataFrame]]:
+        """For each key its index, and the columns that rows with it get after the training split.
+
+        The frame has a row for each key, in numbering order, and a last one for keys that training has never seen.
+        """
+        frozen = []
+        for key, totals in zip(self.keys, self._totals, strict=True):
+            sums = np.c_[totals.counts, totals.present, totals.sums]
+            sums = np.concatenate([sums, np.zeros((1, sums.shape[1]))])
+            values = self._columns_of(sums, np.broadcast_to(self._prior, (len(sums), len(self.outcomes))))
+            frozen.append((totals.index, pd.DataFrame(values, columns=pd.Index(self._names(key)))))
+        return frozen
 
     def _columns_of(self, sums: np.ndarray, prior: np.ndarray) -> np.ndarray:
         width = len(self.outcomes)
@@ -390,7 +414,7 @@ class CausalStatistics:
             frame = pd.read_parquet(folder / f"totals_{i}.parquet")
             frame.columns = pd.Index([*key, *frame.columns[len(key) :]])
             of_key = frame.iloc[:, : len(key)]
-            index = _KeyIndex.fit(key, of_key)
+            index = KeyIndex.fit(key, of_key)
             numbers = np.empty((len(frame), 1 + 2 * width))
             numbers[index.lookup(of_key)] = frame.iloc[:, len(key) :].to_numpy(dtype=np.float64)
             self._totals.append(_Totals(index, numbers[:, 0], numbers[:, 1 : 1 + width], numbers[:, 1 + width :]))

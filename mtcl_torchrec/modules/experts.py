@@ -100,12 +100,12 @@ class BatchedExperts(nn.Module):
         weight, bias = of(self.weights[0]), of(self.biases[0])
         if self.reads is not None:
             reads = self.reads if chosen is None else [self.reads[e] for e in chosen]
-            x = x if reads == list(range(len(x))) else x[reads]
+            x = x if reads == list(range(x.shape[0])) else x[reads]
         if self.feature_gates is not None:
             x = x * self._feature_gates(x, of)
         if x.dim() == 2:
             h = F.linear(x, weight.flatten(0, 1), bias.flatten())
-            h = h.view(len(x), *bias.shape).transpose(0, 1)
+            h = h.view(x.shape[0], *bias.shape).transpose(0, 1)
         else:
             h = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
         for layer in range(len(self.weights)):
@@ -121,7 +121,7 @@ class BatchedExperts(nn.Module):
         assert self.feature_gates is not None
         down, up = (of(weight) for weight in self.feature_gates)
         if x.dim() == 2:
-            low = F.linear(x, down.flatten(0, 1)).view(len(x), *down.shape[:2]).transpose(0, 1)
+            low = F.linear(x, down.flatten(0, 1)).view(x.shape[0], *down.shape[:2]).transpose(0, 1)
         else:
             low = torch.bmm(x, down.transpose(1, 2))
         return 2 * torch.sigmoid(torch.bmm(low, up.transpose(1, 2)))

@@ -56,7 +56,7 @@ class GateUnits(nn.Module):
         weights, biases = ([p if all_gates else p[list(gates or ())] for p in ps] for ps in (self.weights, self.biases))
         if x.dim() == 2:
             h = F.linear(x, weights[0].flatten(0, 1), biases[0].flatten())
-            h = h.view(len(x), *biases[0].shape).transpose(0, 1)
+            h = h.view(x.shape[0], *biases[0].shape).transpose(0, 1)
         else:
             h = torch.baddbmm(biases[0].unsqueeze(1), x, weights[0].transpose(1, 2))
         parts = F.relu(h).split(self.hidden, dim=2)

@@ -82,7 +82,7 @@ class _GateLogits(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if x.stride(0) != 0:
             return torch.bmm(x, weight.transpose(1, 2))
-        return torch.matmul(x[0], weight.flatten(0, 1).T).view(len(x[0]), *weight.shape[:2]).transpose(0, 1)
+        return torch.matmul(x[0], weight.flatten(0, 1).T).view(x.shape[1], *weight.shape[:2]).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,18 @@ from mtcl_torchrec.modules.trunks import ExpertLevel, TrunkInputs, check_represe
 from mtcl_torchrec.schema import GROUPS, Group, Task
 
 Precision = Literal["fp32", "bf16"]
+
+
+class Alike(NamedTuple):
+    """Which of B rows have the same user and context columns: R kinds of rows.
+
+    Args:
+        of_row: (B,) int64, the kind of each row, from 0 to R - 1.
+        first: (R,) int64, the number of one row of each kind.
+    """
+
+    of_row: torch.Tensor
+    first: torch.Tensor
 
 
 class MultiTaskTower(nn.Module):
@@ -88,6 +100,7 @@ class MultiTaskTower(nn.Module):
                 self.register_buffer(name, visible, persistent=False)
                 self._views.append((name, []))
             next(numbers for view, numbers in self._views if view == name).append(number)
+        self._of_request = {name for name, of in self._views if "item" not in self.tasks[of[0]].inputs}
         self.towers: nn.Module | None = None
         if tower_layers:
             self.towers = BatchedExperts(
@@ -110,6 +123,7 @@ class MultiTaskTower(nn.Module):
         skip: torch.Tensor | None = None,
         frozen: torch.Tensor | None = None,
         cut: Cut | None = None,
+        alike: Alike | None = None,
     ) -> Logits:
         """Logits by task, float32: (B,), or (B, num_classes) for a multiclass task; and those that `Chains` adds.
 
@@ -119,6 +133,7 @@ class MultiTaskTower(nn.Module):
             skip: () bool: the embeddings' gradient is exactly zero where this is True by the time of backward.
             frozen: (T,) bool: the tasks that move nothing but their tower and head.
             cut: where the tasks' gradients are combined, see `GradientSurgery`.
+            alike: rows of one user and context, for which tasks that may not see the item are computed once.
         """
         if dense_features.shape[1] != self.dense_in_features:
             raise ValueError(
@@ -131,30 +146,42 @@ class MultiTaskTower(nn.Module):
         if skip is not None:
             x = stop_gradient_if(x, skip)
         if self.precision == "fp32":
-            return self.chains(self._logits(x, frozen, cut), frozen)
+            return self.chains(self._logits(x, frozen, cut, alike), frozen)
         # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
         # backward would step with the scaled gradient.
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self._logits(x, frozen, cut)
+            logits = self._logits(x, frozen, cut, alike)
         return self.chains({name: value.float() for name, value in logits.items()}, frozen)
 
     def expert_levels(self) -> tuple[ExpertLevel, ...]:
         """The levels of experts in the trunk, in the order data meets them; none in a trunk of one's own."""
         return self._levels
 
-    def _logits(self, x: torch.Tensor, frozen: torch.Tensor | None, cut: Cut | None) -> Logits:
+    @property
+    def has_views_of_the_request(self) -> bool:
+        """Whether there are tasks that see the same in all rows of one user and context."""
+        return bool(self._of_request)
+
+    def _logits(
+        self, x: torch.Tensor, frozen: torch.Tensor | None, cut: Cut | None, alike: Alike | None = None
+    ) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
         for level in self._levels:
             level.forget_mixes()
-        inputs = [self.interaction(x if self._sees_all else x * getattr(self, name)) for name, _ in self._views]
+        inputs = []
+        for name, _ in self._views:
+            rows = x if alike is None or name not in self._of_request else x[alike.first]
+            inputs.append(self.interaction(rows if self._sees_all else rows * getattr(self, name)))
         tasks = [numbers for _, numbers in self._views]
         if cut is None:
             of_views = [self.trunk(seen, numbers) for seen, numbers in zip(inputs, tasks, strict=True)]
         else:
             of_views = cut.through(self.trunk, inputs, tasks)
         shared: list[torch.Tensor | None] = [None] * len(self.tasks)
-        for representations, numbers in zip(of_views, tasks, strict=True):
-            check_representations(self.trunk, representations, len(x), len(numbers))
+        for seen, representations, (name, numbers) in zip(inputs, of_views, self._views, strict=True):
+            check_representations(self.trunk, representations, seen.shape[0], len(numbers))
+            if alike is not None and name in self._of_request:
+                representations = representations[alike.of_row]
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
         h = stop_where_frozen(torch.stack([r for r in shared if r is not None]), frozen)

@@ -287,7 +287,7 @@ def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(g, B, e) from x (B, D) or (g, B, D) and a weight (g, e, D)."""
     if x.dim() == 3:
         return gate_logits(x, weight)
-    return torch.matmul(x, weight.flatten(0, 1).T).view(len(x), *weight.shape[:2]).transpose(0, 1)
+    return torch.matmul(x, weight.flatten(0, 1).T).view(x.shape[0], *weight.shape[:2]).transpose(0, 1)
 
 
 def _mixture(

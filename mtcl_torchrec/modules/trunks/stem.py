@@ -87,7 +87,7 @@ class STEM(ExpertGraph):
         """(T + 1, B, D'): the stream of each task, then the shared one, from the input x (B, D)."""
         pieces = x.split(self._widths, dim=1)
         together = torch.cat([pieces[piece] for stream in self._pieces for piece in stream], dim=1)
-        return together.view(len(x), len(self._pieces), -1).transpose(0, 1)
+        return together.view(x.shape[0], len(self._pieces), -1).transpose(0, 1)
 
     def masks(self, num_tasks: int, inputs: TrunkInputs | None) -> list[LevelMask]:
         """See the class."""

@@ -1,0 +1,165 @@
+"""An exported model read back: the network as a graph, and what turns columns into its inputs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtcl_torchrec.config import StatisticsConfig
+from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.preprocessing import Preprocessor
+from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task
+from mtcl_torchrec.serving.archive import extract
+from mtcl_torchrec.serving.network import Network
+
+FORMAT, VERSION = "mtcl model", 1
+NETWORK, COMPILED = "network.pt2", "compiled.pt2"
+PREPROCESSING, CATALOGUE = "preprocessing", "catalogue"
+
+
+@dataclass
+class Artefact:
+    """An exported model, see `mtcl_torchrec.serving.export.export_run`.
+
+    A file of this kind is a program: its graph, and machine code where it was compiled, run in the process that loads
+    it.  The manifest's hashes tell damage, not who made the file; `sha256` tells that it is the one you made.  No
+    pickle in it is ever read: tensors are raw bytes, the rest JSON and Parquet, and a network that holds a pickle,
+    which `torch.export.load` would open without restriction, is refused before.
+
+    Args:
+        manifest: what the file says of itself.
+        preprocessor: fitted.
+        tasks: with their label scales and numbers of classes.
+        network: inputs by name -> outputs by name, as `ServingNetwork`; may be called from several threads.
+        features, inputs: its sparse features and its inputs, in its order.
+        within_request: whether the score of a row depends on the others of its request.
+        catalogue: users, items and contexts; None where the run had none.
+        compiled: whether the network is machine code.
+    """
+
+    manifest: dict[str, Any]
+    preprocessor: Preprocessor
+    tasks: tuple[Task, ...]
+    network: Network
+    features: tuple[str, ...]
+    inputs: tuple[str, ...]
+    within_request: bool
+    catalogue: Catalogue | None
+    compiled: bool
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, compiled: bool | None = None, sha256: str | None = None, threads: int = 4
+    ) -> Artefact:
+        """Read an exported model.
+
+        Args:
+            path: of the file.
+            compiled: True takes the machine code, False the portable graph; None the machine code where it fits this
+                machine and version of torch.
+            sha256: of the file, as it was told when it was made.
+            threads: how many calls of the machine code may run at once; more wait.
+
+        Raises:
+            ConfigError: there is no machine code for this machine.
+            DataError: no such file, another format, a damaged file, not the one of `sha256`, or a pickle in it.
+        """
+        path = Path(path)
+        with tempfile.TemporaryDirectory(prefix="mtcl-") as name:
+            folder = Path(name)
+            manifest = extract(path, folder, sha256=sha256)
+            if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+                raise DataError(f"{path}: its format is {manifest.get('format')} {manifest.get('version')}, which this "
+                                f"version does not read ({FORMAT} {VERSION})")  # fmt: skip
+            fits = manifest["compiled_for"] == this_machine()
+            if compiled and not fits:
+                raise ConfigError(f"{path}: compiled for {manifest['compiled_for']}, this is {this_machine()}")
+            machine_code = fits if compiled is None else compiled
+            try:
+                statistics = [StatisticsConfig.model_validate(block) for block in manifest["statistics"]]
+                schema = Schema.model_validate(manifest["schema"])
+                preprocessor = Preprocessor.load(folder / PREPROCESSING, schema, statistics)
+                known = folder / CATALOGUE
+                catalogue = Catalogue.load(known) if known.is_dir() else None
+                about = manifest["network"]
+                network = _machine_code(folder / COMPILED, threads) if machine_code else portable(folder / NETWORK)
+                return cls(
+                    manifest=manifest,
+                    preprocessor=preprocessor,
+                    tasks=tuple(Task.model_validate(task) for task in manifest["tasks"]),
+                    network=network,
+                    features=tuple(about["features"]),
+                    inputs=tuple(about["inputs"]),
+                    within_request=about["within_request"],
+                    catalogue=catalogue,
+                    compiled=machine_code,
+                )
+            except (OSError, KeyError, TypeError) as error:
+                raise DataError(f"{path}: the exported model is damaged ({error})") from None
+
+
+def this_machine() -> dict[str, str]:
+    """What machine code depends on."""
+    return {
+        "torch": torch.__version__,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def portable(path: Path) -> Network:
+    """The graph of a file that `torch.export.save` wrote, run by torch operator by operator.
+
+    Raises:
+        DataError: it holds a pickle, or is no such file.
+    """
+    _refuse_pickles(path)
+    return torch.export.load(path).module()
+
+
+def _machine_code(path: Path, threads: int) -> Network:
+    log = logging.getLogger("torch.export.pt2_archive._package")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of details of the device, which `this_machine` compares
+    try:
+        from torch._inductor.package import load_package
+
+        return load_package(str(path), num_runners=threads)
+    finally:
+        log.setLevel(level)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Raise DataError if `torch.export.load` would open a pickle of this file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # Without the archive's own name in front: data/weights/weight_0, data/constants/…, data/sample_inputs/…
+                name = member.filename.partition("/")[2]
+                room = name.split("/")[1] if name.startswith("data/") and "/" in name[5:] else ""
+                if room in ("weights", "constants") and name.endswith(".json"):
+                    for key, about in json.loads(archive.read(member))["config"].items():
+                        if about["use_pickle"]:
+                            raise DataError(f"{path.name}: {key} is stored as a pickle, which is not loaded")
+                elif name.endswith(".pt") and member.file_size > 0:
+                    raise DataError(f"{path.name}: {name} is a pickle, which is not loaded")
+    except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path.name}: no exported network ({error})") from None
+
+
+def described(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Names, shapes and kinds of tensors for a manifest."""
+    return {
+        name: {"shape": shapes.get(name, ["B", *tensor.shape[1:]]), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in tensors.items()
+    }
