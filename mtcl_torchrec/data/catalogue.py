@@ -13,6 +13,10 @@ from mtcl_torchrec.data.source import time_values
 from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema, nearest
 
 
+class NothingLeftError(DataError):
+    """A user has seen every item that could be offered."""
+
+
 @dataclass
 class Catalogue:
     """Latest known columns of each user and item, the usual context, what each user has seen, how popular items are.
@@ -84,7 +88,8 @@ class Catalogue:
             seen: whether items the user has already met are offered too.
 
         Raises:
-            DataError: a context column that does not exist, or nothing is left to rank.
+            DataError: a context column that does not exist.
+            NothingLeftError: there is nothing to rank.
         """
         for column in context:
             if column not in self.context:
@@ -96,7 +101,7 @@ class Catalogue:
             met = self.seen.loc[(self.seen[key] == user).fillna(False).to_numpy(dtype=bool), item]
             items = items[~items[item].isin(met)]
         if items.empty:
-            raise DataError(f"user {user!r} has seen every item; allow seen items to rank them again")
+            raise NothingLeftError(f"user {user!r} has seen every item; allow seen items to rank them again")
         rows = items.reset_index(drop=True)
         about = self.users[(self.users[key] == user).fillna(False).to_numpy(dtype=bool)]
         for column in self.users.columns:
