@@ -4,10 +4,10 @@
     python benchmarks/load.py RUN_DIR --clients 1,4,16 --candidates 500 --seconds 10 --json load.json
     python benchmarks/load.py RUN_DIR --url http://127.0.0.1:8000 --serve-option=--gather-ms=0
 
-Each client asks for a ranking of random candidates for a random user, waits for the answer, checks it, and asks again.
-The latency is that of the client, from sending to the whole answer; client and service share the machine's cores.  A
-request fails if it is not answered 200 with as many items, best first, as were asked for.  Batches are the service's own
-figure: requests that it scored together, on average.
+Each client asks for a ranking of random candidates for a random user, waits for the answer, checks it, asks again.
+The latency is that of the client, from sending to the whole answer; client and service share the machine's cores.
+A request fails if it is not answered 200 with as many items, best first, as were asked for.  Batches are the service's
+own figure: requests that it scored together, on average.
 """
 
 from __future__ import annotations
@@ -68,9 +68,17 @@ class Figures:
     failures: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Running:
+    """A service."""
+
+    url: str
+    process: subprocess.Popen | None = None
+
+
 @contextlib.contextmanager
-def service(run_dir: Path, options: list[str], *, start_seconds: float = 120) -> Iterator[str]:
-    """A process of `mtcl serve` on a free port: its address; it is told to end afterwards, and must."""
+def service(run_dir: Path, options: list[str], *, start_seconds: float = 120) -> Iterator[Running]:
+    """A process of `mtcl serve` on a free port; it is told to end afterwards, and must."""
     command = [sys.executable, "-m", "mtcl_torchrec", "serve", str(run_dir), "--port=0", "--watch=0", *options]
     process = subprocess.Popen([*command, "--log-level=info"], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -83,7 +91,7 @@ def service(run_dir: Path, options: list[str], *, start_seconds: float = 120) ->
             raise SystemExit(f"mtcl serve did not start:\n{said}")
         drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)  # a full pipe would stop it
         _wait_until_healthy(url, until)
-        yield url
+        yield Running(url, process)
         process.send_signal(signal.SIGTERM)
         if process.wait(60) != 0:
             raise SystemExit(f"mtcl serve ended with status {process.returncode}")
@@ -214,9 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     load = Load(given.candidates, given.k, given.seconds, given.warmup_seconds, given.seed)
     catalogue = Catalogue.load(readable_folder(given.run_dir / CATALOGUE))
-    running = contextlib.nullcontext(given.url) if given.url else service(given.run_dir, given.serve_option)
-    with running as url:
-        figures = [asyncio.run(measure(url, catalogue, int(clients), load)) for clients in given.clients.split(",")]
+    running = contextlib.nullcontext(Running(given.url)) if given.url else service(given.run_dir, given.serve_option)
+    with running as at:
+        figures = [asyncio.run(measure(at.url, catalogue, int(clients), load)) for clients in given.clients.split(",")]
     show(figures, load)
     if given.json is not None:
         about = {"method": METHOD, "machine": platform.processor() or platform.machine(), "cores": _cores(),

@@ -19,14 +19,15 @@ class _Waiting(Generic[J]):
     job: J
     rows: int
     arrived: float
+    alone: bool
     answer: asyncio.Future[Any]
 
 
 class Batcher(Generic[J, R]):
     """Gathers jobs and gives them to a function in a thread of its own, a batch at a time.
 
-    A job waits for others at most `wait_s`, counted from its arrival; jobs that arrive while a batch is worked on are
-    the next batch.
+    A job waits for others at most `wait_s`, counted from its arrival, and not at all if it is alone: nothing is being
+    worked on, and nothing came in the `wait_s` before.  Jobs that arrive while a batch is worked on are the next batch.
 
     Args:
         work: jobs -> a result, or the exception that says why there is none, for each.
@@ -49,6 +50,7 @@ class Batcher(Generic[J, R]):
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._task: asyncio.Task | None = None
+        self._latest = -float("inf")  # when the latest job arrived
 
     def __len__(self) -> int:
         """Jobs that wait, without those that are worked on."""
@@ -78,7 +80,9 @@ class Batcher(Generic[J, R]):
             Exception: what the work raised, or returned, for this job.
         """
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(job, rows, loop.time(), loop.create_future())
+        now = loop.time()
+        alone, self._latest = not self._open and now - self._latest > self._wait_s, now
+        waiting = _Waiting(job, rows, now, alone, loop.create_future())
         self._open.add(waiting.answer)
         waiting.answer.add_done_callback(self._open.discard)
         self._waiting.append(waiting)
@@ -107,7 +111,7 @@ class Batcher(Generic[J, R]):
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
-        if self._wait_s <= 0:
+        if self._wait_s <= 0 or (len(self._waiting) == 1 and self._waiting[0].alone):
             return [self._waiting.popleft()]
         ready = self._waiting[0].arrived + self._wait_s
         while sum(w.rows for w in self._waiting) < self._max_rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, NotRequired, cast
 
 import numpy as np
@@ -57,13 +58,12 @@ class Bodies:
 
     def __init__(self, schema: Schema, catalogue: Catalogue, *, max_candidates: int) -> None:
         self.schema, self.catalogue = schema, catalogue
-        self._users, self._items = (pd.Index(frame.iloc[:, 0]) for frame in (catalogue.users, catalogue.items))
+        self._users, self._items = (dict.fromkeys(f.iloc[:, 0].tolist()) for f in (catalogue.users, catalogue.items))
         self.columns = _column_types(schema, catalogue)
         # Keys are looked up, not encoded: one outside its feature's table is unknown, and said to be.
-        user, item = (_scalar_type(pd.Series(keys[:1000])) for keys in (self._users, self._items))
+        user, item = (_scalar_type(frame.iloc[:1000, 0]) for frame in (catalogue.users, catalogue.items))
         context = _typed_dict("Context", {c: NotRequired[self.columns[c]] for c in catalogue.context})
         row = _typed_dict("Row", {c: kind | None for c, kind in self.columns.items()})
-        known = [_plain(v) for v in self._items[:2]]
         self._recommend = create_model(
             "RecommendRequest",
             __config__=_CLOSED,
@@ -75,7 +75,8 @@ class Bodies:
             ),
             candidates=(
                 Annotated[list[item], Field(min_length=1, max_length=max_candidates)] | None,  # type: ignore[valid-type]
-                Field(default=None, description="The items to rank; all items where there are none.", examples=[known]),
+                Field(default=None, description="The items to rank; all items where there are none.",
+                      examples=[list(islice(self._items, 2))]),
             ),
             k=(Annotated[int, Field(strict=True, ge=1, le=max_candidates)],
                Field(default=10, description="How many items.")),
@@ -140,26 +141,25 @@ class Bodies:
         return told
 
     def _refuse_unknown(self, candidates: Sequence[Any]) -> None:
-        unknown = np.flatnonzero(self._items.get_indexer(pd.Index(candidates)) < 0)[:MAX_TOLD].tolist()
+        unknown = [i for i, candidate in enumerate(candidates) if candidate not in self._items]
         if unknown:
             raise BodyError([
                 {"type": "unknown_item", "loc": ["body", "candidates", i], "input": candidates[i],
                  "msg": f"no item {candidates[i]!r} in the catalogue"}
-                for i in unknown
+                for i in unknown[:MAX_TOLD]
             ])  # fmt: skip
 
     # ------------------------------------------------------------------ describing
 
     def example_ask(self, *, user: Any = None, candidates: int = 2, k: int = 2) -> Ask:
         """A request that the model can answer, for its first user unless one is given."""
-        first = _plain(self._users[0]) if user is None else user
-        items = tuple(_plain(v) for v in self._items[:candidates])
-        return Ask(first, dict(self.catalogue.context), items, k, seen=True)
+        asking = next(iter(self._users)) if user is None else user
+        return Ask(asking, dict(self.catalogue.context), tuple(islice(self._items, candidates)), k, seen=True)
 
     def stranger(self) -> str | int:
         """A user whom the catalogue does not have."""
-        if pd.api.types.is_numeric_dtype(self._users):
-            return int(self._users.max()) + 1
+        if all(isinstance(user, (int, float)) for user in self._users):
+            return int(max(self._users)) + 1
         name = "stranger"
         while self.knows(name):
             name += "'"

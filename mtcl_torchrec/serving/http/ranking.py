@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import pandas as pd
 
 from mtcl_torchrec.data.catalogue import Catalogue, NothingLeftError
-from mtcl_torchrec.schema import DataError, Schema
+from mtcl_torchrec.schema import Schema
 
 J = TypeVar("J")
 PART = "part:"  # what stands before a task's name in the column of its part of the score
@@ -144,11 +144,12 @@ def _recommend(ranker: Ranker, asks: Sequence[Ask]) -> list[pd.DataFrame]:
         )
     except NothingLeftError:
         return [pd.DataFrame({"score": [], str(ranker.schema.item): []}) for _ in asks]
-    of_user = ranked.groupby(str(ranker.schema.user), sort=False).indices
-    found = [ranked.iloc[of_user.get(ask.user, [])].head(ask.k) for ask in asks]
-    if sum(len(rows) for rows in of_user.values()) != sum(len(of_user.get(user, [])) for user in users):
-        raise DataError("the recommender answered for other users than were asked for")
-    return found
+    of_user: dict[Any, list[int]] = {user: [] for user in users}
+    for row, user in enumerate(ranked[str(ranker.schema.user)].tolist()):
+        if user not in of_user:
+            raise RuntimeError("the recommender answered for another user than was asked for")
+        of_user[user].append(row)
+    return [ranked.iloc[of_user[ask.user][: ask.k]] for ask in asks]
 
 
 def _score(ranker: Ranker, frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
