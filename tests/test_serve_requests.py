@@ -17,6 +17,7 @@ from mtcl_torchrec.cli.app import app as commands
 from mtcl_torchrec.serving.http.app import Limits
 from mtcl_torchrec.serving.http.batching import Batcher
 from mtcl_torchrec.serving.http.bodies import BodyError
+from mtcl_torchrec.serving.http.description import RecommendResponse, ScoreResponse
 from mtcl_torchrec.serving.http.ranking import Ask, rank_together, score_together
 from mtcl_torchrec.serving.http.versions import Models
 
@@ -242,10 +243,17 @@ def test_health_metrics_and_description(models):
     schemas = described.json()["components"]["schemas"]
     assert set(schemas["Row"]["properties"]) == set(ROW)
     assert schemas["Context"]["properties"]["slot"]["exclusiveMaximum"] == 4
-    content = described.json()["paths"]["/recommend"]["post"]["requestBody"]["content"]["application/json"]
-    assert ask(models, "/recommend", content["example"]).status_code == 200
-    rows = schemas["ScoreRequest"]["properties"]["rows"]["examples"][0]
-    assert ask(models, "/score", {"rows": rows}).status_code == 200
+    for route, answer in (("/recommend", RecommendResponse), ("/score", ScoreResponse)):
+        operation = described.json()["paths"][route]["post"]
+        asking, answered = (
+            part["content"]["application/json"] for part in (operation["requestBody"], operation["responses"]["200"])
+        )
+        for part in (asking, answered):
+            assert part["schema"]["$ref"].rsplit("/", 1)[1] in schemas
+        given = ask(models, route, asking["example"])
+        assert given.status_code == 200
+        answer.model_validate(given.json())
+        answer.model_validate(answered["example"])
     assert "/openapi.json" in docs.text
     assert (wrong_method.status_code, nowhere.status_code) == (405, 404)
 

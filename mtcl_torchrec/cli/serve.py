@@ -14,12 +14,12 @@ from mtcl_torchrec.serving.recommender import Recommender
 
 @app.command()
 def serve(
-    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
+    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train`, `demo` or `export` wrote.")],
     host: Annotated[str, typer.Option(help="The address to listen on.  There is no authentication.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     watch: Annotated[float, typer.Option(min=0, help="Seconds between looks for a newer model; 0: none.")] = 5,
     max_candidates: Annotated[int, typer.Option(min=1, help="Candidates, items or rows in one request.")] = 5000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Rows of several requests that are scored together.")] = 20_000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows of several requests that are scored together.")] = 2000,
     gather_ms: Annotated[
         float, typer.Option(min=0, max=1000, help="How long a request waits for others; 0: each by itself.")
     ] = 2,

@@ -14,23 +14,19 @@ from typing import Any
 
 import pandas as pd
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.serving.http.batching import Batcher
 from mtcl_torchrec.serving.http.bodies import BodyError, Rows
+from mtcl_torchrec.serving.http.description import ABOUT, described
 from mtcl_torchrec.serving.http.metrics import Metrics
 from mtcl_torchrec.serving.http.ranking import Ask, answers, rank_together, score_together
 from mtcl_torchrec.serving.http.versions import Models, Version
 
 log = logging.getLogger("mtcl_torchrec.serving.http")
 RETRY_AFTER_S = 1
-_ABOUT = (
-    "Ranks items for a user by one fused score of many predicted events. Fields, kinds and examples are those of the "
-    "model that is served. This page (/docs) loads its look from a public CDN; /openapi.json needs nothing."
-)
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Limits:
         body_seconds: in which a body must have arrived.
     """
 
-    max_batch: int = 20_000
+    max_batch: int = 2000
     gather_ms: float = 2.0
     max_open: int = 64
     max_body: int = 4 << 20
@@ -163,7 +159,7 @@ class Service:
         return {
             "status": "ok",
             "model": {"version": version.name, "loaded_at": version.loaded_at.isoformat(timespec="seconds"),
-                      "path": str(self.models.path)},
+                      "path": self.models.path.name},
             "refused_reload": self.models.problem,
             "schema": {
                 "user": schema.user, "item": schema.item, "users": len(catalogue.users),
@@ -196,7 +192,7 @@ def create_app(
             if watching is not None:
                 watching.cancel()
 
-    app = FastAPI(title="mtcl", version=installed("mtcl_torchrec"), description=_ABOUT, lifespan=lifespan,
+    app = FastAPI(title="mtcl", version=installed("mtcl_torchrec"), description=ABOUT, lifespan=lifespan,
                   redoc_url=None)  # fmt: skip
 
     @app.post("/recommend", summary="Rank items for a user")
@@ -223,7 +219,7 @@ def create_app(
         content = {"result": result, "model": models.current.name, "problem": models.problem}
         return JSONResponse(content, 409 if result == "refused" else 200)
 
-    app.openapi = lambda: _openapi(app, models.current)  # type: ignore[method-assign]
+    app.openapi = lambda: described(app, models.current)  # type: ignore[method-assign]
     app.add_middleware(_Observed, metrics=metrics, routes={getattr(route, "path", "") for route in app.routes})
     return app
 
@@ -274,33 +270,3 @@ class _Observed:
             route = scope["path"] if scope["path"] in self.routes else "other"
             self.metrics.answered(route, status, seconds)
             log.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * seconds)
-
-
-def _openapi(app: FastAPI, version: Version) -> dict[str, Any]:
-    """The description of the routes, with the bodies and examples of the model that is served."""
-    described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    components = described.setdefault("components", {}).setdefault("schemas", {})
-    components |= version.bodies.json_schemas()
-    for route, request_example in (("recommend", _example_body(version)), ("score", None)):
-        name = route.capitalize()
-        operation = described["paths"][f"/{route}"]["post"]
-        body: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{name}Request"}}
-        if request_example is not None:
-            body["example"] = request_example
-        example = version.examples[route] | {"model": version.name}
-        operation["requestBody"] = {"required": True, "content": {"application/json": body}}
-        operation["responses"] = {
-            "200": {"description": "Best first" if route == "recommend" else "In the order of the rows",
-                    "content": {"application/json": {"schema": {"type": "object"}, "example": example}}},
-            "413": {"description": "The body is too large"},
-            "415": {"description": "The body is no JSON"},
-            "422": {"description": "The body does not fit the schema; `detail` names the field"},
-            "503": {"description": "Too many requests at a time; Retry-After says when to ask again"},
-        }  # fmt: skip
-    return described
-
-
-def _example_body(version: Version) -> dict[str, Any]:
-    ask = version.bodies.example_ask()
-    return {"user": ask.user, "context": dict(ask.context), "candidates": list(ask.candidates or ()), "k": ask.k,
-            "seen": ask.seen}  # fmt: skip

@@ -61,6 +61,8 @@ def serve(
     if not _is_loopback(listening):
         log.warning("%s is open to the network, and there is no authentication: see to who can reach it", host)
     models = Models(path, load, max_candidates=max_candidates)
+    if models.in_training():
+        log.warning("training of %s is not finished: this is its best epoch so far", path)
     app = create_app(models, limits, watch=watch)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, lifespan="on",
                             server_header=False, proxy_headers=False)  # fmt: skip

@@ -121,13 +121,13 @@ class Models:
             try:
                 now = await asyncio.to_thread(stamp_of, self.path)
                 settled = now == before and now not in (self.current.stamp, self._refused)
-                if settled and not self._in_training():
+                if settled and not self.in_training():
                     await self.reload(only_at=now)
                 before = now
             except OSError as error:
                 log.warning("%s cannot be looked at (%s)", self.path, error)
 
-    def _in_training(self) -> bool:
+    def in_training(self) -> bool:
         """Whether the path is a run that is being trained; its metrics are written last."""
         return (self.path / CHECKPOINTS).is_dir() and not (self.path / "metrics.json").is_file()
 
