@@ -90,7 +90,6 @@ def service(run_dir: Path, options: list[str], *, start_seconds: float = 120) ->
         if url is None:
             raise SystemExit(f"mtcl serve did not start:\n{said}")
         drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)  # a full pipe would stop it
-        _wait_until_healthy(url, until)
         yield Running(url, process)
         process.send_signal(signal.SIGTERM)
         if process.wait(60) != 0:
@@ -224,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     catalogue = Catalogue.load(readable_folder(given.run_dir / CATALOGUE))
     running = contextlib.nullcontext(Running(given.url)) if given.url else service(given.run_dir, given.serve_option)
     with running as at:
+        _wait_until_healthy(at.url, time.monotonic() + 10)
         figures = [asyncio.run(measure(at.url, catalogue, int(clients), load)) for clients in given.clients.split(",")]
     show(figures, load)
     if given.json is not None:
