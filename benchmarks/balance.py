@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines, one for each training; what is there is not done again")
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
     parser.add_argument("--picture", type=Path, help="with --show: Δm of every method as a picture")
+    parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
     parser.add_argument("--small", action="store_true", help="a tenth of the rows, to try the script")
     parser.add_argument("--time", type=Path, help="measure the steps of --methods on KuaiRand, write them there")
     parser.add_argument("--rounds", type=int, default=40, help="with --time: steps of each method")
@@ -153,7 +154,7 @@ def main() -> None:
         results = read(arguments.show)
         steps = json.loads(arguments.steps.read_text()) if arguments.steps else {}
         for data in dict.fromkeys(r["data"] for r in results):
-            show([r for r in results if r["data"] == data], data, steps)
+            show([r for r in results if r["data"] == data], data, steps, arguments.markdown)
         if arguments.picture:
             draw(results, arguments.picture)
     elif arguments.out:
@@ -414,20 +415,36 @@ def step_times(names: list[str], rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def show(results: list[dict[str, Any]], data: str, steps: dict[str, dict[str, float]]) -> None:
-    """One table; `steps` is what `step_times` gave, or empty."""
-    from mtcl_torchrec.evaluation.report import plain_table
-
+def rows_of(
+    results: list[dict[str, Any]], data: str, steps: dict[str, dict[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of one set of data; `steps` is what `step_times` gave, or empty."""
     twins, tasks = twin_aucs(results), TASKS[data]
-    table = plain_table(f"{data}: test AUC and Δm, mean ± standard deviation over seeds", ["", *tasks, "Δm %", "step"])
+    rows = []
     for name, of in by_method(results):
         if name == TWIN:
-            table.add_row(name, *(_spread(twins[task], 4) for task in tasks), "", "")
+            rows.append([name, *(_spread(twins[task], 4) for task in tasks), "", ""])
             continue
         below = ["↓" if _mean_below(of, twins, task) else "" for task in tasks]
         aucs = [_spread([r["test"][task] for r in of], 4) + mark for task, mark in zip(tasks, below, strict=True)]
         step = f"{steps[name]['ratio']:.2f}" if name in steps else ""
-        table.add_row(name, *aucs, _spread([gain(r, twins) for r in of], 2), step)
+        rows.append([name, *aucs, _spread([gain(r, twins) for r in of], 2), step])
+    return ["", *tasks, "Δm %", "step"], rows
+
+
+def show(results: list[dict[str, Any]], data: str, steps: dict[str, dict[str, float]], markdown: bool = False) -> None:
+    """Print one table."""
+    from mtcl_torchrec.evaluation.report import plain_table
+
+    heads, rows = rows_of(results, data, steps)
+    title = f"{data}: test AUC and Δm, mean ± standard deviation over seeds"
+    if markdown:
+        print(f"{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
+        return
+    table = plain_table(title, heads)
+    for row in rows:
+        table.add_row(*row)
     Console(width=120).print(table)
 
 
