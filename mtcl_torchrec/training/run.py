@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, TypeAdapter
 from rich.console import Console
 
-from mtcl_torchrec.config import RunConfig, dump_run, parse_run
+from mtcl_torchrec.config import RunConfig, dump_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
@@ -28,7 +27,7 @@ from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, us
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.balance.surgery import LEAN_ON_SMALL
 from mtcl_torchrec.modules.rare import uncalibrated_lines
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules
 from mtcl_torchrec.training.calibration import CalibrationResult, calibrate_run
@@ -36,9 +35,6 @@ from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
     best_checkpoint,
-    checkpoint_name,
-    newest_checkpoint,
-    read_about,
 )
 from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
@@ -62,6 +58,7 @@ from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
+from mtcl_torchrec.training.start import Start, begins_anew, start_of
 
 Say = Callable[[str], None]
 
@@ -136,7 +133,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     model = build_model(
         run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, precision=run.training.precision
     )
-    start = _start_of(folder, splits, say) if resume else _Start()
+    start = start_of(folder, splits, say) if resume else Start()
     state = _state_at(start, run, model, splits, where)
     say(_describe(run, model, preprocessor, where))
     calibrated = {} if run.calibration is None else run.calibration.pieces(model.tasks)
@@ -147,7 +144,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         held = f"its weights are held in [{surgery.min_weight:g}, {surgery.max_weight:g}]"
         say(f"balance.surgery.kind {surgery.kind} leans on tasks of small gradients and can collapse a run; {held}")
     if start.checkpoint is not None:
-        anew = _begins_anew(run, start.checkpoint)
+        anew = begins_anew(run, start.checkpoint)
         state.load(start.checkpoint, where, anew=anew)
         for part, before in anew.items():
             say(f"balance.{part} was {before} before: its state begins anew")
@@ -185,68 +182,7 @@ def _earlier_encoder(folder: Path) -> FeatureEncoder:
         raise DataError(f"{folder}: the run directory is damaged ({error})") from None
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where training starts: at its beginning, or after a checkpoint."""
-
-    step: int = 0
-    averaged: int = 0
-    position: Position = field(default_factory=Position)
-    history: TrainingHistory = field(default_factory=TrainingHistory)
-    checkpoint: Path | None = None
-
-
-def _start_of(folder: Path, splits: Splits, say: Say) -> _Start:
-    """After the newest checkpoint in the folder."""
-    newest = newest_checkpoint(folder / CHECKPOINTS)
-    assert newest is not None
-    about = read_about(newest)
-    try:
-        step, averaged = (_count(about[name]) for name in ("step", "averaged"))
-        position, rows = Position.from_json(about["position"]), about["rows"]
-        history = TrainingHistory.from_json(about["history"])
-        if newest.name != checkpoint_name(step):
-            raise ValueError(f"step is {step}")
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{newest}: damaged checkpoint (state.json: {_first_line(error)}); remove it to go on with the "
-                        "one before") from None  # fmt: skip
-    if rows != splits.train.fingerprint and position.taken:
-        say("the training data is not what it was: its epoch starts again")
-        position = Position(position.epoch)
-    if history.best_epoch and best_checkpoint(folder / CHECKPOINTS) is None:
-        say(f"the checkpoint of epoch {history.best_epoch}, the best, is gone: of the epochs to come, one will be kept")
-        history.best_epoch, history.best_step, history.best_auc = 0, 0, None
-    _check_position(position, splits, newest)
-    return _Start(step, averaged, position, history, newest)
-
-
-def _begins_anew(run: RunConfig, checkpoint: Path) -> dict[str, str]:
-    """See `BalanceConfig.begins_anew`; nothing where the checkpoint does not tell how it was trained."""
-    try:
-        before = parse_run(str(read_about(checkpoint)["run"]))
-    except (ConfigError, KeyError):
-        return {}
-    return run.balance.begins_anew(before.balance)
-
-
-def _check_position(position: Position, splits: Splits, checkpoint: Path) -> None:
-    """No more batches can have been taken than there were."""
-    at = Position(position.epoch)
-    for world_size, batch_size, batches in position.taken:
-        if batches > splits.train.steps(at, world_size=world_size, batch_size=batch_size):
-            raise DataError(f"{checkpoint}: damaged checkpoint (state.json: position beyond the epoch's rows)")
-        at = at.after(batches, world_size=world_size, batch_size=batch_size)
-
-
-def _count(value: object) -> int:
-    return TypeAdapter(NonNegativeInt).validate_python(value, strict=True)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150]
-
-
-def _state_at(start: _Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
+def _state_at(start: Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
     """Sharded model, optimizer and schedule, with all weights as they are before the first step."""
     config = run.training
     optimizers, sharding = for_modules(run)
