@@ -184,8 +184,8 @@ def test_the_schedule_goes_on_where_it_was_in_the_data(data, tmp_path, monkeypat
     run.training.batch_size = 8
     rates, load = [], TrainingState.load
 
-    def loaded(self, *arguments):
-        load(self, *arguments)
+    def loaded(self, *arguments, **options):
+        load(self, *arguments, **options)
         rates.extend(group["lr"] for group in self.optimizer.param_groups)
 
     monkeypatch.setattr(TrainingState, "load", loaded)
