@@ -310,6 +310,14 @@ def test_a_target_of_influence_is_met_by_all_that_is_tried():
             assert influence_of(held_out, one.weights, same)["like"] == pytest.approx(0.5, abs=1e-6)
 
 
+def test_without_values_all_tasks_enter_whatever_one_of_them_is_asked():
+    held_out, _ = rows_of(requests=60)
+    options = {"target": "auc:click", "search": "none", "folds": 2, "front_points": 0, "combiners": ["weighted_mean"]}
+    fitted = fit_fusion(held_out, **options, influence={"like": 0.5}, constraints=["auc:like >= 0.1"])
+    assert fitted.influence["like"] == pytest.approx(0.5, abs=1e-6)
+    assert set(fitted.weights) == set(held_out.parts)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -1,6 +1,8 @@
 """Fitting the fused score of a finished run, through the command line; what is written, read back, and refused."""
 
+import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -134,6 +136,46 @@ def test_other_kinds_are_read_back_with_all_they_learnt(trained, fuse):
     assert isinstance(changed, Stacking)
     then, now = ({t: w.item() for t, w in zip(f.tasks, f.weights, strict=True)} for f in (stacked, changed))
     assert now == then | {"click": 2.0}
+
+
+def test_ranks_within_a_request_are_those_of_whole_requests_wherever_they_are_told(trained, fuse):
+    """The run itself compares no rows, so that nothing but the fitted score asks for requests."""
+    options = ("--value", "click=1,buy=5", "--combiner", "borda", "--search", "none", "--folds", 2)
+    status, shown, _ = fuse(trained, *options, "--session-minutes", 0)
+    assert status == 0, shown
+    run, rows = held_out(trained, session_minutes=0)
+    encoded = run.preprocessor.encode(rows_of_split(load_run(trained / "run.yaml"), columns_needed(run)))
+    np.testing.assert_allclose(predict(run.model, encoded, batch_size=50)["score"], rows.rankings["as it was"])
+    recommender, users = Recommender(run), ["u3", "u5", "nobody"]
+    together = recommender.recommend(users, k=4)
+    for user in users:
+        alone = recommender.recommend(user, k=4)
+        pd.testing.assert_frame_equal(together[together["user_id"] == user].reset_index(drop=True), alone)
+    run.model.members = [run.model]
+    with pytest.raises(ConfigError, match="fit that of each member"):
+        held_out_of(run, Rows(pd.DataFrame()))
+
+
+def test_what_is_missing_of_a_run_and_what_a_new_training_takes_away_is_said(trained, fuse, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    assert fuse(folder, "--set", "click=3")[0] == 0
+    text = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text(text + "calibration: platt\n")
+    with pytest.raises(DataError, match="says calibration, and none was fitted"):
+        FinishedRun.load(folder)
+    said = io.StringIO()
+    config = parse_run(shop.RUN.replace("epochs: 4", "epochs: 2") + "calibration: platt\n", folder=trained.parent)
+    train_run(config, folder, existing="resume", device="cpu", console=Console(file=said, width=200))
+    assert f"{folder / 'fusion'} goes: it was fitted for the weights before" in said.getvalue()
+    assert not (folder / "fusion").exists()
+    run, rows = held_out(folder, session_minutes=0)
+    assert run.model.output.calibration is not None
+    raw = rows_of_split(load_run(folder / "run.yaml"), columns_needed(run))
+    calibrated = predict(run.model, run.preprocessor.encode(raw))["click"]
+    np.testing.assert_allclose(rows.parts["click"], calibrated)
+    assert not np.allclose(calibrated, held_out(trained, session_minutes=0)[1].parts["click"])
+    recommended = Recommender(run).score(raw.frame.head(5))["click"]
+    np.testing.assert_allclose(recommended, calibrated[:5], atol=1e-6)
 
 
 def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):

@@ -8,26 +8,22 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
-from mtcl_torchrec.config import FusionConfig, load_run
+from mtcl_torchrec.config import load_run
 from mtcl_torchrec.data.source import Rows, read_rows
 from mtcl_torchrec.evaluation.report import plain_table
-from mtcl_torchrec.fusing.combiners import combiner_of, known_kinds, signed_weights
+from mtcl_torchrec.fusing.combiners import known_kinds, signed_weights
 from mtcl_torchrec.fusing.fit import fit_fusion
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.search import Search
 from mtcl_torchrec.fusing.targets import parse_target
-from mtcl_torchrec.modules.fusion import Stacking, WeightedMean
-from mtcl_torchrec.modules.fusion.contract import Weighted
-from mtcl_torchrec.schema import ConfigError, nearest
+from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion
+from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion, set_weights
 from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, held_out_of, rows_of_split
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data")
@@ -93,8 +89,9 @@ def fuse(
     """Find the weights by which a finished run ranks, on rows that it was not trained on.  Nothing is trained.
 
     Tries each combiner with several ways to weights, judges each by cross-validation, takes the best that keeps to the
-    constraints, and writes it into RUN_DIR/fusion, whence `recommend`, `evaluate` and `export` take it.  What was there
-    before is kept in RUN_DIR/fusion/former.
+    constraints, and writes it into RUN_DIR/fusion, whence `recommend`, `evaluate`, `export` and `serve` take it,
+    whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former.  Training
+    on (`mtcl train --resume`) takes the folder away: it was fitted for other predictions.
 
     **By what events are worth:** mtcl fuse RUN_DIR --target value@5 --value click=1 --value like=8 --value report=-60
 
@@ -195,44 +192,16 @@ def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
         return fit_fusion(held_out, **options, progress=progress)
 
 
-def _weights_of(fused_score: nn.Module | None) -> dict[str, float]:
-    """Those of a weighted mean."""
-    assert isinstance(fused_score, WeightedMean)
-    return dict(zip(fused_score.tasks, fused_score.weights.tolist(), strict=True))
-
-
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
-    names = [task.name for task in run.model.tasks]
-    for task in weights:
-        if task not in names:
-            raise ConfigError(f"--set: no task {task!r}{nearest(task, names)}")
-    now = run.fusion or FusionConfig(weights=_weights_of(run.model.output.fused_score))
-    kind = now.kind
-    if now.weights is None or (kind not in known_kinds() and not set(weights) <= set(now.weights)):
-        raise ConfigError(f"--set: the fused score {kind} has no weight of {', '.join(weights)}")
     try:
-        fused_score = run.model.output.fused_score
-        if (
-            isinstance(fused_score, (Weighted, Stacking))
-            and set(weights) <= set(now.weights)
-            and kind != "power_product"
-        ):
-            new = {"weights": {**now.weights, **weights}}
-            config = FusionConfig.model_validate(now.model_dump(exclude_unset=True) | new)
-            fused_score.set_weights(weights)  # whatever else it has been given stays
-        else:
-            made = combiner_of(kind)
-            assert made.config is not None
-            config = made.config({**signed_weights(now), **weights})
-            run.model.output.fused_score = made.build(signed_weights(config))
-    except ValidationError as error:
-        raise ConfigError(f"--set: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    except ValueError as error:
+        config = set_weights(run.model, run.fusion, weights, run.preprocessor.encoder)
+    except ConfigError as error:
         raise ConfigError(f"--set: {error}") from None
-    shown = ", ".join(f"{task} {w:g}" for task, w in (config.weights or {}).items())
-    console.print(f"{kind}: {shown}", highlight=False, soft_wrap=True)
+    shown = ", ".join(f"{task} {w:g}" for task, w in signed_weights(config).items())
+    console.print(f"{config.kind}: {shown}", highlight=False, soft_wrap=True)
     if not dry_run:
-        where = save_fusion(folder, run.model, config, {"combiner": kind, "method": "set", "weights": config.weights})
+        about = {"combiner": config.kind, "method": "set", "weights": config.weights}
+        where = save_fusion(folder, run.model, config, about)
         console.print(f"written to {where}", highlight=False, soft_wrap=True)
 
 

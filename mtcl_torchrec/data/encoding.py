@@ -220,12 +220,13 @@ class FeatureEncoder:
         labels = self.schema.label_columns() if with_labels else []
         return list(dict.fromkeys([f.rows_from for f in self.schema.features] + labels))
 
-    def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
+    def encode(self, rows: Rows, *, with_labels: bool = True, with_rewards: bool = True) -> EncodedRows:
         """Encode rows.
 
         Args:
             rows: the schema's columns.
             with_labels: False for rows to be scored: labels are all NaN then.
+            with_rewards: False for rows to be evaluated: what the fused score is trained against is not read then.
 
         Raises:
             DataError: names the column, and the file and row, of the first value that does not fit.
@@ -252,7 +253,7 @@ class FeatureEncoder:
             labels=labels,
             weights=weights,
             requests=self._requests(rows) if with_labels else None,
-            rewards=self._rewards(rows) if with_labels else None,
+            rewards=self._rewards(rows) if with_labels and with_rewards else None,
         )
 
     def _row_numbers(

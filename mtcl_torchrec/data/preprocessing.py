@@ -70,7 +70,9 @@ class Preprocessor:
         columns = [f.rows_from for f in self.declared.features]
         columns += [c for block in self.config for key in block.keys for c in key]
         columns += [c for c in (self.declared.user, self.declared.item) if c]
-        columns += self.declared.label_columns()
+        # Nothing is trained on other rows: they need no reward.
+        read = self.declared if statistics else self.declared.model_copy(update={"reward": None})
+        columns += read.label_columns()
         if statistics:
             columns += [self.declared.time] if self.declared.time else []
             for block, computed in zip(self.config, self.statistics, strict=True):
@@ -173,7 +175,7 @@ class Preprocessor:
 
     def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
         """Encode later rows; the statistics stand as they were at the end of the training split."""
-        return self.encoder.encode(self.with_statistics(rows), with_labels=with_labels)
+        return self.encoder.encode(self.with_statistics(rows), with_labels=with_labels, with_rewards=False)
 
     def with_statistics(self, rows: Rows) -> Rows:
         """Later rows with the statistics' columns, unless they have them already."""
@@ -181,6 +183,21 @@ class Preprocessor:
         there = set(rows.frame.columns)
         computed = [block.transform(rows.frame) for block in self.statistics if not set(block.columns()) <= there]
         return Rows(pd.concat([rows.frame, *computed], axis=1), rows.files, rows.starts)
+
+    def compare_rows(self) -> None:
+        """From now on, say of later rows which request they belong to, as a fused score may need that was chosen after
+        training: the user's, where the schema names no request.
+
+        Raises:
+            ConfigError: the schema names neither.
+        """
+        if self.declared.request_column is not None:
+            return
+        if self.declared.user is None:
+            raise ConfigError("the fused score compares rows of one request: the schema names no request and no user")
+        named = {"request": self.declared.user}
+        self.declared = self.declared.model_copy(update=named)
+        self.encoder.schema = self.encoder.schema.model_copy(update=named)
 
     def save(self, folder: Path) -> None:
         """Store vocabularies, scales and statistics."""

@@ -106,7 +106,7 @@ def shown_rows(scores: np.ndarray, requests: np.ndarray, k: int) -> np.ndarray:
 
 def request_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
     """Keys of the rows that are ranked against each other: the request's column, else the user's; None without both."""
-    if schema.request is not None and schema.request in frame:
+    if schema.request not in (None, schema.user) and schema.request in frame:
         codes = pd.factorize(frame[schema.request])[0].astype(np.float64)
         codes[codes < 0] = np.nan
         return codes

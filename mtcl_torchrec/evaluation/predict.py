@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,10 @@ def predict(
 
 
 def compares_candidates(model: MTCL) -> bool:
-    """Whether the model's fused score compares the candidates of a request, which must then be scored together."""
-    return bool(getattr(model.output.fused_score, "within_request", False))
+    """Whether the model's fused score, or that of a member of an ensemble, compares the candidates of a request, which
+    must then be scored together."""
+    members: Any = getattr(model, "members", [model])
+    return any(getattr(member.output.fused_score, "within_request", False) for member in members)
 
 
 def whole_requests(rows: EncodedRows, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[torch.Tensor]:

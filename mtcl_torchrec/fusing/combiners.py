@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from mtcl_torchrec.config import FusionConfig
 from mtcl_torchrec.modules import fusion
+from mtcl_torchrec.modules.fusion import learned
 from mtcl_torchrec.schema import ConfigError, nearest
 
 Weights = dict[str, float]
@@ -20,9 +22,8 @@ _SMALLEST = 1e-6
 
 
 def log_odds(part: np.ndarray) -> np.ndarray:
-    """log(p / (1 − p)), p kept 10⁻⁶ away from 0 and 1."""
-    p = np.clip(part, _SMALLEST, 1 - _SMALLEST)
-    return np.log(p / (1 - p))
+    """What `Stacking` multiplies its weights by: the log-odds of p moved into [10⁻⁶, 1 − 10⁻⁶]."""
+    return learned.log_odds(torch.from_numpy(np.asarray(part, np.float64))).numpy()
 
 
 @dataclass(frozen=True)

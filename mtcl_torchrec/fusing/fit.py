@@ -68,8 +68,8 @@ def fit_fusion(
         target: see `mtcl_torchrec.fusing.targets.parse_target`; or a function of one's own, (held-out rows, scores
             (N,)) -> a number, or (R,) numbers by request.
         combiners: kinds by name, or a `Combiner`; the default is `mtcl_torchrec.fusing.combiners.resolved`'s.
-        tasks: those that enter the score; by default those of `values`, `influence` and constrained weights, or, with
-            none of them, all.
+        tasks: those that enter the score; by default those of `values`, `influence` and constrained weights, or,
+            without values, all.
         folds: of the cross-validation.
         search: ``"auto"``, ``"tpe"``, ``"cma"``, or ``"none"``; see `search_weights`.
         trials: of each search, in each fold.
@@ -170,7 +170,9 @@ def _entering(
 ) -> list[str]:
     """The tasks that enter the score, in the order of the parts."""
     weighed = [c.split(">")[0].split("<")[0].strip().removeprefix("weight:") for c in constraints if "weight:" in c]
-    named = list(tasks) if tasks is not None else [*(values or {}), *(influence or {}), *weighed]
+    # Without values, nothing says what may stay out.
+    by_default = [*values, *(influence or {}), *weighed] if values else []
+    named = by_default if tasks is None else list(tasks)
     for task in named:
         if task not in held_out.parts:
             raise ConfigError(f"no task {task!r} has predictions{nearest(task, held_out.parts)}")

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from mtcl_torchrec.data.batch import EncodedRows
-from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.models import MTCL, FusedOutput
 from mtcl_torchrec.modules.embeddings import pooled_by_key
-from mtcl_torchrec.modules.fusion import RowContext
+from mtcl_torchrec.modules.fusion import RowContext, contributions
 from mtcl_torchrec.modules.towers import Alike
 from mtcl_torchrec.serving.tables import StackedTables, TablePrecision
 
@@ -119,17 +119,30 @@ class ServingNetwork(nn.Module):
         logits = self.tower(dense, pooled, alike=kinds)
         features: Any = _Features(self.features, values, lengths)
         out = self.output(logits, dense, features, pooled, request)
-        parts = self.output.parts(out, features)
-        multiclass = {task.name + OWN_CLASS: parts[task.name] for task in self.tasks if task.kind == "multiclass"}
-        told = self._contributions(parts, RowContext(dense, pooled_by_key(pooled, self.output.dims), request))
-        return {**out, **{PART + name: part for name, part in told.items()}, **multiclass}
+        return {**out, **told_parts(self.output, out, features, dense, pooled, request)}
 
-    def _contributions(self, parts: dict[str, torch.Tensor], context: RowContext) -> Mapping[str, torch.Tensor]:
-        fused: Any = self.output.fused_score
-        if not hasattr(fused, "contributions"):
-            return {}
-        with_context = getattr(fused, "needs_context", False)
-        return (fused.contributions(parts, context) if with_context else fused.contributions(parts)) or {}
+
+def told_parts(
+    output: FusedOutput,
+    predictions: Mapping[str, torch.Tensor],
+    features: Any,
+    dense: torch.Tensor,
+    pooled: Any,
+    request: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """What the fused score is made of: ``"part:<task>"`` and ``"<task>:own_class"``, see `ServingNetwork.forward`.
+
+    Args:
+        predictions: what `output` returned.
+        features, dense, pooled, request: what it was given.
+    """
+    parts = output.parts(predictions, features)
+    own = {name + OWN_CLASS: parts[name] for name, task in output.tasks.items() if task.kind == "multiclass"}
+    if output.fused_score is None:
+        return own
+    rows = RowContext(dense, pooled_by_key(pooled, output.dims), request)
+    told = contributions(output.fused_score, parts, rows) or {}
+    return {**{PART + name: part for name, part in told.items()}, **own}
 
 
 class ServingEnsemble(nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import DeepEnsemble
 from mtcl_torchrec.schema import ConfigError, DataError
@@ -42,6 +43,8 @@ def load_ensemble(folders: Sequence[str | Path]) -> FinishedRun:
         ensemble = DeepEnsemble([run.model for run in runs])
     except ValueError as error:
         raise DataError(f"the runs make no ensemble: {error}") from None
+    if compares_candidates(cast(MTCL, ensemble)):
+        runs[0].preprocessor.compare_rows()
     return replace(runs[0], model=cast(MTCL, ensemble.eval()), finished=all(run.finished for run in runs))
 
 

@@ -12,6 +12,7 @@ from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.build import build_model
@@ -59,7 +60,7 @@ class FinishedRun:
         as you trust code.
 
         Raises:
-            DataError: the folder holds no run that has kept an epoch.
+            DataError: the folder holds no run that has kept an epoch, or one without the calibration that it says.
         """
         folder = Path(folder)
         if not (folder / "run.yaml").is_file():
@@ -88,11 +89,18 @@ class FinishedRun:
             model.output.fused_score = None  # it is what run.yaml says, which may be edited without training
         load_unsharded(model, checkpoint, prefix=WEIGHTS_PREFIX)
         model.output.fused_score = fused
+        finished = (folder / "metrics.json").is_file()
         if config.calibration is not None and readable_folder(folder / CALIBRATION).is_dir():
             model.output.calibration = build_calibration(config.calibration, preprocessor.encoder)
             load_state(folder / CALIBRATION, model.output.calibration)
+        elif config.calibration is not None and finished:
+            raise DataError(
+                f"{folder}: run.yaml says calibration, and none was fitted ({CALIBRATION}/ is missing); go on with the "
+                "run (mtcl train --resume), which fits it, or take the key away"
+            )
         fitted = load_fusion(folder, model, preprocessor.encoder)
-        finished = (folder / "metrics.json").is_file()
+        if compares_candidates(model):
+            preprocessor.compare_rows()
         return cls(config, preprocessor, model.eval(), catalogue, finished, fitted or config.fusion)
 
     def encode(self, frame: pd.DataFrame) -> EncodedRows:

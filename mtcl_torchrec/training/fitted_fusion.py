@@ -1,8 +1,9 @@
 """The fused score that was fitted after training, in the run directory: `RUN_DIR/fusion/`.
 
 ``fusion.yaml`` says what it is (its weights may be edited), ``state.npz`` holds its parameters and buffers,
-``report.json`` and ``pareto.png`` what came of fitting it.  The folder is written whole or
-not at all; what stood there before is kept in it as ``former/1``, ``former/2`` and so on.
+``report.json`` and ``pareto.png`` what came of fitting it.  It stands above the ``fusion`` of run.yaml; without the
+folder that counts again.  The folder is written whole or not at all; what stood there before is kept in it as
+``former/1``, ``former/2`` and so on.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import yaml
 from pydantic import ValidationError
+from torch import nn
 
 from mtcl_torchrec.config import FusionConfig
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import Stacking
 from mtcl_torchrec.modules.fusion.contract import Weighted
-from mtcl_torchrec.schema import DataError, nearest
+from mtcl_torchrec.schema import ConfigError, DataError, nearest
 from mtcl_torchrec.training.directory import FUSION, readable_folder, replace_folder
 from mtcl_torchrec.training.fitted import REPORT, STATE, load_state
 from mtcl_torchrec.training.fused import build_fused_score
@@ -46,7 +48,7 @@ def save_fusion(
     Args:
         folder: the run directory.
         model: of that run, with the fitted fused score in ``model.output``.
-        config: says how to build the fused score.
+        config: says how to build the fused score; of its weights, those count that the fused score has.
         report: what came of fitting it, as JSON.
         draw: is given the path of the picture to draw.
 
@@ -57,6 +59,8 @@ def save_fusion(
     before = readable_folder(target)
     fused_score = model.output.fused_score
     assert fused_score is not None
+    if weights := weights_of(fused_score, config.weights or {}):
+        config = config.model_copy(update={"weights": weights})
     arrays: dict[str, Any] = {name: t.detach().cpu().numpy() for name, t in fused_score.state_dict().items()}
     declared = {"format": _FORMAT, "fusion": config.model_dump(mode="json", exclude_unset=True)}
 
@@ -83,6 +87,70 @@ def _keep(before: Path, former: Path) -> None:
     former.mkdir(exist_ok=True)
     number = 1 + max((int(p.name) for p in former.iterdir() if p.name.isdigit()), default=0)
     shutil.copytree(before, former / str(number), ignore=lambda at, names: [FORMER] if Path(at) == before else [])
+
+
+def weights_of(fused_score: nn.Module | None, declared: Mapping[str, float]) -> dict[str, float]:
+    """Task -> the weight that a fused score has; nothing, where it has none.
+
+    Args:
+        declared: is told as it is where it stands for the same number in float32.
+    """
+    if not isinstance(fused_score, (Weighted, Stacking)):
+        return {}
+    found = {}
+    for task, weight in zip(fused_score.tasks, fused_score.weights.tolist(), strict=True):
+        as_declared = task in declared and np.float32(declared[task]) == np.float32(weight)
+        found[task] = declared[task] if as_declared else float(str(np.float32(weight)))
+    return found
+
+
+def set_weights(
+    model: MTCL, config: FusionConfig | None, weights: Mapping[str, float], encoder: FeatureEncoder
+) -> FusionConfig:
+    """Give a model's fused score other weights; whatever else it has been given, or has learnt, stays.
+
+    Args:
+        config: how its fused score is built; None: not declared, so a weighted mean.
+        weights: task -> weight; those that are not named keep theirs, and a new one joins them.  Of a product of
+            powers, one below 0 turns the exponent negative.
+        encoder: fitted, of that run.
+
+    Returns:
+        How it is built now.
+
+    Raises:
+        ConfigError: an unknown task, weights that give no score, or a fused score that has no such weights.
+    """
+    fused_score = model.output.fused_score
+    config = config or FusionConfig(weights=weights_of(fused_score, {}))
+    names = [task.name for task in model.tasks]
+    for task in weights:
+        if task not in names:
+            raise ConfigError(f"no task {task!r}{nearest(task, names)}")
+    there = weights_of(fused_score, config.weights or {})
+    new = [task for task in weights if task not in there]
+    if not there or (new and config.kind == "context_gated_mean"):
+        raise ConfigError(f"the fused score {config.kind} has no weight of {', '.join(new)}")
+    changed: dict[str, Any] = {"weights": there | dict(weights)}
+    if config.kind == "power_product":
+        exponents = config.exponents or {}
+        turned = {task: -abs(exponents.get(task, 1.0)) for task, w in weights.items() if w < 0}
+        changed["weights"] = {task: abs(w) if task in turned else w for task, w in changed["weights"].items()}
+        changed |= {"exponents": exponents | turned} if turned else {}
+    try:
+        config = FusionConfig.model_validate(config.model_dump(exclude_unset=True) | changed)
+        if not new and isinstance(fused_score, (Weighted, Stacking)) and config.kind != "power_product":
+            fused_score.set_weights(weights)
+            return config
+        made = build_fused_score(config, model.tasks, encoder=encoder, dims=model.output.dims).eval()
+    except ValidationError as error:
+        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if isinstance(made, Stacking) and isinstance(fused_score, Stacking):
+        made.set_weights({}, bias=fused_score.bias.item())
+    model.output.fused_score = made
+    return config
 
 
 def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionConfig | None:
@@ -118,9 +186,14 @@ def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionCon
     for task in config.weights or ():
         if task not in names:
             raise DataError(f"{path}: no task {task!r} in the model{nearest(task, names)}")
-    fused_score = build_fused_score(config, model.tasks, encoder=encoder, dims=model.output.dims)
-    load_state(folder / FUSION, fused_score)
-    if config.weights is not None and isinstance(fused_score, (Weighted, Stacking)):
-        fused_score.set_weights(config.weights)
+    try:
+        fused_score = build_fused_score(config, model.tasks, encoder=encoder, dims=model.output.dims)
+        load_state(folder / FUSION, fused_score)
+        if config.weights is not None and isinstance(fused_score, (Weighted, Stacking)):
+            fused_score.set_weights(config.weights)
+    except DataError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: {error}") from None
     model.output.fused_score = fused_score.eval()
     return config

@@ -13,6 +13,7 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, read_splits, time_values
 from mtcl_torchrec.data.worlds import ready_world
+from mtcl_torchrec.evaluation.calibration import request_groups
 from mtcl_torchrec.evaluation.report import user_groups
 from mtcl_torchrec.fusing.held_out import HeldOut, sessions
 from mtcl_torchrec.models import MTCL
@@ -84,9 +85,12 @@ def held_out_of(
         context: whether dense features and embeddings are kept, for a fused score that depends on them.
 
     Raises:
-        ConfigError: the schema names neither a request nor a user.
+        ConfigError: the schema names neither a request nor a user, or the run is an ensemble, whose members are fitted
+            one by one.
         DataError: no row is left, or the rows do not fit the schema.
     """
+    if hasattr(run.model, "members"):
+        raise ConfigError("an ensemble has no fused score of its own: fit that of each member")
     schema = run.config.data_schema
     rows = run.preprocessor.conform(rows)
     request, user, words = _requests(schema, rows, session_minutes)
@@ -119,9 +123,9 @@ def held_out_of(
 def _requests(schema: Schema, rows: Rows, session_minutes: float) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Request and user of each row as (N,) float, NaN where not known, and what a request is in words."""
     user = user_groups(schema, rows.frame)
-    if schema.request is not None:
-        request = pd.factorize(rows.frame[schema.request])[0].astype(float)
-        request[request < 0] = np.nan
+    if schema.request not in (None, schema.user):  # the user, where a fused score compares rows and none was named
+        request = request_groups(schema, rows.frame)
+        assert request is not None
         if user is None:
             return request, None, "request"
         request[np.isnan(user)] = np.nan

@@ -51,7 +51,7 @@ from mtcl_torchrec.training.directory import (
     replace_folder,
     sign_run_directory,
 )
-from mtcl_torchrec.training.fused import build_fused_loss
+from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
@@ -94,7 +94,7 @@ def train_run(
 
     Called by one process, or by every process of ``torchrun``.  The directory holds ``run.yaml``, ``preprocessing/``,
     ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``, and
-    ``fusion/`` where predictions are calibrated.
+    ``calibration/`` where predictions are calibrated.
 
     Args:
         run: the configuration; its paths are taken as they are.
@@ -152,6 +152,10 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         say(f"going on after step {state.step:,}: epoch {state.position.epoch}, {1 - left:.0%} of it done")
         if state.position.epoch > run.training.epochs:
             say(f"all {run.training.epochs} epochs are done: nothing is trained; raise training.epochs to go on")
+    if resume and (folder / FUSION).is_dir():
+        say(f"{folder / FUSION} goes: it was fitted for the weights before; `mtcl fuse` fits it for the new ones")
+    if is_learned(run.fusion) and run.calibration is not None:
+        say("the fused score learns from predictions before calibration, and ranks by those after: see `mtcl fuse`")
     _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
     history = _fit(run, folder, state, splits, where, console, say)
     diagnosis = diagnose(history.balance, history.epochs, history.best_epoch)

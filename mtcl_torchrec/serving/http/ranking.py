@@ -10,9 +10,9 @@ import pandas as pd
 
 from mtcl_torchrec.data.catalogue import Catalogue, NothingLeftError
 from mtcl_torchrec.schema import Schema
+from mtcl_torchrec.serving.network import PART
 
 J = TypeVar("J")
-PART = "part:"  # what stands before a task's name in the column of its part of the score
 
 
 class Ranker(Protocol):
