@@ -233,6 +233,7 @@ CHAINS = """
 """
 
 
+@pytest.mark.full
 def test_chains_own_tables_and_gates_are_exported(tmp_path):
     text = shop.RUN.replace("    - {name: buy, kind: binary, mask: click, weight: 0.5}\n", CHAINS.lstrip("\n"))
     text = text.replace("trunk: {kind: mmoe, num_experts: 3, expert_layers: [16], gate_dropout: 0.1}",

@@ -136,6 +136,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, kind):
     assert about["history"]["epochs"][-1]["click"]["auc"] > 0.6
 
 
+@pytest.mark.full
 def test_both_pipelines_train_the_same_in_every_epoch(data, tmp_path):
     run = runs(data)["memory"]
     run.training.epochs = 2

@@ -254,6 +254,7 @@ def test_threads_end_when_the_iterator_is_closed_or_dropped(tmp_path):
         assert not data_threads()
 
 
+@pytest.mark.full
 def test_the_interpreter_ends_beside_an_unfinished_stream():
     code = (
         "import time\n"
