@@ -7,6 +7,7 @@ together.  They do not change with the candidates of *other* requests, nor with 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -18,9 +19,9 @@ from mtcl_torchrec.modules.fusion.standings import kth_largest, standings
 class _Votes(Weighted):
     """The weighted mean of what each task says, a vote in [0, 1]."""
 
+    @abstractmethod
     def votes(self, columns: torch.Tensor, request: torch.Tensor | None) -> torch.Tensor:
         """(B, n) in [0, 1] from the parts (B, n)."""
-        raise NotImplementedError
 
     def forward(self, parts: Parts, context: RowContext | None = None) -> torch.Tensor:
         """Scores (B,) in [0, 1] from each task's part (B,) in [0, 1]."""
