@@ -77,7 +77,9 @@ class ServingNetwork(nn.Module):
 
     def __init__(self, model: MTCL, tables: TablePrecision | None = None) -> None:
         super().__init__()
-        self.tables = StackedTables(model.embedding_bag_collection, tables)
+        others = [feature for module in model.lookups for feature in getattr(module, "features", ())]
+        self.tables = StackedTables(model.embedding_bag_collection, tables, others)
+        self.lookups = model.lookups
         self.tower, self.output = model.tower, model.output
         self.features = self.tables.features
         self.tasks = model.tasks
@@ -114,10 +116,10 @@ class ServingNetwork(nn.Module):
             As `MTCL`; ``"part:<task>"`` (B,) where the fused score tells each task's part of it; and
             ``"<task>:own_class"`` (B,), what a multiclass task gives to the score.
         """
-        pooled = self.tables(values, lengths)
+        features: Any = _Features(self.features, values, lengths)
+        pooled = self.lookups(self.tables(values, lengths), features)
         kinds = None if alike is None or first is None else Alike(alike, first)
         logits = self.tower(dense, pooled, alike=kinds)
-        features: Any = _Features(self.features, values, lengths)
         out = self.output(logits, dense, features, pooled, request)
         return {**out, **told_parts(self.output, out, features, dense, pooled, request)}
 

@@ -19,7 +19,7 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.models import MTCL, MTCLTrain, MultiTaskTower
-from mtcl_torchrec.modules.embeddings import embedding_dims, table_module_name
+from mtcl_torchrec.modules.embeddings import table_module_name
 from mtcl_torchrec.schema import GROUPS, ConfigError, Feature, Schema, nearest
 from mtcl_torchrec.training.build import build_model, for_modules
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer, is_fused
@@ -174,9 +174,9 @@ def _sized_schema(run: RunConfig, given: Mapping[str, int], fitted: FeatureEncod
 
 def _rank_memory(run: RunConfig, model: MTCL, hardware: Hardware, batch_size: int, ranks_per_host: int) -> RankMemory:
     total = hardware.memory_gb if hardware.kind == "cuda" else hardware.host_memory_gb / ranks_per_host
-    parameters = sum(p.numel() for p in model.tower.parameters())
+    parameters = sum(p.numel() for part in (model.tower, model.lookups) for p in part.parameters())
     states = 0 if run.optimizers.dense.kind == "sgd" else 2
-    per_row = saved_for_backward(model.tower, sum(embedding_dims(model.embedding_bag_collection).values()))
+    per_row = saved_for_backward(model.tower, sum(model.lookups.dims.values()))
     return RankMemory(
         total=total,
         reserve=total * run.sharding.reserve,
