@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows
+from mtcl_torchrec.data.batch import Bag, EncodedRows, Jagged
 from mtcl_torchrec.data.columns import (
     FLOAT32_MAX,
     as_integers,
@@ -27,6 +27,7 @@ from mtcl_torchrec.data.columns import (
     unmasked,
 )
 from mtcl_torchrec.data.fitting import SplitSummary, summarise
+from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
@@ -176,7 +177,7 @@ class FeatureEncoder:
         for table, features in self.schema.tables().items():
             if features[0].encoding == "vocabulary":
                 known = old._vocabularies.get(table, pd.Index([]))
-                counts = [summary.counts[f.name] for f in features]
+                counts = [summary.counts[f.name] for f in features if f.of is None]
                 self._vocabularies[table] = grow_vocabulary(known, counts, features[0].min_count)
                 self._refuse_overflow(table, features[0])
         for feature in self.schema.dense_features:
@@ -231,12 +232,15 @@ class FeatureEncoder:
         Raises:
             DataError: names the column, and the file and row, of the first value that does not fit.
         """
-        ids, bags = [], {}
+        ids, bags = list[np.ndarray](), dict[str, Jagged]()
         features = {f.name: f for f in self.schema.sparse_features}
+        lists = listed_histories(rows, self.schema)
         for key in self.keys:
             feature = features[key]
             if feature.kind == "id":
                 ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows))
+            elif feature.kind == "history":
+                bags[key] = self._history(feature, rows, lists)
             else:
                 values, lengths = split_bag(feature, column_of(rows, feature.rows_from))
                 owner = np.repeat(np.arange(len(rows)), lengths)
@@ -255,6 +259,15 @@ class FeatureEncoder:
             requests=self._requests(rows) if with_labels else None,
             rewards=self._rewards(rows) if with_labels and with_rewards else None,
         )
+
+    def _history(self, feature: Feature, rows: Rows, lists: Mapping[str, Listed]) -> Jagged:
+        """Row numbers of a history's or companion's values, cut to the newest."""
+        listed = lists[feature.name].newest(feature.max_length)
+        if feature.encoding == "log_bucket":
+            found = age_rows(feature, listed, rows, self.num_embeddings(feature.table_name))
+        else:
+            found = self._row_numbers(feature, listed.values, rows, listed.owner)
+        return Bag.of(torch.from_numpy(found), torch.from_numpy(listed.lengths))
 
     def _row_numbers(
         self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None

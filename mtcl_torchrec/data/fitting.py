@@ -82,7 +82,8 @@ class SplitSummary:
     """
 
     def __init__(self, schema: Schema, dense: Sequence[Feature] | None = None) -> None:
-        self._sparse = [f for f in schema.sparse_features if f.encoding == "vocabulary"]
+        # A history lists values of an id feature, which has them all.
+        self._sparse = [f for f in schema.sparse_features if f.encoding == "vocabulary" and f.of is None]
         self._dense = list(schema.dense_features if dense is None else dense)
         self._tasks = schema.tasks
         self.counts = {f.name: ValueCounts() for f in self._sparse}
@@ -108,7 +109,7 @@ class SplitSummary:
             DataError: a column is missing or does not hold what the schema says.
         """
         for feature in self._sparse:
-            if feature.kind == "bag":
+            if feature.kind in ("bag", "history"):
                 values = split_bag(feature, column_of(rows, feature.rows_from))[0]
             else:
                 values = ids_of(rows, feature.rows_from)

@@ -166,8 +166,7 @@ class CandidateEncoder:
             dense.append(encoded.rows.dense[at[side]])
             ids.append(encoded.rows.ids[at[side]])
             for name, bag in encoded.rows.bags.items():
-                values, lengths = bag.take(at[side])
-                bags[name] = Bag(values, torch.cat([zero[:1], lengths.cumsum(0)]))
+                bags[name] = Bag.of(*bag.take(at[side]))
         for number, key in enumerate(self._mixed):
             dense.append(self._of_key(number, key, user, items, of_context).expand(n, -1))
         return EncodedRows(

@@ -137,14 +137,15 @@ def sample_inputs(network: AnyNetwork, encoder: FeatureEncoder, rows: int, *, se
     draw = torch.Generator().manual_seed(seed)
     features = {f.name: f for f in encoder.schema.sparse_features}
     kinds = torch.arange(rows) // 2
-    values, lengths = [], []
+    values, lengths, counts = [], [], dict[str, torch.Tensor]()
     for name in network.features:
         feature, size = features[name], encoder.num_embeddings(features[name].table_name)
         shared = "item" not in feature.group and "alike" in network.inputs
         count = torch.ones(rows, dtype=torch.int64)
-        if feature.kind == "bag":
+        if feature.kind in ("bag", "history"):
             count = torch.randint(0, 4, (rows,), generator=draw)
             count = count[kinds] if shared else count
+            count = counts.setdefault(feature.beside or name, count)  # a history's companions are as long as it is
         drawn = torch.randint(size, (rows, int(count.max())), generator=draw)
         drawn = drawn[kinds] if shared else drawn
         values.append(torch.cat([row[:n] for row, n in zip(drawn, count.tolist(), strict=True)]))

@@ -213,7 +213,7 @@ def network_inputs(
     else:
         ids, ones = rows.ids.T, torch.ones(size, dtype=torch.int64)
         pieces = [
-            (ids[column], ones) if column >= 0 else (rows.bags[name].values, rows.bags[name].offsets.diff())
+            (ids[column], ones) if column >= 0 else rows.bags[name].all()
             for name, column in zip(features, columns, strict=True)
         ]
         values = torch.cat([values for values, _ in pieces])

@@ -207,7 +207,7 @@ def _value_type(feature: Feature | None, values: pd.Series | None) -> Any:
     if isinstance(first, (list, tuple, np.ndarray)):
         members = pd.Series([v for some in present for v in some])
         return Annotated[list[_scalar_type(members, index_size)], Field(max_length=MAX_BAG)]  # type: ignore[misc]
-    if first is None and feature is not None and feature.kind == "bag":
+    if first is None and feature is not None and feature.kind in ("bag", "history"):
         return Annotated[list[_ANY], Field(max_length=MAX_BAG)] | _TEXT
     return _scalar_type(present, index_size)
 
