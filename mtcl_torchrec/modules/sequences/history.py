@@ -12,6 +12,7 @@ the device:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -39,6 +40,12 @@ class History(ABC):
     lengths: torch.Tensor
     max_length: int
     ages: torch.Tensor | None
+
+    def with_values(self, values: torch.Tensor) -> History:
+        """The same positions with other vectors (V, D')."""
+        other = copy.copy(self)
+        other.values = values
+        return other
 
     @abstractmethod
     def expand(self, of_rows: torch.Tensor) -> torch.Tensor:
