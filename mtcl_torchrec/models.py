@@ -205,8 +205,8 @@ class MTCL(nn.Module):
         for name in getattr(fused_score, "tasks", ()):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
-        none = embedding_bag_collection is None
-        more = Lookups({} if none else embedding_dims(embedding_bag_collection), lookups)
+        bags = embedding_bag_collection
+        more = Lookups({} if bags is None else embedding_dims(bags), lookups)
         dims = more.dims
         sequences = _sequences(lookups, embedding_collection)
         for key, width in getattr(fused_score, "features", {}).items():
@@ -215,7 +215,7 @@ class MTCL(nn.Module):
                     f"the fused score reads a pooled embedding {key!r} of width {width}, and the model has "
                     f"{f'one of width {dims[key]}' if key in dims else f'none{nearest(key, dims)}'}"
                 )
-        features = set() if none else looked_up_features(embedding_bag_collection)
+        features = set() if bags is None else looked_up_features(bags)
         features |= {name for of in sequences for name in of.candidates}
         self.tasks = tuple(tasks)
         self.embedding_bag_collection = embedding_bag_collection

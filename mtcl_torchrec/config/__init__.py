@@ -6,6 +6,7 @@ from mtcl_torchrec.config.data import DataConfig, StatisticsConfig, SyntheticCon
 from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
 from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
+from mtcl_torchrec.config.sequences import SequenceConfig, TowerConfig
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
 from mtcl_torchrec.config.training import (
     CheckpointConfig,
@@ -31,12 +32,14 @@ __all__ = [
     "OptimizersConfig",
     "RegularisersConfig",
     "RunConfig",
+    "SequenceConfig",
     "ShardingConfig",
     "StatisticsConfig",
     "SurgeryConfig",
     "SyntheticConfig",
     "TableOptimizerConfig",
     "TableShardingConfig",
+    "TowerConfig",
     "TrainingConfig",
     "TrunkConfig",
     "dump_run",

@@ -95,12 +95,23 @@ class RunConfig(Part):
         return self
 
     def _check_surgery(self) -> None:
-        surgery, features = self.balance.surgery, [f.name for f in self.data_schema.sparse_features]
+        surgery = self.balance.surgery
+        features = [f.name for f in self.data_schema.sparse_features if f.beside is None]
         for name in (name for group in surgery.groups for name in group):
             if name not in features:
                 raise ValueError(f"balance.surgery.groups: no id feature {name!r}{nearest(name, features)}")
         if surgery.kind != "none" and len(self.data_schema.tasks) < 2:
             raise ValueError("balance.surgery needs two tasks at least")
+        if surgery.kind != "none" and self.model.tower.kind == "lstm":
+            raise ValueError(
+                "balance.surgery: an lstm tower reads the shared embeddings past every cut; take model.sequences with "
+                "tower: mlp"
+            )
+        if surgery.kind != "none" and surgery.cut == "tables" and self.data_schema.sequence_tables():
+            raise ValueError(
+                "balance.surgery.cut: 'tables' needs the gradient of each row, and that of a history's rows goes "
+                "through its encoder; take embeddings, trunk or both"
+            )
         if surgery.kind != "none" and surgery.cut in ("trunk", "both") and self.model.trunk.kind == "single_task":
             raise ValueError(
                 f"balance.surgery.cut: in a single_task trunk nothing is shared, so {surgery.cut!r} cuts nothing; take "

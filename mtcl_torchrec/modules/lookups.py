@@ -19,8 +19,9 @@ class Lookups(nn.ModuleList):
 
     Each is called as ``module(sparse_features, sequence_embeddings)``, the latter a dict: feature -> JaggedTensor, or
     None where the model has no embedding collection.  It returns a dict: key -> (B, width), and has an attribute
-    ``dims``, a dict: key -> width; what it returns beyond those keys stands there for whoever asks.  Their keys stand beside those of the pooled embeddings everywhere: in
-    the trunk's input, at the cut of gradient surgery, in the gates of PEPNet, before a fused score that reads inputs.
+    ``dims``, a dict: key -> width; what it returns beyond those keys stands there for whoever asks.  Their keys stand
+    beside those of the pooled embeddings everywhere: in the trunk's input, at the cut of gradient surgery, in the gates
+    of PEPNet, before a fused score that reads inputs.
 
     Attributes that a module may have:
 

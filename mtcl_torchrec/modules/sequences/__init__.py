@@ -16,7 +16,13 @@ In Python, pass it as ``HistoryEncoder(MyEncoder(), ...)``.  In YAML, name it by
 
 from mtcl_torchrec.modules.sequences.encoders import DIN, GRU, LSTM, Encoder, Mean
 from mtcl_torchrec.modules.sequences.history import History, JaggedHistory, PaddedHistory
-from mtcl_torchrec.modules.sequences.inputs import HistoryEncoder, HistoryInput, Sequences, positions_of, sequence_configs
+from mtcl_torchrec.modules.sequences.inputs import (
+    HistoryEncoder,
+    HistoryInput,
+    Sequences,
+    positions_of,
+    sequence_configs,
+)
 from mtcl_torchrec.modules.sequences.transformer import Transformer
 
 __all__ = [

@@ -57,7 +57,7 @@ class Mean(Encoder):
 class _Recurrent(Encoder):
     """The last state of a recurrent network."""
 
-    network: type[nn.RNNBase]
+    network: type[nn.GRU] | type[nn.LSTM]
 
     def __init__(self, hidden: int | None = None, *, layers: int = 1, dropout: float = 0.0) -> None:
         super().__init__()

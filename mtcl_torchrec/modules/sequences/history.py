@@ -290,10 +290,8 @@ def _from_end(ends: torch.Tensor, lengths: torch.Tensor, positions: int) -> torc
     return torch.repeat_interleave(ends, lengths, output_size=positions) - 1 - torch.arange(positions)
 
 
-def run_packed(
-    rnn: nn.RNNBase, x: torch.Tensor, batch_sizes: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden and cell states (b, H) of the last layer of a GRU or LSTM; the cell state of a GRU is its hidden one.
+def run_packed(rnn: nn.RNNBase, x: torch.Tensor, batch_sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden and cell states (b, H) of the last layer of a GRU or LSTM; a GRU's cell state is its hidden one.
 
     torch's own way over packed rows makes, in backward, a tensor of the size of the whole batch for every step (most of
     its time, as measured on a CPU).
@@ -304,7 +302,7 @@ def run_packed(
     """
     step = _gru_step if isinstance(rnn, nn.GRU) else _lstm_step
     for layer in range(rnn.num_layers):
-        weight, recurrent, bias, recurrent_bias = rnn._flat_weights[4 * layer : 4 * layer + 4]
+        weight, recurrent, bias, recurrent_bias = _weights(rnn, layer)
         h = c = x.new_zeros(batch_sizes[0], rnn.hidden_size)
         every, over = [], []
         for gates in F.linear(x, weight, bias).split(batch_sizes):
@@ -318,6 +316,11 @@ def run_packed(
             x = F.dropout(torch.cat(every), rnn.dropout, rnn.training)
     hidden, cell = zip(*reversed([*over, (h, c)]), strict=True)
     return torch.cat(hidden), torch.cat(cell)
+
+
+def _weights(rnn: nn.RNNBase, layer: int) -> list[torch.Tensor]:
+    """Weight of the input, of the state, and both biases of a layer."""
+    return [weight for weight in rnn._flat_weights[4 * layer : 4 * layer + 4] if weight is not None]
 
 
 def _gru_step(
@@ -349,12 +352,12 @@ def _padded_final_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One more column of the input, 1 behind the end of a row, opens the forget gate there and shuts the input gate, so
     that the cell is carried to where the network gives it: exactly, since sigmoid(±SHUT) is 0 and 1 in float32."""
-    weight, recurrent, *biases = lstm._flat_weights
+    weight, recurrent, *biases = _weights(lstm, 0)
     gate = weight.new_tensor([-SHUT, SHUT, 0.0, 0.0]).repeat_interleave(lstm.hidden_size).unsqueeze(1)
     behind = torch.arange(padded.shape[1], device=padded.device) >= lengths.unsqueeze(1)
     x = torch.cat([padded, behind.unsqueeze(2).to(padded.dtype)], dim=2)
     zero = padded.new_zeros(1, padded.shape[0], lstm.hidden_size)
     weights = [torch.cat([weight, gate], dim=1), recurrent, *biases]
-    out, _, cell = torch._VF.lstm(x, (zero, zero), weights, True, 1, 0.0, lstm.training, False, True)  # type: ignore[attr-defined]
+    out, _, cell = torch._VF.lstm(x, (zero, zero), weights, True, 1, 0.0, lstm.training, False, True)
     at = (lengths - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, out.shape[2])
     return torch.where((lengths > 0).unsqueeze(1), out.gather(1, at).squeeze(1), 0.0), cell[0]

@@ -107,9 +107,7 @@ class Block(nn.Module):
 
     def _attention(self, query: torch.Tensor, key_value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """(b, q, D) from queries (b, q, D), keys and values (b, L, 2 D), and bias (b or 1, h, q, L)."""
-        q, k, v = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, *key_value.chunk(2, dim=2))
-        )
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, *key_value.chunk(2, dim=2)))
         dropped = self.dropout if self.training else 0.0
         seen = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropped)
         return seen.transpose(1, 2).flatten(2)
