@@ -31,6 +31,7 @@ from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.planning.planner import sequence_tables
 from mtcl_torchrec.training.sharding import is_table
 
 # What TorchRec fuses into backward.  Its own classes for SGD and the like stand for FBGEMM's and take its options.
@@ -70,7 +71,8 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
     Raises:
         ConfigError: a bf16 table on the CPU, for which FBGEMM has no kernel; a table of fp16 or bf16 with an optimizer
             that is not fused there, whose gradients and state would be as short (Adagrad's eps is 0 in fp16); row-wise
-            Adagrad under managed collision on the CPU, where FBGEMM cannot reset the state of an evicted row.
+            Adagrad under managed collision on the CPU, where FBGEMM cannot reset the state of an evicted row; Adam on
+            the CPU for a table that a history looks up.
     """
     for table, of in _table_configs(module).items():
         if of.data_type == DataType.BF16 and device.type == "cpu":
@@ -79,6 +81,12 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
             raise ConfigError(
                 f"table {table!r}: {of.data_type.value.lower()} needs an optimizer fused into backward, and "
                 f"{config.kind} has none on {device.type}; use fp32, or another kind"
+            )
+    if device.type == "cpu" and not is_fused(config, device):
+        for table in sorted(sequence_tables(module)):
+            raise ConfigError(
+                f"table {table.removeprefix('table_')!r}: a history looks it up, for which {config.kind} has no kernel on "
+                "the CPU; use rowwise_adagrad, adagrad or sgd, or train on CUDA"
             )
     managed = (ManagedCollisionEmbeddingBagCollection, ShardedManagedCollisionEmbeddingBagCollection)
     if device.type == "cpu" and config.kind == "rowwise_adagrad":

@@ -54,6 +54,14 @@ class Mean(Encoder):
         return history.sum(history.values) / history.lengths.clamp(min=1).unsqueeze(1)
 
 
+@torch.no_grad()
+def remember(rnn: nn.RNNBase) -> None:
+    """Let an LSTM begin with open forget gates, a bias of 1 (Jozefowicz et al., ICML 2015); a GRU has none."""
+    if isinstance(rnn, nn.LSTM):
+        for layer in range(rnn.num_layers):
+            getattr(rnn, f"bias_ih_l{layer}")[rnn.hidden_size : 2 * rnn.hidden_size] = 1.0
+
+
 class _Recurrent(Encoder):
     """The last state of a recurrent network."""
 
@@ -70,6 +78,7 @@ class _Recurrent(Encoder):
         self.out_features = self.hidden or embedding_dim
         between = self.dropout if self.layers > 1 else 0.0
         self.rnn = self.network(embedding_dim, self.out_features, self.layers, batch_first=True, dropout=between)
+        remember(self.rnn)
 
     def forward(self, history: History) -> torch.Tensor:
         """(B, H) the state after the newest position; zero of a row without history."""

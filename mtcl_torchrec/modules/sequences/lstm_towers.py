@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mtcl_torchrec.modules.embeddings import Pooled, pooled_by_key
 from mtcl_torchrec.modules.guard import stop_gradient_if
+from mtcl_torchrec.modules.sequences.encoders import remember
 from mtcl_torchrec.modules.sequences.history import History
 from mtcl_torchrec.modules.sequences.inputs import HistoryInput, positions_of
 from mtcl_torchrec.schema import GROUPS, ConfigError, Group, Task, nearest
@@ -78,6 +79,8 @@ class LSTMTowers(nn.Module):
             width = max(dims[key] for key in self.keys)
         self.width = width
         self.lstms = nn.ModuleList(nn.LSTM(width, self.hidden, batch_first=True) for _ in tasks)
+        for lstm in self.lstms:
+            remember(lstm)  # type: ignore[arg-type]
 
         def sees(task: Task, key: str) -> bool:
             return set(task.inputs) >= set(GROUPS) or set(feature_groups[key.split("@")[0]]) <= set(task.inputs)

@@ -40,6 +40,11 @@ WHY_UNCUT = (
     "since its bags are averaged and a feature is looked up in several tables: TorchRec would average those of other "
     "tables too; take table_wise, or pooling: sum"
 )
+# Its dense kernel (1.8) takes every list for a bag there: wrong sizes where lists are not of one value, or worse.
+WHY_FUSED = (
+    "a history looks it up, for which FBGEMM has fused kernels only on a CPU; take table_wise, row_wise or column_wise, "
+    "and compute_kernels: fused"
+)
 COLUMN_STEP = 4  # FBGEMM's kernels read four numbers at a time
 
 
@@ -138,7 +143,10 @@ def table_constraints(
                     f"sharding of table {shown!r}: a history looks it up, and TorchRec has no {own.kinds[0]} for that; "
                     f"take {', '.join(SEQUENCE_KINDS)}"
                 )
-            allowed = [kind for kind in allowed if kind in SEQUENCE_KINDS] or ["table_wise"]
+            if device_type == "cpu" and ("dense" in kernels or (own is not None and own.kinds == ["data_parallel"])):
+                raise ConfigError(f"sharding of table {shown!r}: {WHY_FUSED}")
+            usable = [k for k in SEQUENCE_KINDS if k != "data_parallel" or device_type != "cpu"]
+            allowed = [kind for kind in allowed if kind in usable] or ["table_wise"]
         if device_type == "cpu":
             short = {
                 kind: parts
