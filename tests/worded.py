@@ -27,7 +27,7 @@ def files(folder, *, extra=0, seed=0):
     write_codes(folder / "codes.parquet", keys, codes, (TOPICS // 2, 2, 32), key="item_id")
 
 
-def log(rows=3000, seed=1):
+def log(rows=2000, seed=1):
     """All like two topics, and each user another one; the last fifth of the time has new items alone."""
     draw = np.random.default_rng(seed)
     old = int(0.8 * rows)
@@ -68,7 +68,7 @@ schema:
     - {{name: click, kind: binary}}
     - {{name: like, kind: binary}}
 model: {{trunk: {{kind: shared_bottom, expert_layers: [32]}}, tower_layers: [8]}}
-optimizers: {{tables: {{kind: rowwise_adagrad, lr: 0.1}}, dense: {{lr: 0.01}}}}
-training: {{epochs: 4, batch_size: 64, eval_batch_size: 500, warmup_steps: 5, patience: 0}}
+optimizers: {{tables: {{kind: rowwise_adagrad, lr: 0.1}}, dense: {{lr: 0.02}}}}
+training: {{epochs: 4, batch_size: 100, eval_batch_size: 500, warmup_steps: 5, patience: 0}}
 fusion: {{weights: {{click: 1, like: 1}}}}
 {more}"""

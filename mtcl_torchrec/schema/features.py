@@ -138,7 +138,7 @@ class Feature(Declared):
     @property
     def learns_values(self) -> bool:
         """Whether the training split decides which values have a row."""
-        return self.kind in ("id", "bag") and self.encoding == "vocabulary"
+        return self.kind != "dense" and not self.has_content and self.encoding == "vocabulary"
 
     @property
     def rows_from(self) -> str:

@@ -63,8 +63,9 @@ def served_lookups(lookups: Lookups, collection: Any, precision: TablePrecision 
     Args:
         collection: the unsharded EmbeddingBagCollection, which has the tables of what is trained.
     """
+    taken = {key for module in lookups if isinstance(module, FrozenVectors) for key in module.takes}
     own: dict[str, torch.Tensor] = {}
-    for table in collection.embedding_bag_configs() if len(lookups) else ():
+    for table in collection.embedding_bag_configs() if taken else ():
         own |= dict.fromkeys(table.feature_names, collection.embedding_bags[table.name].weight.detach())
     served = [
         ProjectedVectors(module, own[module.feature] if module.takes else None, precision)
@@ -72,5 +73,4 @@ def served_lookups(lookups: Lookups, collection: Any, precision: TablePrecision 
         else module
         for module in lookups
     ]
-    taken = {key for module in lookups if isinstance(module, FrozenVectors) for key in module.takes}
     return Lookups({key: width for key, width in lookups.table_dims.items() if key not in taken}, served)
