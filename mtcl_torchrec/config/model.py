@@ -141,7 +141,8 @@ class ModelConfig(Part):
         """Table -> the tasks that have a table of their own beside it."""
         if self.trunk.kind != "stem":
             return {}
-        tables = _not_of_histories(schema) if self.trunk.own_tables is None else self.trunk.own_tables
+        named = self.trunk.own_tables
+        tables = _own_by_default(schema) if named is None else named
         return {table: tuple(task.name for task in schema.tasks) for table in tables}
 
     def tables(self, schema: Schema) -> dict[str, list[Feature]]:
@@ -170,6 +171,8 @@ class ModelConfig(Part):
                 raise ValueError(
                     f"model.trunk.own_tables: a history looks up table {name!r}, which is then shared by all tasks"
                 )
+            if tables[name][0].kind == "vector":
+                raise ValueError(f"model.trunk.own_tables: {name!r} adds to vectors that all tasks share")
         check_sequences(self.sequences, self.tower, schema)
         own = [own_table(table, task) for table, of in self.copied_tables(schema).items() for task in of]
         if own:
@@ -185,9 +188,10 @@ class ModelConfig(Part):
                 _check_gate(f"model.{key}", gate.features, schema, key == "epnet")
 
 
-def _not_of_histories(schema: Schema) -> list[str]:
-    """The tables that no history looks up."""
-    return [table for table in schema.tables() if table not in schema.sequence_tables()]
+def _own_by_default(schema: Schema) -> list[str]:
+    """The tables of which a task can have its own: none of vectors, and none that a history looks up."""
+    shared = schema.sequence_tables()
+    return [t for t, of in schema.tables().items() if of[0].kind != "vector" and t not in shared]
 
 
 def _check_gate(key: str, features: Iterable[str] | None, schema: Schema, of_context: bool) -> None:

@@ -83,7 +83,7 @@ class SplitSummary:
 
     def __init__(self, schema: Schema, dense: Sequence[Feature] | None = None) -> None:
         # A history lists values of an id feature, which has them all.
-        self._sparse = [f for f in schema.sparse_features if f.encoding == "vocabulary" and f.of is None]
+        self._sparse = [f for f in schema.sparse_features if f.learns_values and f.of is None]
         self._dense = list(schema.dense_features if dense is None else dense)
         self._tasks = schema.tasks
         self.counts = {f.name: ValueCounts() for f in self._sparse}

@@ -24,7 +24,7 @@ from mtcl_torchrec.schema import ConfigError, nearest
 
 REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")
 _OF_EXPERTS = ("expert_orthogonality", "gate_balance")
-_NO_WEIGHTS = {"bias", "biases", "scales", "shifts"}  # parts of names
+_NO_WEIGHTS = {"bias", "biases", "scales", "shifts", "missing"}  # parts of names
 
 
 class _Mixing(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -54,7 +55,7 @@ class Schema(Declared):
         check_unique("task", [t.name for t in self.tasks])
         chain_links(self.tasks)
         check_weights(self.tasks)
-        sparse = {f.name: f for f in self.sparse_features if f.kind != "history"}
+        sparse = {f.name: f for f in self.sparse_features if f.kind != "history" and not f.has_content}
         for task in self.tasks:
             if task.item_class is not None and task.item_class not in sparse:
                 raise ValueError(
@@ -66,9 +67,10 @@ class Schema(Declared):
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
-            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
-                if field == "pooling" and table in self.sequence_tables():
-                    continue  # its rows are not pooled
+            agree = ["embedding_dim", "encoding", "vocabulary_size", "min_count", "data_type"]
+            agree += ["pooling"] if table not in self.sequence_tables() else []  # whose rows are not pooled
+            agree += ["kind", "codes"] if any(f.has_content for f in features) else []
+            for field in agree:
                 if len({getattr(f, field) for f in features}) > 1:
                     names = " and ".join(f.name for f in features)
                     raise ValueError(f"features {names} share table {table!r} and must agree on {field}")
@@ -76,7 +78,7 @@ class Schema(Declared):
 
     @property
     def sparse_features(self) -> tuple[Feature, ...]:
-        """Features looked up in embedding tables, in declaration order."""
+        """Features that a row has as ids: looked up in embedding tables, or in vectors; in declaration order."""
         return tuple(f for f in self.features if f.kind != "dense")
 
     @property
@@ -84,10 +86,24 @@ class Schema(Declared):
         """Numeric features, in declaration order."""
         return tuple(f for f in self.features if f.kind == "dense")
 
+    def with_files(self, place: Callable[[str], str]) -> Schema:
+        """The schema with other paths of the files that its features name.
+
+        Args:
+            place: from a path to the one that stands in its stead.
+        """
+        features = []
+        for feature in self.features:
+            files = {name: place(path) for name in ("vectors", "codes") if (path := getattr(feature, name)) is not None}
+            features.append(feature.model_copy(update=files) if files else feature)
+        return self.model_copy(update={"features": tuple(features)})
+
     def tables(self) -> dict[str, list[Feature]]:
         """Embedding table name -> features that look it up."""
         tables: dict[str, list[Feature]] = {}
         for feature in self.sparse_features:
+            if not feature.has_table:
+                continue
             tables.setdefault(feature.table_name, []).append(feature)
         return tables
 

@@ -16,6 +16,7 @@ from mtcl_torchrec.modules.embeddings import pooled_by_key
 from mtcl_torchrec.modules.fusion import RowContext, contributions
 from mtcl_torchrec.modules.towers import Alike
 from mtcl_torchrec.serving.tables import StackedTables, TablePrecision
+from mtcl_torchrec.serving.vectors import served_lookups
 
 Network = Callable[..., dict[str, torch.Tensor]]
 PART = "part:"  # of the score, in the names of outputs
@@ -77,9 +78,11 @@ class ServingNetwork(nn.Module):
 
     def __init__(self, model: MTCL, tables: TablePrecision | None = None) -> None:
         super().__init__()
-        others = [feature for module in model.lookups for feature in getattr(module, "features", ())]
-        self.tables = StackedTables(model.embedding_bag_collection, tables, others)
-        self.lookups = model.lookups
+        # What is trained of frozen vectors is put into them, so that its tables are not looked up.
+        self.lookups = served_lookups(model.lookups, model.embedding_bag_collection, tables)
+        others = [feature for module in self.lookups for feature in getattr(module, "features", ())]
+        unread = set(model.lookups.table_dims) - set(self.lookups.table_dims)
+        self.tables = StackedTables(model.embedding_bag_collection, tables, others, unread)
         self.tower, self.output = model.tower, model.output
         self.features = self.tables.features
         self.tasks = model.tasks

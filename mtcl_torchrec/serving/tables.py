@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -73,6 +73,7 @@ class StackedTables(nn.Module):
         collection: in this process, unsharded.
         precision: of the stored rows; None keeps each table's own.  Pooled embeddings are float32 in any case.
         others: features that others look up; their values are passed over.
+        unread: keys of pooled embeddings that nobody reads; they are left out.
 
     Raises:
         TypeError: another kind of collection.
@@ -89,7 +90,11 @@ class StackedTables(nn.Module):
     """
 
     def __init__(
-        self, collection: nn.Module, precision: TablePrecision | None = None, others: Sequence[str] = ()
+        self,
+        collection: nn.Module,
+        precision: TablePrecision | None = None,
+        others: Sequence[str] = (),
+        unread: Collection[str] = (),
     ) -> None:
         super().__init__()
         if not isinstance(collection, EmbeddingBagCollection):
@@ -98,6 +103,7 @@ class StackedTables(nn.Module):
             raise ValueError(f"tables are one of {', '.join(get_args(TablePrecision))}, not {precision!r}")
         weights = {name: bag.weight.detach() for name, bag in collection.embedding_bags.items()}
         lookups = _lookups(collection.embedding_bag_configs(), weights, precision)
+        lookups = [lookup for lookup in lookups if lookup.key not in unread]
         self.features = tuple(dict.fromkeys([*(lookup.feature for lookup in lookups), *others]))
         self._stacks: list[TablePrecision] = []
         self._runs: list[_Run] = []

@@ -44,6 +44,7 @@ from mtcl_torchrec.modules.sequences import DIN, GRU, LSTM, HistoryEncoder, Mean
 from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
+from mtcl_torchrec.modules.vectors import FrozenVectors
 from mtcl_torchrec.schema import ConfigError, Schema, own_table
 from mtcl_torchrec.training.fused import build_fused_score
 from mtcl_torchrec.training.imported import import_module
@@ -148,9 +149,12 @@ def build_model(
         collections = build_embedding_collections(schema, encoder.num_embeddings, table_device)
         lookups = [build_sequences(config, schema, collections)] if collections else []
         with torch.random.fork_rng(devices=[]):  # the rest starts the same whatever fuses it
-            fused_score = build_fused_score(
-                fusion, tasks, encoder=encoder, dims=Lookups(embedding_dims(tables), lookups).dims
-            )
+            dims = embedding_dims(tables) | {
+                f.name: f.embedding_dim for f in encoder.schema.sparse_features if f.kind == "vector"
+            }
+            dims = Lookups(dims, lookups).dims
+            fused_score = build_fused_score(fusion, tasks, encoder=encoder, dims=dims)
+        lookups = [*build_lookups(encoder, precision), *lookups]
         return MTCL(
             tables if tables.embedding_bag_configs() else None,
             len(encoder.dense_groups),
@@ -172,6 +176,21 @@ def build_model(
             embedding_collection=collections or None,
             lstm_towers=LSTMTowers(tower.hidden, history=tower.history) if tower.kind == "lstm" else None,
         )
+
+
+def build_lookups(encoder: FeatureEncoder, precision: Precision = "fp32") -> list[nn.Module]:
+    """The inputs beside the tables: frozen vectors, in the order of the features."""
+    return [
+        FrozenVectors(
+            feature.name,
+            torch.from_numpy(encoder.vectors(feature.name)),
+            feature.embedding_dim,
+            trainable=feature.trainable,
+            precision=precision,
+        )
+        for feature in encoder.schema.sparse_features
+        if feature.kind == "vector"
+    ]
 
 
 def build_loss_weighting(config: LossWeightingConfig, num_tasks: int) -> LossWeighting | None:
@@ -217,6 +236,15 @@ def build_surgery(config: SurgeryConfig, *, seed: int = 0) -> GradientSurgery | 
         seed=seed,
         options=config.options(),
     )
+
+
+def zero_tables(run: RunConfig) -> tuple[str, ...]:
+    """Names in the model of the tables that start at zero: what items with no training of their own add to the rest.
+
+    So an item that was never trained on has the sum of its trained prefixes alone, or its frozen vector alone.
+    """
+    tables = run.model.tables(run.data_schema)
+    return tuple(table_module_name(table) for table, features in tables.items() if features[0].has_content)
 
 
 def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:

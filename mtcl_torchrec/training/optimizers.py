@@ -85,8 +85,8 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
     if device.type == "cpu" and not is_fused(config, device):
         for table in sorted(sequence_tables(module)):
             raise ConfigError(
-                f"table {table.removeprefix('table_')!r}: a history looks it up, for which {config.kind} has no kernel on "
-                "the CPU; use rowwise_adagrad, adagrad or sgd, or train on CUDA"
+                f"table {table.removeprefix('table_')!r}: a history looks it up, for which {config.kind} has no kernel "
+                "on the CPU; use rowwise_adagrad, adagrad or sgd, or train on CUDA"
             )
     managed = (ManagedCollisionEmbeddingBagCollection, ShardedManagedCollisionEmbeddingBagCollection)
     if device.type == "cpu" and config.kind == "rowwise_adagrad":

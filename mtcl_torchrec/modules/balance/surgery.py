@@ -209,8 +209,8 @@ class GradientSurgery(nn.Module):
         taken = next((key for module in model.lookups for key in getattr(module, "takes", ())), None)
         if self.cut == "tables" and taken is not None:
             raise ConfigError(
-                f"gradient surgery at 'tables' sees embeddings that are read as they are pooled, and that of {taken!r} is "
-                "turned into something else before; take 'embeddings', 'trunk' or 'both'"
+                f"gradient surgery at 'tables' sees embeddings that are read as they are pooled, and {taken!r} is "
+                "made into something else before; take 'embeddings', 'trunk' or 'both'"
             )
         grouped = self._grouped(dims)
         self._plan = Plan(
