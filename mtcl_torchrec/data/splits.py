@@ -72,6 +72,9 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
     if keys:
         say(f"counting what came before each row, by {keys} key{'s' if keys > 1 else ''}")
+    building = sum(block.prepared is None for block in run.histories)
+    if building:
+        say(f"building what came before each row, {building} histor{'ies' if building > 1 else 'y'}")
     started = time.monotonic()
 
     def progress(key: str) -> None:
@@ -116,6 +119,8 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     assert config is not None
     if run.statistics:
         raise ConfigError("statistics are counted in memory: write the world to files with `mtcl synth` for them")
+    if run.histories:
+        raise ConfigError("histories are built in memory: write the world to files with `mtcl synth` for them")
     world = ready_world(config.world, **config.dials())
     sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
     preprocessor.learn(Rows(world.rows(sample)), grown_from=grown_from)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mtcl_torchrec.config import RunConfig, dump_run
+from mtcl_torchrec.config import HistoryConfig, RunConfig, StatisticsConfig, dump_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
@@ -126,7 +126,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         if where.first:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    preprocessor = Preprocessor(run.data_schema, run.statistics)
+    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories)
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")
@@ -316,7 +316,8 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
         paths = getattr(seen.data, split)
         if paths is not None:
             setattr(seen.data, split, [os.path.relpath(path, folder) for path in paths])
-    for block in seen.statistics:
+    made: list[StatisticsConfig | HistoryConfig] = [*seen.statistics, *seen.histories]
+    for block in made:
         if block.prepared is not None:
             block.prepared = os.path.relpath(block.prepared, folder)
     return seen
