@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtcl_torchrec.config import HistoryConfig
+from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import column_of, ids_of, numbers
 from mtcl_torchrec.data.source import Rows, time_values, to_pandas
 from mtcl_torchrec.data.spans import Ages, Earlier, decoded
@@ -118,7 +120,7 @@ class History:
 
     def __init__(self, config: HistoryConfig, schema: Schema) -> None:
         features = {f.name: f for f in schema.features}
-        self.config, self.feature = config, features[config.feature]
+        self.config, self.feature, self._schema = config, features[config.feature], schema
         by, time = config.by or schema.user, schema.time
         assert by is not None
         assert time is not None
@@ -151,18 +153,7 @@ class History:
         return self._events
 
     @property
-    def end(self) -> int | float:
-        """The time of the last row of the log; of timestamps, in nanoseconds."""
-        return self._known.end
-
-    @property
-    def timestamps(self) -> bool:
-        """Whether the log's times are timestamps."""
-        return self._known.timestamps
-
-    @property
-    def per_second(self) -> int:
-        """How much of the log's time a second is."""
+    def _per_second(self) -> int:
         return PER_SECOND["ns" if self._known.timestamps else self.config.time_unit or "s"]
 
     # ------------------------------------------------------------------ learning from the training split
@@ -244,22 +235,43 @@ class History:
         starts, lengths = end - lengths, lengths.astype(np.int32)
         seen = {c: Earlier(starts, lengths, codes, events.values[c], owner) for c, codes in events.codes.items()}
         now = np.full(len(group), events.end) if when is None else when
-        ages = Ages(events.times, now, self.per_second)
+        ages = Ages(events.times, now, self._per_second)
         return seen | {f.rows_from: Earlier(starts, lengths, ages=ages) for f in self.ages}
 
-    def latest(self) -> pd.DataFrame:
-        """The key and the lists, of each key that has an event, as of the end of the log; ages are exact seconds."""
-        events = self._known
-        group = np.flatnonzero(np.diff(events.starts))
-        seen = self._seen_by(group, None, None)
-        frame = events.index.frame().iloc[group].reset_index(drop=True)
-        for column, earlier in seen.items():
-            lists = earlier.lists(0, len(group)).to_pandas()
-            if earlier.ages is not None:
-                where = [events.times[s : s + n] for s, n in zip(earlier.starts, earlier.lengths, strict=True)]
-                lists = pd.Series([(events.end - times) / self.per_second for times in where], dtype=object)
-            frame[column] = lists
-        return frame
+    def complete(self, catalogue: Catalogue, log: Rows) -> None:
+        """Give the users (or items) of a catalogue their lists as of the end of a log, in place.
+
+        Ages are in seconds before the log's last row, whose time becomes the context's usual one.
+
+        Args:
+            log: with the columns of `needs`; its rows may be more than the training split.
+        """
+        whole = History(self.config, self._schema)
+        whole.fit(log)
+        frame = catalogue.users if self.by in catalogue.users else catalogue.items
+        for column, earlier in whole.before(Rows(frame[[self.by]])).items():
+            frame[column] = earlier.lists(0, len(frame), exact=True).to_pandas()
+        if self.ages:
+            catalogue.end = (
+                str(pd.Timestamp(whole._known.end, tz="UTC")) if whole._known.timestamps else whole._known.end
+            )
+            catalogue.context.setdefault(self.time, catalogue.end)
+
+    def seconds_after(self, end: Any, when: Any) -> float:
+        """From the end of a log to a time, both as a catalogue's context has them.
+
+        Raises:
+            DataError: `when` is no time of the log's kind.
+        """
+        try:
+            if self._known.timestamps:
+                return (pd.to_datetime(when, utc=True) - pd.to_datetime(end, utc=True)).total_seconds()
+            seconds = (float(when) - end) / self._per_second
+        except (ValueError, TypeError) as error:
+            raise DataError(f"context {self.time} = {when!r} is no time ({error})") from None
+        if not np.isfinite(seconds):
+            raise DataError(f"context {self.time} = {when!r} is no time")
+        return seconds
 
     # ------------------------------------------------------------------ stored with the model
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from mtcl_torchrec.config import HistoryConfig, StatisticsConfig
 from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import as_text, canonical
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.histories import History
@@ -178,13 +179,12 @@ class Preprocessor:
         for history in self.histories:
             if history.config.prepared is None:
                 earlier |= history.fit(rows)
-                progress(history.feature.name)
         return replace(rows, frame=pd.concat([rows.frame, *computed], axis=1), earlier=earlier)
 
     def _keys(self) -> list[str]:
         """The columns whose values are compared with those of the training split."""
         columns = [self.declared.user, self.declared.item, *(c for b in self.config for key in b.keys for c in key)]
-        columns += [history.by for history in self.histories]
+        columns += [c for history in self.histories for c in (history.by, history.item)]
         return [c for c in dict.fromkeys(columns) if c is not None]
 
     def conform(self, rows: Rows) -> Rows:
@@ -221,6 +221,24 @@ class Preprocessor:
                 lacking = next(c for c in history.columns() if c not in given)
                 raise DataError(f"{rows.name}: no column {lacking!r} beside {min(given)!r}; give all of them, or none")
         return replace(rows, frame=pd.concat([rows.frame, *computed], axis=1), earlier=earlier)
+
+    def catalogue(self, train: Rows, later: Rows) -> Catalogue:
+        """What a log says of users and items, their histories as of its end.
+
+        Args:
+            train, later: the training rows and those after it, as they were read and conform.
+
+        Raises:
+            ConfigError: the schema names no user or item column.
+        """
+        built = {c for history in self.histories for c in history.columns()}
+        groups = {c: group for c, group in self.groups.items() if c not in built}
+        catalogue = Catalogue.build(self.declared, groups, train.frame, later.frame)
+        columns = list(dict.fromkeys(c for history in self.histories for c in history.needs()))
+        log = Rows(pd.concat([train.frame[columns], later.frame[columns]], ignore_index=True)) if columns else train
+        for history in self.histories:
+            history.complete(catalogue, log)
+        return catalogue
 
     def compare_rows(self) -> None:
         """From now on, say of later rows which request they belong to, as a fused score may need that was chosen after

@@ -101,14 +101,15 @@ class Earlier:
         assert self.ages is not None
         return AgeSpans(self.ages, torch.from_numpy(self.starts), torch.from_numpy(self.lengths), size)
 
-    def lists(self, start: int, stop: int) -> pa.ListArray:
-        """The rows from `start` to `stop` (not included) as a column of Arrow lists; ages in whole seconds."""
+    def lists(self, start: int, stop: int, *, exact: bool = False) -> pa.ListArray:
+        """The rows from `start` to `stop` (not included) as Arrow lists; ages in whole seconds, or exact."""
         lengths = torch.from_numpy(self.lengths[start:stop]).to(torch.int64)
         at = members(torch.from_numpy(self.starts[start:stop]), lengths).numpy()
         offsets = pa.array(np.r_[0, lengths.numpy().cumsum()].astype(np.int32))
         if self.ages is not None:
             rows = np.repeat(np.arange(start, stop), lengths.numpy())
-            return pa.ListArray.from_arrays(offsets, pa.array(self.ages.whole_seconds(rows, at).astype(np.int64)))
+            ages = self.ages.seconds(rows, at) if exact else self.ages.whole_seconds(rows, at).astype(np.int64)
+            return pa.ListArray.from_arrays(offsets, pa.array(ages))
         assert self.values is not None
         return pa.ListArray.from_arrays(offsets, decoded(self.values, self._codes()[at]))
 
@@ -136,6 +137,10 @@ class Ages:
     times: np.ndarray
     now: np.ndarray
     per_second: int
+
+    def seconds(self, rows: np.ndarray, events: np.ndarray) -> np.ndarray:
+        """(M,) float64: from each of M events to the row that sees it."""
+        return (self.now[rows] - self.times[events]) / self.per_second
 
     def whole_seconds(self, rows: np.ndarray, events: np.ndarray) -> np.ndarray:
         """(M,) float64: from each of M events to the row that sees it, rounded down."""

@@ -85,7 +85,7 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     later = {name: preprocessor.conform(rows) for name, rows in raw.items() if name != "train"}
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
-        catalogue = Catalogue.build(run.data_schema, preprocessor.groups, raw["train"].frame, later["val"].frame)
+        catalogue = preprocessor.catalogue(raw["train"], later["val"])
     return _with_later(MemoryRows(train, seed=run.training.seed), later, preprocessor, catalogue)
 
 
