@@ -2,7 +2,7 @@
 
 from mtcl_torchrec.config.balance import BalanceConfig, LossWeightingConfig, SurgeryConfig
 from mtcl_torchrec.config.calibration import CalibrationConfig, CalibratorConfig
-from mtcl_torchrec.config.data import DataConfig, HistoryConfig, StatisticsConfig, SyntheticConfig
+from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig, SyntheticConfig
 from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
 from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
@@ -29,6 +29,7 @@ __all__ = [
     "HistoryConfig",
     "LossWeightingConfig",
     "ModelConfig",
+    "NextLabelConfig",
     "OptimizersConfig",
     "RegularisersConfig",
     "RunConfig",

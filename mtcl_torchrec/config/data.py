@@ -216,3 +216,44 @@ class HistoryConfig(Part):
                 )
         if self.time_unit is not None and not ages:
             raise ValueError(f"histories.time_unit: nothing beside {self.feature!r} holds ages (encoding: log_bucket)")
+
+
+class NextLabelConfig(Part):
+    """A label column that is added to each split: what the user turns to next, in the same split.
+
+    See `mtcl_torchrec.data.next_labels.next_label`; a run may have several of these.
+
+    Args:
+        column: name of the label, for `Task.label`.
+        of: column whose value in the next row is the label, such as the item's category.
+        by: column that says whose row it is; the default is the schema's user.
+        where: columns of numbers; only a row where one of them is above 0 is a next one.
+        prepared: whether ``mtcl prepare`` has written the column already.
+    """
+
+    column: str
+    of: str
+    by: str | None = None
+    where: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
+    prepared: bool = False
+
+    def check(self, schema: Schema) -> None:
+        """See that a task wants the label, and no feature is it.
+
+        Raises:
+            ValueError: naming the key and, if there is one, the nearest right name.
+        """
+        labels = schema.label_columns()
+        if self.column not in labels:
+            raise ValueError(f"next_labels.column: no task has the label {self.column!r}{nearest(self.column, labels)}")
+        if self.column == self.of:
+            raise ValueError(f"next_labels.column: {self.column!r} would be the label of its own row")
+        reader = next((f.name for f in schema.features if f.rows_from == self.column), None)
+        if reader is not None:
+            raise ValueError(f"next_labels.column: feature {reader!r} reads {self.column!r}, which is a label")
+        if self.by is None and schema.user is None:
+            raise ValueError(
+                f"next_labels: {self.column!r} needs schema.user, or by: the column that says whose row it is"
+            )
+        if schema.time is None:
+            raise ValueError(f"next_labels: {self.column!r} needs schema.time")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, V
 from mtcl_torchrec.config.balance import BalanceConfig
 from mtcl_torchrec.config.base import Part
 from mtcl_torchrec.config.calibration import CalibrationConfig
-from mtcl_torchrec.config.data import DataConfig, HistoryConfig, StatisticsConfig
+from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig
 from mtcl_torchrec.config.fusion import FusionConfig
 from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
@@ -48,6 +48,7 @@ class RunConfig(Part):
     data_schema: Schema = Field(alias="schema")
     statistics: Annotated[list[StatisticsConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
     histories: Annotated[list[HistoryConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    next_labels: Annotated[list[NextLabelConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizers: OptimizersConfig = Field(default_factory=OptimizersConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -94,6 +95,9 @@ class RunConfig(Part):
         for block in self.histories:
             block.check(self.data_schema)
         check_unique("history", [block.feature for block in self.histories])
+        for label in self.next_labels:
+            label.check(self.data_schema)
+        check_unique("next label", [label.column for label in self.next_labels])
         if self.data.log is not None and self.data_schema.time is None:
             raise ValueError("data.log needs schema.time: the log is split by time")
         return self

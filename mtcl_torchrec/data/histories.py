@@ -30,7 +30,12 @@ CHUNK = 1 << 20  # rows whose place among the events is looked for at once
 
 
 def events_before(
-    starts: np.ndarray, times: np.ndarray, group: np.ndarray, when: np.ndarray | None
+    starts: np.ndarray,
+    times: np.ndarray,
+    group: np.ndarray,
+    when: np.ndarray | None,
+    *,
+    same_moment: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the events that come before each row begin and end, among the events of its group.
 
@@ -39,6 +44,7 @@ def events_before(
         times: (E,) ascending within each group.
         group: (N,) int64, -1 for a row of no group.
         when: (N,) the time of each row; None: after all events.
+        same_moment: whether those of a row's own moment are among them.
 
     Returns:
         Begins and ends, (N,) int64 each; of a row without a group they are equal.
@@ -52,18 +58,19 @@ def events_before(
     if when is None:
         return begin, high
     for at in range(0, len(group), CHUNK):
-        _bisect(times, low[at : at + CHUNK], high[at : at + CHUNK], when[at : at + CHUNK])
+        _bisect(times, low[at : at + CHUNK], high[at : at + CHUNK], when[at : at + CHUNK], same_moment)
     return begin, low
 
 
-def _bisect(times: np.ndarray, low: np.ndarray, high: np.ndarray, when: np.ndarray) -> None:
-    """In place: `low` becomes the first place below `high` whose time is not before `when`."""
+def _bisect(times: np.ndarray, low: np.ndarray, high: np.ndarray, when: np.ndarray, same_moment: bool) -> None:
+    """In place: `low` becomes the first place below `high` whose time is not before `when`, or not at it either."""
+    is_before = np.less_equal if same_moment else np.less
     while True:
         left = np.flatnonzero(low < high)
         if not len(left):
             return
         middle = (low[left] + high[left]) // 2
-        before = times[middle] < when[left]
+        before = is_before(times[middle], when[left])
         low[left[before]] = middle[before] + 1
         high[left[~before]] = middle[~before]
 
@@ -173,7 +180,7 @@ class History:
         columns = {column: self._coded(rows, source) for column, source in self._from.items()}
         is_event = (group >= 0) & (columns[self.feature.rows_from][0] >= 0)
         if self.config.where:
-            is_event &= np.logical_or.reduce([_positive(rows, column) for column in self.config.where])
+            is_event &= np.logical_or.reduce([positive(rows, column) for column in self.config.where])
         order = np.flatnonzero(is_event)
         order = order[np.lexsort((when[order], group[order]))]
         self._events = _Events(
@@ -195,22 +202,17 @@ class History:
             return codes.astype(np.int32), pd.Series(values)
         kinds = np.zeros(len(rows), np.int32)
         for number, column in reversed(list(enumerate(source, start=1))):
-            kinds[_positive(rows, column)] = number
+            kinds[positive(rows, column)] = number
         return kinds, pd.Series(np.arange(len(source) + 1))
 
     def _times(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, bool]:
-        """(N,) the rows' times, (N,) where they are known, and whether they are timestamps."""
-        values = column_of(rows, self.time)
-        known = values.notna().to_numpy(dtype=bool)
-        timestamps = not pd.api.types.is_numeric_dtype(values) and bool(known.any())
+        """See `moments`."""
+        when, known, timestamps = moments(rows, self.time)
         if timestamps and self.config.time_unit is not None:
             raise DataError(f"{rows.name}: column {self.time!r} holds timestamps: histories.time_unit is for numbers")
         if self._events is not None and known.any() and timestamps != self._events.timestamps:
             one, other = ("timestamps", "numbers") if timestamps else ("numbers", "timestamps")
             raise DataError(f"{rows.name}: column {self.time!r} holds {one}, and {other} in the training split")
-        there = time_values(rows.frame if known.all() else rows.frame[known], self.time, rows)
-        when = np.zeros(len(values), there.dtype)
-        when[known] = there
         return when, known, timestamps
 
     # ------------------------------------------------------------------ what rows see
@@ -313,8 +315,19 @@ class History:
         return self
 
 
-def _positive(rows: Rows, column: str) -> np.ndarray:
-    return np.nan_to_num(numbers(rows, column, "histories")) > 0
+def moments(rows: Rows, column: str) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(N,) the rows' times, (N,) bool where they are known, and whether they are timestamps, in nanoseconds."""
+    values = column_of(rows, column)
+    known = values.notna().to_numpy(dtype=bool)
+    there = time_values(rows.frame if known.all() else rows.frame[known], column, rows)
+    when = np.zeros(len(values), there.dtype)
+    when[known] = there
+    return when, known, not pd.api.types.is_numeric_dtype(values) and bool(known.any())
+
+
+def positive(rows: Rows, column: str, what: str = "histories") -> np.ndarray:
+    """(N,) bool: where a column of numbers is above 0; a missing one is not."""
+    return np.nan_to_num(numbers(rows, column, what)) > 0
 
 
 def _newest(starts: np.ndarray, most: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A run's statistics and histories computed once and written beside its data."""
+"""A run's statistics, histories and next labels computed once and written beside its data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtcl_torchrec.config import DataConfig, HistoryConfig, RunConfig, StatisticsConfig, dump_run
+from mtcl_torchrec.config import DataConfig, HistoryConfig, NextLabelConfig, RunConfig, StatisticsConfig, dump_run
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_splits
 from mtcl_torchrec.schema import ConfigError
@@ -17,8 +17,8 @@ ROW_GROUP = 131_072  # rows; the least that a stream reads at once
 
 
 def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None:
-    """Compute a run's statistics and histories once: its splits with their columns, what was learnt, and a YAML that
-    uses both.
+    """Compute a run's statistics, histories and next labels once: its splits with their columns, what was learnt, and a
+    YAML that uses both.
 
     Args:
         out: a new or empty folder.
@@ -27,15 +27,17 @@ def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None
     Raises:
         ConfigError: there is nothing to prepare, or `out` is not empty.
     """
-    blocks: list[StatisticsConfig | HistoryConfig] = [*run.statistics, *run.histories]
+    blocks: list[StatisticsConfig | HistoryConfig | NextLabelConfig]
+    blocks = [*run.statistics, *run.histories, *run.next_labels]
     if not blocks:
-        raise ConfigError("nothing to prepare, the run has no statistics and no histories")
-    if any(block.prepared is not None for block in blocks):
+        raise ConfigError("nothing to prepare, the run has no statistics, no histories and no next_labels")
+    if any(block.prepared for block in blocks):
         raise ConfigError("the data of this run is prepared already")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty; choose a new folder")
-    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories)
+    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
     splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
+    splits = {name: preprocessor.with_next_labels(rows) for name, rows in splits.items()}
     prepared = {"train": preprocessor.fit_statistics(splits["train"], lambda key: say(f"  counted per {key}"))}
     for history in preprocessor.histories:
         say(f"  built {history.feature.name} by {history.by}")
@@ -55,6 +57,8 @@ def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None
     for i, (history, built) in enumerate(zip(preprocessor.histories, ready.histories, strict=True)):
         history.save(out / f"history_{i}")
         built.prepared = f"history_{i}"
+    for label in ready.next_labels:
+        label.prepared = True
     (out / "run.yaml").write_text(dump_run(ready), encoding="utf-8")
 
 

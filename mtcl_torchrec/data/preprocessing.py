@@ -11,12 +11,13 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from mtcl_torchrec.config import HistoryConfig, StatisticsConfig
+from mtcl_torchrec.config import HistoryConfig, NextLabelConfig, StatisticsConfig
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import as_text, canonical
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.histories import History
+from mtcl_torchrec.data.next_labels import with_next_labels
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.spans import Earlier
@@ -32,6 +33,7 @@ class Preprocessor:
         schema: features and tasks as declared.
         statistics: what to count.
         histories: what to list.
+        next_labels: labels to make of what comes next.
 
     Raises:
         ConfigError: a statistics key whose feature group is not known, a column produced twice, or a history that
@@ -51,8 +53,10 @@ class Preprocessor:
         schema: Schema,
         statistics: Sequence[StatisticsConfig] = (),
         histories: Sequence[HistoryConfig] = (),
+        next_labels: Sequence[NextLabelConfig] = (),
     ) -> None:
         self.declared = schema
+        self.next_labels = list(next_labels)
         self.config = list(statistics)
         self.groups = _column_groups(schema, statistics)
         self.statistics = [_statistics(block, schema) for block in statistics]
@@ -88,7 +92,9 @@ class Preprocessor:
         columns += [c for c in (self.declared.user, self.declared.item) if c]
         # Nothing is trained on other rows: they need no reward.
         read = self.declared if statistics else self.declared.model_copy(update={"reward": None})
-        columns += read.label_columns()
+        made = [block for block in self.next_labels if not (statistics and block.prepared)]
+        columns += [c for c in read.label_columns() if c not in [block.column for block in made]]
+        columns += [c for b in made for c in (b.by or read.user, read.time, b.of, *b.where) if c is not None]
         if statistics:
             columns += [self.declared.time] if self.declared.time else []
             for block, computed in zip(self.config, self.statistics, strict=True):
@@ -143,6 +149,10 @@ class Preprocessor:
             raise ConfigError(
                 "histories cannot be built in a stream: run `mtcl prepare` first, and train the run that it writes"
             )
+        if any(not block.prepared for block in self.next_labels):
+            raise ConfigError(
+                "next_labels cannot be found in a stream: run `mtcl prepare` first, and train the run that it writes"
+            )
         if any(block.prepared is None for block in self.config):
             raise ConfigError(
                 "statistics cannot be counted in a stream: run `mtcl prepare` first, and train the run that it writes"
@@ -166,6 +176,7 @@ class Preprocessor:
 
     def fit_statistics(self, rows: Rows, progress: Progress = quiet) -> Rows:
         """The training rows with the statistics' causal columns and the histories, unless they have them already."""
+        rows = self.with_next_labels(rows)
         for column in self._keys():
             if rows.frame[column].map(lambda v: hasattr(v, "__len__") and not isinstance(v, str)).any():
                 raise DataError(_holds_lists(rows.name, column))
@@ -201,7 +212,12 @@ class Preprocessor:
 
     def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
         """Encode later rows; statistics and histories know what was known at the end of the training split."""
+        rows = self.with_next_labels(rows) if with_labels else rows
         return self.encoder.encode(self.with_statistics(rows), with_labels=with_labels, with_rewards=False)
+
+    def with_next_labels(self, rows: Rows) -> Rows:
+        """The rows of one split with the labels that follow from what comes next, unless they have them already."""
+        return with_next_labels(rows, self.next_labels, self.declared)
 
     def with_statistics(self, rows: Rows) -> Rows:
         """Later rows with the statistics' columns and the histories, unless they have them already.
@@ -272,6 +288,7 @@ class Preprocessor:
         schema: Schema,
         statistics: Sequence[StatisticsConfig],
         histories: Sequence[HistoryConfig] = (),
+        next_labels: Sequence[NextLabelConfig] = (),
     ) -> Preprocessor:
         """Read what `save` wrote."""
         # What was prepared elsewhere is stored with the run like all else.
@@ -279,6 +296,7 @@ class Preprocessor:
             schema,
             [block.model_copy(update={"prepared": None}) for block in statistics],
             [block.model_copy(update={"prepared": None}) for block in histories],
+            [block.model_copy(update={"prepared": False}) for block in next_labels],
         )
         self.encoder = FeatureEncoder.load(folder / "encoder")
         self._is_text = json.loads((folder / "keys.json").read_text())

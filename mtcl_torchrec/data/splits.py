@@ -68,6 +68,7 @@ def load_splits(
 
 def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
     raw = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
+    raw = {name: preprocessor.with_next_labels(rows) for name, rows in raw.items()}
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in raw.items()))
     keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
     if keys:
@@ -121,6 +122,8 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
         raise ConfigError("statistics are counted in memory: write the world to files with `mtcl synth` for them")
     if run.histories:
         raise ConfigError("histories are built in memory: write the world to files with `mtcl synth` for them")
+    if run.next_labels:
+        raise ConfigError("next_labels are found in memory: write the world to files with `mtcl synth` for them")
     world = ready_world(config.world, **config.dials())
     sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
     preprocessor.learn(Rows(world.rows(sample)), grown_from=grown_from)

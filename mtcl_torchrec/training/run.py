@@ -126,7 +126,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         if where.first:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories)
+    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")
