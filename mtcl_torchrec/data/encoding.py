@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from mtcl_torchrec.data.fitting import SplitSummary, summarise
 from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.spans import Earlier
 from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
 from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task, nearest
 
@@ -302,7 +303,7 @@ class FeatureEncoder:
             if feature.kind == "id":
                 ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows))
             elif feature.kind == "history":
-                bags[key] = self._history(feature, rows, lists)
+                bags[key] = self._history(feature, rows, lists[key])
             elif feature.has_content:
                 contents, values = self._contents[key], ids_of(rows, feature.rows_from)
                 if isinstance(contents, VectorRows):
@@ -330,21 +331,25 @@ class FeatureEncoder:
             rewards=self._rewards(rows) if with_labels and with_rewards else None,
         )
 
-    def _history(self, feature: Feature, rows: Rows, lists: Mapping[str, Listed]) -> Jagged:
-        """Row numbers of a history's or companion's values, cut to the newest."""
-        listed = lists[feature.name].newest(feature.max_length)
+    def _history(self, feature: Feature, rows: Rows, lists: Listed | Earlier) -> Jagged:
+        """A history's or companion's values as row numbers."""
+        size = self.num_embeddings(feature.table_name)
+        if isinstance(lists, Earlier):
+            if lists.values is None:
+                return lists.aged(size)
+            return lists.spans(self._row_numbers(feature, lists.values, rows, lists.first_owner()))
         if feature.encoding == "log_bucket":
-            found = age_rows(feature, listed, rows, self.num_embeddings(feature.table_name))
+            found = age_rows(feature, lists, rows, size)
         else:
-            found = self._row_numbers(feature, listed.values, rows, listed.owner)
-        return Bag.of(torch.from_numpy(found), torch.from_numpy(listed.lengths))
+            found = self._row_numbers(feature, lists.values, rows, lists.owner)
+        return Bag.of(torch.from_numpy(found), torch.from_numpy(lists.lengths))
 
     def coverage(self, rows: EncodedRows) -> list[tuple[Feature, float]]:
         """Each feature with content, and the share of encoded rows that have some."""
         found, single = [], [key for key in rows.keys if key not in rows.bags]
         for feature in (f for f in self.schema.features if f.has_content):
             if feature.name in rows.bags:
-                there = rows.bags[feature.name].offsets.diff() > 0
+                there = rows.bags[feature.name].all()[1] > 0
             else:
                 there = rows.ids[:, single.index(feature.name)] > 0
             found.append((feature, float(there.float().mean()) if len(rows) else 1.0))

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of, label_of, split_bag, unmasked
+from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of, label_of, unmasked
+from mtcl_torchrec.data.listed import listed_values
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.stream import WindowSource, in_order
 from mtcl_torchrec.data.vocabulary import ValueCounts
@@ -110,7 +111,7 @@ class SplitSummary:
         """
         for feature in self._sparse:
             if feature.kind in ("bag", "history"):
-                values = split_bag(feature, column_of(rows, feature.rows_from))[0]
+                values = listed_values(feature, rows)
             else:
                 values = ids_of(rows, feature.rows_from)
             self.counts[feature.name].add(values)

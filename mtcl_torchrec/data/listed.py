@@ -12,6 +12,7 @@ import torch
 from mtcl_torchrec.data.batch import members
 from mtcl_torchrec.data.columns import column_of, shown, split_bag
 from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.spans import Earlier, log_buckets
 from mtcl_torchrec.schema import DataError, Feature, Schema
 
 
@@ -47,15 +48,15 @@ class Listed:
         return Listed(self.values.iloc[kept].reset_index(drop=True), lengths)
 
 
-def listed_histories(rows: Rows, schema: Schema) -> dict[str, Listed]:
-    """The values of every history and companion of a schema.
+def listed_histories(rows: Rows, schema: Schema) -> dict[str, Listed | Earlier]:
+    """The values of every history and companion of a schema, cut to the newest.
 
     A missing list is an empty one; a missing value within a list stays there, as an unknown one.
 
     Raises:
         DataError: a column is missing, or a companion's list is not as long as the history's in its row.
     """
-    lists = {f.name: Listed(*split_bag(f, column_of(rows, f.rows_from))) for f in schema.history_features}
+    lists = {f.name: _lists(f, rows) for f in schema.history_features}
     for feature in schema.history_features:
         if feature.beside in lists:
             own, main = lists[feature.name].lengths, lists[feature.beside].lengths
@@ -65,22 +66,18 @@ def listed_histories(rows: Rows, schema: Schema) -> dict[str, Listed]:
                     f"{rows.locate(at)}: {feature.rows_from} holds {own[at]} values beside {main[at]} of "
                     f"{feature.beside!r}; a companion says one thing of each event"
                 )
-    return lists
+    return {f.name: lists[f.name].newest(f.max_length) for f in schema.history_features}
 
 
-def log_buckets(seconds: np.ndarray, size: int) -> np.ndarray:
-    """(M,) int64: ⌊log₂(1 + s)⌋ + 1 of each age s, at most ``size - 1``; 0 where it is missing.
+def _lists(feature: Feature, rows: Rows) -> Listed | Earlier:
+    built = rows.earlier.get(feature.rows_from)
+    return Listed(*split_bag(feature, column_of(rows, feature.rows_from))) if built is None else built
 
-    Args:
-        seconds: (M,) at least 0, or NaN.  Only whole seconds count, so that a bucket begins at exactly 2ᵏ - 1.
-        size: rows of the table.
 
-    Example:
-        >>> log_buckets(np.array([0.0, 0.9, 1.0, 6.99, 7.0, 1e12, np.nan]), 34).tolist()
-        [1, 1, 2, 3, 4, 33, 0]
-    """
-    exponent = np.frexp(np.floor(seconds) + 1.0)[1]  # of x = m · 2ᵉ with m in [1/2, 1): ⌊log₂ x⌋ = e - 1, exactly
-    return np.where(np.isnan(seconds), 0, np.minimum(exponent, size - 1)).astype(np.int64)
+def listed_values(feature: Feature, rows: Rows) -> pd.Series:
+    """The values of all lists of a bag or history, or of a built history those of all its events."""
+    built = rows.earlier.get(feature.rows_from)
+    return split_bag(feature, column_of(rows, feature.rows_from))[0] if built is None else built.events()
 
 
 def age_rows(feature: Feature, listed: Listed, rows: Rows, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mtcl_torchrec.config import StatisticsConfig
+from mtcl_torchrec.config import HistoryConfig, StatisticsConfig
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task
@@ -86,8 +86,9 @@ class Artefact:
             machine_code = fits if compiled is None else compiled
             try:
                 statistics = [StatisticsConfig.model_validate(block) for block in manifest["statistics"]]
+                histories = [HistoryConfig.model_validate(block) for block in manifest.get("histories", [])]
                 schema = Schema.model_validate(manifest["schema"])
-                preprocessor = Preprocessor.load(folder / PREPROCESSING, schema, statistics)
+                preprocessor = Preprocessor.load(folder / PREPROCESSING, schema, statistics, histories)
                 known = folder / CATALOGUE
                 catalogue = Catalogue.load(known) if known.is_dir() else None
                 about = manifest["network"]

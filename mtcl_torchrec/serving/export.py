@@ -123,6 +123,9 @@ def export_run(
             "tasks": [task.model_dump(mode="json", exclude_unset=True) for task in run.model.tasks],
             "schema": run.preprocessor.declared.model_dump(mode="json", exclude_unset=True),
             "statistics": [block.model_dump(mode="json", exclude={"prepared"}) for block in run.preprocessor.config],
+            "histories": [
+                history.config.model_dump(mode="json", exclude={"prepared"}) for history in run.preprocessor.histories
+            ],
         }  # fmt: skip
         digest = write_archive(path, folder, about)
     return Exported(path, path.stat().st_size, digest, makes_code, difference)

@@ -63,6 +63,8 @@ class Bodies:
         # Keys are looked up, not encoded: one outside its feature's table is unknown, and said to be.
         user, item = (_scalar_type(frame.iloc[:1000, 0]) for frame in (catalogue.users, catalogue.items))
         context = _typed_dict("Context", {c: NotRequired[self.columns[c]] for c in catalogue.context})
+        if catalogue.end is not None and schema.time not in {f.rows_from for f in schema.features}:
+            self.columns.pop(str(schema.time), None)  # of a request, by which ages are reckoned: rows have their ages
         row = _typed_dict("Row", {c: kind | None for c, kind in self.columns.items()})
         self._recommend = create_model(
             "RecommendRequest",
