@@ -85,7 +85,7 @@ def embed(
 
     **With a language model:** mtcl embed items.csv --text title --encoder minilm -o vectors.parquet
 
-    needs `pip install 'mtcl_torchrec[text]'`.  wordllama is a thousand times faster than minilm and nearly as good.
+    needs `pip install 'mtcl_torchrec[text]'`.  wordllama takes a fiftieth of minilm's time.
     A folder is one that `save_pretrained` wrote: --encoder models/qwen --pooling last.  Nothing is downloaded, pickles
     are not read, code of a model is not run.
 
