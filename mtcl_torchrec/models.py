@@ -14,7 +14,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.calibration import Calibration
-from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features, pooled_by_key, single_value
+from mtcl_torchrec.modules.embeddings import (
+    embedding_dims,
+    looked_up_features,
+    pooled_by_key,
+    rows_of_features,
+    single_value,
+)
 from mtcl_torchrec.modules.fusion import FusedLoss, RowContext, fuse
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
@@ -339,6 +345,7 @@ class MTCLTrain(nn.Module):
             regularisers=Regularisers(regularisers, model.tower),
             fused_loss=fused_loss,
             seed=seed,
+            item_rows=rows_of_features(model.embedding_bag_collection),
             process_group=process_group,
         )
 

@@ -177,6 +177,18 @@ def looked_up_features(embedding_bag_collection: nn.Module) -> set[str]:
     return {feature for table in _configs(embedding_bag_collection) for feature in table.feature_names}
 
 
+def rows_of_features(embedding_bag_collection: nn.Module) -> dict[str, int]:
+    """Sparse feature -> rows of the first table that it looks up.
+
+    Example:
+        >>> tables = [EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["a", "b"])]
+        >>> rows_of_features(EmbeddingBagCollection(tables=tables))
+        {'a': 9, 'b': 9}
+    """
+    tables = reversed(_configs(embedding_bag_collection))
+    return {feature: table.num_embeddings for table in tables for feature in table.feature_names}
+
+
 def _configs(embedding_bag_collection: nn.Module) -> list[EmbeddingBagConfig]:
     if isinstance(embedding_bag_collection, ManagedCollisionEmbeddingBagCollection):
         embedding_bag_collection = embedding_bag_collection._embedding_module
