@@ -14,17 +14,18 @@ With log n_b - log(1 - q_i) + log q_j taken off its logit, each negative counts 
 softmax; the minimum is at s(u, i) = log p(i | u, label 1) + c(u), whatever q is.  (Bengio and Senécal, *Adaptive
 Importance Sampling*, TNN 2008; in batches: Yi et al., *Sampling-Bias-Corrected Neural Modeling*, RecSys 2019, who take
 log q off the positive's logit, too.  The positive is not drawn from q, it is always there: with rows about it left out,
-taking log q off it would push popular items down.)  Without the correction the minimum is at the log of the lift,
-p(i | u, label 1) / q_i: taste without popularity.
+taking log q off it would push popular items down.)  Without the correction, Z_b is the sum of exp s over the n_b rows,
+divided by the number of rows about i, and the minimum is at the log of the lift, p(i | u, label 1) / q_i: taste without
+popularity.
 
 The biases are not part of s: the item's bias in the logit says how much an item is liked by those who meet it, and the
 softmax would bend it to how often it is met.
 
 **q** is the share of an item in the rows of all global batches so far, the newest one included, in a buffer.  Training
-meets every row once in an epoch, in random order, so this is an unbiased estimate at any time, and after an epoch the
-share in the training split; in the first batch, every item of the batch counts once.  It needs no pass over the data,
-works for streams, and a resumed run goes on with it exactly.  (Yi et al. estimate the steps between two occurrences
-with a moving average, which follows a drift and never settles.)
+meets every row once in an epoch, in random order, so this settles on the share in the training split, which it is at
+the end of every epoch; in the first batch, every item of the batch counts once.  It needs no pass over the data, works
+for streams, is the same on any number of ranks, and a resumed run goes on with it exactly.  (Yi et al. estimate the
+steps between two occurrences with a moving average, which follows a drift and never settles.)
 
 **L2.**  λ(‖u‖² + ‖v‖² + b_u² + b_i²), averaged over the rows with a label: what matrix factorisation regularises.
 """
@@ -230,8 +231,9 @@ def _softmax_sums(
         other = (items[at, None] != items) & (items >= 0)
         n = other.sum(1)
         w = torch.where((items[at] >= 0) & (n > 0), w, 0.0)
-        shift = u.new_zeros(())
-        if met is not None:
+        if met is None:
+            shift = -((items >= 0).sum() - n).clamp(min=1).log()[:, None]
+        else:
             rest = (total - met[at]).clamp(min=1)
             shift = (rest / n.clamp(min=1)).log()[:, None] - met.clamp(min=1).log()
         negative = torch.where(other, u @ item.T + shift, float("-inf"))

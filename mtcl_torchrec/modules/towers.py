@@ -120,13 +120,12 @@ class MultiTaskTower(nn.Module):
             hidden = tower_layers[-1]
         self.chains = Chains(self.tasks, hidden)
         # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
-        self.heads = nn.ModuleList(
-            nn.Linear(hidden, task.out_features) if task.in_trunk else nn.Identity() for task in self.tasks
-        )
+        heads = [nn.Linear(hidden, task.out_features) if task.in_trunk else nn.Identity() for task in self.tasks]
         with torch.no_grad():  # a head starts at even odds in what its task's loss sees
-            for number in self.trunk_tasks:
-                if self.tasks[number].conditional_name is None:
-                    self.heads[number].bias.sub_(self.tasks[number].logit_shift)
+            for head, task in zip(heads, self.tasks, strict=True):
+                if isinstance(head, nn.Linear) and task.conditional_name is None:
+                    head.bias.sub_(task.logit_shift)
+        self.heads = nn.ModuleList(heads)
         self.dot_heads = nn.ModuleDict(
             {str(number): DotHead(task, blocks) for number, task in enumerate(self.tasks) if not task.in_trunk}
         )
@@ -198,7 +197,7 @@ class MultiTaskTower(nn.Module):
             of_views = cut.through(self.trunk, inputs, tasks, places, (x, of_dots) if of_dots else None)
             reads = list(of_views.pop()) if of_dots else []
         h = self._of_tasks(of_views, inputs, frozen, alike)
-        logits = self.chains.imputed(h)
+        logits = self.chains.imputed(h) if self.trunk_tasks else {}
         for number, task in enumerate(self.tasks):
             if task.in_trunk:
                 out = self.heads[number](h[number])
@@ -224,10 +223,10 @@ class MultiTaskTower(nn.Module):
         inputs: Sequence[torch.Tensor],
         frozen: torch.Tensor | None,
         alike: Alike | None,
-    ) -> Sequence[torch.Tensor]:
-        """What the tasks' heads read, (B, H) each by the task's number, from what the trunk made of each view."""
+    ) -> torch.Tensor:
+        """What the tasks' heads read, (T, B, H), from what the trunk made of each view; empty without a trunk."""
         if not self.trunk_tasks:
-            return [torch.empty(0)] * len(self.tasks)
+            return torch.empty(0)
         shared: dict[int, torch.Tensor] = {}
         for seen, representations, (name, numbers) in zip(inputs, of_views, self._views, strict=True):
             check_representations(self.trunk, representations, seen.shape[0], len(numbers))
