@@ -25,6 +25,7 @@ from mtcl_torchrec.modules.fusion import FusedLoss, RowContext, fuse
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
 from mtcl_torchrec.modules.heads import in_unit_interval, prediction
+from mtcl_torchrec.modules.lookups import Lookups
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
 from mtcl_torchrec.modules.rare import warn_of_uncalibrated
 from mtcl_torchrec.modules.regularisers import Regularisers
@@ -131,6 +132,7 @@ class MTCL(nn.Module):
         epnet, ppnet: PEPNet's gates on the embeddings and on the towers, see `mtcl_torchrec.modules.gates`.
         calibration: of the predictions that it returns and fuses, not of the logits that train; may be set after
             training, too, as ``model.output.calibration``.
+        lookups: modules that make more inputs by key, see `mtcl_torchrec.modules.lookups.Lookups`.
 
     Raises:
         ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
@@ -190,6 +192,7 @@ class MTCL(nn.Module):
         epnet: EPNet | None = None,
         ppnet: PPNet | None = None,
         calibration: Calibration | None = None,
+        lookups: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if not tasks:
@@ -200,7 +203,8 @@ class MTCL(nn.Module):
         for name in getattr(fused_score, "tasks", ()):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
-        dims = embedding_dims(embedding_bag_collection)
+        more = Lookups(embedding_dims(embedding_bag_collection), lookups)
+        dims = more.dims
         for key, width in getattr(fused_score, "features", {}).items():
             if dims.get(key) != width:
                 raise ValueError(
@@ -210,6 +214,7 @@ class MTCL(nn.Module):
         features = looked_up_features(embedding_bag_collection)
         self.tasks = tuple(tasks)
         self.embedding_bag_collection = embedding_bag_collection
+        self.lookups = more
         self.tower = MultiTaskTower(
             dims,
             dense_in_features,
@@ -248,7 +253,7 @@ class MTCL(nn.Module):
             ``"score"`` (B,) in [0, 1].  For ``buy`` after ``click`` it is the probability of both, and ``"buy|click"``,
             where there is one, that of ``buy`` given ``click`` (see `mtcl_torchrec.modules.chains`).
         """
-        pooled = self.embedding_bag_collection(sparse_features)
+        pooled = self.lookups(self.embedding_bag_collection(sparse_features), sparse_features)
         logits = self.tower(dense_features, pooled)
         return self.output(logits, dense_features, sparse_features, pooled, request)
 
@@ -342,7 +347,7 @@ class MTCLTrain(nn.Module):
         self.loss = MultiTaskLoss(
             model.tasks,
             weighting=loss_weighting,
-            regularisers=Regularisers(regularisers, model.tower),
+            regularisers=Regularisers(regularisers, model.tower, model.lookups),
             fused_loss=fused_loss,
             seed=seed,
             item_rows=rows_of_features(model.embedding_bag_collection),
@@ -359,6 +364,7 @@ class MTCLTrain(nn.Module):
             ``(loss, (loss, logits, labels))``; the second part is detached, logits by task name.
         """
         pooled = self.model.embedding_bag_collection(batch.sparse_features)
+        pooled = self.model.lookups(pooled, batch.sparse_features)
         skip = self.skip_flag(batch.labels)
         frozen = self.loss.frozen_tasks(batch.labels)
         cut = None if self.surgery is None else self.surgery(batch.sparse_features)

@@ -148,6 +148,8 @@ def _check_segment(key: str, segment: str | None, features: dict[str, Any]) -> N
     if segment not in features:
         raise ValueError(f"{key}: no id feature {segment!r}{nearest(segment, features)}")
     feature = features[segment]
+    if feature.has_content:
+        raise ValueError(f"{key}: {segment!r} is a {feature.kind} feature, whose rows are items; name an id feature")
     if feature.kind != "id":
         raise ValueError(f"{key}: {segment!r} is a bag, and a row has one value of a segment")
     if feature.vocabulary_size is not None and feature.vocabulary_size > MAX_SEGMENT_ROWS:

@@ -135,7 +135,8 @@ class ModelConfig(Part):
         """Table -> the tasks that have a table of their own beside it."""
         if self.trunk.kind != "stem":
             return {}
-        tables = schema.tables() if self.trunk.own_tables is None else self.trunk.own_tables
+        named = self.trunk.own_tables
+        tables = [t for t, of in schema.tables().items() if of[0].kind != "vector"] if named is None else named
         return {table: tuple(task.name for task in schema.tasks if task.in_trunk) for table in tables}
 
     def tables(self, schema: Schema) -> dict[str, list[Feature]]:
@@ -164,6 +165,8 @@ class ModelConfig(Part):
         for name in self.trunk.own_tables or ():
             if name not in tables:
                 raise ValueError(f"model.trunk.own_tables: no table {name!r}{nearest(name, tables)}")
+            if tables[name][0].kind == "vector":
+                raise ValueError(f"model.trunk.own_tables: {name!r} adds to vectors that all tasks share")
         own = [own_table(table, task) for table, of in self.copied_tables(schema).items() for task in of]
         if own:
             names = [name.replace(".", "_") for name in (*tables, *own)]

@@ -161,6 +161,7 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
         for block in run.statistics:
             if block.prepared is not None:
                 block.prepared = str(folder / block.prepared)
+        run.data_schema = run.data_schema.with_files(lambda path: str(folder / path))
     return run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,12 @@ from mtcl_torchrec.data.columns import (
     split_bag,
     unmasked,
 )
+from mtcl_torchrec.data.contents import CodeRows, Contents, VectorRows, read_contents
 from mtcl_torchrec.data.fitting import SplitSummary, summarise
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
-from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task
+from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task, nearest
 
 
 class FeatureEncoder:
@@ -58,21 +59,42 @@ class FeatureEncoder:
         self._vocabularies: dict[str, pd.Index] = {}
         self._dense: dict[str, tuple[float, float, bool]] = {}
         self._label_scale: dict[str, tuple[float, float]] = {}
+        self._contents: dict[str, Contents] = {}
 
     # ------------------------------------------------------------------ what the model needs to know
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The sparse features in the order of the KeyedJaggedTensor: table by table."""
-        return tuple(f.name for features in self.schema.tables().values() for f in features)
+        """The sparse features in the order of the KeyedJaggedTensor: table by table, then those without one."""
+        of_tables = [f.name for features in self.schema.tables().values() for f in features]
+        return (*of_tables, *(f.name for f in self.schema.sparse_features if not f.has_table))
 
     def num_embeddings(self, table: str) -> int:
         """Rows of an embedding table, row 0 included."""
         feature = self.schema.tables()[table][0]
         if table in self._vocabularies and feature.vocabulary_size is None:
             return len(self._vocabularies[table]) + 1
+        if feature.name in self._contents and feature.vocabulary_size is None:
+            return len(self._contents[feature.name]) + 1
         assert feature.vocabulary_size is not None
         return feature.vocabulary_size
+
+    def num_rows(self, feature: Feature) -> int:
+        """How many values a sparse feature may have in a batch, 0 included: rows of its table, or of its vectors."""
+        if feature.name in self._contents:
+            return len(self._contents[feature.name]) + 1
+        return self.num_embeddings(feature.table_name)
+
+    def vectors(self, name: str) -> np.ndarray:
+        """(V + 1, d) float32 or float16: the frozen vectors of a vector feature, row 0 zero.
+
+        Raises:
+            ConfigError: the encoder is that of an exported model, whose network has them.
+        """
+        rows = self._contents[name]
+        if not isinstance(rows, VectorRows) or rows.vectors is None:
+            raise ConfigError(f"feature {name!r}: its vectors are part of the exported network")
+        return rows.vectors
 
     @property
     def dense_groups(self) -> tuple[tuple[Group, ...], ...]:
@@ -178,11 +200,12 @@ class FeatureEncoder:
         old = grown_from if grown_from is not None else FeatureEncoder(self.schema)
         _refuse_other_meaning(old.schema, self.schema)
         for table, features in self.schema.tables().items():
-            if features[0].encoding == "vocabulary":
+            if features[0].learns_values:
                 known = old._vocabularies.get(table, pd.Index([]))
                 counts = [summary.counts[f.name] for f in features]
                 self._vocabularies[table] = grow_vocabulary(known, counts, features[0].min_count)
                 self._refuse_overflow(table, features[0])
+        self._contents = self._read_contents(old)
         for feature in self.schema.dense_features:
             if feature.name in old._dense:
                 self._dense[feature.name] = old._dense[feature.name]
@@ -197,6 +220,44 @@ class FeatureEncoder:
                     task.std if task.std is not None else std,
                 )
         return self
+
+    def _read_contents(self, old: FeatureEncoder) -> dict[str, Contents]:
+        """What the files of items hold, those of one file once; what `old` knows keeps its rows."""
+        of_file: dict[tuple[str | None, ...], Contents] = {}
+        found: dict[str, Contents] = {}
+        for feature in (f for f in self.schema.features if f.has_content):
+            file = (feature.kind, feature.vectors, feature.codes, feature.rows_from, feature.data_type)
+            contents = of_file[file] if file in of_file else read_contents(feature)
+            found[feature.name] = of_file[file] = contents
+            if feature.name in old._contents:
+                found[feature.name] = old._contents[feature.name].grown(contents, feature.name)  # type: ignore[arg-type]
+        return found
+
+    def with_contents(self, files: Mapping[str, str | Path]) -> FeatureEncoder:
+        """An encoder that knows the items of newer files, too, for a model that is not trained on.
+
+        New vectors go through the projection as all do.  A new code is looked up by the prefixes that have a row.
+
+        Args:
+            files: feature -> vectors or codes file, in which known items have what they had.
+
+        Raises:
+            ConfigError: no such feature or file, or a known item has something else now.
+            DataError: a file does not hold what it should.
+        """
+        newer = self.only([f.name for f in self.schema.features])
+        newer._contents = dict(self._contents)
+        features = {f.name: f for f in self.schema.features if f.has_content}
+        for name, path in files.items():
+            if name not in features:
+                raise ConfigError(f"no vector or semantic_id feature {name!r}{nearest(name, features)}")
+            field = "vectors" if features[name].kind == "vector" else "codes"
+            read, known = read_contents(features[name].model_copy(update={field: str(path)})), self._contents[name]
+            if isinstance(known, VectorRows):
+                newer._contents[name] = known.grown(read, name)  # type: ignore[arg-type]
+            else:
+                newer._contents[name] = known.grown(read, name, new_prefixes=False)  # type: ignore[arg-type]
+        return newer
 
     def _refuse_overflow(self, table: str, feature: Feature) -> None:
         size, known = feature.vocabulary_size, len(self._vocabularies[table])
@@ -213,6 +274,7 @@ class FeatureEncoder:
         kept = tuple(f for f in self.schema.features if f.name in features)
         part = FeatureEncoder(self.schema.model_copy(update={"features": kept}))
         part._vocabularies, part._dense, part._label_scale = self._vocabularies, self._dense, self._label_scale
+        part._contents = self._contents
         return part
 
     def dense_columns(self) -> tuple[str, ...]:
@@ -241,6 +303,14 @@ class FeatureEncoder:
             feature = features[key]
             if feature.kind == "id":
                 ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows))
+            elif feature.has_content:
+                contents, values = self._contents[key], ids_of(rows, feature.rows_from)
+                if isinstance(contents, VectorRows):
+                    ids.append(contents.rows(values))
+                else:
+                    numbers, lengths = contents.jagged(values)
+                    offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+                    bags[key] = Bag(torch.from_numpy(numbers), torch.from_numpy(offsets))
             else:
                 values, lengths = split_bag(feature, column_of(rows, feature.rows_from))
                 owner = np.repeat(np.arange(len(rows)), lengths)
@@ -259,6 +329,17 @@ class FeatureEncoder:
             requests=self._requests(rows) if with_labels else None,
             rewards=self._rewards(rows) if with_labels and with_rewards else None,
         )
+
+    def coverage(self, rows: EncodedRows) -> list[tuple[Feature, float]]:
+        """Each feature with content, and the share of encoded rows that have some."""
+        found, single = [], [key for key in rows.keys if key not in rows.bags]
+        for feature in (f for f in self.schema.features if f.has_content):
+            if feature.name in rows.bags:
+                there = rows.bags[feature.name].offsets.diff() > 0
+            else:
+                there = rows.ids[:, single.index(feature.name)] > 0
+            found.append((feature, float(there.float().mean()) if len(rows) else 1.0))
+        return found
 
     def _row_numbers(
         self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None
@@ -346,28 +427,50 @@ class FeatureEncoder:
 
     # ------------------------------------------------------------------ stored with the model
 
-    def save(self, folder: Path) -> None:
-        """Write the schema, the scales (JSON) and the vocabularies (Parquet)."""
+    def save(self, folder: Path, *, for_network: bool = False) -> None:
+        """Write the schema, the scales (JSON), the vocabularies, vectors and codes (Parquet).
+
+        Args:
+            for_network: True beside a network that holds the vectors; then only their keys are written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "schema": self.schema.model_dump(mode="json", exclude_unset=True),
             "dense": self._dense,
             "label_scale": self._label_scale,
             "vocabularies": list(self._vocabularies),
+            "contents": {name: "" if for_network else of.digest() for name, of in self._contents.items()},
         }
         (folder / "encoder.json").write_text(json.dumps(about, indent=1))
         for i, vocabulary in enumerate(self._vocabularies.values()):
             pd.DataFrame({"value": vocabulary}).to_parquet(folder / f"vocabulary_{i}.parquet")
+        for i, contents in enumerate(self._contents.values()):
+            if isinstance(contents, VectorRows):
+                contents.save(folder / f"vectors_{i}.parquet", keys_only=for_network)
+            else:
+                contents.save(folder / f"codes_{i}.parquet")
 
     @classmethod
     def load(cls, folder: Path) -> FeatureEncoder:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: vectors or codes are not those that were written.
+        """
         about = json.loads((folder / "encoder.json").read_text())
         self = cls(Schema.model_validate(about["schema"]))
         self._dense = {k: (v[0], v[1], v[2]) for k, v in about["dense"].items()}
         self._label_scale = {k: (v[0], v[1]) for k, v in about["label_scale"].items()}
         for i, table in enumerate(about["vocabularies"]):
             self._vocabularies[table] = pd.Index(pd.read_parquet(folder / f"vocabulary_{i}.parquet")["value"])
+        kinds = {f.name: f.kind for f in self.schema.features}
+        for i, (name, digest) in enumerate(about.get("contents", {}).items()):
+            of_vectors = kinds[name] == "vector"
+            path = folder / f"{'vectors' if of_vectors else 'codes'}_{i}.parquet"
+            contents: Contents = VectorRows.load(path) if of_vectors else CodeRows.load(path)
+            if digest and contents.digest() != digest:
+                raise DataError(f"{path}: not what the run was trained with (feature {name!r})")
+            self._contents[name] = contents
         return self
 
 

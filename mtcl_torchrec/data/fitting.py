@@ -82,7 +82,7 @@ class SplitSummary:
     """
 
     def __init__(self, schema: Schema, dense: Sequence[Feature] | None = None) -> None:
-        self._sparse = [f for f in schema.sparse_features if f.encoding == "vocabulary"]
+        self._sparse = [f for f in schema.sparse_features if f.learns_values]
         self._dense = list(schema.dense_features if dense is None else dense)
         self._tasks = schema.tasks
         self.counts = {f.name: ValueCounts() for f in self._sparse}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None
     streamed = (
         run.data.model_dump(include={"stream", "window", "workers"}, exclude_unset=True) if run.data.stream else {}
     )
+    ready.data_schema = ready.data_schema.with_files(lambda path: os.path.relpath(path, out))
     ready.data = DataConfig(**{name: [f"{name}.parquet"] for name in prepared}, **streamed)
     for i, (block, config) in enumerate(zip(preprocessor.statistics, ready.statistics, strict=True)):
         block.save(out / f"statistics_{i}")

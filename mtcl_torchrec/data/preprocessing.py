@@ -199,10 +199,14 @@ class Preprocessor:
         self.declared = self.declared.model_copy(update=named)
         self.encoder.schema = self.encoder.schema.model_copy(update=named)
 
-    def save(self, folder: Path) -> None:
-        """Store vocabularies, scales and statistics."""
+    def save(self, folder: Path, *, for_network: bool = False) -> None:
+        """Store vocabularies, scales, vectors, codes and statistics.
+
+        Args:
+            for_network: see `FeatureEncoder.save`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self.encoder.save(folder / "encoder")
+        self.encoder.save(folder / "encoder", for_network=for_network)
         (folder / "keys.json").write_text(json.dumps(self._is_text, indent=1))
         for i, block in enumerate(self.statistics):
             block.save(folder / f"statistics_{i}")

@@ -80,7 +80,7 @@ def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
     if schema.user is None:
         return None
     users = frame[schema.user]
-    feature = next((f for f in schema.sparse_features if f.rows_from == schema.user), None)
+    feature = next((f for f in schema.sparse_features if f.kind == "id" and f.rows_from == schema.user), None)
     codes = pd.factorize(users)[0].astype(np.float64)
     codes[codes < 0] = np.nan
     if feature is not None and feature.encoding == "index":

@@ -56,8 +56,11 @@ def build_embedding_bag_collection(
             embedding_dim=features[0].embedding_dim,
             feature_names=[f.name for f in features],
             # Of one id, mean and sum are the same, and FBGEMM's sum is several times faster on a CPU.
-            pooling=poolings["sum" if all(f.kind == "id" for f in features) else features[0].pooling],
-            data_type=data_types[features[0].data_type],
+            pooling=poolings[
+                "mean" if any(f.kind == "bag" for f in features) and features[0].pooling == "mean" else "sum"
+            ],
+            # What is trained of vectors moves by less than fp16 can tell.
+            data_type=data_types["fp32" if features[0].kind == "vector" else features[0].data_type],
         )
         for table, features in schema.tables().items()
     ]

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from mtcl_torchrec.modules.embeddings import Pooled
 from mtcl_torchrec.modules.guard import stop_gradient_if
+from mtcl_torchrec.modules.lookups import Lookups, inputs_as_one
 from mtcl_torchrec.schema import ConfigError, nearest
 
 REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")
 _OF_EXPERTS = ("expert_orthogonality", "gate_balance")
-_NO_WEIGHTS = {"bias", "biases", "scales", "shifts"}  # parts of names
+_NO_WEIGHTS = {"bias", "biases", "scales", "shifts", "missing"}  # parts of names
 
 
 class _Mixing(Protocol):
@@ -62,6 +63,7 @@ class Regularisers(nn.Module):
         weights: name -> λ; a name that is left out has 0.
         tower: holds the dense parameters and tells its levels of experts; needed for all but ``l2_embedding``.  It
             does not become a part of this module.
+        lookups: the inputs beside the tables; their weights are dense weights, too.  It does not become a part either.
 
     Raises:
         ValueError: an unknown name, a negative λ, or (a ConfigError) a penalty on experts where there are none.
@@ -71,7 +73,9 @@ class Regularisers(nn.Module):
         ('l2_embedding',)
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None, tower: _Mixing | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, float] | None = None, tower: _Mixing | None = None, lookups: Lookups | None = None
+    ) -> None:
         super().__init__()
         for name, weight in (weights or {}).items():
             if name not in REGULARISERS:
@@ -80,6 +84,7 @@ class Regularisers(nn.Module):
                 raise ValueError(f"regulariser {name!r}: a weight is a number of at least 0, not {weight}")
         self.weights = {name: float(w) for name in REGULARISERS if (w := (weights or {}).get(name, 0.0)) > 0}
         self._tower = (tower,)  # in a tuple, so that its parameters are not counted twice
+        self._lookups = (lookups,)
         for name in self.active:
             if name != "l2_embedding" and tower is None:
                 raise ValueError(f"regulariser {name!r} needs the model's tower")
@@ -120,13 +125,20 @@ class Regularisers(nn.Module):
     # ------------------------------------------------------------------ what is summed over rows
 
     def _l2_embedding_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        lookups = self._lookups[0]
+        if lookups is not None and len(lookups):
+            if not lookups.penalised:
+                return labelled.new_zeros(1)
+            pooled = inputs_as_one(pooled, lookups.penalised)
         values = stop_gradient_if(_values(pooled), skip)
         return (labelled * values.float().square().sum(1)).sum().reshape(1)
 
     def _l2_dense_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         tower = self._tower[0]
         assert tower is not None
-        squares = [p.square().sum() for name, p in tower.named_parameters() if is_weight(name) and p.requires_grad]
+        lookups = self._lookups[0]
+        named = [*tower.named_parameters(), *(lookups.named_parameters() if lookups is not None else ())]
+        squares = [p.square().sum() for name, p in named if is_weight(name) and p.requires_grad]
         # The same for every row, so that its average over rows is what it is.
         return (labelled.sum() * stop_gradient_if(torch.stack(squares).sum(), skip)).reshape(1)
 

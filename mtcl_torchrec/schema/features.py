@@ -28,10 +28,13 @@ class Feature(Declared):
             (how this user likes this tag) belongs to several groups, and a task restricted by
             `Task.inputs` sees it only if it may see all of them.
         kind: ``"id"`` (one categorical value a row), ``"bag"`` (a list of them: a Parquet list
-            column, or a string split at `separator`) or ``"dense"`` (a number).
+            column, or a string split at `separator`), ``"dense"`` (a number), ``"vector"`` (the key of an item, which
+            stands for its vector in a file) or ``"semantic_id"`` (the key of an item, which stands for its code in a
+            file: all prefixes of the code are looked up in one table, and summed).  Several features may read one
+            column, such as an item's id, its vector and its semantic id.
         vocabulary_size: rows of the embedding table, row 0 (unknown or missing) included.  May be left out
             where ``encoding="vocabulary"``: the training split decides.
-        embedding_dim: width of the embedding, a multiple of 4.
+        embedding_dim: width of the embedding, a multiple of 4; of a vector, the width after its projection.
         pooling: how the embeddings of a bag become one vector.
         encoding: how a value becomes a row: ``"index"`` (it already is an integer in
             [0, vocabulary_size)), ``"vocabulary"`` (values of the training split are numbered
@@ -39,7 +42,14 @@ class Feature(Declared):
         min_count: values rarer than this in the training split take row 0 (`vocabulary` only).
         table: features that name the same table share its rows; the default is a table of its own.
         data_type: number format of the embedding table's weights.  Shorter ones than fp32 need a fused optimizer, bf16
-            needs CUDA.
+            needs CUDA.  Of a vector feature, fp32 or fp16, the format in which the frozen vectors are kept.
+        vectors: of a vector feature, the vectors file (see `mtcl_torchrec.data.vectors`, ``mtcl embed`` writes it).
+            Every item of the file has its vector, also one that training never met; an item without one gets a learnt
+            vector.
+        trainable: of a vector feature, the bound of what training adds to each item's projected vector: the root mean
+            square of its numbers stays below this.  0, the default, adds nothing; above 0 there is a table of that name
+            with a row for each vector, that starts at zero.
+        codes: of a semantic_id feature, the codes file.
         transform: of a dense feature before it is standardised: ``"none"``, ``"log"``
             (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
         clip: a standardised dense value is cut at ± this many standard deviations.
@@ -52,7 +62,7 @@ class Feature(Declared):
 
     name: str
     group: Annotated[GroupSet, Field(min_length=1)]
-    kind: Literal["id", "bag", "dense"] = "id"
+    kind: Literal["id", "bag", "dense", "vector", "semantic_id"] = "id"
     column: str | None = None
     vocabulary_size: PositiveInt | None = None
     embedding_dim: PositiveInt = 16
@@ -62,6 +72,9 @@ class Feature(Declared):
     separator: Annotated[str, Field(min_length=1)] = "|"
     table: str | None = None
     data_type: Literal["fp32", "fp16", "bf16"] = "fp32"
+    vectors: str | None = None
+    trainable: Annotated[float, Field(ge=0)] = 0.0
+    codes: str | None = None
     transform: Literal["none", "log", "logit"] = "none"
     clip: Annotated[float, Field(gt=0)] = 5.0
     mark_missing: bool = True
@@ -89,6 +102,43 @@ class Feature(Declared):
             if self.vocabulary_size is not None and self.vocabulary_size < 2:
                 raise ValueError(f"feature {self.name!r}: vocabulary_size must be at least 2 (row 0 is 'unknown')")
         return self
+
+    @model_validator(mode="after")
+    def _content(self) -> Feature:
+        for field, kind in (("vectors", "vector"), ("trainable", "vector"), ("codes", "semantic_id")):
+            if field in self.model_fields_set and self.kind != kind:
+                raise ValueError(f"feature {self.name!r}: {field} belongs to kind {kind}, not to {self.kind}")
+        if not self.has_content:
+            return self
+        file = "vectors" if self.kind == "vector" else "codes"
+        if not getattr(self, file):
+            raise ValueError(f"feature {self.name!r}: kind {self.kind} needs {file}, a file")
+        of_values = ["vocabulary_size", "encoding", "min_count", "separator", "pooling"]
+        of_values += ["table"] if self.kind == "vector" else []
+        for field in of_values:
+            if field in self.model_fields_set and not (field == "pooling" and self.pooling == "sum"):
+                why = (
+                    "the sum of an item's prefixes" if field == "pooling" else f"its rows are those of its {file} file"
+                )
+                raise ValueError(f"feature {self.name!r}: {field} does nothing for kind {self.kind}: {why}")
+        if self.kind == "vector" and self.data_type == "bf16":
+            raise ValueError(f"feature {self.name!r}: vectors are kept in fp32 or fp16, not in bf16")
+        return self
+
+    @property
+    def has_content(self) -> bool:
+        """Whether its values are keys of items in a file with something of each item."""
+        return self.kind in ("vector", "semantic_id")
+
+    @property
+    def has_table(self) -> bool:
+        """Whether it looks up an embedding table."""
+        return self.kind != "dense" and (self.kind != "vector" or self.trainable > 0)
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether the training split decides which values have a row."""
+        return self.kind != "dense" and not self.has_content and self.encoding == "vocabulary"
 
     @property
     def rows_from(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -48,7 +49,7 @@ class Schema(Declared):
         check_unique("task", [t.name for t in self.tasks])
         chain_links(self.tasks)
         check_weights(self.tasks)
-        sparse = {f.name: f for f in self.sparse_features}
+        sparse = {f.name: f for f in self.sparse_features if not f.has_content}
         for task in self.tasks:
             if task.item_class is not None and task.item_class not in sparse:
                 raise ValueError(
@@ -62,7 +63,9 @@ class Schema(Declared):
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
-            for field in ("embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"):
+            agree = ["embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"]
+            agree += ["kind", "codes"] if any(f.has_content for f in features) else []
+            for field in agree:
                 if len({getattr(f, field) for f in features}) > 1:
                     names = " and ".join(f.name for f in features)
                     raise ValueError(f"features {names} share table {table!r} and must agree on {field}")
@@ -90,7 +93,7 @@ class Schema(Declared):
 
     @property
     def sparse_features(self) -> tuple[Feature, ...]:
-        """Features looked up in embedding tables, in declaration order."""
+        """Features that a row has as ids: looked up in embedding tables, or in vectors; in declaration order."""
         return tuple(f for f in self.features if f.kind != "dense")
 
     @property
@@ -98,10 +101,24 @@ class Schema(Declared):
         """Numeric features, in declaration order."""
         return tuple(f for f in self.features if f.kind == "dense")
 
+    def with_files(self, place: Callable[[str], str]) -> Schema:
+        """The schema with other paths of the files that its features name.
+
+        Args:
+            place: from a path to the one that stands in its stead.
+        """
+        features = []
+        for feature in self.features:
+            files = {name: place(path) for name in ("vectors", "codes") if (path := getattr(feature, name)) is not None}
+            features.append(feature.model_copy(update=files) if files else feature)
+        return self.model_copy(update={"features": tuple(features)})
+
     def tables(self) -> dict[str, list[Feature]]:
         """Embedding table name -> features that look it up."""
         tables: dict[str, list[Feature]] = {}
         for feature in self.sparse_features:
+            if not feature.has_table:
+                continue
             tables.setdefault(feature.table_name, []).append(feature)
         return tables
 

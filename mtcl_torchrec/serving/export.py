@@ -105,7 +105,7 @@ def export_run(
             difference = _merge(difference, _compile(program, folder / COMPILED, network, encoder))
         if tables != "fp32":
             difference = _differences(serving_network(run.model).eval(), network, encoder)
-        run.preprocessor.save(folder / PREPROCESSING)
+        run.preprocessor.save(folder / PREPROCESSING, for_network=True)
         if run.catalogue is not None:
             run.catalogue.save(folder / CATALOGUE)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +139,10 @@ def sample_inputs(network: AnyNetwork, encoder: FeatureEncoder, rows: int, *, se
     kinds = torch.arange(rows) // 2
     values, lengths = [], []
     for name in network.features:
-        feature, size = features[name], encoder.num_embeddings(features[name].table_name)
+        feature, size = features[name], encoder.num_rows(features[name])
         shared = "item" not in feature.group and "alike" in network.inputs
         count = torch.ones(rows, dtype=torch.int64)
-        if feature.kind == "bag":
+        if feature.kind in ("bag", "semantic_id"):
             count = torch.randint(0, 4, (rows,), generator=draw)
             count = count[kinds] if shared else count
         drawn = torch.randint(size, (rows, int(count.max())), generator=draw)

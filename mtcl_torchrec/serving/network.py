@@ -16,6 +16,7 @@ from mtcl_torchrec.modules.embeddings import pooled_by_key
 from mtcl_torchrec.modules.fusion import RowContext, contributions
 from mtcl_torchrec.modules.towers import Alike
 from mtcl_torchrec.serving.tables import StackedTables, TablePrecision
+from mtcl_torchrec.serving.vectors import served_lookups
 
 Network = Callable[..., dict[str, torch.Tensor]]
 PART = "part:"  # of the score, in the names of outputs
@@ -77,7 +78,11 @@ class ServingNetwork(nn.Module):
 
     def __init__(self, model: MTCL, tables: TablePrecision | None = None) -> None:
         super().__init__()
-        self.tables = StackedTables(model.embedding_bag_collection, tables)
+        # What is trained of frozen vectors is put into them, so that its tables are not looked up.
+        self.lookups = served_lookups(model.lookups, model.embedding_bag_collection, tables)
+        others = [feature for module in self.lookups for feature in getattr(module, "features", ())]
+        unread = set(model.lookups.table_dims) - set(self.lookups.table_dims)
+        self.tables = StackedTables(model.embedding_bag_collection, tables, others, unread)
         self.tower, self.output = model.tower, model.output
         self.features = self.tables.features
         self.tasks = model.tasks
@@ -114,10 +119,10 @@ class ServingNetwork(nn.Module):
             As `MTCL`; ``"part:<task>"`` (B,) where the fused score tells each task's part of it; and
             ``"<task>:own_class"`` (B,), what a multiclass task gives to the score.
         """
-        pooled = self.tables(values, lengths)
+        features: Any = _Features(self.features, values, lengths)
+        pooled = self.lookups(self.tables(values, lengths), features)
         kinds = None if alike is None or first is None else Alike(alike, first)
         logits = self.tower(dense, pooled, alike=kinds)
-        features: Any = _Features(self.features, values, lengths)
         out = self.output(logits, dense, features, pooled, request)
         return {**out, **told_parts(self.output, out, features, dense, pooled, request)}
 

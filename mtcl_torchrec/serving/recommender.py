@@ -63,12 +63,21 @@ class Recommender:
         self._candidates = CandidateEncoder(model.preprocessor, model.catalogue)
 
     @classmethod
-    def load(cls, path: str | Path) -> Recommender:
+    def load(cls, path: str | Path, *, contents: Mapping[str, str | Path] | None = None) -> Recommender:
         """Read a run directory or an exported model.
+
+        Args:
+            path: of it.
+            contents: of a run, newer files of vectors or codes by feature, with items that it did not know; see
+                `FinishedRun.load`.
 
         A run's trunk may be imported by name, and an exported model is a program: load either from where you take code.
         """
-        return cls(FinishedRun.load(path) if Path(path).is_dir() else Artefact.load(path))
+        if Path(path).is_dir():
+            return cls(FinishedRun.load(path, contents=contents))
+        if contents:
+            raise ConfigError(f"{path}: an exported model holds its vectors; export the run again with newer files")
+        return cls(Artefact.load(path))
 
     def recommend(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -71,6 +72,8 @@ class StackedTables(nn.Module):
     Args:
         collection: in this process, unsharded.
         precision: of the stored rows; None keeps each table's own.  Pooled embeddings are float32 in any case.
+        others: features that others look up; their values are passed over.
+        unread: keys of pooled embeddings that nobody reads; they are left out.
 
     Raises:
         TypeError: another kind of collection.
@@ -86,7 +89,13 @@ class StackedTables(nn.Module):
         {'a': (2, 4), 'b': (2, 4)}
     """
 
-    def __init__(self, collection: nn.Module, precision: TablePrecision | None = None) -> None:
+    def __init__(
+        self,
+        collection: nn.Module,
+        precision: TablePrecision | None = None,
+        others: Sequence[str] = (),
+        unread: Collection[str] = (),
+    ) -> None:
         super().__init__()
         if not isinstance(collection, EmbeddingBagCollection):
             raise TypeError(f"a {type(collection).__name__} cannot be exported; expected an EmbeddingBagCollection")
@@ -94,7 +103,8 @@ class StackedTables(nn.Module):
             raise ValueError(f"tables are one of {', '.join(get_args(TablePrecision))}, not {precision!r}")
         weights = {name: bag.weight.detach() for name, bag in collection.embedding_bags.items()}
         lookups = _lookups(collection.embedding_bag_configs(), weights, precision)
-        self.features = tuple(dict.fromkeys(lookup.feature for lookup in lookups))
+        lookups = [lookup for lookup in lookups if lookup.key not in unread]
+        self.features = tuple(dict.fromkeys([*(lookup.feature for lookup in lookups), *others]))
         self._stacks: list[TablePrecision] = []
         self._runs: list[_Run] = []
         first_row = self._stack(lookups, weights)

@@ -34,6 +34,7 @@ from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, emb
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
+from mtcl_torchrec.modules.vectors import FrozenVectors
 from mtcl_torchrec.schema import ConfigError, own_table
 from mtcl_torchrec.training.fused import build_fused_score
 from mtcl_torchrec.training.imported import import_module
@@ -101,7 +102,11 @@ def build_model(
             encoder.schema, encoder.num_embeddings, table_device, config.copied_tables(encoder.schema)
         )
         with torch.random.fork_rng(devices=[]):  # the rest starts the same whatever fuses it
-            fused_score = build_fused_score(fusion, tasks, encoder=encoder, dims=embedding_dims(tables))
+            dims = embedding_dims(tables) | {
+                f.name: f.embedding_dim for f in encoder.schema.sparse_features if f.kind == "vector"
+            }
+            fused_score = build_fused_score(fusion, tasks, encoder=encoder, dims=dims)
+        lookups = build_lookups(encoder, precision)
         return MTCL(
             tables,
             len(encoder.dense_groups),
@@ -119,7 +124,23 @@ def build_model(
             precision=precision,
             epnet=EPNet(epnet.features, hidden=epnet.hidden) if epnet else None,
             ppnet=PPNet(ppnet.features, hidden=ppnet.hidden) if ppnet else None,
+            lookups=lookups,
         )
+
+
+def build_lookups(encoder: FeatureEncoder, precision: Precision = "fp32") -> list[nn.Module]:
+    """The inputs beside the tables: frozen vectors, in the order of the features."""
+    return [
+        FrozenVectors(
+            feature.name,
+            torch.from_numpy(encoder.vectors(feature.name)),
+            feature.embedding_dim,
+            trainable=feature.trainable,
+            precision=precision,
+        )
+        for feature in encoder.schema.sparse_features
+        if feature.kind == "vector"
+    ]
 
 
 def build_loss_weighting(config: LossWeightingConfig, num_tasks: int) -> LossWeighting | None:
@@ -165,6 +186,15 @@ def build_surgery(config: SurgeryConfig, *, seed: int = 0) -> GradientSurgery | 
         seed=seed,
         options=config.options(),
     )
+
+
+def zero_tables(run: RunConfig) -> tuple[str, ...]:
+    """Names in the model of the tables that start at zero: what items with no training of their own add to the rest.
+
+    So an item that was never trained on has the sum of its trained prefixes alone, or its frozen vector alone.
+    """
+    tables = run.model.tables(run.data_schema)
+    return tuple(table_module_name(table) for table, features in tables.items() if features[0].has_content)
 
 
 def for_modules(run: RunConfig) -> tuple[OptimizersConfig, ShardingConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError
-from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.build import build_model, zero_tables
 from mtcl_torchrec.training.calibration import build_calibration
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
@@ -30,6 +31,7 @@ from mtcl_torchrec.training.directory import (
 from mtcl_torchrec.training.fitted import load_state
 from mtcl_torchrec.training.fitted_fusion import load_fusion
 from mtcl_torchrec.training.fused import is_learned
+from mtcl_torchrec.training.sharding import tables_of
 
 
 @dataclass
@@ -53,13 +55,19 @@ class FinishedRun:
     fusion: FusionConfig | None = None
 
     @classmethod
-    def load(cls, folder: str | Path) -> FinishedRun:
+    def load(cls, folder: str | Path, *, contents: Mapping[str, str | Path] | None = None) -> FinishedRun:
         """Read a run directory, also one whose training was interrupted after an epoch was kept.
 
         Its run.yaml may name a trunk or a fused score by its import path, which is then imported: trust the directory
         as you trust code.
 
+        Args:
+            folder: the run directory.
+            contents: vector or semantic_id feature -> a newer file, with items that the run did not know; see
+                `FeatureEncoder.with_contents`.
+
         Raises:
+            ConfigError: `contents` does not fit the run.
             DataError: the folder holds no run that has kept an epoch, or one without the calibration that it says.
         """
         folder = Path(folder)
@@ -77,6 +85,8 @@ class FinishedRun:
             catalogue = Catalogue.load(known) if known.is_dir() else None
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: the run directory is damaged ({error})") from None
+        if contents:
+            preprocessor.encoder = preprocessor.encoder.with_contents(contents)
         model = build_model(
             config.model,
             preprocessor.encoder,
@@ -84,6 +94,10 @@ class FinishedRun:
             table_device="cpu",
             precision=config.training.precision,
         )
+        zeroed = zero_tables(config)
+        for name, table in tables_of(model).items():
+            if name.split(".")[-2] in zeroed:
+                table.zero_()  # in it, rows of items that came after training stay so
         fused = model.output.fused_score
         if not is_learned(config.fusion):
             model.output.fused_score = None  # it is what run.yaml says, which may be edited without training

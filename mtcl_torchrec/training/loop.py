@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,7 @@ def parallelise(
     sharding: ShardingConfig | None = None,
     batch_size: int = 512,
     seed: int = 0,
+    zero_tables: Collection[str] = (),
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Shard the tables and build the optimizers.
 
@@ -43,6 +45,7 @@ def parallelise(
         optimizers, sharding: their tables named as in the model.
         batch_size: rows a step and rank; the planner's estimates depend on it.
         seed: of the tables' first values.
+        zero_tables: tables that start at zero.
 
     Raises:
         ConfigError: the tables fit nowhere, or what is configured cannot be done; the same on every rank.
@@ -61,6 +64,7 @@ def parallelise(
         seed=seed,
         init_scale=optimizers.tables.init_scale,
         zero_first_row=True,
+        zero_tables=zero_tables,
     )
     return model, build_optimizer(model, optimizers.tables, optimizers.dense)
 

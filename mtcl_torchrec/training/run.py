@@ -17,6 +17,7 @@ from rich.console import Console
 from mtcl_torchrec.config import RunConfig, dump_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.contents import said_of_coverage
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -29,7 +30,7 @@ from mtcl_torchrec.modules.balance.surgery import LEAN_ON_SMALL
 from mtcl_torchrec.modules.rare import uncalibrated_lines
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.averaging import WeightAverage
-from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules
+from mtcl_torchrec.training.build import build_loss_weighting, build_model, build_surgery, for_modules, zero_tables
 from mtcl_torchrec.training.calibration import CalibrationResult, calibrate_run
 from mtcl_torchrec.training.checkpoint.state import TrainingState, load_weights
 from mtcl_torchrec.training.checkpoint.store import (
@@ -128,6 +129,8 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
 
     preprocessor = Preprocessor(run.data_schema, run.statistics)
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
+    for line in said_of_coverage(preprocessor.encoder.coverage(splits.encoded["val"]), "val"):
+        say(line)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")
     model = build_model(
@@ -199,7 +202,13 @@ def _state_at(start: Start, run: RunConfig, model: MTCL, splits: Splits, where: 
         seed=config.seed,
     )
     sharded, optimizer = parallelise(
-        train_module, where, optimizers, sharding=sharding, batch_size=config.batch_size, seed=config.seed
+        train_module,
+        where,
+        optimizers,
+        sharding=sharding,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        zero_tables=zero_tables(run),
     )
     # In steps of this many ranks and this batch size, which may have been others before: the schedule goes on where it
     # was in the data.
@@ -319,13 +328,14 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
     for block in seen.statistics:
         if block.prepared is not None:
             block.prepared = os.path.relpath(block.prepared, folder)
+    seen.data_schema = seen.data_schema.with_files(lambda path: os.path.relpath(path, folder))
     return seen
 
 
 def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
     tables = run.model.tables(preprocessor.schema)
     rows = sum(preprocessor.encoder.num_embeddings(features[0].table_name) for features in tables.values())
-    dense = sum(p.numel() for p in model.tower.parameters())
+    dense = sum(p.numel() for part in (model.tower, model.lookups) for p in part.parameters())
     return (
         f"{len(tables)} embedding tables with {rows:,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -160,6 +160,7 @@ def shard(
     seed: int = 0,
     init_scale: float | None = None,
     zero_first_row: bool = False,
+    zero_tables: Collection[str] = (),
 ) -> DistributedModelParallel:
     """Cut the module's embedding tables over the ranks and fill them.
 
@@ -171,7 +172,7 @@ def shard(
         optimizer: of the tables; some kinds of sharding would make another of it, and are not taken.
         fused_tables: False keeps table gradients for an ordinary optimizer (compute kernel "dense").
         batch_size: rows a step and rank, from which the planner estimates times and buffers.
-        seed, init_scale, zero_first_row: of `fill_tables`.
+        seed, init_scale, zero_first_row, zero_tables: of `fill_tables`.
 
     Raises:
         ConfigError: the tables fit nowhere, or what is configured cannot be done; the same on every rank.
@@ -186,7 +187,7 @@ def shard(
         sharders=[table_sharder(sharding)],
     )
     correct_mean_pooling(model)
-    fill_tables(model, seed=seed, scale=init_scale, zero_first_row=zero_first_row)
+    fill_tables(model, seed=seed, scale=init_scale, zero_first_row=zero_first_row, zero_tables=zero_tables)
     return model
 
 
@@ -289,17 +290,30 @@ def tables_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def fill_tables(model: nn.Module, *, seed: int = 0, scale: float | None = None, zero_first_row: bool = False) -> None:
+def fill_tables(
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    scale: float | None = None,
+    zero_first_row: bool = False,
+    zero_tables: Collection[str] = (),
+) -> None:
     """Uniform random rows in ±scale that depend on seed, table and row alone, not on the plan or the number of ranks.
 
     Args:
         scale: None takes 1/√rows, TorchRec's own default.
         zero_first_row: row 0 starts at zero.  Where it stands for "unknown" and training never meets one, it stays what
             the model sees of a feature that is left out.
+        zero_tables: names of tables that start at zero altogether, since what was never trained of them is to add
+            nothing.
     """
     for name, value in tables_of(model).items():
         table, (rows, dim) = name.split(".")[-2], value.shape
         bound = scale if scale is not None else rows**-0.5
+        if table in zero_tables:
+            for tensor, _, _ in local_shards(value):
+                tensor.zero_()
+            continue
         for tensor, row0, col0 in local_shards(value):
             if tensor.numel() == 0:
                 continue

@@ -32,7 +32,6 @@ from mtcl_torchrec.modules.balance.solvers_norms import DBMTL, GradNorm
 from mtcl_torchrec.modules.balance.solvers_projection import GradVac, PCGrad
 from mtcl_torchrec.modules.balance.surgery_statistics import Counts, SurgeryStatistics
 from mtcl_torchrec.modules.balance.tables import TableLookups, dense_parameters, table_lookups
-from mtcl_torchrec.modules.embeddings import embedding_dims
 from mtcl_torchrec.modules.gates import PPNet
 from mtcl_torchrec.schema import ConfigError, check_unique, nearest
 
@@ -196,7 +195,13 @@ class GradientSurgery(nn.Module):
                 f"{type(inner).__name__} does not say what its tasks share (shared and split, see "
                 f"mtcl_torchrec.modules.trunks), so gradient surgery cannot cut at {self.cut!r}; take 'embeddings'"
             )
-        dims = embedding_dims(collection)
+        dims = model.lookups.dims
+        taken = next((key for module in model.lookups for key in getattr(module, "takes", ())), None)
+        if self.cut == "tables" and taken is not None:
+            raise ConfigError(
+                f"gradient surgery at 'tables' sees embeddings that are read as they are pooled, and {taken!r} is "
+                "made into something else before; take 'embeddings', 'trunk' or 'both'"
+            )
         grouped = self._grouped(dims)
         self._plan = Plan(
             at=self.cut,
@@ -204,7 +209,9 @@ class GradientSurgery(nn.Module):
             num_tasks=len(names),
             groups=tuple(_columns(group, dims) for group in grouped),
             lookups=table_lookups(collection, dims) if self.cut == "tables" else TableLookups({}, False),
-            parameters=tuple(dense_parameters(trunk, model.tower.interaction)) if self.cut == "tables" else (),
+            parameters=tuple(dense_parameters(trunk, model.tower.interaction, model.lookups))
+            if self.cut == "tables"
+            else (),
         )
         parts = {"trunk": ["trunk"], "tables": ["tables"], "embeddings": [], "both": ["trunk"]}[self.cut]
         if self.cut in ("embeddings", "both"):

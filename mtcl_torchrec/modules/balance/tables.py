@@ -191,8 +191,9 @@ def dense_gramian(gradients: torch.Tensor, group: dist.ProcessGroup | None = Non
     return gramian(gradients) / ranks
 
 
-def dense_parameters(trunk: nn.Module, interaction: nn.Module) -> ParameterSlices:
-    """Dense parameters that several tasks may move: the interaction's, and what `shared_parameters` names of the
-    trunk's."""
-    of_both = [*((p, None) for p in interaction.parameters()), *shared_parameters(trunk)]
+def dense_parameters(trunk: nn.Module, interaction: nn.Module, lookups: nn.Module | None = None) -> ParameterSlices:
+    """Dense parameters that several tasks may move: the interaction's, those of the inputs beside the tables, and what
+    `shared_parameters` names of the trunk's."""
+    below = [p for part in (interaction, lookups) if part is not None for p in part.parameters()]
+    of_both = [*((p, None) for p in below), *shared_parameters(trunk)]
     return [(parameter, indices) for parameter, indices in of_both if parameter.requires_grad]

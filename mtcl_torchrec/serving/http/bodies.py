@@ -191,7 +191,11 @@ def _typed_dict(name: str, fields: dict[str, Any]) -> Any:
 
 def _column_types(schema: Schema, catalogue: Catalogue) -> dict[str, Any]:
     """Input column -> what a value of it may be in a request."""
-    features: dict[str, Feature] = {feature.rows_from: feature for feature in schema.features}
+    features: dict[str, Feature] = {
+        # Of a column with an item's id, its vector and its code, the id tells what it holds.
+        feature.rows_from: feature
+        for feature in sorted(schema.features, key=lambda f: not f.has_content)
+    }
     known = {c: frame[c] for frame in (catalogue.users, catalogue.items) for c in frame.columns}
     known |= {c: pd.Series([tuple(v) if isinstance(v, list) else v]) for c, v in catalogue.context.items()}
     return {c: _value_type(features.get(c), known.get(c)) for c in dict.fromkeys([*known, *features])}

@@ -16,10 +16,11 @@ from torchrec.distributed.planner.types import PlannerError, ShardingOption, Top
 from torchrec.distributed.planner.utils import reset_shard_rank
 
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.contents import read_contents
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.models import MTCL, MTCLTrain, MultiTaskTower
-from mtcl_torchrec.modules.embeddings import embedding_dims, table_module_name
+from mtcl_torchrec.modules.embeddings import table_module_name
 from mtcl_torchrec.schema import GROUPS, ConfigError, Feature, Schema, nearest
 from mtcl_torchrec.training.build import build_model, for_modules
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer, is_fused
@@ -45,12 +46,13 @@ class UnfittedEncoder(FeatureEncoder):
     """Stands in for an encoder that has seen no data: every dense feature may be missing somewhere.
 
     Args:
-        schema: every sparse feature with its vocabulary_size.
+        schema: every sparse feature with its vocabulary_size; the files of vectors and codes are read.
     """
 
     def __init__(self, schema: Schema) -> None:
         super().__init__(schema)
         self._dense = {f.name: (0.0, 1.0, f.mark_missing) for f in schema.dense_features}
+        self._contents = self._read_contents(FeatureEncoder(schema))
 
 
 def plan_offline(
@@ -156,6 +158,9 @@ def _sized_schema(run: RunConfig, given: Mapping[str, int], fitted: FeatureEncod
     if fitted is not None:
         learnt = fitted.schema.tables()
         sizes = {t: n if n is not None or t not in learnt else fitted.num_embeddings(t) for t, n in sizes.items()}
+    for table, of in tables.items():
+        if sizes[table] is None and of[0].has_content:
+            sizes[table] = len(read_contents(of[0])) + 1
     unknown = [table for table, rows in sizes.items() if rows is None]
     if unknown:
         raise ConfigError(
@@ -163,8 +168,7 @@ def _sized_schema(run: RunConfig, given: Mapping[str, int], fitted: FeatureEncod
             f"does not read: give --rows {unknown[0]}=N, vocabulary_size in the schema, or a trained run with --fitted"
         )
     features = [
-        f if f.kind == "dense" else f.model_copy(update={"vocabulary_size": sizes[f.table_name]})
-        for f in schema.features
+        f if not f.has_table else f.model_copy(update={"vocabulary_size": sizes[f.table_name]}) for f in schema.features
     ]
     blocks = [block.model_copy(update={"prepared": None}) for block in run.statistics]
     counted = [column for block in Preprocessor(schema, blocks).statistics for column in block.columns()]
@@ -174,9 +178,9 @@ def _sized_schema(run: RunConfig, given: Mapping[str, int], fitted: FeatureEncod
 
 def _rank_memory(run: RunConfig, model: MTCL, hardware: Hardware, batch_size: int, ranks_per_host: int) -> RankMemory:
     total = hardware.memory_gb if hardware.kind == "cuda" else hardware.host_memory_gb / ranks_per_host
-    parameters = sum(p.numel() for p in model.tower.parameters())
+    parameters = sum(p.numel() for part in (model.tower, model.lookups) for p in part.parameters())
     states = 0 if run.optimizers.dense.kind == "sgd" else 2
-    per_row = saved_for_backward(model.tower, sum(embedding_dims(model.embedding_bag_collection).values()))
+    per_row = saved_for_backward(model.tower, sum(model.lookups.dims.values()))
     return RankMemory(
         total=total,
         reserve=total * run.sharding.reserve,

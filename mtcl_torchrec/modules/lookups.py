@@ -1,0 +1,106 @@
+"""Inputs by key that come from elsewhere than an embedding-bag collection, and join what it has pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtcl_torchrec.modules.embeddings import Pooled, pooled_by_key
+
+
+class Lookups(nn.ModuleList):
+    """Modules that make more inputs by key, run between the tables and the tower as one leaf of TorchRec's tracer.
+
+    Each is called as ``module(sparse_features, sequence_embeddings)`` and returns a dict: key -> (B, width).  It has
+    an attribute ``dims``, a dict: key -> width.  Their keys stand beside those of the pooled embeddings everywhere: in
+    the trunk's input, at the cut of gradient surgery, in the gates of PEPNet, before a fused score that reads inputs.
+
+    Attributes that a module may have:
+
+    - ``features``: names of the sparse features that it reads (serving needs them);
+    - ``takes``: names of pooled embeddings.  It is called with those as a third argument, a dict: key -> (B, width),
+      and they stand nowhere else; it may give one back under the same key;
+    - ``penalised``: False where ``l2_embedding`` is not to look at what it makes.
+
+    Args:
+        table_dims: key of each pooled embedding -> its width.
+        modules: see above.
+
+    Raises:
+        ValueError: a key is made twice, or a module takes what is not there.
+
+    Attributes:
+        dims: key -> width of all inputs, in the order in which the tower reads them.
+
+    Example:
+        >>> class Length(nn.Module):
+        ...     dims = {"length": 1}
+        ...     def forward(self, sparse_features, sequence_embeddings=None):
+        ...         return {"length": sparse_features["tags"].lengths().float().unsqueeze(1)}
+        >>> lookups = Lookups({"user": 4}, [Length()])
+        >>> lookups.dims
+        {'user': 4, 'length': 1}
+    """
+
+    def __init__(self, table_dims: Mapping[str, int], modules: Iterable[nn.Module] = ()) -> None:
+        super().__init__(modules)
+        self.table_dims = dict(table_dims)
+        self.dims: dict[str, int] = dict(table_dims)
+        for module in self:
+            for key in _takes(module):
+                if self.dims.pop(key, None) is None:
+                    raise ValueError(f"{type(module).__name__} takes {key!r}, which no table gives")
+            made: Any = module.dims
+            for key, width in made.items():
+                if key in self.dims:
+                    raise ValueError(f"{type(module).__name__} makes {key!r}, which is there already")
+                self.dims[key] = width
+
+    @property
+    def penalised(self) -> tuple[str, ...]:
+        """The keys whose embeddings ``l2_embedding`` pulls at."""
+        free = {key for module in self if not getattr(module, "penalised", True) for key in _dims(module)}
+        return tuple(key for key in self.dims if key not in free)
+
+    def forward(self, pooled: Pooled, sparse_features: Any, sequence_embeddings: Any = None) -> Pooled:
+        """All inputs by key; `pooled` as it is where there are no modules.
+
+        Args:
+            pooled: what the embedding-bag collection returned.
+            sparse_features: the batch's KeyedJaggedTensor.
+            sequence_embeddings: what an embedding collection returned, or None.
+        """
+        if not len(self):
+            return pooled
+        inputs = pooled_by_key(pooled, self.table_dims)
+        for module in self:
+            taken = {key: inputs.pop(key) for key in _takes(module)}
+            given = (taken,) if taken else ()
+            inputs |= module(sparse_features, sequence_embeddings, *given)
+        return inputs
+
+
+def _takes(module: nn.Module) -> Sequence[str]:
+    takes: Any = getattr(module, "takes", ())
+    return takes
+
+
+def _dims(module: nn.Module) -> Mapping[str, int]:
+    dims: Any = module.dims
+    return dims
+
+
+def inputs_as_one(pooled: Pooled, keys: Sequence[str]) -> torch.Tensor:
+    """(B, Σ widths): inputs side by side, from what `Lookups` or an embedding-bag collection returned.
+
+    Example:
+        >>> inputs_as_one({"a": torch.zeros(2, 1), "b": torch.ones(2, 2)}, ["b", "a"])
+        tensor([[1., 1., 0.],
+                [1., 1., 0.]])
+    """
+    if isinstance(pooled, tuple):
+        pooled = pooled[0]
+    return pooled if isinstance(pooled, torch.Tensor) else torch.cat([pooled[key] for key in keys], dim=1)
