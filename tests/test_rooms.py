@@ -6,7 +6,7 @@ from pathlib import Path
 import mtcl_torchrec
 
 ORDER = (
-    "schema", "config", "data", "modules", "models", "evaluation", "fusing", "training", "serving", "cli",
+    "schema", "config", "data", "text", "modules", "models", "evaluation", "fusing", "training", "serving", "cli",
 )  # fmt: skip
 
 

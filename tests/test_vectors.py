@@ -58,9 +58,9 @@ def test_a_file_of_another_tool_is_read(path):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"k": [1, 2, 1], "vector": [[1.0]] * 3}, "row 2: k = '1' is there already, in row 0"),
+        ({"k": [1, 2, 1], "vector": [[1.0]] * 3}, "row 2: k = '1' is there already, in .*row 0"),
         ({"k": ["a", None], "vector": [[1.0]] * 2}, "row 1: key 'k' is missing"),
-        ({"k": [1.5, 2.0], "vector": [[1.0]] * 2}, "integers or text, such as '1.5' is not"),
+        ({"k": [1.5, 2.0], "vector": [[1.0]] * 2}, "integers or text, which '1.5' is not"),
         ({"k": [True, False], "vector": [[1.0]] * 2}, "integers or text"),
         ({"k": [1, 2], "vector": [[1.0], None]}, r"row 1 \(key '2'\): vector is missing"),
         ({"k": [1, 2], "vector": [[1.0], []]}, r"row 1 \(key '2'\): vector is missing"),

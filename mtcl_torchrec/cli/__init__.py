@@ -7,7 +7,16 @@ import warnings
 
 import typer
 
-from mtcl_torchrec.cli import export, fuse, plan, prepare, recommend, serve, train  # noqa: F401  (each adds its commands)
+from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
+    embed,
+    export,
+    fuse,
+    plan,
+    prepare,
+    recommend,
+    serve,
+    train,
+)
 from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.schema import ConfigError, DataError
 

@@ -8,7 +8,7 @@ metadata (under ``mtcl_torchrec``, as JSON).  Any tool may write them; what is r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def write_vectors(
     Raises:
         DataError: keys or vectors are not so.
     """
-    keys = _checked_keys(keys, key, str(path))
+    keys = checked_keys(keys, key, lambda row: f"{path}, row {row}")
     if vectors.ndim != 2 or len(vectors) != len(keys) or vectors.shape[1] < 1:
         raise DataError(f"{path}: {len(keys)} keys need vectors ({len(keys)}, d), not {vectors.shape}")
     kinds = {np.dtype(np.float32): pa.float32(), np.dtype(np.float16): pa.float16()}
@@ -149,7 +149,7 @@ def write_codes(
     Raises:
         DataError: keys or codes are not so.
     """
-    keys = _checked_keys(keys, key, str(path))
+    keys = checked_keys(keys, key, lambda row: f"{path}, row {row}")
     sizes = tuple(map(int, sizes))
     if codes.shape != (len(keys), len(sizes)) or codes.dtype.kind not in "iu" or not sizes:
         raise DataError(f"{path}: {len(keys)} keys and {len(sizes)} levels need as many integers, not {codes.shape}")
@@ -234,23 +234,37 @@ def _read(path: Path, key: str | None, column: str) -> tuple[str, pd.Series, pa.
     if pa.types.is_dictionary(table.schema.field(key).type):
         table = table.set_column(0, key, table[key].cast(table.schema.field(key).type.value_type))
     keys = pd.Series(table[key].to_pylist(), dtype=object)
-    return key, _checked_keys(keys, key, str(path)), table[column], said if isinstance(said, dict) else {}
+    return (
+        key,
+        checked_keys(keys, key, lambda row: f"{path}, row {row}"),
+        table[column],
+        said if isinstance(said, dict) else {},
+    )
 
 
-def _checked_keys(keys: pd.Series, key: str, where: str) -> pd.Series:
-    """(V,) int64, or text, in the order they had."""
+def checked_keys(keys: pd.Series, key: str, locate: Callable[[int], str]) -> pd.Series:
+    """Keys of items as int64 or text, in the order they had.
+
+    Args:
+        keys: (V,).
+        key: name of their column.
+        locate: where a row stands, for a message.
+
+    Raises:
+        DataError: one is missing, is there twice, or is neither.
+    """
     keys = canonical(keys.reset_index(drop=True))
     missing = keys.isna().to_numpy(dtype=bool)
     if missing.any():
-        raise DataError(f"{where}, row {int(np.argmax(missing))}: key {key!r} is missing")
+        raise DataError(f"{locate(int(np.argmax(missing)))}: key {key!r} is missing")
     if pd.api.types.is_bool_dtype(keys) or not (pd.api.types.is_integer_dtype(keys) or _all_text(keys)):
-        raise DataError(f"{where}: keys {key!r} are integers or text, such as {_shown(keys, 0)} is not")
+        raise DataError(f"{locate(0)}: keys {key!r} are integers or text, which {_shown(keys, 0)} is not")
     keys = keys.astype(np.int64) if pd.api.types.is_integer_dtype(keys) else keys.astype(object)
     twice = keys.duplicated().to_numpy()
     if twice.any():
         row = int(np.argmax(twice))
         first = int(np.argmax((keys == keys[row]).to_numpy()))
-        raise DataError(f"{where}, row {row}: {key} = {_shown(keys, row)} is there already, in row {first}")
+        raise DataError(f"{locate(row)}: {key} = {_shown(keys, row)} is there already, in {locate(first)}")
     return keys
 
 
