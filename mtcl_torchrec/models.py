@@ -14,7 +14,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.calibration import Calibration
-from mtcl_torchrec.modules.embeddings import embedding_dims, looked_up_features, pooled_by_key, single_value
+from mtcl_torchrec.modules.embeddings import (
+    embedding_dims,
+    looked_up_features,
+    pooled_by_key,
+    rows_of_features,
+    single_value,
+)
 from mtcl_torchrec.modules.fusion import FusedLoss, RowContext, fuse
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
@@ -308,6 +314,12 @@ def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Mod
     return found
 
 
+def _collections_of(model: MTCL) -> list[nn.Module]:
+    """Whatever looks a sparse feature up in a table."""
+    several = [model.embedding_bag_collection, *getattr(model, "embedding_collections", ())]
+    return [collection for collection in several if collection is not None]
+
+
 def _check_type(argument: str, value: object, wanted: type, such_as: str) -> None:
     if value is not None and not isinstance(value, wanted):
         raise TypeError(f"{argument} is a {wanted.__name__}, such as {such_as}, not {value!r}")
@@ -377,6 +389,7 @@ class MTCLTrain(nn.Module):
             regularisers=Regularisers(regularisers, model.tower, model.lookups),
             fused_loss=fused_loss,
             seed=seed,
+            item_rows=rows_of_features(*_collections_of(model)),
             process_group=process_group,
         )
 

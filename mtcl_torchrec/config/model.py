@@ -143,7 +143,7 @@ class ModelConfig(Part):
             return {}
         named = self.trunk.own_tables
         tables = _own_by_default(schema) if named is None else named
-        return {table: tuple(task.name for task in schema.tasks) for table in tables}
+        return {table: tuple(task.name for task in schema.tasks if task.in_trunk) for table in tables}
 
     def tables(self, schema: Schema) -> dict[str, list[Feature]]:
         """Every embedding table of the model, the tasks' own ones included -> the features that look it up."""
@@ -163,6 +163,10 @@ class ModelConfig(Part):
         Raises:
             ValueError: naming the key and, if there is one, the nearest right name.
         """
+        if not any(task.in_trunk for task in schema.tasks):
+            unread = ("trunk", "tower_layers", "tower_dropout", "cross_layers", "epnet", "ppnet")
+            for key in (key for key in unread if key in self.model_fields_set):
+                raise ValueError(f"model.{key}: every task has a dot head, which reads the embeddings themselves")
         tables = schema.tables()
         for name in self.trunk.own_tables or ():
             if name not in tables:
@@ -180,7 +184,7 @@ class ModelConfig(Part):
             check_unique("table (dots and underscores are the same)", names)
         if self.trunk.groups is not None:
             try:
-                check_groups(self.trunk.groups, [task.name for task in schema.tasks])
+                check_groups(self.trunk.groups, [task.name for task in schema.tasks if task.in_trunk])
             except ValueError as error:
                 raise ValueError(f"model.trunk.{error}") from None
         for key, gate in (("epnet", self.epnet), ("ppnet", self.ppnet)):

@@ -108,7 +108,7 @@ class FeatureEncoder:
 
     def resolved_tasks(self) -> tuple[Task, ...]:
         """The schema's tasks; regression tasks with the mean and spread of their training labels, multiclass tasks with
-        their number of classes."""
+        their number of classes, a sampled softmax with the feature that tells items apart."""
         tasks = []
         features = {f.name: f for f in self.schema.sparse_features}
         for task in self.schema.tasks:
@@ -121,6 +121,10 @@ class FeatureEncoder:
             if task.name in self._label_scale:
                 mean, std = self._label_scale[task.name]
                 task = task.model_copy(update={"mean": mean, "std": std})
+            softmax = task.head.sampled_softmax
+            if softmax is not None and softmax.item is None:
+                named = softmax.model_copy(update={"item": self.schema.item_feature})
+                task = task.model_copy(update={"head": task.head.model_copy(update={"sampled_softmax": named})})
             tasks.append(task)
         return tuple(tasks)
 

@@ -210,6 +210,26 @@ def looked_up_features(embedding_bag_collection: nn.Module) -> set[str]:
     return {feature for table in _configs(embedding_bag_collection) for feature in table.feature_names}
 
 
+def rows_of_features(*collections: nn.Module) -> dict[str, int]:
+    """Sparse feature -> rows of the first table that it looks up.
+
+    Args:
+        collections: EmbeddingBagCollections and EmbeddingCollections, or modules like them.
+
+    Example:
+        >>> tables = [EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["a", "b"])]
+        >>> rows_of_features(EmbeddingBagCollection(tables=tables))
+        {'a': 9, 'b': 9}
+    """
+    found: dict[str, int] = {}
+    for collection in collections:
+        told = getattr(collection, "embedding_configs", None)
+        for table in told() if told is not None else _configs(collection):
+            for feature in table.feature_names:
+                found.setdefault(feature, table.num_embeddings)
+    return found
+
+
 def _configs(embedding_bag_collection: nn.Module) -> list[EmbeddingBagConfig]:
     if isinstance(embedding_bag_collection, ManagedCollisionEmbeddingBagCollection):
         embedding_bag_collection = embedding_bag_collection._embedding_module

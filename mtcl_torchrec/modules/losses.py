@@ -19,6 +19,7 @@ from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gra
 from mtcl_torchrec.modules.heads import loss_per_row
 from mtcl_torchrec.modules.rare import NegativeSampling, PairwiseLoss
 from mtcl_torchrec.modules.regularisers import REGULARISERS, Regularisers
+from mtcl_torchrec.modules.sampled_softmax import DotLosses
 from mtcl_torchrec.schema import Task, check_weights
 
 Logits = dict[str, torch.Tensor]
@@ -29,7 +30,8 @@ class MultiTaskLoss(nn.Module):
 
     Lᵢ = Σ_b v_b ℓᵢ(b) / Σ_b v_b over the rows b of the *global* batch whose label is present, v_b being their sample
     weights; a row that `negative_rate` leaves out is none of them.  A task's pairwise term is part of its Lᵢ: its
-    weight times the average over the pairs of all ranks.  Rₖ: see `mtcl_torchrec.modules.regularisers`.
+    weight times the average over the pairs of all ranks; and so are the L2 and sampled softmax of a dot head
+    (`mtcl_torchrec.modules.sampled_softmax`).  Rₖ: see `mtcl_torchrec.modules.regularisers`.
 
     In a chain of events (`mtcl_torchrec.modules.chains`) a label that is missing where the parent's is 0 counts as 0,
     and Lᵢ of a child is the sum of its parts, each divided by its own count over the global batch.
@@ -54,6 +56,7 @@ class MultiTaskLoss(nn.Module):
         fused_loss: of the fused score; None is none.  It is added beside the tasks, as penalties are: no weighting
             touches it.
         seed: of the draws of `Task.negative_rate`.
+        item_rows: sparse feature -> rows of its table, for the sampled softmax of a dot head.
         process_group: the ranks that share a global batch; None is the default group.
 
     Raises:
@@ -75,6 +78,7 @@ class MultiTaskLoss(nn.Module):
         regularisers: Regularisers | None = None,
         fused_loss: FusedLoss | None = None,
         seed: int = 0,
+        item_rows: Mapping[str, int] | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +90,7 @@ class MultiTaskLoss(nn.Module):
         self.process_group = process_group
         self.negative_sampling = NegativeSampling(tasks, seed=seed)
         self.pairwise = PairwiseLoss(tasks)
+        self.dot_losses = DotLosses(tasks, item_rows, process_group)
         self.regularisers = regularisers if regularisers is not None else Regularisers()
         self.frozen_tasks = FrozenTasks([t.name for t in tasks])
         self.fused_loss = fused_loss
@@ -227,7 +232,8 @@ class MultiTaskLoss(nn.Module):
     def _parts(
         self, logits: Logits, labels: torch.Tensor, weights: torch.Tensor, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The parts of the tasks' losses on this rank: the tasks themselves, the second parts of chains, pairs.
+        """The parts of the tasks' losses on this rank: the tasks themselves, the second parts of chains, pairs, what
+        dot heads add.
 
         Args:
             logits: by name.
@@ -245,20 +251,25 @@ class MultiTaskLoss(nn.Module):
         ]
         sums = (weights * torch.stack(rows, 1)).sum(0)
         pair_sums, pair_weights = self.pairwise(logits, labels, weights, batch)
+        dot_sums, dot_weights = self.dot_losses(logits, labels, weights, batch)
         bad = list(_of_no_use(sums).unbind())
-        for place, i in enumerate(self.pairwise.weights):
-            bad[i] = bad[i] | _of_no_use(pair_sums[place])
+        of_task = [*self.pairwise.weights, *(i for i, _ in self.dot_losses.weights)]
+        for i, more in zip(of_task, torch.cat([pair_sums, dot_sums]).unbind(), strict=True):
+            bad[i] = bad[i] | _of_no_use(more)
         return (
-            torch.cat([sums, conditional, pair_sums]),
-            torch.cat([weights.sum(0), of_conditional, pair_weights]),
+            torch.cat([sums, conditional, pair_sums, dot_sums]),
+            torch.cat([weights.sum(0), of_conditional, pair_weights, dot_weights]),
             torch.cat([torch.stack(bad), _of_no_use(conditional)]),
         )
 
     def _per_task(self, averages: torch.Tensor) -> torch.Tensor:
         """(T,) losses of the tasks from the averages of all parts (P,)."""
-        conditional, pairs = len(self.tasks), len(self.tasks) + len(self.chains.names)
-        per_task = self.chains.per_task(averages[:conditional], averages[conditional:pairs])
-        return per_task + self.pairwise.per_task(averages[pairs:], per_task) if self.pairwise.weights else per_task
+        sizes = [len(self.tasks), len(self.chains.names), len(self.pairwise.weights), len(self.dot_losses.weights)]
+        rows, conditional, pairs, dots = averages.split(sizes)
+        per_task = self.chains.per_task(rows, conditional)
+        if self.pairwise.weights:
+            per_task = per_task + self.pairwise.per_task(pairs, per_task)
+        return per_task + self.dot_losses.per_task(dots, per_task) if self.dot_losses.weights else per_task
 
     def _weighted(
         self, per_task: torch.Tensor, of_all: torch.Tensor, present: torch.Tensor, bad: torch.Tensor

@@ -10,6 +10,7 @@ from torch import nn
 
 from mtcl_torchrec.modules.balance.cut import Cut
 from mtcl_torchrec.modules.chains import Chains
+from mtcl_torchrec.modules.dot_product import DotHead, vector_names
 from mtcl_torchrec.modules.embeddings import Pooled, PooledConcat, input_blocks, visible_columns
 from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.freezing import stop_where_frozen
@@ -19,7 +20,7 @@ from mtcl_torchrec.modules.losses import Logits
 from mtcl_torchrec.modules.sequences import HistoryInput
 from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.trunks import ExpertLevel, TrunkInputs, check_representations, prepare_trunk
-from mtcl_torchrec.schema import GROUPS, Group, Task
+from mtcl_torchrec.schema import GROUPS, ConfigError, Group, Task
 
 Precision = Literal["fp32", "bf16"]
 
@@ -40,6 +41,9 @@ class MultiTaskTower(nn.Module):
     """Everything between the pooled embeddings and the logits: interaction, trunk, towers, heads.
 
     It holds no embedding table, so TorchRec's pipelines treat it as one leaf and it may branch as it likes.
+
+    Tasks with a dot head read the concatenated embeddings themselves: trunk and towers are built for the others alone,
+    and not at all where there are none.
 
     Args:
         dims: key of each pooled embedding -> its width.
@@ -83,12 +87,19 @@ class MultiTaskTower(nn.Module):
             raise ValueError(
                 f"{type(trunk).__name__} keeps the tasks' columns apart, an interaction before it would mix them"
             )
-        self.interaction = interaction(width) if interaction else nn.Identity()
         blocks = input_blocks(dims, dense_in_features, tasks, feature_groups, dense_groups)
-        prepare_trunk(trunk, width, TrunkInputs(self.tasks, blocks))
-        hidden = int(trunk.out_features)  # type: ignore[arg-type]
+        # Task numbers, in the order in which the trunk numbers them.
+        self.trunk_tasks = tuple(number for number, task in enumerate(self.tasks) if task.in_trunk)
+        self.interaction = interaction(width) if interaction else nn.Identity()
+        hidden = 1
+        if self.trunk_tasks:
+            prepare_trunk(trunk, width, TrunkInputs(tuple(self.tasks[i] for i in self.trunk_tasks), blocks))
+            hidden = int(trunk.out_features)  # type: ignore[arg-type]
+        elif interaction or epnet or ppnet:
+            named = "interaction" if interaction else "epnet" if epnet else "ppnet"
+            raise ConfigError(f"every task has a dot head, which reads the embeddings themselves: {named} does nothing")
         if ppnet is not None:
-            ppnet.wrap(trunk, self.interaction, blocks, len(self.tasks), tower_layers)
+            ppnet.wrap(trunk, self.interaction, blocks, len(self.trunk_tasks), tower_layers)
             trunk, self.interaction = ppnet, nn.Identity()
         if epnet is not None:
             epnet.build(blocks)
@@ -97,8 +108,9 @@ class MultiTaskTower(nn.Module):
         self._levels = tuple(module for module in trunk.modules() if isinstance(module, ExpertLevel))
         # Tasks that may see the same inputs go through the trunk together.
         self._views: list[tuple[str, list[int]]] = []
-        self._sees_all = all(set(task.inputs) == set(GROUPS) for task in self.tasks)
-        for number, task in enumerate(self.tasks):
+        self._sees_all = all(set(self.tasks[number].inputs) == set(GROUPS) for number in self.trunk_tasks)
+        for number in self.trunk_tasks:
+            task = self.tasks[number]
             name = "sees_" + "_".join(sorted(task.inputs))
             if not hasattr(self, name):
                 visible = visible_columns(task.inputs, dims, dense_in_features, feature_groups, dense_groups)
@@ -111,19 +123,21 @@ class MultiTaskTower(nn.Module):
             lstm_towers.build(self.tasks, dims, histories or {}, feature_groups or {})
             hidden += lstm_towers.hidden
         self.towers: nn.Module | None = None
-        if tower_layers:
-            self.towers = BatchedExperts(
-                hidden, tower_layers, len(self.tasks), reads=range(len(self.tasks)), dropout=tower_dropout
-            )
+        if tower_layers and self.trunk_tasks:
+            count = len(self.trunk_tasks)
+            self.towers = BatchedExperts(hidden, tower_layers, count, reads=range(count), dropout=tower_dropout)
             hidden = tower_layers[-1]
         self.chains = Chains(self.tasks, hidden)
         # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
-        heads = [nn.Linear(hidden, task.out_features) for task in self.tasks]
+        heads = [nn.Linear(hidden, task.out_features) if task.in_trunk else nn.Identity() for task in self.tasks]
         with torch.no_grad():  # a head starts at even odds in what its task's loss sees
             for head, task in zip(heads, self.tasks, strict=True):
-                if task.conditional_name is None:
+                if isinstance(head, nn.Linear) and task.conditional_name is None:
                     head.bias.sub_(task.logit_shift)
         self.heads = nn.ModuleList(heads)
+        self.dot_heads = nn.ModuleDict(
+            {str(number): DotHead(task, blocks) for number, task in enumerate(self.tasks) if not task.in_trunk}
+        )
 
     def forward(
         self,
@@ -171,8 +185,9 @@ class MultiTaskTower(nn.Module):
 
     @property
     def has_views_of_the_request(self) -> bool:
-        """Whether there are tasks that see the same in all rows of one user and context."""
-        return bool(self._of_request)
+        """Whether there is something that is the same in all rows of one user and context: what a task without the
+        item sees, or the user's vector of a dot head."""
+        return bool(self._of_request or self.dot_heads)
 
     def _logits(
         self,
@@ -190,18 +205,55 @@ class MultiTaskTower(nn.Module):
             rows = x if alike is None or name not in self._of_request else x[alike.first]
             inputs.append(self.interaction(rows if self._sees_all else rows * getattr(self, name)))
         tasks = [numbers for _, numbers in self._views]
+        places = [[self.trunk_tasks.index(number) for number in numbers] for numbers in tasks]
+        of_dots = [int(number) for number in self.dot_heads]
         if cut is None:
-            of_views = [self.trunk(seen, numbers) for seen, numbers in zip(inputs, tasks, strict=True)]
+            of_views = [self.trunk(seen, numbers) for seen, numbers in zip(inputs, places, strict=True)]
+            reads = [x] * len(of_dots)
         else:
-            of_views = cut.through(self.trunk, inputs, tasks)
-        shared: list[torch.Tensor | None] = [None] * len(self.tasks)
+            of_views = cut.through(self.trunk, inputs, tasks, places, (x, of_dots) if of_dots else None)
+            reads = list(of_views.pop()) if of_dots else []
+        h = self._of_tasks(of_views, inputs, frozen, alike)
+        logits = self.chains.imputed(h) if self.trunk_tasks else {}
+        for number, task in enumerate(self.tasks):
+            if task.in_trunk:
+                out = self.heads[number](h[number])
+                logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
+            else:
+                read = reads[of_dots.index(number)]
+                logits |= self._of_dot(
+                    number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike
+                )
+        return logits
+
+    def _of_dot(self, number: int, x: torch.Tensor, alike: Alike | None) -> Logits:
+        """A dot head's logit, and its vectors where the loss reads them."""
+        task = self.tasks[number]
+        out = self.dot_heads[str(number)](x, *(alike or ()))
+        if task.head.l2 or task.head.sampled_softmax:
+            return {task.name: out.logit, **dict(zip(vector_names(task), out[1:], strict=True))}
+        return {task.name: out.logit}
+
+    def _of_tasks(
+        self,
+        of_views: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        frozen: torch.Tensor | None,
+        alike: Alike | None,
+    ) -> torch.Tensor:
+        """What the tasks' heads read, (T, B, H), from what the trunk made of each view; empty without a trunk."""
+        if not self.trunk_tasks:
+            return torch.empty(0)
+        shared: dict[int, torch.Tensor] = {}
         for seen, representations, (name, numbers) in zip(inputs, of_views, self._views, strict=True):
             check_representations(self.trunk, representations, seen.shape[0], len(numbers))
             if alike is not None and name in self._of_request:
                 representations = representations[alike.of_row]
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
-        h = stop_where_frozen(torch.stack([r for r in shared if r is not None]), frozen)
+        h = torch.stack([shared[number] for number in self.trunk_tasks])
+        of_trunk = frozen if frozen is None else torch.stack([frozen[number] for number in self.trunk_tasks])
+        h = stop_where_frozen(h, of_trunk)
         factors = None
         if isinstance(self.trunk, PPNet):
             h, factors = self.trunk.apart(h)
@@ -209,9 +261,7 @@ class MultiTaskTower(nn.Module):
             h = torch.cat([h, states.to(h.dtype)], dim=2)
         if self.towers is not None:
             h = self.towers(h, factors=factors)
-        h = self.chains.transfer(h, frozen)
-        logits = self.chains.imputed(h)
-        for head, task, representation in zip(self.heads, self.tasks, h, strict=True):
-            out = head(representation)
-            logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
-        return logits
+        if len(self.trunk_tasks) < len(self.tasks):  # chains look tasks up by their numbers; a dot head has no tower
+            nothing, of = torch.zeros_like(h[0]), dict(zip(self.trunk_tasks, h, strict=True))
+            h = torch.stack([of.get(number, nothing) for number in range(len(self.tasks))])
+        return self.chains.transfer(h, frozen)

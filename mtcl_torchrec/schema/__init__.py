@@ -6,6 +6,7 @@ data or tensors; every other room of the package is told by these objects what t
 
 from mtcl_torchrec.schema.declared import GROUPS, ConfigError, DataError, Group, GroupSet, check_unique, nearest
 from mtcl_torchrec.schema.features import Feature, own_table
+from mtcl_torchrec.schema.heads import Head, SampledSoftmax
 from mtcl_torchrec.schema.tasks import Chain, Task, chain_links, check_groups, check_weights
 from mtcl_torchrec.schema.whole import Schema
 
@@ -17,6 +18,8 @@ __all__ = [
     "Feature",
     "Group",
     "GroupSet",
+    "Head",
+    "SampledSoftmax",
     "Schema",
     "Task",
     "chain_links",

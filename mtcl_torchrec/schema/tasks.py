@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeFloat, ValidationInfo, field_validator, model_validator
 
 from mtcl_torchrec.schema.declared import GROUPS, Declared, GroupSet, nearest
+from mtcl_torchrec.schema.heads import HEADS, Head
 
 _FOR_BINARY = ("negative_rate", "pos_weight", "focal_gamma", "pairwise")  # fields of a task
 
@@ -72,6 +73,9 @@ class Task(Declared):
         sample_weight: a column of non-negative weights for this task's loss.
         inputs: feature groups that the task may see; the rest is zero on its way through the
             trunk.  The default is all of them.
+        head: what makes the logit: the name of a kind, or a mapping with the options of `Head`; the default is
+            ``"tower"``.  ``"dot"``, of a binary or regression task that sees user and item, is the product of the
+            user's and the item's vector: collaborative filtering over the embeddings that all tasks share.
         loss: of a regression task.
         huber_delta: where Huber's loss turns from square to linear, in standard deviations of the label.
         mean, std: of a regression task's label: the head predicts the standardised label.  Training
@@ -111,12 +115,25 @@ class Task(Declared):
     mask: str | None = None
     sample_weight: str | None = None
     inputs: Annotated[GroupSet, Field(min_length=1)] = GROUPS
+    head: Head = Field(default_factory=Head)
     loss: Literal["mse", "huber"] = "mse"
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     mean: float | None = None
     std: Annotated[float, Field(gt=0)] | None = None
     after: str | None = None
     chain: Chain = Field(default_factory=Chain)
+
+    @field_validator("head", mode="before")
+    @classmethod
+    def _a_head_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        value = {"kind": value} if isinstance(value, str) else value
+        kind = value.get("kind", "tower") if isinstance(value, dict) else "tower"
+        if kind not in HEADS:
+            raise ValueError(
+                f"task {info.data.get('name')!r}: no head {kind!r}{nearest(str(kind), HEADS)}; "
+                f"there are {', '.join(HEADS)}"
+            )
+        return value
 
     @field_validator("chain", mode="before")
     @classmethod
@@ -154,8 +171,21 @@ class Task(Declared):
             raise ValueError("'score' is the key of the fused score and cannot name a task")
         if not self.name:
             raise ValueError("a task needs a name")
+        self._check_head()
         self._check_chain()
         return self
+
+    def _check_head(self) -> None:
+        """Raise ValueError where `head` does not fit this task."""
+        if self.head.kind == "tower":
+            return
+        if self.kind == "multiclass":
+            raise ValueError(f"task {self.name!r}: head dot gives one logit, and a multiclass task needs several")
+        for group in ("user", "item"):
+            if group not in self.inputs:
+                raise ValueError(f"task {self.name!r}: head dot needs inputs of the {group}, and sees {self.inputs}")
+        if self.kind != "binary" and self.head.sampled_softmax is not None:
+            raise ValueError(f"task {self.name!r}: head.sampled_softmax belongs to binary tasks")
 
     def _check_chain(self) -> None:
         """Raise ValueError where `after` and `chain` do not fit this task or each other."""
@@ -167,6 +197,11 @@ class Task(Declared):
             raise ValueError(f"task {self.name!r}: after belongs to binary tasks")
         if self.after == self.name:
             raise ValueError(f"task {self.name!r}: after: a task cannot come after itself")
+        if self.head.kind == "dot" and self.chain.kind in ("aitm", "escm2_dr"):
+            raise ValueError(
+                f"task {self.name!r}: chain {self.chain.kind} reads a tower, and head dot has none; take esmm or "
+                "escm2_ips"
+            )
         for option, kinds in _CHAIN_OPTIONS.items():
             if option in self.chain.model_fields_set and self.chain.kind not in kinds:
                 raise ValueError(
@@ -201,6 +236,11 @@ class Task(Declared):
     def out_features(self) -> int:
         """Logits of the task's head."""
         return self.num_classes or 1
+
+    @property
+    def in_trunk(self) -> bool:
+        """Whether the trunk and a tower make the task's logit."""
+        return self.head.kind == "tower"
 
     @property
     def conditional_name(self) -> str | None:
@@ -248,6 +288,10 @@ def chain_links(tasks: Sequence[Task]) -> list[tuple[int, int]]:
         parent = tasks[number[task.after]]
         if parent.kind != "binary":
             raise ValueError(f"task {task.name!r}: after: {task.after!r} is a {parent.kind} task, not a binary one")
+        if task.chain.kind == "aitm" and parent.head.kind == "dot":
+            raise ValueError(
+                f"task {task.name!r}: after: aitm reads the tower of {task.after!r}, and head dot has none; take esmm"
+            )
         if task.chain.kind != "aitm" and not parent.calibrated:
             raise ValueError(
                 f"task {task.name!r}: after: the chain reckons with the probability of {task.after!r}, and a focal "

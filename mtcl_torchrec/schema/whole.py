@@ -62,6 +62,8 @@ class Schema(Declared):
                     f"task {task.name!r}: item_class {task.item_class!r} is no id feature"
                     f"{nearest(task.item_class, sparse)}"
                 )
+        for task in self.tasks:
+            self._check_softmax(task)
         paired = next((t.name for t in self.tasks if t.pairwise), None)
         if paired is not None and (self.request or self.user) is None:
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
@@ -75,6 +77,26 @@ class Schema(Declared):
                     names = " and ".join(f.name for f in features)
                     raise ValueError(f"features {names} share table {table!r} and must agree on {field}")
         return self
+
+    def _check_softmax(self, task: Task) -> None:
+        """Raise ValueError where a task's sampled softmax cannot tell items apart."""
+        softmax = task.head.sampled_softmax
+        if softmax is None:
+            return
+        ids = {f.name: f for f in self.features if f.kind == "id"}
+        if softmax.item is not None and softmax.item not in ids:
+            hint = nearest(softmax.item, ids)
+            raise ValueError(f"task {task.name!r}: head.sampled_softmax.item: no id feature {softmax.item!r}{hint}")
+        if softmax.item is None and self.item_feature is None:
+            raise ValueError(
+                f"task {task.name!r}: head.sampled_softmax compares items: name the id feature that tells them apart "
+                "(item), or the schema's item column, with an id feature of it"
+            )
+
+    @property
+    def item_feature(self) -> str | None:
+        """The id feature of the item column, if there is one."""
+        return next((f.name for f in self.features if f.kind == "id" and f.rows_from == self.item), None)
 
     @property
     def sparse_features(self) -> tuple[Feature, ...]:

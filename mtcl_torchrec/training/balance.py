@@ -150,7 +150,8 @@ def read_step(
     numbers = _Numbers(torch.cat([values, *(t.double() for t in alike)]).tolist())
     tasks = [task.name for task in train_module.model.tasks]
     means = [value / where.world_size for value in numbers.take(len(losses) + 1)]
-    names = {n: _gate_names(level, tasks) for n, level in levels}
+    in_trunk = [task.name for task in train_module.model.tasks if task.in_trunk]
+    names = {n: _gate_names(level, in_trunk) for n, level in levels}
     gates = [use for n, s in sums for use in _gate_uses(n, names[n], s, numbers)]
     if weighting is not None:
         mean, clamped = (dict(zip(tasks, numbers.finite(len(tasks)), strict=True)) for _ in range(2))

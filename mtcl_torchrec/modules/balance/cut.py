@@ -114,7 +114,12 @@ class Cut:
         return self._read
 
     def through(
-        self, trunk: nn.Module, inputs: Sequence[torch.Tensor], tasks: Sequence[Sequence[int]]
+        self,
+        trunk: nn.Module,
+        inputs: Sequence[torch.Tensor],
+        tasks: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]] | None = None,
+        past: tuple[torch.Tensor, Sequence[int]] | None = None,
     ) -> list[torch.Tensor]:
         """What ``trunk(x, numbers)`` returns for each view of the inputs, with all gradients caught at one node.
 
@@ -122,10 +127,18 @@ class Cut:
             trunk: with ``shared`` and ``split``; without them the gradients are caught where it ends.
             inputs: (B, D) for each view.
             tasks: the numbers of the tasks that have this view.
+            places: the same tasks by the trunk's own numbers; None where they are the same.
+            past: what n tasks read past the trunk, (B, D), and their numbers; one more view, for which (n, B, D) is
+                returned as the last: a copy for each.
         """
         parts: Any = trunk if can_split(trunk) else _Whole(trunk)
-        forked = self._fork([parts.shared(x, of) for x, of in zip(inputs, tasks, strict=True)], tasks)
-        return [parts.split(shared, of) for shared, of in zip(forked, tasks, strict=True)]
+        places = tasks if places is None else places
+        views = [parts.shared(x, of) for x, of in zip(inputs, places, strict=True)]
+        if past is not None:
+            views, tasks = [*views, Shared((past[0],))], [*tasks, past[1]]
+        forked = self._fork(views, tasks)
+        out = [parts.split(shared, of) for shared, of in zip(forked, places, strict=False)]
+        return out if past is None else [*out, forked[-1].common[0]]
 
     def _fork(self, views: list[Shared], tasks: Sequence[Sequence[int]]) -> list[Shared]:
         commons = [t for shared in views for t in shared.common]

@@ -25,6 +25,7 @@ from mtcl_torchrec.training.sharding import is_table
 WEIGHTS = "weights."  # what stands before a parameter's name
 AVERAGE = "average."  # and before its moving average's
 _HEAD = ".tower.heads."
+_COUNTS = ".popularity."  # of the items that a sampled softmax has met
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -67,8 +68,8 @@ class SafeReader(FileSystemReader):
 
 
 class GrownTablesPlanner(DefaultLoadPlanner):
-    """Reads tensors only, and lets a table have more rows, or a softmax head more classes, than were saved: the further
-    ones keep their first values.
+    """Reads tensors only, and lets a table (or the counts of its items) have more rows, or a softmax head more classes,
+    than were saved: the further ones keep their first values.
 
     torch would unpickle, without restriction, what a checkpoint calls an object instead of a tensor.
     """
@@ -85,7 +86,7 @@ class GrownTablesPlanner(DefaultLoadPlanner):
             there = saved.get(name)
             if there is not None and not isinstance(there, TensorStorageMetadata):
                 raise ValueError(f"{name} is no tensor there")
-            if there is None or not (is_table(name) or _HEAD in name):
+            if there is None or not (is_table(name) or _HEAD in name or _COUNTS in name):
                 continue
             size = wanted.size()
             if there.size != size and there.size[1:] == size[1:] and there.size[0] < size[0]:

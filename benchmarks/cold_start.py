@@ -1,0 +1,361 @@
+"""How well new items and new users are ranked: by ids, hashed ids, text, semantic ids, or both; histories off and on.
+
+    python benchmarks/cold_start.py --data movielens --folder ml-1m --out results/cold_start.jsonl   # what is missing
+    python benchmarks/cold_start.py --data synthetic --out results/cold_start.jsonl
+    python benchmarks/cold_start.py --show results/cold_start.jsonl --picture results/cold_start.png
+
+The log is split by each user's own order; a tenth of the items is never trained on, and of a twentieth of the users no
+row is (`mtcl_torchrec.data.cold_split`).  A seed draws these, and starts the training.  Every variant has the same
+users, tasks, trunk and schedule; what it knows of an item differs.  Shown is the AUC of the test rows about
+
+- head: known users, the items that hold four fifths of the training rows; tail: the other items of training;
+- never seen: known users, items without a training row;
+- new users: users without a training row, items with some;
+
+beside that of popularity (the smoothed share of the label among an item's training rows), and, where the world is made
+up, of the true probabilities.  Tasks: liked (rating of 4 or 5), loved (5), disliked (1 or 2) by towers on a shared
+trunk, and `taste`, liked once more by a dot product of user and item (collaborative filtering); the fused score is the
+mean of what liked and taste say.
+
+With histories (--sequences on), a user's liked items of the training part are a sequence that the candidate looks at
+(DIN); they share the candidate's table, so variants without an id have none.
+
+Every finished training is a line of --out; a run that was interrupted goes on where it stopped.  MovieLens-1M is not
+part of the package: https://grouplens.org/datasets/movielens/1m/, and nothing of it may be passed on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from rich.console import Console
+
+ID: dict[str, Any] = {"name": "item_id", "group": "item", "embedding_dim": 16}
+HASHED: dict[str, Any] = {**ID, "encoding": "hash"}  # into a quarter as many rows as there are items
+TEXT: dict[str, Any] = {
+    "name": "text", "group": "item", "kind": "vector", "column": "item_id", "vectors": "vectors.parquet",
+    "embedding_dim": 32,
+}  # fmt: skip
+CODE: dict[str, Any] = {
+    "name": "code", "group": "item", "kind": "semantic_id", "column": "item_id", "codes": "codes.parquet",
+    "embedding_dim": 16,
+}  # fmt: skip
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "id": (ID,),
+    "hashed id": (HASHED,),
+    "text": (TEXT,),
+    "semantic id": (CODE,),
+    "id + semantic id": (ID, CODE),
+    "id + text": (ID, TEXT),
+}
+POPULARITY, ORACLE = "popularity", "true probability"
+SEGMENTS = ("head", "tail", "never seen", "new users", "all")
+TASKS = ("liked", "loved", "disliked", "taste", "score")
+LABELS = {**{task: task for task in TASKS}, "taste": "liked", "score": "liked"}
+SMOOTHING = 20.0  # rows of the mean rate that are added to each item's own
+SIZES = {"movielens": [64, 64, 64], "synthetic": [16, 16, 16]}  # of the codebook
+
+
+def main() -> None:
+    """Train what is missing, or show what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["movielens", "synthetic"], default="synthetic")
+    parser.add_argument("--folder", type=Path, help="of MovieLens-1M")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--sequences", nargs="+", choices=["off", "on"], default=["off", "on"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--encoder", default="tfidf", help="of the text: tfidf, wordllama, minilm, or a folder")
+    parser.add_argument("--out", type=Path, help="JSON lines, one for each training; what is there is not done again")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["liked"], help="with --show")
+    parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
+    parser.add_argument("--picture", type=Path, help="with --show: AUC of the first of --tasks as a picture")
+    parser.add_argument("--small", action="store_true", help="a tenth of the users and one epoch, to try the script")
+    arguments = parser.parse_args()
+    if arguments.show:
+        results = read(arguments.show)
+        for task in arguments.tasks:
+            show(results, task, markdown=arguments.markdown)
+        if arguments.picture:
+            draw(results, arguments.tasks[0], arguments.picture)
+        return
+    if arguments.data == "movielens" and arguments.folder is None:
+        parser.error("--data movielens needs --folder, which holds MovieLens-1M")
+    results = train_missing(arguments)
+    show(results, "liked", markdown=False)
+
+
+# ---------------------------------------------------------------------- data
+
+
+def prepare(folder: Path, data: str, source: Path | None, encoder: str, seed: int, *, small: bool) -> None:
+    """Write train, val, test, items, vectors and codes of one seed's split."""
+    from mtcl_torchrec.data import movielens
+    from mtcl_torchrec.data.cold_split import cold_split
+    from mtcl_torchrec.data.synthetic_text import TextWorld
+
+    if data == "movielens":
+        assert source is not None
+        log, items = movielens.load(source), movielens.items(source)
+    else:
+        world = TextWorld(seed=seed, num_users=2000, num_items=1500, ratings=75)
+        log, items = world.log(), world.items()
+    if small:
+        log = log[log.user_id % 10 == 0]
+    for name, rows in cold_split(log, seed=seed).items():
+        rows.drop(columns=["title", "genres"]).to_parquet(folder / f"{name}.parquet", index=False)
+    items.to_parquet(folder / "items.parquet", index=False)
+    command = [sys.executable, "-m", "mtcl_torchrec", "embed", str(folder / "items.parquet"), "--text", "title,genres",
+               "--encoder", encoder, "--out", str(folder / "vectors.parquet"), "--no-cache",
+               "--semantic-ids", str(folder / "codes.parquet"), "--codes", ",".join(map(str, SIZES[data]))]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def configuration(variant: str, sequences: bool, data: str, seed: int, buckets: int, *, small: bool) -> dict[str, Any]:
+    """The run of a variant, as what its YAML says."""
+    user: list[dict[str, Any]] = [{"name": "user_id", "group": "user", "embedding_dim": 16}]
+    if data == "movielens":
+        user += [{"name": name, "group": "user", "embedding_dim": 4} for name in ("gender", "age", "occupation")]
+    of_item = [
+        {**feature, "vocabulary_size": buckets} if feature is HASHED else feature for feature in VARIANTS[variant]
+    ]
+    run: dict[str, Any] = {
+        "name": variant.replace("+", "and"),
+        "data": {"train": "train.parquet", "val": "val.parquet"},
+        "schema": {
+            "user": "user_id",
+            "item": "item_id",
+            "time": "position",
+            "features": [*user, *of_item],
+            "tasks": [
+                {"name": "liked", "kind": "binary"},
+                {"name": "loved", "kind": "binary", "weight": 0.5},
+                {"name": "disliked", "kind": "binary", "weight": 0.5},
+                {"name": "taste", "kind": "binary", "label": "liked", "head": {"kind": "dot", "dim": 16, "l2": 1e-4}},
+            ],
+        },
+        "model": {
+            "trunk": {"kind": "mmoe", "num_experts": 4, "expert_layers": [64, 32], "dropout": 0.1},
+            "tower_layers": [16],
+            "embedding_dropout": 0.2,  # so that it learns to do without an id, as it must for a new one
+        },
+        "optimizers": {
+            "tables": {"kind": "rowwise_adagrad", "lr": 0.03},
+            "dense": {"lr": 0.003, "weight_decay": 0.01},
+        },
+        "training": {"epochs": 1 if small else 8, "batch_size": 2048, "eval_batch_size": 8192, "patience": 1,
+                     "seed": seed, "watch": ["liked"]},
+        "fusion": {"weights": {"liked": 1.0, "taste": 1.0}},
+    }  # fmt: skip
+    if sequences:
+        run["schema"]["features"].append(
+            {"name": "liked_before", "group": "user", "kind": "history", "of": "item_id", "max_length": 50}
+        )
+        run["histories"] = [{"feature": "liked_before", "where": ["liked"]}]
+        run["model"]["sequences"] = {"liked_before": "din"}
+    return run
+
+
+# ---------------------------------------------------------------------- training and judging
+
+
+def train_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train what --out lacks; all results."""
+    from mtcl_torchrec.schema import ConfigError
+
+    console = Console()
+    results = read(arguments.out) if arguments.out and arguments.out.exists() else []
+    about = {"data": arguments.data, "encoder": arguments.encoder, "small": arguments.small}
+    results = [r for r in results if all(r[key] == value for key, value in about.items())]
+    done = {(r["variant"], r["sequences"], r["seed"]) for r in results}
+    with tempfile.TemporaryDirectory(prefix="cold-start-") as temporary:
+        for seed in arguments.seeds:
+            wanted = [(POPULARITY, "off"), *([(ORACLE, "off")] if arguments.data == "synthetic" else [])]
+            wanted += [(v, s) for v in arguments.variants for s in arguments.sequences if s == "off" or _has_id(v)]
+            wanted = [(v, s) for v, s in wanted if (v, s, seed) not in done]
+            if not wanted:
+                continue
+            folder = Path(temporary) / f"seed{seed}"
+            folder.mkdir()
+            prepare(folder, arguments.data, arguments.folder, arguments.encoder, seed, small=arguments.small)
+            for variant, sequences in wanted:
+                started = time.perf_counter()
+                try:
+                    figures = judge(folder, variant, sequences == "on", arguments.data, seed, small=arguments.small)
+                except ConfigError as error:
+                    raise SystemExit(f"{variant}, histories {sequences}: {error}") from None
+                seconds = round(time.perf_counter() - started, 1)
+                result = {
+                    **about,
+                    "variant": variant,
+                    "sequences": sequences,
+                    "seed": seed,
+                    "seconds": seconds,
+                    **figures,
+                }
+                results.append(result)
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
+                liked = "  ".join(f"{s} {result['liked'][s]:.3f}" for s in SEGMENTS)
+                console.print(f"seed {seed}, {variant}, histories {sequences}, {seconds} s: {liked}", highlight=False)
+    return results
+
+
+def _has_id(variant: str) -> bool:
+    return any(feature["name"] == "item_id" for feature in VARIANTS[variant])
+
+
+def judge(folder: Path, variant: str, sequences: bool, data: str, seed: int, *, small: bool) -> dict[str, Any]:
+    """AUC by task and segment of a variant, trained anew, or of what it is compared with."""
+    test = pd.read_parquet(folder / "test.parquet")
+    if variant == ORACLE:
+        return by_segment(test, {task: test[f"p_{LABELS[task]}"].to_numpy() for task in TASKS})
+    train = pd.read_parquet(folder / "train.parquet")
+    if variant == POPULARITY:
+        return by_segment(test, {task: popularity(train, LABELS[task])(test) for task in TASKS})
+    from mtcl_torchrec.config import parse_run
+    from mtcl_torchrec.evaluation.predict import predict
+    from mtcl_torchrec.training.finished import FinishedRun
+    from mtcl_torchrec.training.run import train_run
+
+    buckets = train.item_id.nunique() // 4
+    told = configuration(variant, sequences, data, seed, buckets, small=small)
+    run = parse_run(yaml.safe_dump(told, sort_keys=False), folder=folder)
+    place = folder / f"{variant.replace(' ', '_')}_{sequences}"
+    result = train_run(run, place, device="auto", console=Console(quiet=True))
+    finished = FinishedRun.load(place)
+    predictions = predict(finished.model, finished.encode(test))
+    epochs = {"epochs": len(result.history.epochs), "best_epoch": result.history.best_epoch}
+    return {**epochs, **by_segment(test, {task: predictions[task] for task in TASKS})}
+
+
+def popularity(train: pd.DataFrame, label: str) -> Any:
+    """Rows to the smoothed share of a label among their items' training rows."""
+    mean = train[label].mean()
+    of_item = train.groupby("item_id")[label].agg(["sum", "size"])
+    share = (of_item["sum"] + SMOOTHING * mean) / (of_item["size"] + SMOOTHING)
+    return lambda rows: rows.item_id.map(share).fillna(mean).to_numpy()
+
+
+def by_segment(test: pd.DataFrame, predictions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Task -> segment -> AUC; and ``"rows"`` -> segment -> number of rows."""
+    from mtcl_torchrec.evaluation.metrics import auc
+
+    known, segment = ~test.new_user.to_numpy(), test.item_segment.to_numpy()
+    masks = {name: known & (segment == name) for name in ("head", "tail", "never seen")}
+    masks |= {"new users": ~known & (segment != "never seen"), "all": np.ones(len(test), bool)}
+    figures: dict[str, dict[str, float]] = {"rows": {name: int(mask.sum()) for name, mask in masks.items()}}
+    for task, predicted in predictions.items():
+        labels = test[LABELS[task]].to_numpy()
+        figures[task] = {name: auc(labels[mask], predicted[mask]) for name, mask in masks.items()}
+    return figures
+
+
+# ---------------------------------------------------------------------- showing
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Results in a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+
+
+def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(variant, histories) -> results of its seeds, in the order of the table."""
+    order = [POPULARITY, *VARIANTS, ORACLE]
+    keys = sorted({(r["variant"], r["sequences"]) for r in results}, key=lambda k: (order.index(k[0]), k[1]))
+    return {key: [r for r in results if (r["variant"], r["sequences"]) == key] for key in keys}
+
+
+def _sets(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results by data and encoder."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in results:
+        name = f"{r['data']}, {r['encoder']}" + (", small" if r["small"] else "")
+        found.setdefault(name, []).append(r)
+    return found
+
+
+def cell(results: Sequence[dict[str, Any]], task: str, segment: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds; the latter 0 of one."""
+    values = [r[task][segment] for r in results]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def show(results: Sequence[dict[str, Any]], task: str, *, markdown: bool) -> None:
+    """The table of one task, for each set of data."""
+    from mtcl_torchrec.evaluation.report import plain_table
+
+    for name, of_set in _sets(results).items():
+        seeds = len({r["seed"] for r in of_set})
+        title = f"AUC of {task}, {name}, {seeds} seed{'s' if seeds > 1 else ''}"
+        rows = []
+        for (variant, sequences), of in grouped(of_set).items():
+            cells = []
+            for segment in SEGMENTS:
+                mean, spread = cell(of, task, segment)
+                cells.append(f"{mean:.3f}" + (f" ± {spread:.3f}" if len(of) > 1 else ""))
+            rows.append([variant + (", histories" if sequences == "on" else ""), *cells])
+        columns = ["what is known of an item", *SEGMENTS]
+        if markdown:
+            print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+            print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        else:
+            table = plain_table(title, columns)
+            for row in rows:
+                table.add_row(*row)
+            Console(width=120).print(table, "")
+
+
+def draw(results: Sequence[dict[str, Any]], task: str, file: Path) -> None:
+    """AUC by segment, a panel for each set of data and segment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets, panels = _sets(results), SEGMENTS[:-1]
+    figure, axes = pyplot.subplots(len(sets), len(panels), figsize=(12, 0.8 + 3.4 * len(sets)), squeeze=False)
+    for row, (name, of_set) in zip(axes, sets.items(), strict=True):
+        shown = {key: of for key, of in grouped(of_set).items() if key[0] != POPULARITY}
+        popular = grouped(of_set).get((POPULARITY, "off"))
+        labels = [variant + (", histories" if s == "on" else "") for variant, s in shown]
+        for axis, segment in zip(row, panels, strict=True):
+            for y, ((_, sequences), of) in enumerate(shown.items()):
+                mean, spread = cell(of, task, segment)
+                colour, marker = ("#d55e00", "s") if sequences == "on" else ("#0072b2", "o")
+                axis.errorbar(mean, -y, xerr=spread or None, fmt=marker, color=colour, capsize=2)
+            if popular:
+                axis.axvline(cell(popular, task, segment)[0], color="grey", linestyle="--", linewidth=1)
+            axis.set_yticks([-y for y in range(len(labels))], labels if axis is row[0] else [])
+            axis.set_title(segment)
+            axis.grid(axis="x", alpha=0.3)
+        row[0].set_ylabel(name)
+        for axis in row:
+            axis.set_xlabel(f"AUC of {task}")
+    handles = [
+        pyplot.Line2D([], [], marker="o", linestyle="", color="#0072b2", label="without histories"),
+        pyplot.Line2D([], [], marker="s", linestyle="", color="#d55e00", label="with histories"),
+        pyplot.Line2D([], [], linestyle="--", color="grey", label=POPULARITY),
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.25 / (0.8 + 3.4 * len(sets)) * 1.3, 1, 1))
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

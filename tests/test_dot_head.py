@@ -1,0 +1,279 @@
+"""The dot-product head: a formula in plain PyTorch, beside everything that touches a head elsewhere."""
+
+import copy
+import math
+
+import pytest
+import shop
+import torch
+from pydantic import ValidationError
+from test_export import outputs, untrained
+from test_surgery import upgrad
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+
+from mtcl_torchrec import MTCL, PLE, MMoE, MTBatch, MTCLTrain, Schema, SharedBottom, Task
+from mtcl_torchrec.config import dump_run, parse_run
+from mtcl_torchrec.modules.balance.surgery import GradientSurgery
+from mtcl_torchrec.modules.dot_product import vector_names
+from mtcl_torchrec.modules.embeddings import with_own_tables
+from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.towers import Alike
+from mtcl_torchrec.modules.trunks import STEM
+from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.serving.artefact import Artefact
+from mtcl_torchrec.serving.export import export_run
+from mtcl_torchrec.serving.network import network_inputs, serving_network
+
+GROUPS = {"u": ["user"], "hour": ["context"], "i": ["item"], "ui": ["user", "item"], "ih": ["item", "context"]}
+DENSE = [["user"], ["item"], ["user", "context"]]
+DOT = {"kind": "dot", "dim": 6, "l2": 0.1}
+TASKS = (
+    Task.binary("click"),
+    Task.binary("rated", head=DOT, negative_rate=0.5),
+    Task.binary("back", inputs=("user", "context")),
+    Task.regression("stars", head="dot", inputs=("user", "item")),
+)
+
+
+def tables():
+    return [EmbeddingBagConfig(name=f"t_{f}", num_embeddings=30, embedding_dim=4, feature_names=[f]) for f in GROUPS]
+
+
+def model(trunk=None, tasks=TASKS, seed=0, of=None, **options):
+    torch.manual_seed(seed)
+    collection = EmbeddingBagCollection(tables=tables() if of is None else of)
+    torch.manual_seed(seed + 1)
+    trunk = MMoE(3, [6]) if trunk is None else trunk
+    return MTCL(collection, 3, trunk, tasks, tower_layers=[4], feature_groups=GROUPS, dense_groups=DENSE, **options)
+
+
+def batch(rows=24, tasks=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 30, (5 * rows,), generator=g)
+    labels = torch.randint(0, 2, (rows, tasks), generator=g).float()
+    labels[::5, 0] = float("nan")
+    features = KeyedJaggedTensor(list(GROUPS), ids, lengths=torch.ones(5 * rows).long())
+    return MTBatch(torch.randn(rows, 3, generator=g), features, labels)
+
+
+def logits_of(of, data):
+    return of.tower(data.dense_features, of.embedding_bag_collection(data.sparse_features))
+
+
+def test_the_logit_is_that_of_matrix_factorisation_over_each_sides_columns():
+    of, data = model(), batch()
+    pooled = of.embedding_bag_collection(data.sparse_features)
+    x, d = {key: pooled[key] for key in GROUPS}, data.dense_features
+    logits = logits_of(of, data)
+    sides = {  # what is of user and item, or of item and context, is of neither side
+        "rated": (torch.cat([x["u"], x["hour"], d[:, [0, 2]]], 1), torch.cat([x["i"], d[:, [1]]], 1), 6),
+        "stars": (torch.cat([x["u"], d[:, [0]]], 1), torch.cat([x["i"], d[:, [1]]], 1), 32),  # not the context
+    }
+    for number, (name, (user, item, dim)) in zip((1, 3), sides.items(), strict=True):
+        head = of.tower.dot_heads[str(number)]
+        u, v = (user @ head.user.weight.T).detach(), (item @ head.item.weight.T).detach()
+        expected = [
+            sum(float(u[b, k] * v[b, k]) for k in range(dim)) / math.sqrt(dim) + float(u[b, dim] + v[b, dim])
+            for b in range(24)
+        ]
+        torch.testing.assert_close(logits[name], torch.tensor(expected) + head.bias, atol=1e-5, rtol=1e-5)
+    assert of.tower.dot_heads["1"].bias.item() == pytest.approx(math.log(0.5))  # even odds in what its loss sees
+    assert set(logits) == {"click", "rated", "back", "stars", *vector_names(TASKS[1])}
+
+
+def test_trunk_and_towers_are_those_of_the_other_tasks_alone():
+    """As if the tasks with a dot head were not there."""
+    others = [TASKS[0], TASKS[2]]
+    for trunk in (lambda: PLE(1, 1, [6], levels=2), lambda: SharedBottom([5])):
+        whole, alone, data = model(trunk()), model(trunk(), others), batch()
+        alone.load_state_dict({n.replace("heads.2", "heads.1"): p for n, p in whole.state_dict().items()
+                               if ".dot_heads." not in n})  # fmt: skip
+        got, expected = logits_of(whole, data), logits_of(alone, data)
+        for task in others:
+            torch.testing.assert_close(got[task.name], expected[task.name])
+
+
+def test_tasks_with_a_dot_head_alone_need_no_trunk_and_options_that_do_nothing_are_refused():
+    of = model(MMoE(3, [6]), [TASKS[1], TASKS[3]])
+    assert all(".dot_heads." in name or "embedding_bags" in name for name, _ in of.named_parameters())
+    assert logits_of(of, batch())["stars"].shape == (24,)
+    with pytest.raises(ConfigError, match=r"every task has a dot head, which reads the embeddings themselves: epnet"):
+        model(None, [TASKS[1]], epnet=EPNet(["hour"]))
+    text = shop.RUN.split("  tasks:")[0] + "  tasks: [{name: click, kind: binary, head: dot}]\n"
+    with pytest.raises(ConfigError, match=r"model.cross_layers: every task has a dot head"):
+        parse_run(text + "model: {cross_layers: 2}")
+    run = parse_run(text + "model: {embedding_dropout: 0.1}")
+    assert parse_run(dump_run(run)).data_schema.tasks == run.data_schema.tasks
+
+
+def test_own_tables_of_other_tasks_are_none_of_its_business():
+    of = model(STEM([6]), of=with_own_tables(tables(), ["click", "rated"]))
+    logits_of(of, batch())["rated"].sum().backward()
+    moved = {n.split(".")[-2] for n, p in of.named_parameters() if "embedding_bags" in n and p.grad is not None
+             and p.grad.abs().sum() > 0}  # fmt: skip
+    assert moved == {"t_u", "t_hour", "t_i", "t_u@rated", "t_hour@rated", "t_i@rated"}
+
+
+@pytest.mark.parametrize("gates", [{}, {"ppnet": True, "epnet": True}])
+def test_the_users_vector_is_computed_once_for_each_kind_of_rows(gates):
+    options = {"ppnet": PPNet(["u"]), "epnet": EPNet(["hour"])} if gates else {}
+    of, data = model(**options).eval(), batch(6)
+    of_row, first = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 2, 5])
+    pooled = of.embedding_bag_collection(data.sparse_features)
+    same = {key: pooled[key][first][of_row] if "item" not in GROUPS[key] else pooled[key] for key in GROUPS}
+    dense = data.dense_features.clone()
+    dense[:, [0, 2]] = dense[first][of_row][:, [0, 2]]
+    seen = []
+    of.tower.dot_heads["1"].user.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    once = of.tower(dense, torch.cat(list(same.values()), 1), alike=Alike(of_row, first))
+    for name, value in of.tower(dense, torch.cat(list(same.values()), 1)).items():
+        torch.testing.assert_close(once[name], value)
+    assert seen == [3, 6]
+    assert of.tower.has_views_of_the_request
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "dott"}, r"task 'a': no head 'dott' \(did you mean 'dot'\?\); there are tower, dot"),
+        ({"head": {"kind": "tower", "dim": 8}}, "dim belongs to head dot, not to tower"),
+        ({"head": "dot", "inputs": ["user", "context"]}, r"task 'a': head dot needs inputs of the item"),
+        ({"head": {"kind": "dot", "dims": 8}}, "dims"),
+        ({"head": {"kind": "dot", "l2": -1}}, "greater than or equal to 0"),
+        ({"head": "dot", "after": "b", "chain": "aitm"}, "task 'a': chain aitm reads a tower, and head dot has none"),
+        ({"head": "dot", "after": "b", "chain": "escm2_dr"}, "task 'a': chain escm2_dr reads a tower"),
+        ({"head": {"kind": "dot", "sampled_softmax": {"temperature": 0}}}, "greater than 0"),
+        ({"kind": "multiclass", "num_classes": 3, "head": "dot"}, "task 'a': head dot gives one logit"),
+        ({"kind": "regression", "head": {"kind": "dot", "sampled_softmax": {}}}, "belongs to binary tasks"),
+    ],
+)
+def test_what_does_not_fit_a_dot_head_is_refused(options, message):
+    with pytest.raises(ValidationError, match=message):
+        Task(**{"name": "a", "kind": "binary", **options})
+
+
+def test_what_does_not_fit_the_model_is_refused():
+    with pytest.raises(ValidationError, match="after: aitm reads the tower of 'b', and head dot has none"):
+        Schema(features=[{"name": "u", "group": "user"}], tasks=[
+            Task.binary("b", head="dot"), Task.binary("a", after="b", chain="aitm")])  # fmt: skip
+    dot = [Task.binary("a", head="dot")]
+    collection = EmbeddingBagCollection(tables=tables())
+    with pytest.raises(ConfigError, match=r"task 'a': head dot tells .* feature_groups must name the group of 'u'"):
+        MTCL(collection, 0, SharedBottom([4]), dot)
+    with pytest.raises(ConfigError, match="dense_groups must name the groups of each dense column"):
+        MTCL(collection, 1, SharedBottom([4]), dot, feature_groups=GROUPS)
+    with pytest.raises(ConfigError, match="task 'a': head dot sees no column of the item"):
+        MTCL(collection, 0, SharedBottom([4]), dot, feature_groups={**GROUPS, "i": ["user"]})
+
+
+# ---------------------------------------------------------------------- what touches a head elsewhere
+
+
+def gradients_of_tasks(train, data):
+    """(T, ...) by parameter: each task's gradient alone, and of the pooled embeddings under ""."""
+    found = {}
+    for number in range(len(TASKS)):
+        one = copy.deepcopy(train)
+        one.surgery = None
+        one.loss.task_weights.zero_()[number] = 1.0
+        met = []
+        one.model.embedding_bag_collection.register_forward_hook(lambda *of, met=met: met.append(of[2].values()))
+        one.model.embedding_bag_collection.register_forward_hook(lambda *of: of[2].values().retain_grad())
+        one(data)[0].backward()
+        found.setdefault("", []).append(met[0].grad)
+        for name, parameter in one.named_parameters():
+            found.setdefault(name, []).append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return {name: torch.stack(of).double() for name, of in found.items()}
+
+
+@pytest.mark.parametrize("cut", ["trunk", "embeddings", "both", "tables"])
+def test_gradient_surgery_cuts_a_dot_heads_gradient_like_a_towers(cut):
+    data = batch(40)
+    data.labels[:, 3] = torch.where(torch.arange(40) % 4 != 0, 1 - data.labels[:, 1], data.labels[:, 1])
+    tasks = [TASKS[0], Task.binary("rated", head=DOT), TASKS[2], Task.binary("hidden", head=DOT)]
+    surgery = GradientSurgery("upgrad", cut=cut, min_weight=0.0, max_weight=100.0)
+    train = MTCLTrain(model(MMoE(3, [6]), tasks), gradient_surgery=surgery)
+    heads = train.model.tower.dot_heads  # two that see the world alike, and whose labels say the opposite
+    heads["3"].load_state_dict(heads["1"].state_dict())
+    alone = gradients_of_tasks(train, data)
+    train(data)[0].backward()
+    weights = train.surgery.newest_weights
+    of_tables, of_trunk = weights[-1], weights[0] if cut != "embeddings" else torch.ones(4).double()
+    for name, parameter in train.named_parameters():
+        below = of_tables if "embedding_bags" in name else of_trunk if ".experts." in name else torch.ones(4).double()
+        expected = torch.tensordot(below, alone[name], 1)
+        got = torch.zeros_like(expected) if parameter.grad is None else parameter.grad.double()
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert (weights > 1.001).any(1).all(), "some tasks are in conflict"
+    if cut in ("embeddings", "both"):
+        torch.testing.assert_close(of_tables, upgrad(alone[""].flatten(1)), atol=1e-4, rtol=1e-3)
+
+
+def test_a_frozen_dot_head_goes_on_and_moves_nothing_that_is_shared():
+    train, data = MTCLTrain(model()), batch()
+    alone = gradients_of_tasks(train, data)
+    train.loss.freeze("rated")
+    train(data)[0].backward()
+    for name, parameter in train.named_parameters():
+        kept = alone[name].sum(0) if ".dot_heads." in name else alone[name][[0, 2, 3]].sum(0)
+        got = torch.zeros_like(kept) if parameter.grad is None else parameter.grad.double()
+        torch.testing.assert_close(got, kept, atol=1e-7, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert alone["model.tower.dot_heads.1.user.weight"][1].any()
+
+
+def test_its_l2_is_the_mean_square_of_vectors_and_biases_and_all_of_it_is_in_l2_dense():
+    data = batch()
+    data.labels[3:6, 1] = float("nan")
+    of = model()
+    without = MTCLTrain(copy.deepcopy(of), seed=1).eval()
+    without.loss.dot_losses.weights = tuple((i, 0.0) for i, _ in without.loss.dot_losses.weights)
+    train = MTCLTrain(of, seed=1).eval()  # negatives weigh their rate in evaluation
+    train(data), without(data)
+    u, v = (logits_of(of, data)[name] for name in vector_names(TASKS[1]))
+    known = ~torch.isnan(data.labels[:, 1])
+    weight = torch.where(data.labels[:, 1] == 1, 1.0, 0.5)[known]
+    squares = (u.square().sum(1) + v.square().sum(1))[known]
+    added = train.loss.last_task_losses - without.loss.last_task_losses
+    torch.testing.assert_close(added[1], 0.1 * (weight * squares).sum() / weight.sum(), atol=1e-6, rtol=1e-4)
+    assert added[[0, 2, 3]].abs().max() == 0
+    dense = MTCLTrain(model(None, TASKS[1:2] + TASKS[3:]), regularisers={"l2_dense": 1.0})
+    with_it, bare = dense(batch(tasks=2))[0], MTCLTrain(copy.deepcopy(dense.model))(batch(tasks=2))[0]
+    weights = sum(p.square().sum() for n, p in dense.model.tower.named_parameters() if n.endswith("weight"))
+    torch.testing.assert_close(with_it - bare, weights, atol=1e-5, rtol=1e-4)
+
+
+def test_in_bf16_logits_are_float32_and_close():
+    data, full = batch(), model().eval()
+    half = model(precision="bf16").eval()
+    half.load_state_dict(full.state_dict())
+    exact, rounded = logits_of(full, data), logits_of(half, data)
+    for name in exact:
+        assert rounded[name].dtype == torch.float32
+        assert (rounded[name] - exact[name]).abs().max() < 0.03 * exact[name].abs().max().clamp(min=1), name
+
+
+RUN = (
+    shop.RUN.replace(
+        "{name: buy, kind: binary, mask: click, weight: 0.5}",
+        "{name: buy, kind: binary, after: click, weight: 0.5, head: {kind: dot, dim: 8}}",
+    )
+    .replace("{name: stars, kind: regression", "{name: stars, kind: regression, head: dot, mask: buy")
+    .replace("fusion: {", "calibration: platt\nfusion: {")
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return untrained(RUN)
+
+
+def test_a_dot_head_behind_a_chain_and_beside_others_is_exported(run, tmp_path):
+    rows = run.encode(shop.log(900, seed=1).tail(40))
+    expected = outputs(run, rows)
+    assert {"buy", "buy|click", "stars", "score"} <= set(expected)
+    made = export_run(run, tmp_path / "dot.mtcl", compiled="no")
+    artefact = Artefact.load(made.path)
+    got = artefact.network(**network_inputs(rows, artefact.features, artefact.inputs))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5)
+    assert "alike" in serving_network(run.model).inputs
