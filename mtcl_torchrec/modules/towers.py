@@ -120,7 +120,10 @@ class MultiTaskTower(nn.Module):
         self._of_request = {name for name, of in self._views if "item" not in self.tasks[of[0]].inputs}
         self.lstm_towers = lstm_towers
         if lstm_towers is not None:
-            lstm_towers.build(self.tasks, dims, histories or {}, feature_groups or {})
+            of_trunk = [self.tasks[number] for number in self.trunk_tasks]
+            if not of_trunk:
+                raise ConfigError("every task has a dot head, which has no tower: the LSTM towers do nothing")
+            lstm_towers.build(of_trunk, dims, histories or {}, feature_groups or {})
             hidden += lstm_towers.hidden
         self.towers: nn.Module | None = None
         if tower_layers and self.trunk_tasks:
@@ -165,7 +168,8 @@ class MultiTaskTower(nn.Module):
             )
         states = None
         if self.lstm_towers is not None:
-            states = self.lstm_towers(pooled, skip, frozen, None if alike is None else alike.of_row)
+            of_row = None if alike is None else alike.of_row
+            states = self.lstm_towers(pooled, skip, self._of_trunk(frozen), of_row)
         if cut is not None:
             pooled = cut.embeddings(pooled)
         x = self.concat(dense_features, pooled)
@@ -213,7 +217,7 @@ class MultiTaskTower(nn.Module):
         else:
             of_views = cut.through(self.trunk, inputs, tasks, places, (x, of_dots) if of_dots else None)
             reads = list(of_views.pop()) if of_dots else []
-        h = self._of_tasks(of_views, inputs, frozen, alike)
+        h = self._of_tasks(of_views, inputs, frozen, alike, states)
         logits = self.chains.imputed(h) if self.trunk_tasks else {}
         for number, task in enumerate(self.tasks):
             if task.in_trunk:
@@ -225,6 +229,12 @@ class MultiTaskTower(nn.Module):
                     number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike
                 )
         return logits
+
+    def _of_trunk(self, frozen: torch.Tensor | None) -> torch.Tensor | None:
+        """What `frozen` says of the tasks that the trunk serves."""
+        if frozen is None or len(self.trunk_tasks) == len(self.tasks):
+            return frozen
+        return torch.stack([frozen[number] for number in self.trunk_tasks])
 
     def _of_dot(self, number: int, x: torch.Tensor, alike: Alike | None) -> Logits:
         """A dot head's logit, and its vectors where the loss reads them."""
@@ -240,6 +250,7 @@ class MultiTaskTower(nn.Module):
         inputs: Sequence[torch.Tensor],
         frozen: torch.Tensor | None,
         alike: Alike | None,
+        states: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the tasks' heads read, (T, B, H), from what the trunk made of each view; empty without a trunk."""
         if not self.trunk_tasks:
@@ -252,8 +263,7 @@ class MultiTaskTower(nn.Module):
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
         h = torch.stack([shared[number] for number in self.trunk_tasks])
-        of_trunk = frozen if frozen is None else torch.stack([frozen[number] for number in self.trunk_tasks])
-        h = stop_where_frozen(h, of_trunk)
+        h = stop_where_frozen(h, self._of_trunk(frozen))
         factors = None
         if isinstance(self.trunk, PPNet):
             h, factors = self.trunk.apart(h)
