@@ -1,9 +1,14 @@
 """Histories in a run: read or built, prepared, streamed, served; the same wherever they come from."""
 
+import contextlib
+import io
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ranks import run_ranks
 from shop import RUN, log
 
 from mtcl_torchrec.config import dump_run, load_run, parse_run
@@ -13,7 +18,12 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import load_splits
 from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.candidates import CandidateEncoder
+from mtcl_torchrec.serving.export import export_run
+from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.run import train_run
 
 FEATURES = """
     - {name: clicked, group: user, kind: history, of: product_id, max_length: 4}
@@ -235,3 +245,48 @@ def test_timestamps_and_a_history_of_items(tmp_path):
     later = (pd.Timestamp(catalogue.end) + pd.Timedelta(1, "D")).isoformat()
     got = lists_of(encoder.rows(0, items, {"time": later}), "buyer_age")
     assert got == [[int(np.floor(s + 86400) + 1).bit_length() for s in ages] for ages in catalogue.items["buyer_age"]]
+
+
+# ---------------------------------------------------------------------- whole runs
+
+TRAINED = WITH.replace(
+    "- {name: taste, kind: multiclass, label: genre, item_class: genre, mask: click, inputs: [user, context]}",
+    "- {name: taste, kind: multiclass, label: next_genre, item_class: genre, inputs: [user, context]}",
+).replace("histories:", "next_labels: {column: next_genre, of: genre, where: click}\nhistories:")
+
+
+def train_on_a_rank(folder):
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = load_run(f"{folder}/run.yaml")
+        run.training.epochs = 2
+        result = train_run(run, Path(folder) / "run", device="cpu")
+    return {task: found["auc"] for task, found in result.evaluations["test"].tasks.items() if "auc" in found}
+
+
+def test_a_run_that_builds_histories_trains_on_two_ranks_and_serves(tmp_path):
+    log(2000).to_parquet(tmp_path / "log.parquet")
+    (tmp_path / "run.yaml").write_text(TRAINED)
+    one, two = run_ranks(train_on_a_rank, 2, str(tmp_path))
+    assert one["click"] > 0.7
+    # What was trained is read back, judges other rows, and ranks; the exported model does the same.
+    run = FinishedRun.load(tmp_path / "run")
+    later = log(2000)
+    encoded = run.preprocessor.encode(Rows(later))
+    assert lists_of(encoded, "clicked_age")[0] == []
+    recommender = Recommender(run)
+    user = str(recommender.catalogue.users.iloc[0, 0])
+    now = recommender.recommend(user, k=60, seen=True)
+    later = recommender.recommend(user, {"time": recommender.catalogue.end + 10**7}, k=60, seen=True)
+    assert not np.allclose(now["score"], later["score"])
+    stranger = recommender.recommend("nobody", k=5)
+    assert np.isfinite(stranger["score"]).all()
+    export_run(run, tmp_path / "model.mtcl", compiled="no")
+    again = Recommender(Artefact.load(tmp_path / "model.mtcl"))
+    same = again.recommend(user, {"time": recommender.catalogue.end + 10**7}, k=60, seen=True)
+    assert same["product_id"].tolist() == later["product_id"].tolist()
+    assert np.allclose(same["score"], later["score"], atol=1e-5)
+    # Rows of a log without lists are scored with what their users met before them.
+    rows = log(5).drop(columns=["click", "buy", "stars"])
+    by_hand = rows.assign(**{c: [[]] * 5 for c in HISTORIES})
+    assert np.isfinite(recommender.score(rows)["score"]).all()
+    assert not np.allclose(recommender.score(rows.assign(time=2 * 10**9))["score"], recommender.score(by_hand)["score"])
