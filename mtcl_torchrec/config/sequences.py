@@ -106,6 +106,9 @@ def check_sequences(sequences: dict[str, SequenceConfig], tower: TowerConfig, sc
         ValueError: naming the key.
     """
     histories = {feature.name: feature for feature in schema.history_features if feature.of is not None}
+    for name, feature in histories.items():
+        if "item" in feature.group:
+            raise ValueError(f"feature {name!r}: a history is the user's or the context's, the same for all candidates")
     for name, config in sequences.items():
         if name not in histories:
             companion = next((f for f in schema.history_features if f.name == name), None)

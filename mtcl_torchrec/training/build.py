@@ -147,7 +147,7 @@ def build_model(
         schema, copied = encoder.schema, config.copied_tables(encoder.schema)
         tables = build_embedding_bag_collection(schema, encoder.num_embeddings, table_device, copied)
         collections = build_embedding_collections(schema, encoder.num_embeddings, table_device)
-        lookups = [build_sequences(config, schema, collections)] if collections else []
+        lookups: list[nn.Module] = [build_sequences(config, schema, collections)] if collections else []
         with torch.random.fork_rng(devices=[]):  # the rest starts the same whatever fuses it
             dims = embedding_dims(tables) | {
                 f.name: f.embedding_dim for f in encoder.schema.sparse_features if f.kind == "vector"

@@ -40,10 +40,10 @@ WHY_UNCUT = (
     "since its bags are averaged and a feature is looked up in several tables: TorchRec would average those of other "
     "tables too; take table_wise, or pooling: sum"
 )
-# Its dense kernel (1.8) takes every list for a bag there: wrong sizes where lists are not of one value, or worse.
+# The dense one (1.8) takes every list for a bag there: wrong sizes where lists are not of one value, or worse.
 WHY_FUSED = (
-    "a history looks it up, for which FBGEMM has fused kernels only on a CPU; take table_wise, row_wise or column_wise, "
-    "and compute_kernels: fused"
+    "a history looks it up, for which FBGEMM has fused kernels only on a CPU; take table_wise, row_wise or column_wise "
+    "with compute_kernels: fused"
 )
 COLUMN_STEP = 4  # FBGEMM's kernels read four numbers at a time
 
