@@ -103,6 +103,7 @@ class JaggedHistory(History):
         lengths: (B,).
         max_length: the cap: of longer rows, the newest positions count.
         ages: (V,) or None.
+        asks: whether sizes may be asked of the device, which everything then waits for; None: on a CPU alone.
 
     Example:
         >>> history = JaggedHistory(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 1]), max_length=5)
@@ -111,15 +112,20 @@ class JaggedHistory(History):
     """
 
     def __init__(
-        self, values: torch.Tensor, lengths: torch.Tensor, max_length: int, ages: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        max_length: int,
+        ages: torch.Tensor | None = None,
+        *,
+        asks: bool | None = None,
     ) -> None:
         lengths = lengths.long()
         self.max_length = max_length
-        self._on_cpu = values.device.type == "cpu"
+        self._asks = values.device.type == "cpu" if asks is None else asks
         self._longest = max_length
-        self._keeps_all = True
         ends = lengths.cumsum(0)
-        if self._on_cpu:
+        if self._asks:
             self._longest = int(lengths.max()) if len(lengths) else 0
             if self._longest > max_length:
                 kept = _from_end(ends, lengths, len(values)) < max_length
@@ -127,8 +133,6 @@ class JaggedHistory(History):
                 lengths, self._longest = lengths.clamp(max=max_length), max_length
                 ends = lengths.cumsum(0)
             self._longest = max(self._longest, 1)
-        else:
-            self._keeps_all = False  # nobody knows
         self.values, self.ages = values, ages
         self.lengths = lengths.clamp(max=max_length)
         self._ends, self._starts = ends, ends - self.lengths
@@ -150,9 +154,9 @@ class JaggedHistory(History):
         return of_rows.index_select(0, self._row)
 
     def sum(self, of_positions: torch.Tensor) -> torch.Tensor:
-        if not self._keeps_all:
+        if not self._asks:  # nobody knows whether all are kept
             of_positions = torch.where((self._place >= 0).unsqueeze(1), of_positions, 0.0)
-        if self._on_cpu:
+        if self._asks:
             return of_positions.new_zeros(self.lengths.shape[0], of_positions.shape[1]).index_add(
                 0, self._row, of_positions
             )
@@ -165,20 +169,20 @@ class JaggedHistory(History):
 
     def padded(self, of_positions: torch.Tensor | None = None) -> torch.Tensor:
         x = self.values if of_positions is None else of_positions
-        if self._on_cpu:
+        if self._asks:
             return torch.ops.fbgemm.jagged_to_padded_dense(x, [self._offsets], [self._longest], 0.0)
         place = torch.arange(self._longest, device=x.device)
         at = torch.where(place < self.lengths.unsqueeze(1), self._starts.unsqueeze(1) + place, x.shape[0])
         return F.pad(x, (0, 0, 0, 1)).index_select(0, at.flatten()).unflatten(0, at.shape)
 
     def unpadded(self, padded: torch.Tensor) -> torch.Tensor:
-        if self._on_cpu:
+        if self._asks:
             return torch.ops.fbgemm.dense_to_jagged(padded, [self._offsets], self.values.shape[0])[0]
         at = self._row * padded.shape[1] + self._place.clamp(min=0)
         return padded.flatten(0, 1).index_select(0, at)
 
     def attend(self, attention: Callable[..., torch.Tensor], *of_positions: torch.Tensor) -> torch.Tensor:
-        if not self._on_cpu or self.lengths.shape[0] < GROUPS_OF_ROWS or self._longest < GROUPS_OF_ROWS:
+        if not self._asks or self.lengths.shape[0] < GROUPS_OF_ROWS or self._longest < GROUPS_OF_ROWS:
             return self.unpadded(attention(*(self.padded(x) for x in of_positions)))
         order = torch.argsort(self.lengths)
         where = self._positions_of(order)
@@ -202,12 +206,12 @@ class JaggedHistory(History):
         return shift + torch.arange(shift.shape[0])
 
     def last_state(self, rnn: nn.RNNBase) -> torch.Tensor:
-        if not self._on_cpu:
+        if not self._asks:
             return _padded_last_state(rnn, self.padded(), self.lengths)
         return self._final_states(rnn)[0]
 
     def final_state(self, lstm: nn.LSTM) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._on_cpu:
+        if not self._asks:
             return _padded_final_state(lstm, self.padded(), self.lengths)
         return self._final_states(lstm)
 
