@@ -3,16 +3,16 @@
 import numpy as np
 import pandas as pd
 
-CLUSTERS, ITEMS = 2, 12
+CLUSTERS, ITEMS = 2, 6
 
 
 def log(rows: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Events of 60 users and 12 items of 2 clusters: a click is likely where the item is of the cluster that most of
+    """Events of 60 users and 6 items of 2 clusters: a click is likely where the item is of the cluster that most of
     the user's newest three items are of.  Histories are drawn anew for each row, some are empty, some long."""
     draw = np.random.default_rng(seed)
     item, user = draw.integers(0, ITEMS, rows), draw.integers(0, 60, rows)
     hour = draw.integers(0, 24, rows)
-    lengths = np.minimum(draw.geometric(1 / 6, rows) - 1, 15)
+    lengths = np.minimum(draw.geometric(1 / 4, rows) - 1, 9)
     seen, kinds, ages, clicks, likes = [], [], [], [], []
     for n, candidate in zip(lengths, item, strict=True):
         taste = draw.integers(CLUSTERS)
@@ -51,7 +51,7 @@ schema:
     - {name: user_id, group: user, embedding_dim: 8}
     - {name: hour, group: context, embedding_dim: 4}
     - {name: item_id, group: item, embedding_dim: 8}
-    - {name: clicked, group: user, kind: history, of: item_id, max_length: 10}
+    - {name: clicked, group: user, kind: history, of: item_id, max_length: 6}
     - {name: clicked_kind, group: user, kind: history, beside: clicked, embedding_dim: 4}
     - {name: clicked_age, group: user, kind: history, beside: clicked, encoding: log_bucket, embedding_dim: 8}
   tasks:
@@ -62,8 +62,8 @@ model:
   tower_layers: [16]
   cross_layers: 1
 optimizers:
-  tables: {kind: adagrad, lr: 0.1, init_scale: 0.3}
-  dense: {lr: 0.01}
-training: {epochs: 5, batch_size: 64, eval_batch_size: 200, warmup_steps: 5, patience: 0}
+  tables: {kind: adagrad, lr: 0.2, init_scale: 0.5}
+  dense: {lr: 0.02}
+training: {epochs: 3, batch_size: 64, eval_batch_size: 200, warmup_steps: 5, patience: 0}
 fusion: {weights: {click: 1, like: 1}}
 """

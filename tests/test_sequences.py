@@ -192,9 +192,7 @@ def model(encoder=None, lstm=None, tasks=TASKS, **options):
         EmbeddingConfig(name="t_kinds", num_embeddings=5, embedding_dim=DIM, feature_names=["kind"]),
     ]
     collection = EmbeddingCollection(tables=lists)
-    histories = {
-        "clicked": HistoryEncoder(encoder or DIN(), of="item", beside=["kind"], ages="kind", max_length=CAP)
-    }
+    histories = {"clicked": HistoryEncoder(encoder or DIN(), of="item", beside=["kind"], ages="kind", max_length=CAP)}
     return MTCL(
         EmbeddingBagCollection(tables=bags), 2, SharedBottom([8]), tasks, tower_layers=[4],
         embedding_collection=collection, lookups=[Sequences([collection], histories)],
@@ -285,7 +283,7 @@ def test_gradient_surgery_covers_histories_and_candidates(cut):
         train = MTCLTrain(model(GRU()))
         train(batch(labels=labels))[0].backward()
         alone.append(table_grads(train))
-    train = MTCLTrain(model(GRU()), gradient_surgery=GradientSurgery("upgrad", cut=cut))
+    train = MTCLTrain(model(GRU()), gradient_surgery=GradientSurgery("cagrad", cut=cut))
     train(batch(labels=opposed))[0].backward()
     weights = train.surgery.newest_weights[-1].float()
     assert (weights - 1).abs().max() > 1e-3
