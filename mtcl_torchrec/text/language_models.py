@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class SentenceEncoder:
             model.max_seq_length = max_tokens
         self._model = model
         self.max_tokens = max_tokens or own
-        self._counts_tokens = self.max_tokens is not None and isfinite(self.max_tokens) and callable(model.tokenizer)
+        self._most = self.max_tokens if self.max_tokens is not None and callable(model.tokenizer) else inf
         self.cut = 0
         version = importlib.metadata.version("sentence-transformers")
         self.identity = f"{identity} {self.max_tokens} tokens sentence-transformers {version}"
@@ -157,8 +157,8 @@ class SentenceEncoder:
         """(n, d) float32."""
         if not texts:
             return np.zeros((0, len(self(["a"])[0])), np.float32)
-        if self._counts_tokens:
-            self.cut += sum(length > self.max_tokens for length in _token_counts(self._model.tokenizer, texts))
+        if self._most < inf:
+            self.cut += sum(length > self._most for length in _token_counts(self._model.tokenizer, texts))
         return self._model.encode(texts, batch_size=64, show_progress_bar=False, convert_to_numpy=True)
 
 
