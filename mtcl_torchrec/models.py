@@ -29,6 +29,8 @@ from mtcl_torchrec.modules.lookups import Lookups
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
 from mtcl_torchrec.modules.rare import warn_of_uncalibrated
 from mtcl_torchrec.modules.regularisers import Regularisers
+from mtcl_torchrec.modules.sequences import Sequences
+from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.towers import MultiTaskTower, Precision
 from mtcl_torchrec.schema import Group, Task, check_unique, nearest
 
@@ -111,7 +113,7 @@ class MTCL(nn.Module):
 
     Args:
         embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device, or a
-            ManagedCollisionEmbeddingBagCollection.
+            ManagedCollisionEmbeddingBagCollection; None where all tables are in `embedding_collection`.
         dense_in_features: D, number of dense features; 0 where there are none.
         trunk: `SharedBottom`, `MMoE`, `PLE`, `AdaTT`, `HoME`, `STEM`, `SingleTask`, or a module of the signature in
             `mtcl_torchrec.modules.trunks`.
@@ -133,6 +135,10 @@ class MTCL(nn.Module):
         calibration: of the predictions that it returns and fuses, not of the logits that train; may be set after
             training, too, as ``model.output.calibration``.
         lookups: modules that make more inputs by key, see `mtcl_torchrec.modules.lookups.Lookups`.
+        embedding_collection: a TorchRec EmbeddingCollection, or several (of tables of different widths), where
+            histories and their candidates are looked up; `lookups` holds a
+            `mtcl_torchrec.modules.sequences.Sequences` then.
+        lstm_towers: an LSTM for each task beside its representation.
 
     Raises:
         ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
@@ -174,7 +180,7 @@ class MTCL(nn.Module):
 
     def __init__(
         self,
-        embedding_bag_collection: nn.Module,
+        embedding_bag_collection: nn.Module | None,
         dense_in_features: int,
         trunk: nn.Module,
         tasks: Sequence[Task],
@@ -193,6 +199,8 @@ class MTCL(nn.Module):
         ppnet: PPNet | None = None,
         calibration: Calibration | None = None,
         lookups: Sequence[nn.Module] = (),
+        embedding_collection: nn.Module | Sequence[nn.Module] | None = None,
+        lstm_towers: LSTMTowers | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -203,17 +211,21 @@ class MTCL(nn.Module):
         for name in getattr(fused_score, "tasks", ()):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")
-        more = Lookups(embedding_dims(embedding_bag_collection), lookups)
+        bags = embedding_bag_collection
+        more = Lookups({} if bags is None else embedding_dims(bags), lookups)
         dims = more.dims
+        sequences = _sequences(lookups, embedding_collection)
         for key, width in getattr(fused_score, "features", {}).items():
             if dims.get(key) != width:
                 raise ValueError(
                     f"the fused score reads a pooled embedding {key!r} of width {width}, and the model has "
                     f"{f'one of width {dims[key]}' if key in dims else f'none{nearest(key, dims)}'}"
                 )
-        features = looked_up_features(embedding_bag_collection)
+        features = set() if bags is None else looked_up_features(bags)
+        features |= {name for of in sequences for name in of.candidates}
         self.tasks = tuple(tasks)
         self.embedding_bag_collection = embedding_bag_collection
+        self.embedding_collections = _collections(embedding_collection)
         self.lookups = more
         self.tower = MultiTaskTower(
             dims,
@@ -231,6 +243,8 @@ class MTCL(nn.Module):
             precision=precision,
             epnet=epnet,
             ppnet=ppnet,
+            lstm_towers=lstm_towers,
+            histories={name: of for part in sequences for name, of in part.inputs().items()},
         )
         self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score), dims, calibration)
 
@@ -253,9 +267,28 @@ class MTCL(nn.Module):
             ``"score"`` (B,) in [0, 1].  For ``buy`` after ``click`` it is the probability of both, and ``"buy|click"``,
             where there is one, that of ``buy`` given ``click`` (see `mtcl_torchrec.modules.chains`).
         """
-        pooled = self.lookups(self.embedding_bag_collection(sparse_features), sparse_features)
+        pooled = None
+        if self.embedding_bag_collection is not None:
+            pooled = self.embedding_bag_collection(sparse_features)
+        sequences = [collection(sparse_features) for collection in self.embedding_collections]
+        pooled = self.lookups(pooled, sparse_features, sequences)
         logits = self.tower(dense_features, pooled)
         return self.output(logits, dense_features, sparse_features, pooled, request)
+
+
+def _collections(given: nn.Module | Sequence[nn.Module] | None) -> nn.ModuleList:
+    if given is None:
+        return nn.ModuleList()
+    return nn.ModuleList([given] if isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList) else given)
+
+
+def _sequences(lookups: Sequence[nn.Module], collections: nn.Module | Sequence[nn.Module] | None) -> list[Sequences]:
+    found = [module for module in lookups if isinstance(module, Sequences)]
+    if bool(found) != bool(len(_collections(collections))):
+        raise ValueError(
+            "histories need both: embedding_collection=..., in which they are looked up, and a Sequences among lookups"
+        )
+    return found
 
 
 def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Module | None) -> dict[str, str]:
@@ -369,9 +402,12 @@ class MTCLTrain(nn.Module):
         Returns:
             ``(loss, (loss, logits, labels))``; the second part is detached, logits by task name.
         """
-        pooled = self.model.embedding_bag_collection(batch.sparse_features)
-        pooled = self.model.lookups(pooled, batch.sparse_features)
+        pooled = None
+        if self.model.embedding_bag_collection is not None:
+            pooled = self.model.embedding_bag_collection(batch.sparse_features)
+        sequences = [collection(batch.sparse_features) for collection in self.model.embedding_collections]
         skip = self.skip_flag(batch.labels)
+        pooled = self.model.lookups(pooled, batch.sparse_features, sequences, skip)
         frozen = self.loss.frozen_tasks(batch.labels)
         cut = None if self.surgery is None else self.surgery(batch.sparse_features)
         logits = self.model.tower(batch.dense_features, pooled, skip, frozen, cut)

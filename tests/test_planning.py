@@ -29,7 +29,7 @@ from mtcl_torchrec.training.planning.planner import (
     plan_tables,
     table_configs,
     table_constraints,
-    table_sharder,
+    table_sharders,
     topology,
 )
 from mtcl_torchrec.training.planning.report import print_plan
@@ -285,7 +285,7 @@ def test_storage_counts_what_an_optimizer_keeps():
     sharding = ShardingConfig(kinds=["table_wise", "data_parallel"])
     found = table_constraints(module, sharding, device_type="cuda", world_size=2, ranks_per_host=2, optimizer="adagrad")
     search = Search(topology(KNOWN["h200"], 2, 2), found, batch_size=1)
-    storage = {o.sharding_type: o.shards[0].storage.hbm for o in search.options(module, table_sharder(sharding))}
+    storage = {o.sharding_type: o.shards[0].storage.hbm for o in search.options(module, table_sharders(sharding))}
     assert storage["table_wise"] == pytest.approx(64_000 * (2 + 4 + 4), rel=0.01)
     assert storage["data_parallel"] == pytest.approx(64_000 * 2 * (1 + 2 + 2), rel=0.01)
 
@@ -311,7 +311,7 @@ def test_equally_good_plans_are_found_in_one_order():
     module, sharding = tables((9, 8), (9, 8)), ShardingConfig(kinds=["row_wise", "column_wise", "table_wise"])
     found = table_constraints(module, sharding, device_type="cpu", world_size=2, ranks_per_host=2, optimizer="sgd")
     search = Search(topology(KNOWN["cpu"], 2, 2), found, batch_size=1)
-    order = [(o.name, o.sharding_type) for o in search.options(module, table_sharder(sharding))]
+    order = [(o.name, o.sharding_type) for o in search.options(module, table_sharders(sharding))]
     assert order == [(t, kind) for t in ("t0", "t1") for kind in ("table_wise", "row_wise", "column_wise")]
 
 

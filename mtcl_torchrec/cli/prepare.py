@@ -101,13 +101,14 @@ def _dial(pair: str) -> tuple[str, Any]:
 
 @app.command()
 def prepare(
-    run_yaml: Annotated[Path, typer.Argument(help="A run with a `statistics` part.")],
+    run_yaml: Annotated[Path, typer.Argument(help="A run with a `statistics`, `histories` or `next_labels` part.")],
     out: Annotated[Path, typer.Option(help="Folder for the prepared files.")],
 ) -> None:
-    """Compute the run's causal counts and rates once, and write them beside the data.
+    """Compute the run's causal counts and rates, histories and next labels once, and write them beside the data.
 
-    Writes train / val / test as Parquet with the new columns, the statistics themselves, and a run.yaml that uses both:
-    `mtcl train OUT/run.yaml` then gives the same model as the original YAML without counting again.
+    Writes train / val / test as Parquet with the new columns (a history is a column of lists), the statistics and the
+    histories' events themselves, and a run.yaml that uses both: `mtcl train OUT/run.yaml` then gives the same model as
+    the original YAML without counting again, also as a stream (data: {stream: true}).
     """
     console = screen()
     prepare_files(load_run(run_yaml), out, lambda text: console.print(text, highlight=False))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mtcl_torchrec.config.base import Fraction, Part, Paths, as_list
-from mtcl_torchrec.schema import Group, check_unique, nearest
+from mtcl_torchrec.schema import Group, Schema, check_unique, nearest
 
 
 class SyntheticConfig(Part):
@@ -155,3 +155,105 @@ class StatisticsConfig(Part):
             if outcome not in self.outcomes:
                 raise ValueError(f"smoothing_of: {outcome!r} is no outcome{nearest(outcome, self.outcomes)}")
         return self
+
+
+class HistoryConfig(Part):
+    """A history feature of the schema, built from the log: what its user met before each row, strictly earlier.
+
+    See `mtcl_torchrec.data.histories.History`; a run may have several of these.
+
+    Args:
+        feature: the history feature (``kind: history, of: FEATURE``) whose lists are built; its column, and those of
+            its companions, are not read.
+        by: column that says whose history it is; the default is the schema's user.
+        where: columns of numbers; a row is an event where one of them is above 0, or any row where none is named.
+        beside: companion -> what it says of an event: a column of the event's row, or a list of columns, which gives
+            the number of the first of them that is above 0, counted from 1, and 0 where none is.  A companion with
+            ``encoding: log_bucket`` holds the events' ages and is not named here.
+        time_unit: of times that are numbers, for ages; the default is seconds.
+        prepared: folder in which ``mtcl prepare`` stored the events, where the data has the columns already.
+    """
+
+    feature: str
+    by: str | None = None
+    where: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
+    beside: dict[str, str | Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None
+    prepared: str | None = None
+
+    def check(self, schema: Schema) -> None:
+        """See that the schema declares what is built.
+
+        Raises:
+            ValueError: naming the key and, if there is one, the nearest right name.
+        """
+        histories = {f.name: f for f in schema.history_features if f.of is not None}
+        if self.feature not in histories:
+            raise ValueError(
+                f"histories.feature: no history of an id feature {self.feature!r}{nearest(self.feature, histories)}"
+            )
+        if self.by is None and schema.user is None:
+            raise ValueError(f"histories of {self.feature!r} need schema.user, or by: the column that says whose it is")
+        if schema.time is None:
+            raise ValueError(f"histories of {self.feature!r} need schema.time: they hold strictly earlier events only")
+        companions = {f.name: f for f in schema.companions(self.feature)}
+        ages = [name for name, f in companions.items() if f.encoding == "log_bucket"]
+        for name in self.beside:
+            if name not in companions:
+                raise ValueError(
+                    f"histories.beside: {name!r} is not beside {self.feature!r}{nearest(name, companions)}"
+                )
+            if name in ages:
+                raise ValueError(f"histories.beside: {name!r} holds ages, which follow from schema.time")
+        for name, feature in companions.items():
+            if name not in ages and name not in self.beside:
+                raise ValueError(f"histories.beside: say what {name!r} holds: a column of the event's row, or events")
+            kinds = self.beside.get(name)
+            if isinstance(kinds, list) and (feature.encoding, feature.vocabulary_size) != ("index", len(kinds) + 1):
+                raise ValueError(
+                    f"histories.beside: {name!r} holds numbers from 0 to {len(kinds)}: its feature needs encoding: "
+                    f"index and vocabulary_size: {len(kinds) + 1}"
+                )
+        if self.time_unit is not None and not ages:
+            raise ValueError(f"histories.time_unit: nothing beside {self.feature!r} holds ages (encoding: log_bucket)")
+
+
+class NextLabelConfig(Part):
+    """A label column that is added to each split: what the user turns to next, in the same split.
+
+    See `mtcl_torchrec.data.next_labels.next_label`; a run may have several of these.
+
+    Args:
+        column: name of the label, for `Task.label`.
+        of: column whose value in the next row is the label, such as the item's category.
+        by: column that says whose row it is; the default is the schema's user.
+        where: columns of numbers; only a row where one of them is above 0 is a next one.
+        prepared: whether ``mtcl prepare`` has written the column already.
+    """
+
+    column: str
+    of: str
+    by: str | None = None
+    where: Annotated[list[str], BeforeValidator(as_list)] = Field(default_factory=list)
+    prepared: bool = False
+
+    def check(self, schema: Schema) -> None:
+        """See that a task wants the label, and no feature is it.
+
+        Raises:
+            ValueError: naming the key and, if there is one, the nearest right name.
+        """
+        labels = schema.label_columns()
+        if self.column not in labels:
+            raise ValueError(f"next_labels.column: no task has the label {self.column!r}{nearest(self.column, labels)}")
+        if self.column == self.of:
+            raise ValueError(f"next_labels.column: {self.column!r} would be the label of its own row")
+        reader = next((f.name for f in schema.features if f.rows_from == self.column), None)
+        if reader is not None:
+            raise ValueError(f"next_labels.column: feature {reader!r} reads {self.column!r}, which is a label")
+        if self.by is None and schema.user is None:
+            raise ValueError(
+                f"next_labels: {self.column!r} needs schema.user, or by: the column that says whose row it is"
+            )
+        if schema.time is None:
+            raise ValueError(f"next_labels: {self.column!r} needs schema.time")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from mtcl_torchrec.config.base import Fraction, Part, known_kind
+from mtcl_torchrec.config.sequences import SequenceOrKind, TowerConfig, TowerOrKind, check_sequences
 from mtcl_torchrec.schema import Feature, Schema, check_groups, check_unique, nearest, own_table
 
 TrunkKind = Literal["shared_bottom", "single_task", "mmoe", "ple", "adatt", "home", "stem"]
@@ -45,7 +46,7 @@ class TrunkConfig(Part):
         groups: of HoME: lists of task names; the default groups the tasks by kind.
         feature_rank: of HoME's feature gates; 0 is none.
         own_tables: of STEM: the tables of which each task has one of its own, called ``<table>@<task>``; the default is
-            all of them.
+            all of them but those that histories look up, which are always shared.
         options: of a trunk of your own: arguments of its constructor.
     """
 
@@ -107,6 +108,9 @@ class ModelConfig(Part):
         trunk: what the tasks share.
         epnet: a gate on the input (PEPNet), with any trunk.
         ppnet: gates on each task's representation and tower (PEPNet), with any trunk.
+        sequences: history feature -> how it becomes one vector; those that are left out take ``din``.  A name alone is
+            a kind.
+        tower: what reads a task's representation before `tower_layers`; ``lstm`` alone is a kind.
         tower_layers: widths of each task's own network on top of the trunk.
         cross_layers, cross_rank: low-rank cross layers (DCN v2) before the trunk; 0 layers is none.
         embedding_dropout: share of features whose whole embedding is left out of a row while training.
@@ -117,6 +121,8 @@ class ModelConfig(Part):
     trunk: TrunkConfig = Field(default_factory=TrunkConfig)
     epnet: GateConfig | None = None
     ppnet: GateConfig | None = None
+    sequences: dict[str, SequenceOrKind] = Field(default_factory=dict)
+    tower: TowerOrKind = Field(default_factory=TowerConfig)
     tower_layers: list[PositiveInt] = Field(default_factory=lambda: [32])
     cross_layers: NonNegativeInt = 0
     cross_rank: PositiveInt = 64
@@ -136,7 +142,7 @@ class ModelConfig(Part):
         if self.trunk.kind != "stem":
             return {}
         named = self.trunk.own_tables
-        tables = [t for t, of in schema.tables().items() if of[0].kind != "vector"] if named is None else named
+        tables = _own_by_default(schema) if named is None else named
         return {table: tuple(task.name for task in schema.tasks if task.in_trunk) for table in tables}
 
     def tables(self, schema: Schema) -> dict[str, list[Feature]]:
@@ -165,8 +171,13 @@ class ModelConfig(Part):
         for name in self.trunk.own_tables or ():
             if name not in tables:
                 raise ValueError(f"model.trunk.own_tables: no table {name!r}{nearest(name, tables)}")
+            if name in schema.sequence_tables():
+                raise ValueError(
+                    f"model.trunk.own_tables: a history looks up table {name!r}, which is then shared by all tasks"
+                )
             if tables[name][0].kind == "vector":
                 raise ValueError(f"model.trunk.own_tables: {name!r} adds to vectors that all tasks share")
+        check_sequences(self.sequences, self.tower, schema)
         own = [own_table(table, task) for table, of in self.copied_tables(schema).items() for task in of]
         if own:
             names = [name.replace(".", "_") for name in (*tables, *own)]
@@ -181,11 +192,19 @@ class ModelConfig(Part):
                 _check_gate(f"model.{key}", gate.features, schema, key == "epnet")
 
 
+def _own_by_default(schema: Schema) -> list[str]:
+    """The tables of which a task can have its own: none of vectors, and none that a history looks up."""
+    shared = schema.sequence_tables()
+    return [t for t, of in schema.tables().items() if of[0].kind != "vector" and t not in shared]
+
+
 def _check_gate(key: str, features: Iterable[str] | None, schema: Schema, of_context: bool) -> None:
     sparse = {feature.name: feature for feature in schema.sparse_features}
     for name in features or ():
         if name in {feature.name for feature in schema.dense_features}:
             raise ValueError(f"{key}.features: {name!r} is dense, and the gate reads embeddings")
+        if name in sparse and sparse[name].beside is not None:
+            raise ValueError(f"{key}.features: {name!r} is part of history {sparse[name].beside!r}; name that")
         if name not in sparse:
             raise ValueError(f"{key}.features: no sparse feature {name!r}{nearest(name, sparse)}")
     if features is None and of_context and not any(f.group == ("context",) for f in sparse.values()):

@@ -12,12 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, V
 from mtcl_torchrec.config.balance import BalanceConfig
 from mtcl_torchrec.config.base import Part
 from mtcl_torchrec.config.calibration import CalibrationConfig
-from mtcl_torchrec.config.data import DataConfig, StatisticsConfig
+from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig
 from mtcl_torchrec.config.fusion import FusionConfig
 from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
 from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
-from mtcl_torchrec.schema import ConfigError, Schema, nearest
+from mtcl_torchrec.schema import ConfigError, Schema, check_unique, nearest
 
 
 def _as_blocks(value: Any) -> Any:
@@ -47,6 +47,8 @@ class RunConfig(Part):
     data: DataConfig
     data_schema: Schema = Field(alias="schema")
     statistics: Annotated[list[StatisticsConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    histories: Annotated[list[HistoryConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
+    next_labels: Annotated[list[NextLabelConfig], BeforeValidator(_as_blocks)] = Field(default_factory=list)
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizers: OptimizersConfig = Field(default_factory=OptimizersConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -90,17 +92,34 @@ class RunConfig(Part):
         self._check_surgery()
         if self.statistics and self.data_schema.time is None:
             raise ValueError("statistics need schema.time: they count strictly earlier rows only")
+        for block in self.histories:
+            block.check(self.data_schema)
+        check_unique("history", [block.feature for block in self.histories])
+        for label in self.next_labels:
+            label.check(self.data_schema)
+        check_unique("next label", [label.column for label in self.next_labels])
         if self.data.log is not None and self.data_schema.time is None:
             raise ValueError("data.log needs schema.time: the log is split by time")
         return self
 
     def _check_surgery(self) -> None:
-        surgery, features = self.balance.surgery, [f.name for f in self.data_schema.sparse_features]
+        surgery = self.balance.surgery
+        features = [f.name for f in self.data_schema.sparse_features if f.beside is None]
         for name in (name for group in surgery.groups for name in group):
             if name not in features:
                 raise ValueError(f"balance.surgery.groups: no id feature {name!r}{nearest(name, features)}")
         if surgery.kind != "none" and len(self.data_schema.tasks) < 2:
             raise ValueError("balance.surgery needs two tasks at least")
+        if surgery.kind != "none" and self.model.tower.kind == "lstm":
+            raise ValueError(
+                "balance.surgery: an lstm tower reads the shared embeddings past every cut; take model.sequences with "
+                "tower: mlp"
+            )
+        if surgery.kind != "none" and surgery.cut == "tables" and self.data_schema.sequence_tables():
+            raise ValueError(
+                "balance.surgery.cut: 'tables' needs the gradient of each row, and that of a history's rows goes "
+                "through its encoder; take embeddings, trunk or both"
+            )
         if surgery.kind != "none" and surgery.cut in ("trunk", "both") and self.model.trunk.kind == "single_task":
             raise ValueError(
                 f"balance.surgery.cut: in a single_task trunk nothing is shared, so {surgery.cut!r} cuts nothing; take "
@@ -158,7 +177,8 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
             paths = getattr(run.data, split)
             if paths is not None:
                 setattr(run.data, split, [str(folder / p) for p in paths])
-        for block in run.statistics:
+        made: list[StatisticsConfig | HistoryConfig] = [*run.statistics, *run.histories]
+        for block in made:
             if block.prepared is not None:
                 block.prepared = str(folder / block.prepared)
         run.data_schema = run.data_schema.with_files(lambda path: str(folder / path))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -82,12 +83,52 @@ class MTBatch(Pipelineable):
         )
 
 
+class Jagged(Protocol):
+    """A feature of N rows with any number of values in each: a `Bag`, or `mtcl_torchrec.data.spans.Spans`."""
+
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values, row after row, and lengths, both int64, of the rows in `index`."""
+
+    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and lengths of all rows."""
+
+    def slice(self, start: int, stop: int) -> Bag:
+        """The rows from `start` to `stop` (not included), copied."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that it holds."""
+
+
+def members(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Where the values of some rows stand, row after row: ``starts[i], …, starts[i] + lengths[i] - 1``.
+
+    Example:
+        >>> members(torch.tensor([5, 0]), torch.tensor([2, 1]))
+        tensor([5, 6, 0])
+    """
+    shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+    return shift + torch.arange(len(shift))
+
+
 @dataclass(frozen=True)
 class Bag:
     """A jagged feature of N rows: row i holds ``values[offsets[i]:offsets[i + 1]]``."""
 
     values: torch.Tensor
     offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor, lengths: torch.Tensor) -> Bag:
+        """From values, row after row, and the lengths of the rows."""
+        return cls(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
+    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and lengths of all rows."""
+        return self.values, self.offsets.diff()
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Values and offsets."""
+        return self.values, self.offsets
 
     def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and lengths of the rows in `index`.
@@ -99,8 +140,7 @@ class Bag:
         """
         starts = self.offsets[index]
         lengths = self.offsets[index + 1] - starts
-        shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
-        return self.values[shift + torch.arange(len(shift))], lengths
+        return self.values[members(starts, lengths)], lengths
 
     def slice(self, start: int, stop: int) -> Bag:
         """The rows from `start` to `stop` (not included), copied.
@@ -113,7 +153,7 @@ class Bag:
         return Bag(self.values[offsets[0] : offsets[-1]].clone(), offsets - offsets[0])
 
     @classmethod
-    def cat(cls, parts: Sequence[Bag]) -> Bag:
+    def cat(cls, parts: Sequence[Jagged]) -> Bag:
         """The rows of all parts, one after the other.
 
         Example:
@@ -121,8 +161,8 @@ class Bag:
             >>> Bag.cat([bag.slice(1, 3), bag.slice(0, 1)])
             Bag(values=tensor([7, 5, 6]), offsets=tensor([0, 0, 1, 3]))
         """
-        lengths = torch.cat([part.offsets.diff() for part in parts])
-        return cls(torch.cat([part.values for part in parts]), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        values, lengths = zip(*(part.all() for part in parts), strict=True)
+        return cls.of(torch.cat(values), torch.cat(lengths))
 
 
 @dataclass(frozen=True)
@@ -144,7 +184,7 @@ class EncodedRows:
     keys: tuple[str, ...]
     ids: torch.Tensor
     labels: torch.Tensor
-    bags: dict[str, Bag] = field(default_factory=dict)
+    bags: Mapping[str, Jagged] = field(default_factory=dict)
     weights: torch.Tensor | None = None
     requests: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
@@ -195,7 +235,7 @@ class EncodedRows:
                 if key not in self.bags:
                     parts.append((next(column), ones))
                 elif index is None:
-                    parts.append((self.bags[key].values, self.bags[key].offsets.diff()))
+                    parts.append(self.bags[key].all())
                 else:
                     parts.append(self.bags[key].take(index))
             values = torch.cat([v for v, _ in parts])

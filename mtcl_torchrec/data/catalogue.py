@@ -26,10 +26,12 @@ class Catalogue:
     """Latest known columns of each user and item, the usual context, what each user has seen, how popular items are.
 
     Args:
-        users, items: one row per user / item, the key column first.
+        users, items: one row per user / item, the key column first.  A history is as of the end of the log where it
+            was built from the log (``histories:``), else that of their last row.
         context: context column -> most frequent value (of a number: the median) in the training split.
         seen: user and item columns, one row per pair in the log.
         popularity: item -> positive labels of the first binary task in the training split.
+        end: time of the log's last row, which the ages in histories are reckoned from; None where there are none.
     """
 
     users: pd.DataFrame
@@ -37,6 +39,7 @@ class Catalogue:
     context: dict[str, Any]
     seen: pd.DataFrame
     popularity: pd.Series
+    end: int | float | str | None = None
 
     @classmethod
     def build(cls, schema: Schema, groups: dict[str, Group], train: pd.DataFrame, later: pd.DataFrame) -> Catalogue:
@@ -112,17 +115,20 @@ class Catalogue:
         self.seen.to_parquet(folder / "seen.parquet", index=False)
         self.popularity.reset_index().to_parquet(folder / "popularity.parquet", index=False)
         (folder / "context.json").write_text(json.dumps(self.context, indent=1))
+        if self.end is not None:
+            (folder / "end.json").write_text(json.dumps(self.end))
 
     @classmethod
     def load(cls, folder: Path) -> Catalogue:
         """Read what `save` wrote."""
-        popularity = pd.read_parquet(folder / "popularity.parquet")
+        popularity, end = pd.read_parquet(folder / "popularity.parquet"), folder / "end.json"
         return cls(
             users=pd.read_parquet(folder / "users.parquet"),
             items=pd.read_parquet(folder / "items.parquet"),
             context=json.loads((folder / "context.json").read_text()),
             seen=pd.read_parquet(folder / "seen.parquet"),
             popularity=popularity.set_index(popularity.columns[0])["popularity"],
+            end=json.loads(end.read_text()) if end.is_file() else None,
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows
+from mtcl_torchrec.data.batch import Bag, EncodedRows, Jagged
 from mtcl_torchrec.data.columns import (
     FLOAT32_MAX,
     as_integers,
@@ -28,8 +28,10 @@ from mtcl_torchrec.data.columns import (
 )
 from mtcl_torchrec.data.contents import CodeRows, Contents, VectorRows, read_contents
 from mtcl_torchrec.data.fitting import SplitSummary, summarise
+from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.spans import Earlier
 from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
 from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task, nearest
 
@@ -202,7 +204,7 @@ class FeatureEncoder:
         for table, features in self.schema.tables().items():
             if features[0].learns_values:
                 known = old._vocabularies.get(table, pd.Index([]))
-                counts = [summary.counts[f.name] for f in features]
+                counts = [summary.counts[f.name] for f in features if f.of is None]
                 self._vocabularies[table] = grow_vocabulary(known, counts, features[0].min_count)
                 self._refuse_overflow(table, features[0])
         self._contents = self._read_contents(old)
@@ -297,12 +299,15 @@ class FeatureEncoder:
         Raises:
             DataError: names the column, and the file and row, of the first value that does not fit.
         """
-        ids, bags = [], {}
+        ids, bags = list[np.ndarray](), dict[str, Jagged]()
         features = {f.name: f for f in self.schema.sparse_features}
+        lists = listed_histories(rows, self.schema)
         for key in self.keys:
             feature = features[key]
             if feature.kind == "id":
                 ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows))
+            elif feature.kind == "history":
+                bags[key] = self._history(feature, rows, lists[key])
             elif feature.has_content:
                 contents, values = self._contents[key], ids_of(rows, feature.rows_from)
                 if isinstance(contents, VectorRows):
@@ -330,12 +335,25 @@ class FeatureEncoder:
             rewards=self._rewards(rows) if with_labels and with_rewards else None,
         )
 
+    def _history(self, feature: Feature, rows: Rows, lists: Listed | Earlier) -> Jagged:
+        """A history's or companion's values as row numbers."""
+        size = self.num_embeddings(feature.table_name)
+        if isinstance(lists, Earlier):
+            if lists.values is None:
+                return lists.aged(size)
+            return lists.spans(self._row_numbers(feature, lists.values, rows, lists.first_owner()))
+        if feature.encoding == "log_bucket":
+            found = age_rows(feature, lists, rows, size)
+        else:
+            found = self._row_numbers(feature, lists.values, rows, lists.owner)
+        return Bag.of(torch.from_numpy(found), torch.from_numpy(lists.lengths))
+
     def coverage(self, rows: EncodedRows) -> list[tuple[Feature, float]]:
         """Each feature with content, and the share of encoded rows that have some."""
         found, single = [], [key for key in rows.keys if key not in rows.bags]
         for feature in (f for f in self.schema.features if f.has_content):
             if feature.name in rows.bags:
-                there = rows.bags[feature.name].offsets.diff() > 0
+                there = rows.bags[feature.name].all()[1] > 0
             else:
                 there = rows.ids[:, single.index(feature.name)] > 0
             found.append((feature, float(there.float().mean()) if len(rows) else 1.0))

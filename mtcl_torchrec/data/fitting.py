@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of, label_of, split_bag, unmasked
+from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of, label_of, unmasked
+from mtcl_torchrec.data.listed import listed_values
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.stream import WindowSource, in_order
 from mtcl_torchrec.data.vocabulary import ValueCounts
@@ -82,7 +83,8 @@ class SplitSummary:
     """
 
     def __init__(self, schema: Schema, dense: Sequence[Feature] | None = None) -> None:
-        self._sparse = [f for f in schema.sparse_features if f.learns_values]
+        # A history lists values of an id feature, which has them all.
+        self._sparse = [f for f in schema.sparse_features if f.learns_values and f.of is None]
         self._dense = list(schema.dense_features if dense is None else dense)
         self._tasks = schema.tasks
         self.counts = {f.name: ValueCounts() for f in self._sparse}
@@ -108,8 +110,8 @@ class SplitSummary:
             DataError: a column is missing or does not hold what the schema says.
         """
         for feature in self._sparse:
-            if feature.kind == "bag":
-                values = split_bag(feature, column_of(rows, feature.rows_from))[0]
+            if feature.kind in ("bag", "history"):
+                values = listed_values(feature, rows)
             else:
                 values = ids_of(rows, feature.rows_from)
             self.counts[feature.name].add(values)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from mtcl_torchrec.config import DataConfig
+from mtcl_torchrec.data.spans import Earlier
 from mtcl_torchrec.schema import DataError, nearest
 
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -25,11 +27,18 @@ class Rows:
     """A data frame that still knows which file each row came from.
 
     `frame.index` counts the rows of all files from 0 and stays with a row through sorting and splitting.
+
+    Args:
+        frame: the columns.
+        files: paths.
+        starts: the number of each file's first row.
+        earlier: column -> its lists, of histories that were built and are no column of the frame.
     """
 
     frame: pd.DataFrame
     files: tuple[str, ...] = ()
     starts: tuple[int, ...] = ()
+    earlier: Mapping[str, Earlier] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -50,7 +59,7 @@ class Rows:
 
     def take(self, mask: np.ndarray) -> Rows:
         """The rows where `mask` is true."""
-        return Rows(self.frame[mask], self.files, self.starts)
+        return Rows(self.frame[mask], self.files, self.starts, {c: e.at(mask) for c, e in self.earlier.items()})
 
     def at(self, positions: np.ndarray) -> Rows:
         """The rows at `positions` of the frame, in their order.
@@ -59,7 +68,8 @@ class Rows:
             >>> Rows(pd.DataFrame({"a": [5, 6, 7]})).at(np.array([2, 0])).frame["a"].tolist()
             [7, 5]
         """
-        return Rows(self.frame.iloc[positions], self.files, self.starts)
+        earlier = {c: e.at(positions) for c, e in self.earlier.items()}
+        return Rows(self.frame.iloc[positions], self.files, self.starts, earlier)
 
     @property
     def name(self) -> str:

@@ -68,10 +68,14 @@ def load_splits(
 
 def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
     raw = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
+    raw = {name: preprocessor.with_next_labels(rows) for name, rows in raw.items()}
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in raw.items()))
     keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
     if keys:
         say(f"counting what came before each row, by {keys} key{'s' if keys > 1 else ''}")
+    building = sum(block.prepared is None for block in run.histories)
+    if building:
+        say(f"building what came before each row, {building} histor{'ies' if building > 1 else 'y'}")
     started = time.monotonic()
 
     def progress(key: str) -> None:
@@ -82,7 +86,7 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     later = {name: preprocessor.conform(rows) for name, rows in raw.items() if name != "train"}
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
-        catalogue = Catalogue.build(run.data_schema, preprocessor.groups, raw["train"].frame, later["val"].frame)
+        catalogue = preprocessor.catalogue(raw["train"], later["val"])
     return _with_later(MemoryRows(train, seed=run.training.seed), later, preprocessor, catalogue)
 
 
@@ -116,6 +120,10 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     assert config is not None
     if run.statistics:
         raise ConfigError("statistics are counted in memory: write the world to files with `mtcl synth` for them")
+    if run.histories:
+        raise ConfigError("histories are built in memory: write the world to files with `mtcl synth` for them")
+    if run.next_labels:
+        raise ConfigError("next_labels are found in memory: write the world to files with `mtcl synth` for them")
     world = ready_world(config.world, **config.dials())
     sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
     preprocessor.learn(Rows(world.rows(sample)), grown_from=grown_from)

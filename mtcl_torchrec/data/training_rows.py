@@ -77,7 +77,7 @@ class MemoryRows:
 
     @cached_property
     def _digest(self) -> str:
-        bags = [part for bag in self.rows.bags.values() for part in (bag.values, bag.offsets)]
+        bags = [part for bag in self.rows.bags.values() for part in bag.tensors()]
         optional = [t for t in (self.rows.weights, self.rows.requests, self.rows.rewards) if t is not None]
         digest = sha256()
         for tensor in (self.rows.dense, self.rows.ids, self.rows.labels, *optional, *bags):

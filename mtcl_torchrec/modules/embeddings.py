@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    get_embedding_names_by_table,
+)
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec.schema import GROUPS, Group, Schema, Task, nearest, own_table
 
+_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 Pooled = Any  # a KeyedTensor, a pipeline's promise of one, a tuple that starts with one, or a (B, width) tensor
 
 
@@ -35,7 +40,7 @@ def build_embedding_bag_collection(
     device: torch.device | str = "meta",
     own_tables: Mapping[str, Sequence[str]] | None = None,
 ) -> EmbeddingBagCollection:
-    """The EmbeddingBagCollection of a schema's sparse features.
+    """The EmbeddingBagCollection of a schema's sparse features, but those of `build_embedding_collections`.
 
     Pooled embeddings are float32 whatever the data type of a table.  Where its optimizer steps, FBGEMM rounds an fp16
     weight at random on CUDA, so that small steps count on average, and to the nearest on the CPU, where a step of less
@@ -48,7 +53,6 @@ def build_embedding_bag_collection(
         own_tables: table name -> the tasks that have a copy of it for themselves, see `with_own_tables`.
     """
     poolings = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
-    data_types = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
     tables = [
         EmbeddingBagConfig(
             name=table_module_name(table),
@@ -60,9 +64,10 @@ def build_embedding_bag_collection(
                 "mean" if any(f.kind == "bag" for f in features) and features[0].pooling == "mean" else "sum"
             ],
             # What is trained of vectors moves by less than fp16 can tell.
-            data_type=data_types["fp32" if features[0].kind == "vector" else features[0].data_type],
+            data_type=_DATA_TYPES["fp32" if features[0].kind == "vector" else features[0].data_type],
         )
         for table, features in schema.tables().items()
+        if table not in schema.sequence_tables()
     ]
     copied = {table_module_name(table): of for table, of in (own_tables or {}).items()}
     tables += [
@@ -72,6 +77,31 @@ def build_embedding_bag_collection(
         if task in copied.get(config.name, ())
     ]
     return EmbeddingBagCollection(tables=tables, device=torch.device(device))
+
+
+def build_embedding_collections(
+    schema: Schema, num_embeddings: Callable[[str], int], device: torch.device | str = "meta"
+) -> list[EmbeddingCollection]:
+    """The EmbeddingCollections of the tables that histories look up, one for each width of embeddings.
+
+    The id features that share such a table are looked up there too.
+
+    Args:
+        schema: declares features and tables.
+        num_embeddings: table name -> its number of rows.
+        device: ``"meta"`` for a model that `DistributedModelParallel` will materialise.
+    """
+    by_width: dict[int, list[EmbeddingConfig]] = {}
+    for table, features in schema.sequence_tables().items():
+        config = EmbeddingConfig(
+            name=table_module_name(table),
+            num_embeddings=num_embeddings(table),
+            embedding_dim=features[0].embedding_dim,
+            feature_names=[f.name for f in features],
+            data_type=_DATA_TYPES[features[0].data_type],
+        )
+        by_width.setdefault(config.embedding_dim, []).append(config)
+    return [EmbeddingCollection(tables=tables, device=torch.device(device)) for tables in by_width.values()]
 
 
 def with_own_tables(

@@ -17,6 +17,8 @@ from mtcl_torchrec.modules.freezing import stop_where_frozen
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.modules.losses import Logits
+from mtcl_torchrec.modules.sequences import HistoryInput
+from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.trunks import ExpertLevel, TrunkInputs, check_representations, prepare_trunk
 from mtcl_torchrec.schema import GROUPS, ConfigError, Group, Task
 
@@ -46,6 +48,7 @@ class MultiTaskTower(nn.Module):
     Args:
         dims: key of each pooled embedding -> its width.
         precision: ``"bf16"`` computes it under autocast; its parameters and logits stay float32.
+        histories: those that `lstm_towers` may read.
         others: see `mtcl_torchrec.MTCL`.
     """
 
@@ -67,6 +70,8 @@ class MultiTaskTower(nn.Module):
         precision: Precision = "fp32",
         epnet: EPNet | None = None,
         ppnet: PPNet | None = None,
+        lstm_towers: LSTMTowers | None = None,
+        histories: Mapping[str, HistoryInput] | None = None,
     ) -> None:
         super().__init__()
         if precision not in get_args(Precision):
@@ -113,6 +118,10 @@ class MultiTaskTower(nn.Module):
                 self._views.append((name, []))
             next(numbers for view, numbers in self._views if view == name).append(number)
         self._of_request = {name for name, of in self._views if "item" not in self.tasks[of[0]].inputs}
+        self.lstm_towers = lstm_towers
+        if lstm_towers is not None:
+            lstm_towers.build(self.tasks, dims, histories or {}, feature_groups or {})
+            hidden += lstm_towers.hidden
         self.towers: nn.Module | None = None
         if tower_layers and self.trunk_tasks:
             count = len(self.trunk_tasks)
@@ -154,17 +163,20 @@ class MultiTaskTower(nn.Module):
                 f"dense_features have {dense_features.shape[1]} columns, the model was built with "
                 f"dense_in_features={self.dense_in_features}"
             )
+        states = None
+        if self.lstm_towers is not None:
+            states = self.lstm_towers(pooled, skip, frozen, None if alike is None else alike.of_row)
         if cut is not None:
             pooled = cut.embeddings(pooled)
         x = self.concat(dense_features, pooled)
         if skip is not None:
             x = stop_gradient_if(x, skip)
         if self.precision == "fp32":
-            return self.chains(self._logits(x, frozen, cut, alike), frozen)
+            return self.chains(self._logits(x, frozen, cut, alike, states), frozen)
         # bf16 has float32's range, so nothing scales the loss (GradScaler): tables whose optimizer is fused into
         # backward would step with the scaled gradient.
         with torch.autocast(x.device.type, torch.bfloat16):
-            logits = self._logits(x, frozen, cut, alike)
+            logits = self._logits(x, frozen, cut, alike, states)
         return self.chains({name: value.float() for name, value in logits.items()}, frozen)
 
     def expert_levels(self) -> tuple[ExpertLevel, ...]:
@@ -178,7 +190,12 @@ class MultiTaskTower(nn.Module):
         return bool(self._of_request or self.dot_heads)
 
     def _logits(
-        self, x: torch.Tensor, frozen: torch.Tensor | None, cut: Cut | None, alike: Alike | None = None
+        self,
+        x: torch.Tensor,
+        frozen: torch.Tensor | None,
+        cut: Cut | None,
+        alike: Alike | None = None,
+        states: torch.Tensor | None = None,
     ) -> Logits:
         """Logits from the concatenated inputs (B, Σ dims + D)."""
         for level in self._levels:
@@ -240,6 +257,8 @@ class MultiTaskTower(nn.Module):
         factors = None
         if isinstance(self.trunk, PPNet):
             h, factors = self.trunk.apart(h)
+        if states is not None:
+            h = torch.cat([h, states.to(h.dtype)], dim=2)
         if self.towers is not None:
             h = self.towers(h, factors=factors)
         if len(self.trunk_tasks) < len(self.tasks):  # chains look tasks up by their numbers; a dot head has no tower

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from mtcl_torchrec.schema.declared import Declared, GroupSet
+from mtcl_torchrec.schema.histories import check_history
 
 
 def own_table(table: str, task: str) -> str:
@@ -28,7 +29,8 @@ class Feature(Declared):
             (how this user likes this tag) belongs to several groups, and a task restricted by
             `Task.inputs` sees it only if it may see all of them.
         kind: ``"id"`` (one categorical value a row), ``"bag"`` (a list of them: a Parquet list
-            column, or a string split at `separator`), ``"dense"`` (a number), ``"vector"`` (the key of an item, which
+            column, or a string split at `separator`), ``"dense"`` (a number), ``"history"`` (a list as of a bag, whose
+            order counts: what someone met before the row, oldest first), ``"vector"`` (the key of an item, which
             stands for its vector in a file) or ``"semantic_id"`` (the key of an item, which stands for its code in a
             file: all prefixes of the code are looked up in one table, and summed).  Several features may read one
             column, such as an item's id, its vector and its semantic id.
@@ -38,7 +40,9 @@ class Feature(Declared):
         pooling: how the embeddings of a bag become one vector.
         encoding: how a value becomes a row: ``"index"`` (it already is an integer in
             [0, vocabulary_size)), ``"vocabulary"`` (values of the training split are numbered
-            from 1, any other takes row 0) or ``"hash"`` (into 1 … vocabulary_size - 1).
+            from 1, any other takes row 0), ``"hash"`` (into 1 … vocabulary_size - 1) or ``"log_bucket"`` (of the ages
+            beside a history alone: the seconds s between an event and the row take row ⌊log₂(1 + s)⌋ + 1, at most
+            vocabulary_size - 1, which is 33 by default; 0 is a missing one).
         min_count: values rarer than this in the training split take row 0 (`vocabulary` only).
         table: features that name the same table share its rows; the default is a table of its own.
         data_type: number format of the embedding table's weights.  Shorter ones than fp32 need a fused optimizer, bf16
@@ -54,20 +58,27 @@ class Feature(Declared):
             (sign(x)·log(1 + |x|)) or ``"logit"`` (for rates in [0, 1]).
         clip: a standardised dense value is cut at ± this many standard deviations.
         mark_missing: whether a dense feature that is missing in some training rows gets a second column that says so.
+        of: the id feature whose values a history lists, and whose table it shares.  A value that is not in the table's
+            vocabulary, which is that of the id features alone, takes row 0 and stays in the list.
+        beside: the history that a companion says more of: its values have the same lengths row by row, such as kinds
+            of the events or their ages, and a table of their own.
+        max_length: a longer history is cut to its newest so many values, its companions with it.
 
     Example:
         >>> Feature(name="city", group="user", kind="id", vocabulary_size=1000).rows_from
         'city'
+        >>> Feature(name="clicked", group="user", kind="history", of="item_id", max_length=20).of
+        'item_id'
     """
 
     name: str
     group: Annotated[GroupSet, Field(min_length=1)]
-    kind: Literal["id", "bag", "dense", "vector", "semantic_id"] = "id"
+    kind: Literal["id", "bag", "dense", "history", "vector", "semantic_id"] = "id"
     column: str | None = None
     vocabulary_size: PositiveInt | None = None
     embedding_dim: PositiveInt = 16
     pooling: Literal["sum", "mean"] = "mean"
-    encoding: Literal["index", "vocabulary", "hash"] = "vocabulary"
+    encoding: Literal["index", "vocabulary", "hash", "log_bucket"] = "vocabulary"
     min_count: PositiveInt = 1
     separator: Annotated[str, Field(min_length=1)] = "|"
     table: str | None = None
@@ -78,9 +89,13 @@ class Feature(Declared):
     transform: Literal["none", "log", "logit"] = "none"
     clip: Annotated[float, Field(gt=0)] = 5.0
     mark_missing: bool = True
+    of: str | None = None
+    beside: str | None = None
+    max_length: PositiveInt = 50
 
     @model_validator(mode="after")
     def _consistent(self) -> Feature:
+        check_history(self)
         if self.kind == "dense":
             embedding_only = self.model_fields_set & {
                 "vocabulary_size", "embedding_dim", "pooling", "encoding", "min_count", "table", "separator",
@@ -93,7 +108,7 @@ class Feature(Declared):
                 raise ValueError(
                     f"feature {self.name!r} is no dense feature: transform, clip and mark_missing do nothing"
                 )
-            if self.encoding != "vocabulary" and self.vocabulary_size is None:
+            if self.encoding in ("index", "hash") and self.vocabulary_size is None:
                 raise ValueError(f"feature {self.name!r}: encoding {self.encoding!r} needs vocabulary_size")
             if self.embedding_dim % 4:
                 raise ValueError(f"feature {self.name!r}: embedding_dim is a multiple of 4 (FBGEMM's kernels need it)")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mtcl_torchrec.schema.declared import Declared, check_unique, nearest
 from mtcl_torchrec.schema.features import Feature
+from mtcl_torchrec.schema.histories import resolved
 from mtcl_torchrec.schema.tasks import Task, chain_links, check_weights
 
 
@@ -43,13 +44,18 @@ class Schema(Declared):
     request: str | None = None
     reward: str | None = None
 
+    @field_validator("features", mode="after")
+    @classmethod
+    def _histories_know_their_tables(cls, features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+        check_unique("feature", [f.name for f in features])
+        return resolved(features)
+
     @model_validator(mode="after")
     def _consistent(self) -> Schema:
-        check_unique("feature", [f.name for f in self.features])
         check_unique("task", [t.name for t in self.tasks])
         chain_links(self.tasks)
         check_weights(self.tasks)
-        sparse = {f.name: f for f in self.sparse_features if not f.has_content}
+        sparse = {f.name: f for f in self.sparse_features if f.kind != "history" and not f.has_content}
         for task in self.tasks:
             if task.item_class is not None and task.item_class not in sparse:
                 raise ValueError(
@@ -63,7 +69,8 @@ class Schema(Declared):
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
         check_unique("table (dots and underscores are the same)", [t.replace(".", "_") for t in self.tables()])
         for table, features in self.tables().items():
-            agree = ["embedding_dim", "pooling", "encoding", "vocabulary_size", "min_count", "data_type"]
+            agree = ["embedding_dim", "encoding", "vocabulary_size", "min_count", "data_type"]
+            agree += ["pooling"] if table not in self.sequence_tables() else []  # whose rows are not pooled
             agree += ["kind", "codes"] if any(f.has_content for f in features) else []
             for field in agree:
                 if len({getattr(f, field) for f in features}) > 1:
@@ -121,6 +128,36 @@ class Schema(Declared):
                 continue
             tables.setdefault(feature.table_name, []).append(feature)
         return tables
+
+    @property
+    def history_features(self) -> tuple[Feature, ...]:
+        """Histories and their companions, in declaration order."""
+        return tuple(f for f in self.features if f.kind == "history")
+
+    def companions(self, history: str) -> tuple[Feature, ...]:
+        """The features that stand beside a history, in declaration order."""
+        return tuple(f for f in self.features if f.beside == history)
+
+    def sequence_tables(self) -> dict[str, list[Feature]]:
+        """As `tables`, of those that a history or its companion looks up: they give a row for each value.
+
+        Every id feature that shares such a table is looked up there, too.
+
+        Example:
+            >>> schema = Schema(
+            ...     features=[
+            ...         Feature(name="item_id", group="item"),
+            ...         Feature(name="city", group="user"),
+            ...         Feature(name="clicked", group="user", kind="history", of="item_id"),
+            ...         Feature(name="ages", group="user", kind="history", beside="clicked", encoding="log_bucket"),
+            ...     ],
+            ...     tasks=[Task.binary("buy")],
+            ... )
+            >>> {table: [f.name for f in features] for table, features in schema.sequence_tables().items()}
+            {'item_id': ['item_id', 'clicked'], 'ages': ['ages']}
+        """
+        tables = {f.table_name for f in self.history_features}
+        return {table: features for table, features in self.tables().items() if table in tables}
 
     @property
     def request_column(self) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mtcl_torchrec.config import StatisticsConfig
+from mtcl_torchrec.config import HistoryConfig, StatisticsConfig
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task
@@ -41,6 +41,7 @@ class Artefact:
         tasks: with their label scales and numbers of classes.
         network: inputs by name -> outputs by name, as `ServingNetwork`; may be called from several threads.
         features, inputs: its sparse features and its inputs, in its order.
+        histories: its histories, likewise.
         within_request: whether the score of a row depends on the others of its request.
         catalogue: users, items and contexts; None where the run had none.
         compiled: whether the network is machine code.
@@ -51,6 +52,7 @@ class Artefact:
     tasks: tuple[Task, ...]
     network: Network
     features: tuple[str, ...]
+    histories: tuple[str, ...]
     inputs: tuple[str, ...]
     within_request: bool
     catalogue: Catalogue | None
@@ -86,8 +88,9 @@ class Artefact:
             machine_code = fits if compiled is None else compiled
             try:
                 statistics = [StatisticsConfig.model_validate(block) for block in manifest["statistics"]]
+                histories = [HistoryConfig.model_validate(block) for block in manifest.get("histories", [])]
                 schema = Schema.model_validate(manifest["schema"])
-                preprocessor = Preprocessor.load(folder / PREPROCESSING, schema, statistics)
+                preprocessor = Preprocessor.load(folder / PREPROCESSING, schema, statistics, histories)
                 known = folder / CATALOGUE
                 catalogue = Catalogue.load(known) if known.is_dir() else None
                 about = manifest["network"]
@@ -98,6 +101,7 @@ class Artefact:
                     tasks=tuple(Task.model_validate(task) for task in manifest["tasks"]),
                     network=network,
                     features=tuple(about["features"]),
+                    histories=tuple(about.get("histories", ())),
                     inputs=tuple(about["inputs"]),
                     within_request=about["within_request"],
                     catalogue=catalogue,

@@ -13,8 +13,11 @@ import torch
 
 from mtcl_torchrec.data.batch import Bag, EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.columns import split_bag
+from mtcl_torchrec.data.histories import History
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.spans import log_buckets
 from mtcl_torchrec.data.statistics import KeyIndex
 from mtcl_torchrec.schema import DataError, nearest
 
@@ -89,6 +92,7 @@ class CandidateEncoder:
         )
         self._items = self._encode("item", catalogue.items)
         self._pair = self._encode("pair", pd.DataFrame(pairs, index=[0]))
+        self._clock = _Clock.of(preprocessor, catalogue)
         self._remembered_context = lru_cache(maxsize=1024)(lambda given: self._context_row({c: v for c, _, v in given}))
         self._usual = self._encode_context({})
         self._dense_at, self._ids_at = self._places()
@@ -149,7 +153,8 @@ class CandidateEncoder:
         Args:
             user: row in the catalogue, -1 for a user it does not know.
             items: (n,) rows in the catalogue.
-            context: overrides of the usual context.
+            context: overrides of the usual context; the time of the request, by which the ages in histories are
+                reckoned, is one where there are such ages.  A time before the log's end makes no age negative.
 
         Returns:
             n rows, without labels.
@@ -166,8 +171,9 @@ class CandidateEncoder:
             dense.append(encoded.rows.dense[at[side]])
             ids.append(encoded.rows.ids[at[side]])
             for name, bag in encoded.rows.bags.items():
-                values, lengths = bag.take(at[side])
-                bags[name] = Bag(values, torch.cat([zero[:1], lengths.cumsum(0)]))
+                bags[name] = Bag.of(*bag.take(at[side]))
+        if self._clock is not None and self._clock.column in context:
+            bags |= self._clock.ages(context[self._clock.column], at_user)
         for number, key in enumerate(self._mixed):
             dense.append(self._of_key(number, key, user, items, of_context).expand(n, -1))
         return EncodedRows(
@@ -196,6 +202,8 @@ class CandidateEncoder:
                 there = ", ".join(self._catalogue.context) or "none"
                 hint = nearest(column, self._catalogue.context)
                 raise DataError(f"no context column {column!r}{hint}; there are: {there}")
+        if self._clock is not None and not self._clock.is_input:
+            context = {c: v for c, v in context.items() if c != self._clock.column}
         try:
             # With the kinds: True, 1 and 1.0 are one key of a dict.
             return self._remembered_context(tuple((c, type(v), v) for c, v in sorted(context.items())))
@@ -205,6 +213,49 @@ class CandidateEncoder:
     def _context_row(self, context: Mapping[str, Any]) -> _Encoded:
         frame = {column: [context.get(column, usual)] for column, usual in self._catalogue.context.items()}
         return self._encode("context", pd.DataFrame(frame, index=[0]))
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Ages in histories that were built, which grow until a request comes.
+
+    Args:
+        column: of the time.
+        is_input: whether the model reads the time besides.
+        end: the time from which ages are reckoned in the catalogue.
+        seconds: age feature -> its history, the rows of its table, and the ages of each user, and last of nobody.
+    """
+
+    column: str
+    is_input: bool
+    end: Any
+    seconds: dict[str, tuple[History, int, Bag]]
+
+    @classmethod
+    def of(cls, preprocessor: Preprocessor, catalogue: Catalogue) -> _Clock | None:
+        """None where no history that was built has ages."""
+        seconds: dict[str, tuple[History, int, Bag]] = {}
+        for history in preprocessor.histories:
+            for feature in history.ages:
+                values, lengths = split_bag(feature, catalogue.users[feature.rows_from])
+                ages = torch.from_numpy(values.to_numpy(dtype=np.float64, na_value=np.nan))
+                size = preprocessor.encoder.num_embeddings(feature.table_name)
+                seconds[feature.name] = history, size, Bag.of(ages, torch.from_numpy(np.r_[lengths, 0]))
+        if not seconds:
+            return None
+        declared, time = preprocessor.declared, str(preprocessor.declared.time)
+        inputs = [f.rows_from for f in declared.features]
+        inputs += [c for block in preprocessor.config for key in block.keys for c in key]
+        return cls(time, time in inputs, catalogue.end, seconds)
+
+    def ages(self, when: Any, users: torch.Tensor) -> dict[str, Bag]:
+        """Encoded ages at a time, of some users."""
+        found = dict[str, Bag]()
+        for name, (history, size, seconds) in self.seconds.items():
+            before, lengths = seconds.take(users)
+            passed = history.seconds_after(self.end, when)
+            found[name] = Bag.of(torch.from_numpy(log_buckets(np.maximum(before.numpy() + passed, 0), size)), lengths)
+        return found
 
 
 def _places(there: Sequence[str], wanted: Sequence[str]) -> torch.Tensor:

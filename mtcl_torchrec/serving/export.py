@@ -39,6 +39,7 @@ Compile = Literal["auto", "yes", "no"]
 TOLERANCE = 2e-4  # of the graph against the modules it was made of, relative to 1 + the value
 _SHAPES: dict[str, list[Any]] = {
     "dense": ["B", "D"], "values": ["V"], "lengths": ["F", "B"], "request": ["B"], "alike": ["B"], "first": ["R"],
+    "histories": ["W"], "history_lengths": ["H", "R"],
 }  # fmt: skip
 
 
@@ -118,11 +119,15 @@ def export_run(
             "tables": tables,
             "network": {
                 "inputs": described(sample, _SHAPES), "outputs": described(outputs, {}),
-                "features": list(network.features), "within_request": network.within_request,
+                "features": list(network.features), "histories": list(network.histories),
+                "within_request": network.within_request,
             },
             "tasks": [task.model_dump(mode="json", exclude_unset=True) for task in run.model.tasks],
             "schema": run.preprocessor.declared.model_dump(mode="json", exclude_unset=True),
             "statistics": [block.model_dump(mode="json", exclude={"prepared"}) for block in run.preprocessor.config],
+            "histories": [
+                history.config.model_dump(mode="json", exclude={"prepared"}) for history in run.preprocessor.histories
+            ],
         }  # fmt: skip
         digest = write_archive(path, folder, about)
     return Exported(path, path.stat().st_size, digest, makes_code, difference)
@@ -149,6 +154,7 @@ def sample_inputs(network: AnyNetwork, encoder: FeatureEncoder, rows: int, *, se
         drawn = drawn[kinds] if shared else drawn
         values.append(torch.cat([row[:n] for row, n in zip(drawn, count.tolist(), strict=True)]))
         lengths.append(count)
+    past, past_lengths = _sample_histories(network, encoder, int(kinds[-1]) + 1, draw)
     groups = encoder.dense_groups
     dense = torch.randn(rows, len(groups), generator=draw)
     if "alike" in network.inputs:
@@ -161,13 +167,31 @@ def sample_inputs(network: AnyNetwork, encoder: FeatureEncoder, rows: int, *, se
         "request": kinds,
         "alike": kinds,
         "first": torch.arange(0, rows, 2),
+        "histories": past,
+        "history_lengths": past_lengths,
     }
     return {name: all_inputs[name] for name in network.inputs}
 
 
+def _sample_histories(
+    network: AnyNetwork, encoder: FeatureEncoder, users: int, draw: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and lengths of histories, some empty, some beyond their cap."""
+    features = {f.name: f for f in encoder.schema.sparse_features}
+    lengths: dict[str, torch.Tensor] = {}
+    values = [torch.empty(0, dtype=torch.int64)]
+    for name in network.histories:
+        feature = features[name]
+        count = torch.randint(0, feature.max_length + 2, (users,), generator=draw)
+        lengths[name] = lengths[feature.beside] if feature.beside else count  # as long as what it stands beside
+        size = encoder.num_rows(feature)
+        values.append(torch.randint(size, (int(lengths[name].sum()),), generator=draw))
+    return torch.cat(values), torch.stack(list(lengths.values())) if lengths else torch.empty(0, users).long()
+
+
 def _exported(network: AnyNetwork, encoder: FeatureEncoder) -> ExportedProgram:
     dynamic: dict[str, dict[int, Any]] = {name: {0: Dim.AUTO} for name in network.inputs}
-    dynamic["lengths"] = {1: Dim.AUTO}
+    dynamic |= {name: {1: Dim.AUTO} for name in ("lengths", "history_lengths") if name in network.inputs}
     try:
         with torch.no_grad(), _quietly():
             program = torch.export.export(

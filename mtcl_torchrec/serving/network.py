@@ -15,12 +15,13 @@ from mtcl_torchrec.models import MTCL, FusedOutput
 from mtcl_torchrec.modules.embeddings import pooled_by_key
 from mtcl_torchrec.modules.fusion import RowContext, contributions
 from mtcl_torchrec.modules.towers import Alike
+from mtcl_torchrec.serving.histories import ServedHistories, UserHistories
 from mtcl_torchrec.serving.tables import StackedTables, TablePrecision
 from mtcl_torchrec.serving.vectors import served_lookups
 
 Network = Callable[..., dict[str, torch.Tensor]]
 PART = "part:"  # of the score, in the names of outputs
-INPUTS = ("dense", "values", "lengths", "request", "alike", "first")
+INPUTS = ("dense", "values", "lengths", "request", "alike", "first", "histories", "history_lengths")
 OWN_CLASS = ":own_class"  # of a multiclass task: the probability of the item's own class
 
 
@@ -31,9 +32,17 @@ class _Features:
         names: F features.
         values: (V,).
         lengths: (F, B).
+        histories: of the users that the rows are of.
     """
 
-    def __init__(self, names: Sequence[str], values: torch.Tensor, lengths: torch.Tensor) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        histories: UserHistories | None = None,
+    ) -> None:
+        self.histories = histories
         self._names, self._values, self._lengths = list(names), values, lengths
         self._offsets = F.pad(lengths.flatten().cumsum(0), (1, 0))
 
@@ -57,6 +66,7 @@ class ServingNetwork(nn.Module):
 
     Attributes:
         features: the sparse features, in the order of `lengths`.
+        histories: those that are histories, in the order of `history_lengths`.
         inputs: names of the tensors that this model needs.
 
     Example:
@@ -79,7 +89,11 @@ class ServingNetwork(nn.Module):
     def __init__(self, model: MTCL, tables: TablePrecision | None = None) -> None:
         super().__init__()
         # What is trained of frozen vectors is put into them, so that its tables are not looked up.
-        self.lookups = served_lookups(model.lookups, model.embedding_bag_collection, tables)
+        self.lookups = served_lookups(
+            model.lookups, model.embedding_bag_collection, tables, list(model.embedding_collections)
+        )
+        served = [module for module in self.lookups if isinstance(module, ServedHistories)]
+        self.histories = tuple(name for module in served for name in module.histories)
         others = [feature for module in self.lookups for feature in getattr(module, "features", ())]
         unread = set(model.lookups.table_dims) - set(self.lookups.table_dims)
         self.tables = StackedTables(model.embedding_bag_collection, tables, others, unread)
@@ -90,8 +104,10 @@ class ServingNetwork(nn.Module):
         inputs = ["dense", "values", "lengths"]
         if self.within_request:
             inputs.append("request")
-        if self.tower.has_views_of_the_request:
+        if self.tower.has_views_of_the_request or self.histories:
             inputs += ["alike", "first"]
+        if self.histories:
+            inputs += ["histories", "history_lengths"]
         self.inputs = tuple(inputs)
 
     def forward(
@@ -102,6 +118,8 @@ class ServingNetwork(nn.Module):
         request: torch.Tensor | None = None,
         alike: torch.Tensor | None = None,
         first: torch.Tensor | None = None,
+        histories: torch.Tensor | None = None,
+        history_lengths: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """What the model gives for B rows, and what the score is made of.
 
@@ -114,12 +132,18 @@ class ServingNetwork(nn.Module):
             alike: (B,) int64, which rows have the same user and context columns, from 0 to R - 1; what only depends on
                 them is computed once.  ``arange(B)`` is always right.
             first: (R,) int64, one row of each kind; ``arange(B)`` with the above.
+            histories: (W,) int64, row numbers in the tables, oldest first: those of the first history's R kinds of
+                rows, then of the second's, and so on.
+            history_lengths: (H, R) int64.
 
         Returns:
             As `MTCL`; ``"part:<task>"`` (B,) where the fused score tells each task's part of it; and
             ``"<task>:own_class"`` (B,), what a multiclass task gives to the score.
         """
-        features: Any = _Features(self.features, values, lengths)
+        users = None
+        if histories is not None and history_lengths is not None and alike is not None:
+            users = UserHistories(histories, history_lengths, alike)
+        features: Any = _Features(self.features, values, lengths, users)
         pooled = self.lookups(self.tables(values, lengths), features)
         kinds = None if alike is None or first is None else Alike(alike, first)
         logits = self.tower(dense, pooled, alike=kinds)
@@ -164,7 +188,8 @@ class ServingEnsemble(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.features, self.tasks = members[0].features, members[0].tasks
-        if any(member.features != self.features for member in members):
+        self.histories = members[0].histories
+        if any((member.features, member.histories) != (self.features, self.histories) for member in members):
             raise TypeError("the members of this ensemble read other features, or in tables of other widths")
         self.within_request = any(member.within_request for member in members)
         used = {name for member in members for name in member.inputs}
@@ -194,6 +219,7 @@ def network_inputs(
     features: Sequence[str],
     wanted: Sequence[str],
     *,
+    histories: Sequence[str] = (),
     request: torch.Tensor | None = None,
     alike: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -203,6 +229,7 @@ def network_inputs(
         rows: B rows.
         features: the network's sparse features, in its order.
         wanted: names of its inputs.
+        histories: its histories, in its order.
         request: (B,) int64; None: all rows are one request.
         alike: (B,) int64, ascending from 0: rows with the same user and context; None: each row has its own.
     """
@@ -216,7 +243,7 @@ def network_inputs(
     else:
         ids, ones = rows.ids.T, torch.ones(size, dtype=torch.int64)
         pieces = [
-            (ids[column], ones) if column >= 0 else (rows.bags[name].values, rows.bags[name].offsets.diff())
+            (ids[column], ones) if column >= 0 else rows.bags[name].all()
             for name, column in zip(features, columns, strict=True)
         ]
         values = torch.cat([values for values, _ in pieces])
@@ -230,6 +257,10 @@ def network_inputs(
         new = torch.ones(size, dtype=torch.bool)
         new[1:] = given["alike"].diff() > 0
         given["first"] = own[new]
+    if histories:
+        taken = [rows.bags[name].take(given["first"]) for name in histories]
+        given["histories"] = torch.cat([values for values, _ in taken])
+        given["history_lengths"] = torch.stack([lengths for _, lengths in taken])
     return given
 
 

@@ -55,10 +55,12 @@ class Recommender:
         if isinstance(model, Artefact):
             self.tasks, self._network = model.tasks, model.network
             self._features, self._inputs, within = model.features, model.inputs, model.within_request
+            self._histories = model.histories
         else:
             network = serving_network(model.model).eval()
             self.tasks, self._network = model.model.tasks, network
             self._features, self._inputs, within = network.features, network.inputs, network.within_request
+            self._histories = network.histories
         self.rows_alone = not within
         self._candidates = CandidateEncoder(model.preprocessor, model.catalogue)
 
@@ -177,6 +179,7 @@ class Recommender:
                 rows if len(rows) <= step else rows.slice(start, min(start + step, len(rows))),
                 self._features,
                 self._inputs,
+                histories=self._histories,
                 request=torch.from_numpy(request[cut].astype(np.int64)),
                 alike=None if alike is None else torch.from_numpy(alike[cut] - alike[start]),
             )

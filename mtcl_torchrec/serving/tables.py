@@ -70,7 +70,7 @@ class StackedTables(nn.Module):
     table is read as 0, the row of unknown values.
 
     Args:
-        collection: in this process, unsharded.
+        collection: in this process, unsharded; None where there is none.
         precision: of the stored rows; None keeps each table's own.  Pooled embeddings are float32 in any case.
         others: features that others look up; their values are passed over.
         unread: keys of pooled embeddings that nobody reads; they are left out.
@@ -91,18 +91,18 @@ class StackedTables(nn.Module):
 
     def __init__(
         self,
-        collection: nn.Module,
+        collection: nn.Module | None,
         precision: TablePrecision | None = None,
         others: Sequence[str] = (),
         unread: Collection[str] = (),
     ) -> None:
         super().__init__()
-        if not isinstance(collection, EmbeddingBagCollection):
+        if collection is not None and not isinstance(collection, EmbeddingBagCollection):
             raise TypeError(f"a {type(collection).__name__} cannot be exported; expected an EmbeddingBagCollection")
         if precision is not None and precision not in get_args(TablePrecision):
             raise ValueError(f"tables are one of {', '.join(get_args(TablePrecision))}, not {precision!r}")
-        weights = {name: bag.weight.detach() for name, bag in collection.embedding_bags.items()}
-        lookups = _lookups(collection.embedding_bag_configs(), weights, precision)
+        weights = {name: bag.weight.detach() for name, bag in collection.embedding_bags.items()} if collection else {}
+        lookups = _lookups(collection.embedding_bag_configs(), weights, precision) if collection else []
         lookups = [lookup for lookup in lookups if lookup.key not in unread]
         self.features = tuple(dict.fromkeys([*(lookup.feature for lookup in lookups), *others]))
         self._stacks: list[TablePrecision] = []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mtcl_torchrec.modules.lookups import Lookups
+from mtcl_torchrec.modules.sequences import Sequences
 from mtcl_torchrec.modules.vectors import FrozenVectors
+from mtcl_torchrec.serving.histories import ServedHistories
 from mtcl_torchrec.serving.tables import TablePrecision, quantise_rows
 
 ROWS_AT_ONCE = 65_536
@@ -57,11 +60,15 @@ class ProjectedVectors(nn.Module):
         return {self.feature: read}
 
 
-def served_lookups(lookups: Lookups, collection: Any, precision: TablePrecision | None) -> Lookups:
-    """A model's lookups with all frozen vectors projected; others are shared with the model.
+def served_lookups(
+    lookups: Lookups, collection: Any, precision: TablePrecision | None, collections: Sequence[nn.Module] = ()
+) -> Lookups:
+    """A model's lookups with all frozen vectors projected, and histories looked up in tables of their own; others are
+    shared with the model.
 
     Args:
         collection: the unsharded EmbeddingBagCollection, which has the tables of what is trained.
+        collections: the unsharded EmbeddingCollections, which have those of histories.
     """
     taken = {key for module in lookups if isinstance(module, FrozenVectors) for key in module.takes}
     own: dict[str, torch.Tensor] = {}
@@ -70,6 +77,8 @@ def served_lookups(lookups: Lookups, collection: Any, precision: TablePrecision 
     served = [
         ProjectedVectors(module, own[module.feature] if module.takes else None, precision)
         if isinstance(module, FrozenVectors)
+        else ServedHistories(module, collections, precision)
+        if isinstance(module, Sequences)
         else module
         for module in lookups
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mtcl_torchrec.config import (
     ModelConfig,
     OptimizersConfig,
     RunConfig,
+    SequenceConfig,
     ShardingConfig,
     SurgeryConfig,
     TrunkConfig,
@@ -30,12 +32,20 @@ from mtcl_torchrec.modules.balance.weighting import (
     SmoothTchebycheff,
     UncertaintyWeighting,
 )
-from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, embedding_dims, table_module_name
+from mtcl_torchrec.modules.embeddings import (
+    build_embedding_bag_collection,
+    build_embedding_collections,
+    embedding_dims,
+    table_module_name,
+)
 from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.lookups import Lookups
+from mtcl_torchrec.modules.sequences import DIN, GRU, LSTM, HistoryEncoder, Mean, Sequences, Transformer
+from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
 from mtcl_torchrec.modules.vectors import FrozenVectors
-from mtcl_torchrec.schema import ConfigError, own_table
+from mtcl_torchrec.schema import ConfigError, Schema, own_table
 from mtcl_torchrec.training.fused import build_fused_score
 from mtcl_torchrec.training.imported import import_module
 
@@ -71,6 +81,42 @@ def build_trunk(config: TrunkConfig) -> nn.Module:
     return STEM(layers, levels=config.levels or 1, **common)
 
 
+def build_encoder(config: SequenceConfig, history: str) -> nn.Module:
+    """The encoder of a history.
+
+    Raises:
+        ConfigError: an encoder of one's own cannot be imported or made; see `import_module`.
+    """
+    if config.import_path is not None:
+        return import_module(config.import_path, config.options, key=f"model.sequences.{history}")
+    if config.kind == "mean":
+        return Mean()
+    if config.kind == "transformer":
+        return Transformer(config.blocks, heads=config.heads, dropout=config.dropout, times=config.times)
+    if config.kind == "din":
+        return DIN(config.hidden or 36, dropout=config.dropout)
+    return (GRU if config.kind == "gru" else LSTM)(config.hidden, layers=config.layers, dropout=config.dropout)
+
+
+def build_sequences(config: ModelConfig, schema: Schema, collections: Sequence[nn.Module]) -> Sequences:
+    """Candidates and histories as the model's inputs.
+
+    Args:
+        collections: of `build_embedding_collections`.
+    """
+    histories = {}
+    for feature in (f for f in schema.history_features if f.of is not None):
+        beside = schema.companions(feature.name)
+        histories[feature.name] = HistoryEncoder(
+            build_encoder(config.sequences.get(feature.name, SequenceConfig()), feature.name),
+            of=feature.of,
+            beside=[f.name for f in beside],
+            ages=next((f.name for f in beside if f.encoding == "log_bucket"), None),
+            max_length=feature.max_length,
+        )
+    return Sequences(collections, histories)
+
+
 def build_model(
     config: ModelConfig,
     encoder: FeatureEncoder,
@@ -95,20 +141,22 @@ def build_model(
     def cross(width: int) -> nn.Module:
         return LowRankCrossNet(width, config.cross_layers, low_rank=min(config.cross_rank, width))
 
-    epnet, ppnet = config.epnet, config.ppnet
+    epnet, ppnet, tower = config.epnet, config.ppnet, config.tower
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tables = build_embedding_bag_collection(
-            encoder.schema, encoder.num_embeddings, table_device, config.copied_tables(encoder.schema)
-        )
+        schema, copied = encoder.schema, config.copied_tables(encoder.schema)
+        tables = build_embedding_bag_collection(schema, encoder.num_embeddings, table_device, copied)
+        collections = build_embedding_collections(schema, encoder.num_embeddings, table_device)
+        lookups: list[nn.Module] = [build_sequences(config, schema, collections)] if collections else []
         with torch.random.fork_rng(devices=[]):  # the rest starts the same whatever fuses it
             dims = embedding_dims(tables) | {
                 f.name: f.embedding_dim for f in encoder.schema.sparse_features if f.kind == "vector"
             }
+            dims = Lookups(dims, lookups).dims
             fused_score = build_fused_score(fusion, tasks, encoder=encoder, dims=dims)
-        lookups = build_lookups(encoder, precision)
+        lookups = [*build_lookups(encoder, precision), *lookups]
         return MTCL(
-            tables,
+            tables if tables.embedding_bag_configs() else None,
             len(encoder.dense_groups),
             build_trunk(config.trunk),
             tasks,
@@ -125,6 +173,8 @@ def build_model(
             epnet=EPNet(epnet.features, hidden=epnet.hidden) if epnet else None,
             ppnet=PPNet(ppnet.features, hidden=ppnet.hidden) if ppnet else None,
             lookups=lookups,
+            embedding_collection=collections or None,
+            lstm_towers=LSTMTowers(tower.hidden, history=tower.history) if tower.kind == "lstm" else None,
         )
 
 

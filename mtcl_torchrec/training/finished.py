@@ -79,7 +79,11 @@ class FinishedRun:
         config = parse_run((folder / "run.yaml").read_text(encoding="utf-8"), name=str(folder / "run.yaml"))
         try:
             preprocessor = Preprocessor.load(
-                readable_folder(folder / PREPROCESSING), config.data_schema, config.statistics
+                readable_folder(folder / PREPROCESSING),
+                config.data_schema,
+                config.statistics,
+                config.histories,
+                config.next_labels,
             )
             known = readable_folder(folder / CATALOGUE)
             catalogue = Catalogue.load(known) if known.is_dir() else None

@@ -13,12 +13,13 @@ from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbedding, BatchedDenseEmbeddingBag
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.mc_embeddingbag import ShardedManagedCollisionEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -30,6 +31,8 @@ from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.planning.planner import sequence_tables
+from mtcl_torchrec.training.sharding import is_table
 
 # What TorchRec fuses into backward.  Its own classes for SGD and the like stand for FBGEMM's and take its options.
 _FUSED_CLASSES: dict[str, Any] = {
@@ -68,7 +71,8 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
     Raises:
         ConfigError: a bf16 table on the CPU, for which FBGEMM has no kernel; a table of fp16 or bf16 with an optimizer
             that is not fused there, whose gradients and state would be as short (Adagrad's eps is 0 in fp16); row-wise
-            Adagrad under managed collision on the CPU, where FBGEMM cannot reset the state of an evicted row.
+            Adagrad under managed collision on the CPU, where FBGEMM cannot reset the state of an evicted row; Adam on
+            the CPU for a table that a history looks up.
     """
     for table, of in _table_configs(module).items():
         if of.data_type == DataType.BF16 and device.type == "cpu":
@@ -77,6 +81,12 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
             raise ConfigError(
                 f"table {table!r}: {of.data_type.value.lower()} needs an optimizer fused into backward, and "
                 f"{config.kind} has none on {device.type}; use fp32, or another kind"
+            )
+    if device.type == "cpu" and not is_fused(config, device):
+        for table in sorted(sequence_tables(module)):
+            raise ConfigError(
+                f"table {table.removeprefix('table_')!r}: a history looks it up, for which {config.kind} has no kernel "
+                "on the CPU; use rowwise_adagrad, adagrad or sgd, or train on CUDA"
             )
     managed = (ManagedCollisionEmbeddingBagCollection, ShardedManagedCollisionEmbeddingBagCollection)
     if device.type == "cpu" and config.kind == "rowwise_adagrad":
@@ -87,13 +97,17 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
             )
 
 
-def _table_configs(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
-    found: dict[str, EmbeddingBagConfig] = {}
+def _table_configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
+    found: dict[str, BaseEmbeddingConfig] = {}
     for collection in module.modules():
         if isinstance(collection, EmbeddingBagCollection):
             found |= {config.name: config for config in collection.embedding_bag_configs()}
         elif isinstance(collection, ShardedEmbeddingBagCollection):
             found |= {config.name: config for config in collection._embedding_bag_configs}
+        elif isinstance(collection, EmbeddingCollection):
+            found |= {config.name: config for config in collection.embedding_configs()}
+        elif isinstance(collection, ShardedEmbeddingCollection):
+            found |= {config.name: config for config in collection._embedding_configs}
     return found
 
 
@@ -101,17 +115,21 @@ def fuse_table_optimizer(module: nn.Module, config: TableOptimizerConfig) -> Non
     """Mark every table's optimizer to run inside backward.  Call before sharding.
 
     With `max_gradient`, the kernel cuts each number of the gradient of a *pooled* embedding (that of the mean loss over
-    the global batch) to ± that, before it is added up over the rows of a batch that look up the same id.
+    the global batch) to ± that, before it is added up over the rows of a batch that look up the same id; in a history,
+    of the embedding of each position.
 
     Args:
-        module: holds EmbeddingBagCollections; one inside a ManagedCollisionEmbeddingBagCollection is found too.
+        module: holds EmbeddingBagCollections and EmbeddingCollections; one inside a
+            ManagedCollisionEmbeddingBagCollection is found too.
     """
     clipping = {"gradient_clipping": True, "max_gradient": config.max_gradient} if config.max_gradient else {}
-    for ebc in module.modules():
-        if isinstance(ebc, EmbeddingBagCollection):
-            for table, bag in ebc.embedding_bags.items():
-                options = {**_table_options(config, table), **clipping}
-                apply_optimizer_in_backward(_FUSED_CLASSES[config.kind], list(bag.parameters()), options)
+    for collection in module.modules():
+        if not isinstance(collection, (EmbeddingBagCollection, EmbeddingCollection)):
+            continue
+        bags = isinstance(collection, EmbeddingBagCollection)
+        for table, rows in (collection.embedding_bags if bags else collection.embeddings).items():
+            options = {**_table_options(config, table), **clipping}
+            apply_optimizer_in_backward(_FUSED_CLASSES[config.kind], list(rows.parameters()), options)
 
 
 def build_optimizer(
@@ -135,8 +153,8 @@ def build_optimizer(
     loss = next((m for m in model.modules() if isinstance(m, MultiTaskLoss)), None)
     found_inf = None if loss is None else loss.found_inf
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    unfused = {n: p for n, p in rest.items() if ".embedding_bags." in n and p.numel() > 0}
-    others = {n: p for n, p in rest.items() if ".embedding_bags." not in n}
+    unfused = {n: p for n, p in rest.items() if is_table(n) and p.numel() > 0}
+    others = {n: p for n, p in rest.items() if not is_table(n)}
     parts: list[tuple[str, KeyedOptimizer]] = []
     if model.fused_optimizer.params:
         parts.append(("fused_tables", model.fused_optimizer))
@@ -196,13 +214,13 @@ def _dense_optimizer(
 def _clip_unfused_gradients(model: nn.Module, max_gradient: float) -> None:
     """Cut the gradients of pooled embeddings of unfused tables exactly where FBGEMM's fused kernels do."""
     for collection in model.modules():
-        if not isinstance(collection, ShardedEmbeddingBagCollection):
+        if not isinstance(collection, (ShardedEmbeddingBagCollection, ShardedEmbeddingCollection)):
             continue
         for lookup in collection._lookups:
             # A data-parallel table's gradient is divided by the number of ranks only later, by DDP.
             ranks = dist.get_world_size(lookup.process_group) if isinstance(lookup, DistributedDataParallel) else 1
             for module in lookup.modules():
-                if isinstance(module, BatchedDenseEmbeddingBag):
+                if isinstance(module, (BatchedDenseEmbeddingBag, BatchedDenseEmbedding)):
                     module.register_forward_hook(_clipping_hook(max_gradient * ranks))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mtcl_torchrec.config import RunConfig, dump_run
+from mtcl_torchrec.config import HistoryConfig, RunConfig, StatisticsConfig, dump_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.contents import said_of_coverage
@@ -127,7 +127,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         if where.first:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    preprocessor = Preprocessor(run.data_schema, run.statistics)
+    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
     splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
     for line in said_of_coverage(preprocessor.encoder.coverage(splits.encoded["val"]), "val"):
         say(line)
@@ -325,7 +325,8 @@ def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
         paths = getattr(seen.data, split)
         if paths is not None:
             setattr(seen.data, split, [os.path.relpath(path, folder) for path in paths])
-    for block in seen.statistics:
+    made: list[StatisticsConfig | HistoryConfig] = [*seen.statistics, *seen.histories]
+    for block in made:
         if block.prepared is not None:
             block.prepared = os.path.relpath(block.prepared, folder)
     seen.data_schema = seen.data_schema.with_files(lambda path: os.path.relpath(path, folder))

@@ -26,7 +26,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.planning.hardware import this_hardware
-from mtcl_torchrec.training.planning.planner import WHY_UNCUT, TableOptimizer, plan_tables, table_sharder
+from mtcl_torchrec.training.planning.planner import WHY_UNCUT, TableOptimizer, plan_tables, table_sharders
 
 Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills
@@ -184,7 +184,7 @@ def shard(
         env=ShardingEnv(where.world_size, where.rank, dist.group.WORLD, output_dtensor=True),
         device=where.device,
         plan=plan,
-        sharders=[table_sharder(sharding)],
+        sharders=table_sharders(sharding),
     )
     correct_mean_pooling(model)
     fill_tables(model, seed=seed, scale=init_scale, zero_first_row=zero_first_row, zero_tables=zero_tables)
@@ -281,7 +281,7 @@ def local_shards(value: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
 
 def is_table(name: str) -> bool:
     """Whether a parameter of that fully qualified name is an embedding table."""
-    return ".embedding_bags." in name
+    return ".embedding_bags." in name or ("embedding_collections." in name and ".embeddings." in name)
 
 
 def tables_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -195,6 +195,16 @@ class GradientSurgery(nn.Module):
                 f"{type(inner).__name__} does not say what its tasks share (shared and split, see "
                 f"mtcl_torchrec.modules.trunks), so gradient surgery cannot cut at {self.cut!r}; take 'embeddings'"
             )
+        if model.tower.lstm_towers is not None:
+            raise ConfigError(
+                "gradient surgery does not see what LSTM towers do to the embeddings, which they read themselves, past "
+                "every cut; take a history encoder (model.sequences) with ordinary towers"
+            )
+        if self.cut == "tables" and len(model.embedding_collections):
+            raise ConfigError(
+                "gradient surgery at 'tables' needs each row's gradient, and that of a history's rows goes through its "
+                "encoder; cut at 'embeddings', 'trunk' or 'both', which take the encoder's output and the candidate"
+            )
         dims = model.lookups.dims
         taken = next((key for module in model.lookups for key in getattr(module, "takes", ())), None)
         if self.cut == "tables" and taken is not None:

@@ -63,6 +63,8 @@ class Bodies:
         # Keys are looked up, not encoded: one outside its feature's table is unknown, and said to be.
         user, item = (_scalar_type(frame.iloc[:1000, 0]) for frame in (catalogue.users, catalogue.items))
         context = _typed_dict("Context", {c: NotRequired[self.columns[c]] for c in catalogue.context})
+        if catalogue.end is not None and schema.time not in {f.rows_from for f in schema.features}:
+            self.columns.pop(str(schema.time), None)  # of a request, by which ages are reckoned: rows have their ages
         row = _typed_dict("Row", {c: kind | None for c, kind in self.columns.items()})
         self._recommend = create_model(
             "RecommendRequest",
@@ -205,13 +207,15 @@ def _value_type(feature: Feature | None, values: pd.Series | None) -> Any:
     """What a value may be: as the log has it, within the feature's bounds."""
     if feature is not None and feature.kind == "dense":
         return _NUMBER
+    if feature is not None and feature.encoding == "log_bucket":
+        return Annotated[list[_NUMBER | None], Field(max_length=MAX_BAG)]
     present = pd.Series([], dtype=object) if values is None else values.dropna().head(1000)
     first = present.iloc[0] if len(present) else None
     index_size = feature.vocabulary_size if feature is not None and feature.encoding == "index" else None
     if isinstance(first, (list, tuple, np.ndarray)):
         members = pd.Series([v for some in present for v in some])
         return Annotated[list[_scalar_type(members, index_size)], Field(max_length=MAX_BAG)]  # type: ignore[misc]
-    if first is None and feature is not None and feature.kind == "bag":
+    if first is None and feature is not None and feature.kind in ("bag", "history"):
         return Annotated[list[_ANY], Field(max_length=MAX_BAG)] | _TEXT
     return _scalar_type(present, index_size)
 

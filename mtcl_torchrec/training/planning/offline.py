@@ -33,7 +33,7 @@ from mtcl_torchrec.training.planning.planner import (
     state_numbers,
     table_configs,
     table_constraints,
-    table_sharder,
+    table_sharders,
     topology,
 )
 from mtcl_torchrec.training.planning.report import PHASES, Phase, PlanReport, RankMemory, TablePlan
@@ -96,7 +96,7 @@ def plan_offline(
     optimizers, sharding = for_modules(run)
     tables = optimizers.tables
     fuse_table_optimizer(module, tables)  # tells the planner the size of the optimizer's state
-    sharder = table_sharder(sharding)
+    sharders = table_sharders(sharding)
     constraints = table_constraints(
         module, sharding, device_type=hardware.kind, world_size=world_size, ranks_per_host=hosts_of,
         optimizer=tables.kind,
@@ -111,9 +111,9 @@ def plan_offline(
     started = time.perf_counter()
     with quiet_planner():
         try:
-            plan, chosen = search.best(module, sharder)
+            plan, chosen = search.best(module, sharders)
         except PlannerError:
-            options = search.options(module, sharder)
+            options = search.options(module, sharders)
             shortfall, hint = _shortfall(options, search, memory, hardware, names, full_host)
             return replace(report, planning_s=time.perf_counter() - started, shortfall=shortfall, hint=hint)
     seconds = time.perf_counter() - started

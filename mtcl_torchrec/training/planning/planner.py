@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 import torchrec.optim
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
@@ -21,20 +22,28 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
 from torchrec.distributed.types import CacheParams, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ComputeKernel, ShardingKind
+from mtcl_torchrec.modules.sequences import Sequences
 from mtcl_torchrec.schema import ConfigError, nearest
 from mtcl_torchrec.training.planning.hardware import GB, Hardware, configured
 
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 MIN_COLUMNS = 128  # TorchRec's least width of a column-wise shard
+# What TorchRec (1.8) has for tables that give a row for each value.
+SEQUENCE_KINDS: tuple[ShardingKind, ...] = ("table_wise", "row_wise", "column_wise", "data_parallel")
 ROW_CUTS = frozenset({"row_wise", "table_row_wise"})
 WHY_UNCUT = (
     "since its bags are averaged and a feature is looked up in several tables: TorchRec would average those of other "
     "tables too; take table_wise, or pooling: sum"
+)
+# The dense one (1.8) takes every list for a bag there: wrong sizes where lists are not of one value, or worse.
+WHY_FUSED = (
+    "a history looks it up, for which FBGEMM has fused kernels only on a CPU; take table_wise, row_wise or column_wise "
+    "with compute_kernels: fused"
 )
 COLUMN_STEP = 4  # FBGEMM's kernels read four numbers at a time
 
@@ -54,20 +63,48 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return list(get_args(ShardingKind))
 
 
-def table_sharder(sharding: ShardingConfig) -> TableSharder:
-    """The sharder of a configuration, which carries the number formats on the wire."""
+class SequenceTableSharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder of embedding collections, in which histories are looked up."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Sharding types the planner may choose from."""
+        return list(SEQUENCE_KINDS)
+
+
+Sharders = list[TableSharder | SequenceTableSharder]
+
+
+def table_sharders(sharding: ShardingConfig) -> Sharders:
+    """The sharders of a configuration, which carry the number formats on the wire."""
     wire = sharding.communication
     formats = {"fp32": CommType.FP32, "fp16": CommType.FP16, "bf16": CommType.BF16}
     qcomms = QCommsConfig(forward_precision=formats[wire.forward], backward_precision=formats[wire.backward])
     # On a CPU, TorchRec would take fp16 in place of bf16, which gloo once lacked.
     registry = get_qcomm_codecs_registry(qcomms, device=torch.device("cuda"))
-    return TableSharder(qcomm_codecs_registry=registry)
+    return [TableSharder(qcomm_codecs_registry=registry), SequenceTableSharder(qcomm_codecs_registry=registry)]
 
 
-def table_configs(module: nn.Module) -> dict[str, EmbeddingBagConfig]:
-    """Table name -> its configuration, for all EmbeddingBagCollections in a module."""
-    collections = [m for m in module.modules() if isinstance(m, EmbeddingBagCollection)]
-    return {config.name: config for ebc in collections for config in ebc.embedding_bag_configs()}
+def table_configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
+    """Table name -> its configuration, for all EmbeddingBagCollections and EmbeddingCollections in a module."""
+    found: dict[str, BaseEmbeddingConfig] = {}
+    for collection in module.modules():
+        if isinstance(collection, EmbeddingBagCollection):
+            found |= {config.name: config for config in collection.embedding_bag_configs()}
+        elif isinstance(collection, EmbeddingCollection):
+            found |= {config.name: config for config in collection.embedding_configs()}
+    return found
+
+
+def sequence_tables(module: nn.Module) -> set[str]:
+    """Names of the tables of the EmbeddingCollections in a module."""
+    collections = [m for m in module.modules() if isinstance(m, EmbeddingCollection)]
+    return {config.name for collection in collections for config in collection.embedding_configs()}
+
+
+def _usual_lengths(module: nn.Module) -> dict[str, float]:
+    """Feature -> how many values a row is taken to have: half of the cap, in a history and beside it."""
+    encoders = [item for m in module.modules() if isinstance(m, Sequences) for item in m.encoders().items()]
+    return {feature: max(1.0, of.max_length / 2) for name, of in encoders for feature in (name, *of.beside)}
 
 
 def table_constraints(
@@ -90,7 +127,7 @@ def table_constraints(
         if name not in configs:
             raise ConfigError(f"sharding.tables: no table {name!r}{nearest(name, configs)}")
     usual = _usual_kinds(device_type, world_size, ranks_per_host, optimizer)
-    uncut = not_to_cut_by_rows(module)
+    uncut, sequences, lengths = not_to_cut_by_rows(module), sequence_tables(module), _usual_lengths(module)
     constraints = {}
     for name, config in configs.items():
         own = sharding.tables.get(name)
@@ -100,6 +137,16 @@ def table_constraints(
         # The planner knows the dense kernel for data-parallel tables only; `plan_tables` puts it in place of "fused".
         known = ["fused" if kernel == "dense" else kernel for kernel in kernels]
         allowed = list(kinds or usual)
+        if name in sequences:
+            if own is not None and own.kinds and not set(own.kinds) & set(SEQUENCE_KINDS):
+                raise ConfigError(
+                    f"sharding of table {shown!r}: a history looks it up, and TorchRec has no {own.kinds[0]} for that; "
+                    f"take {', '.join(SEQUENCE_KINDS)}"
+                )
+            if device_type == "cpu" and ("dense" in kernels or (own is not None and own.kinds == ["data_parallel"])):
+                raise ConfigError(f"sharding of table {shown!r}: {WHY_FUSED}")
+            usable = [k for k in SEQUENCE_KINDS if k != "data_parallel" or device_type != "cpu"]
+            allowed = [kind for kind in allowed if kind in usable] or ["table_wise"]
         if device_type == "cpu":
             short = {
                 kind: parts
@@ -119,7 +166,10 @@ def table_constraints(
             min_partition=_min_partition(
                 shown, config.embedding_dim, kinds, own.min_partition if own else None, world_size
             ),
-            pooling_factors=[own.pooling_factor if own and own.pooling_factor else 1.0] * len(config.feature_names),
+            pooling_factors=[
+                own.pooling_factor if own and own.pooling_factor else lengths.get(feature, 1.0)
+                for feature in config.feature_names
+            ],
             cache_params=CacheParams(load_factor=own.cache_load_factor) if own and own.cache_load_factor else None,
         )
     return constraints
@@ -333,11 +383,11 @@ class Search:
     batch_size: int
     timeout_s: float | None = None
 
-    def options(self, module: nn.Module, sharder: TableSharder) -> list[ShardingOption]:
+    def options(self, module: nn.Module, sharders: Sharders) -> list[ShardingOption]:
         """Every way to cut every table, with estimates."""
-        return self._enumerator().enumerate(module, [sharder])
+        return self._enumerator().enumerate(module, sharders)
 
-    def best(self, module: nn.Module, sharder: TableSharder) -> tuple[ShardingPlan, list[ShardingOption]]:
+    def best(self, module: nn.Module, sharders: Sharders) -> tuple[ShardingPlan, list[ShardingOption]]:
         """The plan of the least estimated time, also with its estimates.
 
         Raises:
@@ -359,7 +409,7 @@ class Search:
             callbacks=[keep],
             timeout_seconds=None if self.timeout_s is None else max(1, round(self.timeout_s)),
         )
-        return planner.plan(module, [sharder]), chosen
+        return planner.plan(module, sharders), chosen
 
     def _enumerator(self) -> OrderedEnumerator:
         estimators = [
@@ -396,7 +446,7 @@ def plan_tables(
     cluster = topology(configured(hardware, sharding), world_size, ranks_per_host, reserve=sharding.reserve)
     try:
         with quiet_planner():
-            plan, _ = Search(cluster, constraints, batch_size).best(module, table_sharder(sharding))
+            plan, _ = Search(cluster, constraints, batch_size).best(module, table_sharders(sharding))
     except PlannerError as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"the embedding tables fit on no plan for {world_size} ranks: {reason}") from None
