@@ -142,6 +142,8 @@ class Sequences(nn.Module):
     Attributes:
         dims: key -> width, of candidates and histories.
         candidates: the features of one value a row.
+        widths: feature that is looked up -> width of its embedding.
+        lengths: history or companion -> its cap.
 
     Example:
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
@@ -163,8 +165,9 @@ class Sequences(nn.Module):
         super().__init__()
         configs = [config for collection in collections for config in sequence_configs(collection)]
         of_feature = {feature: config.embedding_dim for config in configs for feature in config.feature_names}
-        lists = {feature for name, of in histories.items() for feature in (name, *of.beside)}
-        self.candidates = tuple(feature for feature in of_feature if feature not in lists)
+        self.widths = of_feature
+        self.lengths = {f: of.max_length for name, of in histories.items() for f in (name, *of.beside)}
+        self.candidates = tuple(feature for feature in of_feature if feature not in self.lengths)
         self.names = tuple(histories)
         self.histories = nn.ModuleList(histories.values())
         for name, encoder in histories.items():
