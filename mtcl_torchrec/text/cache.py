@@ -75,11 +75,11 @@ class CachedEncoder:
         """
         digests = [blake2b(text.encode(), digest_size=_DIGEST).digest() for text in texts]
         new = {d: text for d, text in zip(digests, texts, strict=True) if d not in self._index}
-        if new or not texts:
+        if new:
             vectors = checked_vectors(self.encoder(list(new.values())), list(new.values()), self._width)
-            if not texts:
-                return vectors
             self._keep(list(new), vectors)
+        elif not texts and self._width is None:
+            return checked_vectors(self.encoder([]), [])
         self.found += len(texts) - len(new)
         self.encoded += len(new)
         out = np.empty((len(texts), self._width or 0), np.float32)

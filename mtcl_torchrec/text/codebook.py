@@ -106,7 +106,7 @@ class Codebook:
             raise DataError(f"the codebook is for vectors of width {self.width}, not {vectors.shape[-1]}")
 
 
-def fit_codebook(vectors: np.ndarray, sizes: Sequence[int], *, seed: int = 0, starts: int = 2) -> Codebook:
+def fit_codebook(vectors: np.ndarray, sizes: Sequence[int], *, seed: int = 0, starts: int | None = None) -> Codebook:
     """Residual k-means (scikit-learn's, with k-means++ starts), one level after the other.
 
     Source: residual vector quantisation (Juang and Gray, 1982), for semantic ids as in Rajput et al. (NeurIPS 2023)
@@ -117,7 +117,7 @@ def fit_codebook(vectors: np.ndarray, sizes: Sequence[int], *, seed: int = 0, st
         vectors: (N, d) floats, finite.
         sizes: K of each level, (L,).
         seed: of starts, and of the rows it is fitted on where there are more than 256 for each code.
-        starts: the best of so many is taken.
+        starts: the best of so many is taken; the default is 4 for up to 20,000 rows, and 1 for more.
 
     Raises:
         ConfigError: there is no level, or one has no code.
@@ -134,11 +134,12 @@ def fit_codebook(vectors: np.ndarray, sizes: Sequence[int], *, seed: int = 0, st
     if len(rows) > ROWS_PER_CODE * max(sizes):
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), ROWS_PER_CODE * max(sizes), replace=False))
     left = vectors[rows].astype(np.float64)
+    starts = starts or (4 if len(rows) <= 20_000 else 1)
     centroids = []
     for level, size in enumerate(sizes):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than codes: the report says so
-            fitted = KMeans(size, n_init=starts, random_state=seed + level).fit(left)
+            fitted = KMeans(size, n_init=starts, max_iter=50, random_state=seed + level).fit(left.astype(np.float32))
         centroids.append(fitted.cluster_centers_.astype(np.float32))
         left -= centroids[-1][_nearest(left, centroids[-1])]
     return Codebook(tuple(centroids))

@@ -127,7 +127,7 @@ def _signs(use: CodebookUse) -> list[str]:
             )
         if level.size >= 8 and level.largest > 0.25:
             found.append(f"{level.largest:.0%} of the items have the same code at level {number}")
-        if level.error > 0.99 * before:
+        if level.error > 0.99 * before or before < 1e-9:
             found.append(f"level {number} explains nothing of what the levels before it leave over")
         before = level.error
     if use.items >= 100 and use.fullest > 0.05 * use.items:

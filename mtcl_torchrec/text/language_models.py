@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import file_digest, sha256
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +98,14 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: Any, identity: str, max_tokens: int | None = None) -> None:
-        own = model.get_max_seq_length() if hasattr(model, "get_max_seq_length") else model.max_seq_length
+        own = getattr(model, "max_seq_length", None)  # None or inf: all of them
         if max_tokens is not None:
             if own is not None and max_tokens > own:
                 raise ConfigError(f"the model reads at most {own} tokens, not {max_tokens}")
             model.max_seq_length = max_tokens
         self._model = model
         self.max_tokens = max_tokens or own
+        self._most = self.max_tokens if self.max_tokens is not None and callable(model.tokenizer) else inf
         self.cut = 0
         version = importlib.metadata.version("sentence-transformers")
         self.identity = f"{identity} {self.max_tokens} tokens sentence-transformers {version}"
@@ -138,13 +141,14 @@ class SentenceEncoder:
         except ImportError as error:
             raise _missing("sentence-transformers", error) from None
         try:
-            model = SentenceTransformer(
-                str(path),
-                device=_device(device),
-                trust_remote_code=False,
-                local_files_only=True,
-                model_kwargs={"use_safetensors": True},
-            )
+            with _no_bars():
+                model = SentenceTransformer(
+                    str(path),
+                    device=_device(device),
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    model_kwargs={"use_safetensors": True},
+                )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise _unloadable(path, error) from None
         return cls(model, identity, max_tokens)
@@ -152,9 +156,9 @@ class SentenceEncoder:
     def __call__(self, texts: list[str]) -> np.ndarray:
         """(n, d) float32."""
         if not texts:
-            return np.zeros((0, self._model.get_embedding_dimension()), np.float32)
-        if self.max_tokens:
-            self.cut += sum(length > self.max_tokens for length in _token_counts(self._model.tokenizer, texts))
+            return np.zeros((0, len(self(["a"])[0])), np.float32)
+        if self._most < inf:
+            self.cut += sum(length > self._most for length in _token_counts(self._model.tokenizer, texts))
         return self._model.encode(texts, batch_size=64, show_progress_bar=False, convert_to_numpy=True)
 
 
@@ -207,8 +211,9 @@ class HuggingFaceEncoder:
         where, safe = _device(device), {"trust_remote_code": False, "local_files_only": True}
         kind = torch.bfloat16 if where == "cuda" else torch.float32
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), **safe)
-            model = AutoModel.from_pretrained(str(path), use_safetensors=True, dtype=kind, **safe).to(where)
+            with _no_bars():
+                tokenizer = AutoTokenizer.from_pretrained(str(path), **safe)
+                model = AutoModel.from_pretrained(str(path), use_safetensors=True, dtype=kind, **safe).to(where)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
             raise _unloadable(path, error) from None
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens or MAX_TOKENS
@@ -254,6 +259,20 @@ class HuggingFaceEncoder:
 def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
     """How many tokens each text has, uncut."""
     return [len(ids) for ids in tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading takes a moment; transformers shows a bar for it that stays on the screen."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _device(device: Device) -> str:

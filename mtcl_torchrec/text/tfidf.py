@@ -77,7 +77,8 @@ class HashedTfidf:
         weighted = _weighted(counts, buckets, idf)
         rank = min(width, *weighted.shape)
         components = np.zeros((width, len(buckets)), np.float32)
-        svd = TruncatedSVD(rank, random_state=seed).fit(weighted)
+        with np.errstate(invalid="ignore"):  # scikit-learn divides by the variance, which one text has not
+            svd = TruncatedSVD(rank, random_state=seed).fit(weighted)
         real = svd.singular_values_ > 1e-4 * svd.singular_values_[0]  # the others are directions of rounding errors
         components[:rank][real] = svd.components_[real]
         return cls(analyzer, buckets, idf, components)
