@@ -87,7 +87,8 @@ class MultiTaskTower(nn.Module):
             raise ValueError(
                 f"{type(trunk).__name__} keeps the tasks' columns apart, an interaction before it would mix them"
             )
-        blocks = input_blocks(dims, dense_in_features, tasks, feature_groups, dense_groups)
+        groups = _groups_of_inputs(feature_groups, histories or {})
+        blocks = input_blocks(dims, dense_in_features, tasks, groups, dense_groups)
         # Task numbers, in the order in which the trunk numbers them.
         self.trunk_tasks = tuple(number for number, task in enumerate(self.tasks) if task.in_trunk)
         self.interaction = interaction(width) if interaction else nn.Identity()
@@ -95,8 +96,8 @@ class MultiTaskTower(nn.Module):
         if self.trunk_tasks:
             prepare_trunk(trunk, width, TrunkInputs(tuple(self.tasks[i] for i in self.trunk_tasks), blocks))
             hidden = int(trunk.out_features)  # type: ignore[arg-type]
-        elif interaction or epnet or ppnet:
-            named = "interaction" if interaction else "epnet" if epnet else "ppnet"
+        elif interaction or epnet or ppnet or lstm_towers:
+            named = "interaction" if interaction else "epnet" if epnet else "ppnet" if ppnet else "an LSTM"
             raise ConfigError(f"every task has a dot head, which reads the embeddings themselves: {named} does nothing")
         if ppnet is not None:
             ppnet.wrap(trunk, self.interaction, blocks, len(self.trunk_tasks), tower_layers)
@@ -113,14 +114,15 @@ class MultiTaskTower(nn.Module):
             task = self.tasks[number]
             name = "sees_" + "_".join(sorted(task.inputs))
             if not hasattr(self, name):
-                visible = visible_columns(task.inputs, dims, dense_in_features, feature_groups, dense_groups)
+                visible = visible_columns(task.inputs, dims, dense_in_features, groups, dense_groups)
                 self.register_buffer(name, visible, persistent=False)
                 self._views.append((name, []))
             next(numbers for view, numbers in self._views if view == name).append(number)
         self._of_request = {name for name, of in self._views if "item" not in self.tasks[of[0]].inputs}
         self.lstm_towers = lstm_towers
         if lstm_towers is not None:
-            lstm_towers.build(self.tasks, dims, histories or {}, feature_groups or {})
+            in_trunk = [self.tasks[number] for number in self.trunk_tasks]
+            lstm_towers.build(in_trunk, dims, histories or {}, feature_groups or {})
             hidden += lstm_towers.hidden
         self.towers: nn.Module | None = None
         if tower_layers and self.trunk_tasks:
@@ -165,7 +167,8 @@ class MultiTaskTower(nn.Module):
             )
         states = None
         if self.lstm_towers is not None:
-            states = self.lstm_towers(pooled, skip, frozen, None if alike is None else alike.of_row)
+            of_row = None if alike is None else alike.of_row
+            states = self.lstm_towers(pooled, skip, self._of_trunk(frozen), of_row)
         if cut is not None:
             pooled = cut.embeddings(pooled)
         x = self.concat(dense_features, pooled)
@@ -213,7 +216,7 @@ class MultiTaskTower(nn.Module):
         else:
             of_views = cut.through(self.trunk, inputs, tasks, places, (x, of_dots) if of_dots else None)
             reads = list(of_views.pop()) if of_dots else []
-        h = self._of_tasks(of_views, inputs, frozen, alike)
+        h = self._of_tasks(of_views, inputs, frozen, alike, states)
         logits = self.chains.imputed(h) if self.trunk_tasks else {}
         for number, task in enumerate(self.tasks):
             if task.in_trunk:
@@ -225,6 +228,12 @@ class MultiTaskTower(nn.Module):
                     number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike
                 )
         return logits
+
+    def _of_trunk(self, frozen: torch.Tensor | None) -> torch.Tensor | None:
+        """Of the flags of all tasks, those of the tasks that go through the trunk."""
+        if frozen is None or len(self.trunk_tasks) == len(self.tasks):
+            return frozen
+        return torch.stack([frozen[number] for number in self.trunk_tasks])
 
     def _of_dot(self, number: int, x: torch.Tensor, alike: Alike | None) -> Logits:
         """A dot head's logit, and its vectors where the loss reads them."""
@@ -240,6 +249,7 @@ class MultiTaskTower(nn.Module):
         inputs: Sequence[torch.Tensor],
         frozen: torch.Tensor | None,
         alike: Alike | None,
+        states: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the tasks' heads read, (T, B, H), from what the trunk made of each view; empty without a trunk."""
         if not self.trunk_tasks:
@@ -252,8 +262,7 @@ class MultiTaskTower(nn.Module):
             for place, number in enumerate(numbers):
                 shared[number] = representations[:, place]
         h = torch.stack([shared[number] for number in self.trunk_tasks])
-        of_trunk = frozen if frozen is None else torch.stack([frozen[number] for number in self.trunk_tasks])
-        h = stop_where_frozen(h, of_trunk)
+        h = stop_where_frozen(h, self._of_trunk(frozen))
         factors = None
         if isinstance(self.trunk, PPNet):
             h, factors = self.trunk.apart(h)
@@ -265,3 +274,18 @@ class MultiTaskTower(nn.Module):
             nothing, of = torch.zeros_like(h[0]), dict(zip(self.trunk_tasks, h, strict=True))
             h = torch.stack([of.get(number, nothing) for number in range(len(self.tasks))])
         return self.chains.transfer(h, frozen)
+
+
+def _groups_of_inputs(
+    feature_groups: Mapping[str, Sequence[Group]] | None, histories: Mapping[str, HistoryInput]
+) -> Mapping[str, Sequence[Group]] | None:
+    """Feature -> its groups; a history that the candidate attends to is of the item, too, and would tell a task that
+    may not see the item what it is."""
+    if feature_groups is None:
+        return None
+    attended = {
+        name: tuple(dict.fromkeys((*feature_groups.get(name, ()), *feature_groups.get(str(of.candidate), ("item",)))))
+        for name, of in histories.items()
+        if of.attends
+    }
+    return {**feature_groups, **attended}

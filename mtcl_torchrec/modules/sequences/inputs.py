@@ -27,10 +27,12 @@ class HistoryInput(NamedTuple):
     Args:
         width: of a position's vector.
         candidate: the feature of the same table that holds the candidate, or None.
+        attends: whether the vector that becomes of it depends on the candidate.
     """
 
     width: int
     candidate: str | None
+    attends: bool = False
 
 
 class HistoryEncoder(nn.Module):
@@ -181,7 +183,7 @@ class Sequences(nn.Module):
 
     def inputs(self) -> dict[str, HistoryInput]:
         """What the histories are, for others that read them."""
-        return {name: HistoryInput(of.width, of.of) for name, of in self.encoders().items()}
+        return {name: HistoryInput(of.width, of.of, of.reads_candidate) for name, of in self.encoders().items()}
 
     def forward(
         self, sparse_features: Any, sequence_embeddings: Mapping[str, JaggedTensor] | None = None
