@@ -12,7 +12,10 @@ import torch
 import yaml
 from ranks import run_ranks
 
+from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data import kuairand
+from mtcl_torchrec.data.cold_split import cold_split
+from mtcl_torchrec.data.synthetic_text import TextWorld
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
@@ -171,3 +174,41 @@ def test_gains_are_relative_to_the_twins(tmp_path, capsys):
     assert shown.count("↓") == 1
     balance.draw(results, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------- cold start
+
+
+def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
+    cold_start = script("cold_start")
+    world = TextWorld(num_users=60, num_items=80, ratings=30)
+    parts = cold_split(world.log())
+    test = parts["test"]
+    told = cold_start.by_segment(
+        test, {task: test[f"p_{cold_start.LABELS[task]}"].to_numpy() for task in cold_start.TASKS}
+    )
+    popular = cold_start.by_segment(
+        test, {task: cold_start.popularity(parts["train"], cold_start.LABELS[task])(test) for task in cold_start.TASKS}
+    )
+    assert sum(n for name, n in told["rows"].items() if name != "all") <= told["rows"]["all"] == len(test)
+    assert told["liked"]["all"] > popular["liked"]["all"]
+    assert popular["liked"]["never seen"] == 0.5  # nothing is known of them
+    of_all = {"data": "synthetic", "encoder": "tfidf", "small": False, "sequences": "off"}
+    results = [{**of_all, "variant": v, "seed": s, **f} for v, f in
+               (("popularity", popular), ("true probability", told), ("id", popular)) for s in (0, 1)]  # fmt: skip
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, results)))
+    cold_start.show(cold_start.read(tmp_path / "r.jsonl"), "liked", markdown=True)
+    said = capsys.readouterr().out
+    assert f"| popularity | {popular['liked']['head']:.3f} ± 0.000 |" in said
+    cold_start.draw(results, "liked", tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("data", ["movielens", "synthetic"])
+def test_every_variant_of_cold_start_is_a_run(data):
+    cold_start = script("cold_start")
+    for variant, features in cold_start.VARIANTS.items():
+        for sequences in (False, True) if any(f["name"] == "item_id" for f in features) else (False,):
+            run = parse_run(yaml.safe_dump(cold_start.configuration(variant, sequences, data, 0, 100, small=False)))
+            assert {f.name for f in run.data_schema.features} > {f["name"] for f in features}
+            assert bool(run.histories) == sequences

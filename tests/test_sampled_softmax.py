@@ -16,6 +16,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 from test_faults import assert_same_result
 from test_resume import Interruption, stop_after
+from test_surgery import Waits
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from mtcl_torchrec import MTCL, MMoE, MTBatch, MTCLTrain, Task
@@ -164,6 +165,13 @@ def test_what_cannot_tell_items_apart_is_refused():
     with pytest.raises(ValidationError, match=r"head.sampled_softmax.item: no id feature 'j'"):
         Schema(features=columns, tasks=[Task.binary("a", head={"kind": "dot", "sampled_softmax": {"item": "j"}})])
     assert Schema(features=columns, item="i", tasks=[Task.binary("a", head=head)]).item_feature == "i"
+
+
+def test_nobody_waits_for_the_device():
+    losses, (user, item, items, weights) = DotLosses([dot()], {"i": 6}), drawn()
+    with Waits() as waits:
+        terms(losses, user, item, items, weights).backward()
+    assert not waits.met
 
 
 # ---------------------------------------------------------------------- ranks and runs

@@ -11,7 +11,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec import MTCL, ConfigError, GradientSurgery, MTCLTrain, SharedBottom, Task
 from mtcl_torchrec.modules.sequences import (
-    DIN, GRU, LSTM, HistoryEncoder, JaggedHistory, Mean, PaddedHistory, Sequences, Transformer,
+    DIN,
+    GRU,
+    LSTM,
+    HistoryEncoder,
+    JaggedHistory,
+    Mean,
+    PaddedHistory,
+    Sequences,
+    Transformer,
 )  # fmt: skip
 from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 

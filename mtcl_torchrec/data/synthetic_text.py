@@ -99,7 +99,7 @@ class TextWorld:
         z = self.utility()[user, item]
         chance = draw.random(z.shape)
         at_least = {k: 1 / (1 + np.exp(-(z + c))) for k, c in _AT_LEAST.items()}
-        rating = 1 + sum((chance < p).astype(np.int64) for p in at_least.values())
+        rating = 1 + np.sum([chance < p for p in at_least.values()], axis=0)
         log = pd.DataFrame(
             {
                 "user_id": user.T.ravel() + 1,

@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec.modules.dot_product import vector_names
-from mtcl_torchrec.modules.embeddings import single_value
 from mtcl_torchrec.modules.gathering import RankGather
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 
@@ -118,7 +118,7 @@ class DotLosses(nn.Module):
         self.gather.agree(rows)
         pools = {}
         for feature, popularity in zip(self._features, self.popularity, strict=True):
-            items = self.gather(single_value(sparse_features, feature))
+            items = self.gather(first_values(sparse_features, feature))
             pools[feature] = items, popularity(items)
         return pools
 
@@ -132,6 +132,21 @@ class DotLosses(nn.Module):
         all_met = met if softmax.correction == "logq" else None
         popularity = self.popularity[self._features.index(self._items[i])]
         return _SoftmaxSums.apply(user, self.gather(item), weights, items, self.gather.first, all_met, popularity.total)
+
+
+def first_values(sparse_features: KeyedJaggedTensor, feature: str) -> torch.Tensor:
+    """The first value of a feature in each row (B,), -1 where it has none; nobody waits for the device.
+
+    Example:
+        >>> ids = KeyedJaggedTensor(["u", "i"], torch.tensor([5, 6, 7]), lengths=torch.tensor([1, 1, 0, 1]))
+        >>> first_values(ids, "i")
+        tensor([-1,  7])
+    """
+    rows, at = sparse_features.stride(), sparse_features.keys().index(feature)
+    of_feature = slice(at * rows, (at + 1) * rows)
+    values = sparse_features.values()
+    padded = torch.cat([values, values.new_full((1,), -1)])
+    return torch.where(sparse_features.lengths()[of_feature] > 0, padded[sparse_features.offsets()[of_feature]], -1)
 
 
 def _item_feature(task: Task, rows: Mapping[str, int]) -> str:

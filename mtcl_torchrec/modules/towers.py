@@ -87,7 +87,8 @@ class MultiTaskTower(nn.Module):
             raise ValueError(
                 f"{type(trunk).__name__} keeps the tasks' columns apart, an interaction before it would mix them"
             )
-        blocks = input_blocks(dims, dense_in_features, tasks, feature_groups, dense_groups)
+        groups = _groups_of_inputs(feature_groups, histories or {})
+        blocks = input_blocks(dims, dense_in_features, tasks, groups, dense_groups)
         # Task numbers, in the order in which the trunk numbers them.
         self.trunk_tasks = tuple(number for number, task in enumerate(self.tasks) if task.in_trunk)
         self.interaction = interaction(width) if interaction else nn.Identity()
@@ -95,8 +96,8 @@ class MultiTaskTower(nn.Module):
         if self.trunk_tasks:
             prepare_trunk(trunk, width, TrunkInputs(tuple(self.tasks[i] for i in self.trunk_tasks), blocks))
             hidden = int(trunk.out_features)  # type: ignore[arg-type]
-        elif interaction or epnet or ppnet:
-            named = "interaction" if interaction else "epnet" if epnet else "ppnet"
+        elif interaction or epnet or ppnet or lstm_towers:
+            named = "interaction" if interaction else "epnet" if epnet else "ppnet" if ppnet else "an LSTM"
             raise ConfigError(f"every task has a dot head, which reads the embeddings themselves: {named} does nothing")
         if ppnet is not None:
             ppnet.wrap(trunk, self.interaction, blocks, len(self.trunk_tasks), tower_layers)
@@ -113,7 +114,7 @@ class MultiTaskTower(nn.Module):
             task = self.tasks[number]
             name = "sees_" + "_".join(sorted(task.inputs))
             if not hasattr(self, name):
-                visible = visible_columns(task.inputs, dims, dense_in_features, feature_groups, dense_groups)
+                visible = visible_columns(task.inputs, dims, dense_in_features, groups, dense_groups)
                 self.register_buffer(name, visible, persistent=False)
                 self._views.append((name, []))
             next(numbers for view, numbers in self._views if view == name).append(number)
@@ -231,7 +232,7 @@ class MultiTaskTower(nn.Module):
         return logits
 
     def _of_trunk(self, frozen: torch.Tensor | None) -> torch.Tensor | None:
-        """What `frozen` says of the tasks that the trunk serves."""
+        """Of the flags of all tasks, those of the tasks that go through the trunk."""
         if frozen is None or len(self.trunk_tasks) == len(self.tasks):
             return frozen
         return torch.stack([frozen[number] for number in self.trunk_tasks])
@@ -275,3 +276,18 @@ class MultiTaskTower(nn.Module):
             nothing, of = torch.zeros_like(h[0]), dict(zip(self.trunk_tasks, h, strict=True))
             h = torch.stack([of.get(number, nothing) for number in range(len(self.tasks))])
         return self.chains.transfer(h, frozen)
+
+
+def _groups_of_inputs(
+    feature_groups: Mapping[str, Sequence[Group]] | None, histories: Mapping[str, HistoryInput]
+) -> Mapping[str, Sequence[Group]] | None:
+    """Feature -> its groups; a history that the candidate attends to is of the item, too, and would tell a task that
+    may not see the item what it is."""
+    if feature_groups is None:
+        return None
+    attended = {
+        name: tuple(dict.fromkeys((*feature_groups.get(name, ()), *feature_groups.get(str(of.candidate), ("item",)))))
+        for name, of in histories.items()
+        if of.attends
+    }
+    return {**feature_groups, **attended}

@@ -36,6 +36,7 @@ from mtcl_torchrec.serving.tables import TablePrecision
 from mtcl_torchrec.training.finished import FinishedRun
 
 Compile = Literal["auto", "yes", "no"]
+EXAMPLE_ROWS = 2 * 757  # that torch.export sees: a size that no layer has, lest it should take the two for one
 TOLERANCE = 2e-4  # of the graph against the modules it was made of, relative to 1 + the value
 _SHAPES: dict[str, list[Any]] = {
     "dense": ["B", "D"], "values": ["V"], "lengths": ["F", "B"], "request": ["B"], "alike": ["B"], "first": ["R"],
@@ -195,7 +196,7 @@ def _exported(network: AnyNetwork, encoder: FeatureEncoder) -> ExportedProgram:
     try:
         with torch.no_grad(), _quietly():
             program = torch.export.export(
-                network, (), kwargs=sample_inputs(network, encoder, 6), strict=False, dynamic_shapes=dynamic
+                network, (), kwargs=sample_inputs(network, encoder, EXAMPLE_ROWS), strict=False, dynamic_shapes=dynamic
             )
     except Exception as error:  # whatever a module of one's own does that a graph cannot hold
         first = next(iter(str(error).splitlines()), "")

@@ -27,10 +27,12 @@ class HistoryInput(NamedTuple):
     Args:
         width: of a position's vector.
         candidate: the feature of the same table that holds the candidate, or None.
+        attends: whether the vector that becomes of it depends on the candidate.
     """
 
     width: int
     candidate: str | None
+    attends: bool = False
 
 
 class HistoryEncoder(nn.Module):
@@ -142,6 +144,8 @@ class Sequences(nn.Module):
     Attributes:
         dims: key -> width, of candidates and histories.
         candidates: the features of one value a row.
+        widths: feature that is looked up -> width of its embedding.
+        lengths: history or companion -> its cap.
 
     Example:
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
@@ -163,8 +167,9 @@ class Sequences(nn.Module):
         super().__init__()
         configs = [config for collection in collections for config in sequence_configs(collection)]
         of_feature = {feature: config.embedding_dim for config in configs for feature in config.feature_names}
-        lists = {feature for name, of in histories.items() for feature in (name, *of.beside)}
-        self.candidates = tuple(feature for feature in of_feature if feature not in lists)
+        self.widths = of_feature
+        self.lengths = {f: of.max_length for name, of in histories.items() for f in (name, *of.beside)}
+        self.candidates = tuple(feature for feature in of_feature if feature not in self.lengths)
         self.names = tuple(histories)
         self.histories = nn.ModuleList(histories.values())
         for name, encoder in histories.items():
@@ -178,7 +183,7 @@ class Sequences(nn.Module):
 
     def inputs(self) -> dict[str, HistoryInput]:
         """What the histories are, for others that read them."""
-        return {name: HistoryInput(of.width, of.of) for name, of in self.encoders().items()}
+        return {name: HistoryInput(of.width, of.of, of.reads_candidate) for name, of in self.encoders().items()}
 
     def forward(
         self, sparse_features: Any, sequence_embeddings: Mapping[str, JaggedTensor] | None = None

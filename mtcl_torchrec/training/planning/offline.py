@@ -14,13 +14,15 @@ from torch import nn
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Topology
 from torchrec.distributed.planner.utils import reset_shard_rank
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.contents import read_contents
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.models import MTCL, MTCLTrain, MultiTaskTower
-from mtcl_torchrec.modules.embeddings import table_module_name
+from mtcl_torchrec.modules.embeddings import pooled_by_key, table_module_name
+from mtcl_torchrec.modules.sequences import Sequences
 from mtcl_torchrec.schema import GROUPS, ConfigError, Feature, Schema, nearest
 from mtcl_torchrec.training.build import build_model, for_modules
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer, is_fused
@@ -181,7 +183,8 @@ def _rank_memory(run: RunConfig, model: MTCL, hardware: Hardware, batch_size: in
     parameters = sum(p.numel() for part in (model.tower, model.lookups) for p in part.parameters())
     frozen = sum(buffer.nbytes for buffer in model.lookups.buffers())  # vectors, of which each rank has a copy
     states = 0 if run.optimizers.dense.kind == "sgd" else 2
-    per_row = saved_for_backward(model.tower, sum(model.lookups.dims.values()))
+    sequences = next((module for module in model.lookups if isinstance(module, Sequences)), None)
+    per_row = saved_for_backward(model.tower, sum(model.lookups.dims.values()), model.lookups.dims, sequences)
     return RankMemory(
         total=total,
         reserve=total * run.sharding.reserve,
@@ -190,14 +193,19 @@ def _rank_memory(run: RunConfig, model: MTCL, hardware: Hardware, batch_size: in
     )
 
 
-def saved_for_backward(tower: MultiTaskTower, width: int) -> float:
+def saved_for_backward(
+    tower: MultiTaskTower, width: int, dims: Mapping[str, int] | None = None, sequences: Sequences | None = None
+) -> float:
     """Bytes that autograd keeps of each row between forward and backward, parameters apart.
 
     Args:
         tower: on the CPU.
-        width: of all pooled embeddings together.
+        width: of all inputs together.
+        dims: key of each input -> its width, where there are histories.
+        sequences: the histories, which are taken to be half as long as they may be; on the CPU.
     """
-    own = {p.untyped_storage().data_ptr() for p in [*tower.parameters(), *tower.buffers()]}
+    modules = [tower] if sequences is None else [tower, sequences]
+    own = {p.untyped_storage().data_ptr() for m in modules for p in [*m.parameters(), *m.buffers()]}
 
     def kept(rows: int) -> int:
         seen: dict[int, torch.Tensor] = {}
@@ -208,14 +216,27 @@ def saved_for_backward(tower: MultiTaskTower, width: int) -> float:
                 seen[storage.data_ptr()] = tensor
             return tensor
 
-        pooled = torch.zeros(rows, width, requires_grad=True)
+        pooled: Any = torch.zeros(rows, width, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            if sequences is not None and dims is not None:
+                pooled = pooled_by_key(pooled, dims) | _half_full(sequences, rows)
             logits = tower(torch.zeros(rows, tower.dense_in_features), pooled)
         size = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
         del logits
         return size
 
     return (kept(16) - kept(8)) / 8
+
+
+def _half_full(sequences: Sequences, rows: int) -> dict[str, Any]:
+    """What histories of half their cap become, in each of some rows."""
+    found: dict[str, JaggedTensor] = {}
+    for name, width in sequences.widths.items():
+        length = max(1, sequences.lengths.get(name, 1) // 2)
+        lengths = torch.full((rows,), length)
+        found[name] = JaggedTensor(torch.zeros(rows * length, width, requires_grad=True), lengths=lengths)
+    ids = {name: JaggedTensor(of.values().long()[:, 0], lengths=of.lengths()) for name, of in found.items()}
+    return sequences(ids, found)
 
 
 def _state_bytes(optimizer: str, dim: int) -> int:

@@ -103,8 +103,8 @@ def sequence_tables(module: nn.Module) -> set[str]:
 
 def _usual_lengths(module: nn.Module) -> dict[str, float]:
     """Feature -> how many values a row is taken to have: half of the cap, in a history and beside it."""
-    encoders = [item for m in module.modules() if isinstance(m, Sequences) for item in m.encoders().items()]
-    return {feature: max(1.0, of.max_length / 2) for name, of in encoders for feature in (name, *of.beside)}
+    found = [m for m in module.modules() if isinstance(m, Sequences)]
+    return {feature: max(1.0, length / 2) for of in found for feature, length in of.lengths.items()}
 
 
 def table_constraints(
