@@ -203,3 +203,31 @@ def test_encoded_spans_hold_what_the_lists_would(tmp_path):
     one, other = (p.encode(Rows(later)) for p in (preprocessor, again))
     for feature in COLUMNS:
         assert batch_lists(one, feature) == batch_lists(other, feature)
+
+
+def test_a_companion_beyond_its_table_names_the_row_of_the_event():
+    schema = schema_of()
+    tags = schema.features[4].model_copy(update={"encoding": "index", "vocabulary_size": 5})
+    schema = schema.model_copy(update={"features": (*schema.features[:4], tags, schema.features[5])})
+    frame = log(20).assign(tag=[1] * 17 + [9] * 3, click=1)
+    with pytest.raises(DataError, match=r"x.parquet, row 17: tags = 9 lies outside its table of 5 rows"):
+        Preprocessor(schema, (), [CONFIG]).fit(Rows(frame, ("x.parquet",), (0,)))
+
+
+def test_no_event_at_all_and_no_time_at_all():
+    quiet, timeless = log(5).assign(click=0, like=0), log(5).assign(t=None)
+    for frame in (quiet, timeless):
+        history = History(CONFIG, schema_of())
+        assert lists_of(history.fit(Rows(frame))) == {c: [[]] * 5 for c in COLUMNS}
+        assert lists_of(history.before(Rows(log(3)))) == {c: [[]] * 3 for c in COLUMNS}
+
+
+def test_rows_without_a_time_column_come_after_the_log():
+    history = History(CONFIG, schema_of())
+    frame = log(60)
+    history.fit(Rows(frame))
+    rows = frame[["user"]].drop_duplicates()
+    asked = [(user, frame["t"].max() + 0.5, *[None] * 4) for user in rows["user"]]
+    wanted = naive(tuples(frame), asked)
+    wanted["ages"] = [[int(age) for age in ages] for ages in wanted["ages"]]  # half a second more than to the end
+    assert lists_of(history.before(Rows(rows))) == wanted

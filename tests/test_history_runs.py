@@ -1,9 +1,15 @@
 """Histories in a run: read or built, prepared, streamed, served; the same wherever they come from."""
 
+import contextlib
+import io
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ranks import run_ranks
 from shop import RUN, log
 
 from mtcl_torchrec.config import dump_run, load_run, parse_run
@@ -13,7 +19,13 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import load_splits
 from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.candidates import CandidateEncoder
+from mtcl_torchrec.serving.export import export_run
+from mtcl_torchrec.serving.http.bodies import Bodies
+from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.run import train_run
 
 FEATURES = """
     - {name: clicked, group: user, kind: history, of: product_id, max_length: 4}
@@ -97,12 +109,12 @@ def test_a_time_unit_without_ages_and_two_blocks_of_one_history_are_refused():
 @pytest.mark.parametrize(
     ("by", "part"),
     [
-        ("hour", "'hour' is no user's or item's column"),
-        ("product_id", "a history by 'product_id' is of group item"),
-        ("usr", "'usr' is no user's or item's column of the schema"),
+        ("hour", "'hour' is no user's column"),
+        ("product_id", "'product_id' is no user's column"),
+        ("user_d", "'user_d' is no user's column of the schema \\(did you mean 'user_id'"),
     ],
 )
-def test_a_history_belongs_to_those_by_whom_it_is_built(by, part):
+def test_a_history_is_the_users(by, part):
     run = parse_run(WITH.replace("feature: clicked", f"feature: clicked\n  by: {by}", 1))
     with pytest.raises(ConfigError, match=part):
         Preprocessor(run.data_schema, run.statistics, run.histories)
@@ -212,26 +224,86 @@ def test_candidates_have_their_users_history_and_ages_grow_with_the_requests_tim
         encoder.rows(user, items, {"time": "soon"})
 
 
-def test_timestamps_and_a_history_of_items(tmp_path):
-    text = WITH.replace(
-        "    - {name: clicked, ",
-        "    - {name: buyers, group: item, kind: history, of: user_id, max_length: 2}\n"
-        "    - {name: buyer_age, group: item, kind: history, beside: buyers, encoding: log_bucket, embedding_dim: 4}\n"
-        "    - {name: clicked, ",
-    ).replace("histories:\n  feature", "histories:\n - {feature: buyers, by: product_id, where: buy}\n - feature")
-    text = text.replace("\n  where: [click", "\n   where: [click").replace("\n  beside: {", "\n   beside: {")
+def test_times_that_are_timestamps(tmp_path):
+    run = run_in(tmp_path)
     frame = log(600)
     frame.assign(time=pd.to_datetime(frame["time"], unit="s", utc=True)).to_parquet(tmp_path / "log.parquet")
-    (tmp_path / "run.yaml").write_text(text)
-    preprocessor, splits = split_of(load_run(tmp_path / "run.yaml"))
+    preprocessor, splits = split_of(run)
     catalogue = splits.catalogue
     assert catalogue is not None
-    known = frame[frame["time"] < splits.raw["test"].frame["time"].min().timestamp()]
-    for row in catalogue.items.itertuples():
-        own = known[(known["product_id"] == row.product_id) & (known["buy"] == 1)]
-        assert list(row.buyers) == own.sort_values("time", kind="stable")["user_id"].tail(2).tolist()
+    assert isinstance(catalogue.end, str)
     encoder = CandidateEncoder(preprocessor, catalogue)
-    items = np.arange(len(catalogue.items))
     later = (pd.Timestamp(catalogue.end) + pd.Timedelta(1, "D")).isoformat()
-    got = lists_of(encoder.rows(0, items, {"time": later}), "buyer_age")
-    assert got == [[int(np.floor(s + 86400) + 1).bit_length() for s in ages] for ages in catalogue.items["buyer_age"]]
+    ages = catalogue.users["clicked_age"][0]
+    got = lists_of(encoder.rows(0, np.arange(1), {"time": later}), "clicked_age")
+    assert got == [[int(np.floor(s + 86400) + 1).bit_length() for s in ages]]
+    with pytest.raises(DataError, match="context time = 'tomorrow-ish' is no time"):
+        encoder.rows(0, np.arange(1), {"time": "tomorrow-ish"})
+
+
+# ---------------------------------------------------------------------- whole runs
+
+TRAINED = WITH.replace(
+    "- {name: taste, kind: multiclass, label: genre, item_class: genre, mask: click, inputs: [user, context]}",
+    "- {name: taste, kind: multiclass, label: next_genre, item_class: genre, inputs: [user, context]}",
+).replace("histories:", "next_labels: {column: next_genre, of: genre, where: click}\nhistories:")
+
+
+def train_on_a_rank(folder):
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = load_run(f"{folder}/run.yaml")
+        run.training.epochs = 1
+        result = train_run(run, Path(folder) / "run", device="cpu")
+    return {task: found["auc"] for task, found in result.evaluations["test"].tasks.items() if "auc" in found}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that built its histories and next labels and was trained on two ranks."""
+    folder = tmp_path_factory.mktemp("histories")
+    log(1200).to_parquet(folder / "log.parquet")
+    (folder / "run.yaml").write_text(TRAINED)
+    one, two = run_ranks(train_on_a_rank, 2, str(folder))
+    assert one == two
+    assert one["click"] > 0.6
+    return FinishedRun.load(folder / "run")
+
+
+def test_a_run_that_builds_histories_judges_other_rows_and_ranks(trained):
+    encoded = trained.preprocessor.encode(Rows(log(1200)))
+    assert lists_of(encoded, "clicked_age")[0] == []
+    recommender = Recommender(trained)
+    user = str(recommender.catalogue.users.iloc[0, 0])
+    now = recommender.recommend(user, k=60, seen=True)
+    later = recommender.recommend(user, {"time": recommender.catalogue.end + 10**7}, k=60, seen=True)
+    assert not np.allclose(now["score"], later["score"])
+    assert np.isfinite(recommender.recommend("nobody", k=5)["score"]).all()
+    # Rows of a log without lists are scored with what their users met before them.
+    rows = log(5).drop(columns=["click", "buy", "stars"])
+    by_hand = rows.assign(**{c: [[]] * 5 for c in HISTORIES})
+    early, empty = (recommender.score(frame)["score"] for frame in (rows.assign(time=0), by_hand))
+    assert np.allclose(early, empty)
+    assert not np.allclose(recommender.score(rows.assign(time=2 * 10**9))["score"], empty)
+    # A request names the time, and a row needs none.
+    bodies = Bodies(recommender.schema, recommender.catalogue, max_candidates=9)
+    asked = bodies.recommend(json.dumps({"user": user, "context": {"time": 1_800_000_000}}).encode())
+    assert asked.context == {"time": 1_800_000_000}
+    assert set(HISTORIES) < set(bodies.columns)
+    assert "time" not in bodies.columns
+    assert np.isfinite(
+        recommender.score(bodies.score(json.dumps({"rows": [bodies.example_row()]}).encode()).frame)
+    ).all(axis=None)
+
+
+@pytest.mark.full
+def test_an_exported_model_knows_the_histories(trained, tmp_path):
+    export_run(trained, tmp_path / "model.mtcl", compiled="no")
+    one, other = Recommender(trained), Recommender(Artefact.load(tmp_path / "model.mtcl"))
+    user = str(one.catalogue.users.iloc[0, 0])
+    wanted, got = (
+        r.recommend(user, {"time": one.catalogue.end + 10**7}, k=60, seen=True).sort_values("product_id")
+        for r in (one, other)
+    )
+    assert np.allclose(got["score"], wanted["score"], atol=1e-5)
+    rows = log(5).assign(time=2 * 10**9)
+    assert np.allclose(one.score(rows)["score"], other.score(rows)["score"], atol=1e-5)

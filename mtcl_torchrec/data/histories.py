@@ -241,7 +241,7 @@ class History:
         return seen | {f.rows_from: Earlier(starts, lengths, ages=ages) for f in self.ages}
 
     def complete(self, catalogue: Catalogue, log: Rows) -> None:
-        """Give the users (or items) of a catalogue their lists as of the end of a log, in place.
+        """Give the users of a catalogue their lists as of the end of a log, in place.
 
         Ages are in seconds before the log's last row, whose time becomes the context's usual one.
 
@@ -250,9 +250,8 @@ class History:
         """
         whole = History(self.config, self._schema)
         whole.fit(log)
-        frame = catalogue.users if self.by in catalogue.users else catalogue.items
-        for column, earlier in whole.before(Rows(frame[[self.by]])).items():
-            frame[column] = earlier.lists(0, len(frame), exact=True).to_pandas()
+        for column, earlier in whole.before(Rows(catalogue.users[[self.by]])).items():
+            catalogue.users[column] = earlier.lists(0, len(catalogue.users), exact=True).to_pandas()
         if self.ages:
             catalogue.end = (
                 str(pd.Timestamp(whole._known.end, tz="UTC")) if whole._known.timestamps else whole._known.end

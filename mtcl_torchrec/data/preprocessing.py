@@ -37,7 +37,7 @@ class Preprocessor:
 
     Raises:
         ConfigError: a statistics key whose feature group is not known, a column produced twice, or a history that
-            does not belong to the group of those by whom it is built.
+            is not built by a user's column.
 
     Example:
         >>> from mtcl_torchrec.schema import Feature, Task
@@ -316,13 +316,11 @@ def _holds_lists(name: str, column: str) -> str:
 
 def _history(config: HistoryConfig, schema: Schema, groups: Mapping[str, Group]) -> History:
     history = History(config, schema)
-    group = groups.get(history.by)
-    if group not in ("user", "item"):
-        raise ConfigError(
-            f"histories.by: {history.by!r} is no user's or item's column of the schema{nearest(history.by, groups)}"
-        )
-    if history.feature.group != (group,):
-        raise ConfigError(f"feature {config.feature!r}: a history by {history.by!r} is of group {group}")
+    if groups.get(history.by) != "user":
+        users = [column for column, group in groups.items() if group == "user"]
+        raise ConfigError(f"histories.by: {history.by!r} is no user's column of the schema{nearest(history.by, users)}")
+    if history.feature.group != ("user",):
+        raise ConfigError(f"feature {config.feature!r}: a history that is built is of group user")
     return history if config.prepared is None else history.load(Path(config.prepared))
 
 

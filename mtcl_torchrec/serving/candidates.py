@@ -173,7 +173,7 @@ class CandidateEncoder:
             for name, bag in encoded.rows.bags.items():
                 bags[name] = Bag.of(*bag.take(at[side]))
         if self._clock is not None and self._clock.column in context:
-            bags |= self._clock.ages(context[self._clock.column], at)
+            bags |= self._clock.ages(context[self._clock.column], at_user)
         for number, key in enumerate(self._mixed):
             dense.append(self._of_key(number, key, user, items, of_context).expand(n, -1))
         return EncodedRows(
@@ -217,48 +217,43 @@ class CandidateEncoder:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Ages in built histories, which grow until a request comes.
+    """Ages in histories that were built, which grow until a request comes.
 
     Args:
         column: of the time.
         is_input: whether the model reads the time besides.
         end: the time from which ages are reckoned in the catalogue.
-        seconds: age feature -> its history, its side, the rows of its table, and the ages of each row of that side; of
-            the users, the last row is that of nobody.
+        seconds: age feature -> its history, the rows of its table, and the ages of each user, and last of nobody.
     """
 
     column: str
     is_input: bool
     end: Any
-    seconds: dict[str, tuple[History, Side, int, Bag]]
+    seconds: dict[str, tuple[History, int, Bag]]
 
     @classmethod
     def of(cls, preprocessor: Preprocessor, catalogue: Catalogue) -> _Clock | None:
         """None where no history that was built has ages."""
-        seconds: dict[str, tuple[History, Side, int, Bag]] = {}
+        seconds: dict[str, tuple[History, int, Bag]] = {}
         for history in preprocessor.histories:
             for feature in history.ages:
-                side: Side = "user" if feature.rows_from in catalogue.users else "item"
-                lists = (catalogue.users if side == "user" else catalogue.items)[feature.rows_from]
-                values, lengths = split_bag(feature, lists)
+                values, lengths = split_bag(feature, catalogue.users[feature.rows_from])
                 ages = torch.from_numpy(values.to_numpy(dtype=np.float64, na_value=np.nan))
-                nobody = [0] if side == "user" else []
                 size = preprocessor.encoder.num_embeddings(feature.table_name)
-                seconds[feature.name] = history, side, size, Bag.of(ages, torch.tensor([*lengths, *nobody]))
+                seconds[feature.name] = history, size, Bag.of(ages, torch.from_numpy(np.r_[lengths, 0]))
         if not seconds:
             return None
         declared, time = preprocessor.declared, str(preprocessor.declared.time)
-        inputs = [f.rows_from for f in declared.features] + [
-            c for block in preprocessor.config for key in block.keys for c in key
-        ]
+        inputs = [f.rows_from for f in declared.features]
+        inputs += [c for block in preprocessor.config for key in block.keys for c in key]
         return cls(time, time in inputs, catalogue.end, seconds)
 
-    def ages(self, when: Any, at: Mapping[Side, torch.Tensor]) -> dict[str, Bag]:
-        """Encoded ages at a time, of the rows of each side."""
+    def ages(self, when: Any, users: torch.Tensor) -> dict[str, Bag]:
+        """Encoded ages at a time, of some users."""
         found = dict[str, Bag]()
-        for name, (history, side, size, seconds) in self.seconds.items():
+        for name, (history, size, seconds) in self.seconds.items():
+            before, lengths = seconds.take(users)
             passed = history.seconds_after(self.end, when)
-            before, lengths = seconds.take(at[side])
             found[name] = Bag.of(torch.from_numpy(log_buckets(np.maximum(before.numpy() + passed, 0), size)), lengths)
         return found
 

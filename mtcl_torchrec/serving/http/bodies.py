@@ -207,6 +207,8 @@ def _value_type(feature: Feature | None, values: pd.Series | None) -> Any:
     """What a value may be: as the log has it, within the feature's bounds."""
     if feature is not None and feature.kind == "dense":
         return _NUMBER
+    if feature is not None and feature.encoding == "log_bucket":
+        return Annotated[list[_NUMBER | None], Field(max_length=MAX_BAG)]
     present = pd.Series([], dtype=object) if values is None else values.dropna().head(1000)
     first = present.iloc[0] if len(present) else None
     index_size = feature.vocabulary_size if feature is not None and feature.encoding == "index" else None
