@@ -181,13 +181,14 @@ def _sized_schema(run: RunConfig, given: Mapping[str, int], fitted: FeatureEncod
 def _rank_memory(run: RunConfig, model: MTCL, hardware: Hardware, batch_size: int, ranks_per_host: int) -> RankMemory:
     total = hardware.memory_gb if hardware.kind == "cuda" else hardware.host_memory_gb / ranks_per_host
     parameters = sum(p.numel() for part in (model.tower, model.lookups) for p in part.parameters())
+    frozen = sum(buffer.nbytes for buffer in model.lookups.buffers())  # vectors, of which each rank has a copy
     states = 0 if run.optimizers.dense.kind == "sgd" else 2
     sequences = next((module for module in model.lookups if isinstance(module, Sequences)), None)
     per_row = saved_for_backward(model.tower, sum(model.lookups.dims.values()), model.lookups.dims, sequences)
     return RankMemory(
         total=total,
         reserve=total * run.sharding.reserve,
-        dense=parameters * 4 * (2 + states) / GB,
+        dense=(parameters * 4 * (2 + states) + frozen) / GB,
         activations=2 * per_row * batch_size / GB,
     )
 
