@@ -53,8 +53,8 @@ CASES = {
     "din": {"model": {"sequences": {"clicked": "din"}}, "sharding": {"kinds": "row_wise"}},
     "gru": {"model": {"sequences": {"clicked": {"kind": "gru", "layers": 2}}}, "training": {"pipeline": "base"}},
     "lstm": {
-        "model": {"sequences": {"clicked": {"kind": "lstm", "hidden": 16}}},
-        "training": {"epochs": 7, "regularisers": {"l2_embedding": 1e-5, "l2_dense": 1e-6}},
+        "model": {"sequences": {"clicked": "lstm"}},
+        "training": {"epochs": 5, "regularisers": {"l2_embedding": 1e-5, "l2_dense": 1e-6}},
     },
     "transformer": {
         "model": {"sequences": {"clicked": {"kind": "transformer", "blocks": 1, "heads": 2, "dropout": 0.05}}},
