@@ -187,8 +187,10 @@ class CandidateEncoder:
             parts.append(self._items.parts[number][items])
         if "context" in key.columns:
             parts.append(context.parts[number])
-        code, unknown = sum(parts), np.logical_or.reduce(np.broadcast_arrays(*(part < 0 for part in parts)))
-        return key.values[key.index.find(np.where(unknown, -1, code))]
+        code, known = parts[0], parts[0] >= 0
+        for part in parts[1:]:
+            code, known = code + part, known & (part >= 0)
+        return key.values[torch.from_numpy(key.index.find(np.where(known, code, -1)))]
 
     def _encode_context(self, context: Mapping[str, Any]) -> _Encoded:
         for column in context:

@@ -135,11 +135,11 @@ class Recommender:
             start += len(items)
         chosen, items = np.concatenate(best), np.concatenate([items for _, items, _ in rows])
         users = [user for (user, _, _), n in zip(rows, number, strict=True) for _ in range(n)]
-        columns: dict[str, Any] = {
-            str(self.schema.user): users,
-            str(self.schema.item): self.catalogue.items.iloc[:, 0].take(items[chosen]).array,
-        }
-        return pd.DataFrame({**columns, **{name: value[chosen] for name, value in out.items()}})
+        # All numbers as one block: a data frame made column by column takes several times as long.
+        ranked = pd.DataFrame(np.stack([value[chosen] for value in out.values()], axis=1), columns=list(out))
+        ranked.insert(0, str(self.schema.item), self.catalogue.items.iloc[:, 0].array.take(items[chosen]))
+        ranked.insert(0, str(self.schema.user), users)
+        return ranked
 
     def score(self, frame: pd.DataFrame, *, request: np.ndarray | None = None) -> pd.DataFrame:
         """``score``, predictions and parts, as `recommend`, for rows that have every input column, in their order.
