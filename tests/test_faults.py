@@ -17,7 +17,9 @@ from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_abou
 HERE = Path(__file__).parent
 
 # The fused score learns, too, and what it learns moves the rest.
-FUSION = "fusion: {kind: stacking, train: {reward: {click: 1, buy: 3}, missing: zero, heads: through}}\ncalibration: platt"
+FUSION = (
+    "fusion: {kind: stacking, train: {reward: {click: 1, buy: 3}, missing: zero, heads: through}}\ncalibration: platt"
+)
 RUN = shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 4, keep: 2}").replace(
     "fusion: {weights: {click: 1, buy: 3, taste: 0.5, stars: 0.5}}", FUSION
 )
