@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from mtcl_torchrec.cli import main
 from mtcl_torchrec.cli.app import app as commands
+from mtcl_torchrec.data.columns import ids_of
+from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.serving.http.app import Limits
 from mtcl_torchrec.serving.http.batching import Batcher
 from mtcl_torchrec.serving.http.bodies import BodyError
@@ -195,6 +197,17 @@ def test_requests_at_the_same_time_are_scored_together(models, ranker):
     assert "mtcl_batch_requests_count 1.0" in metrics
     assert 'mtcl_requests_total{route="/recommend",status="200"} 5.0' in metrics
     assert re.search(r"mtcl_candidates_scored_total (\d+)", metrics)[1] == str(13 + 6)
+
+
+def test_large_ids_stay_what_they_are_beside_missing_ones(models, ranker):
+    """Also where the missing one is another request's, which happened to come at the same time."""
+    seen, large = [], 2**60 + 1
+    ranker.score = lambda frame: seen.append(frame) or pd.DataFrame({"score": [0.5] * len(frame)})
+    bodies = [[ROW | {"who": large, "slot": None}, ROW | {"who": None}], [ROW | {"who": large + 1}], [ROW]]
+    frames = [models.current.bodies.score(json.dumps({"rows": rows}).encode()).frame for rows in bodies]
+    assert [len(scored) for scored in score_together(ranker, frames)] == [2, 1, 1]
+    assert ids_of(Rows(seen[0]), "who").tolist() == [large, pd.NA, large + 1, 1]
+    assert ids_of(Rows(seen[0]), "slot").tolist() == [pd.NA, 2, 2, 2]
 
 
 def test_without_gathering_each_is_scored_by_itself(models, ranker):

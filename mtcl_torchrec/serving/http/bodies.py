@@ -116,7 +116,8 @@ class Bodies:
             BodyError: as `recommend`; a row lacks a column.
         """
         rows = cast(Any, self._read(self._score, body)).rows
-        return Rows(pd.DataFrame({column: [row[column] for row in rows] for column in self.columns}))
+        # As they were sent: beside a missing value, pandas would make floats of whole numbers, which round large ids.
+        return Rows(pd.DataFrame({column: [row[column] for row in rows] for column in self.columns}, dtype=object))
 
     def knows(self, user: str | int) -> bool:
         """Whether the catalogue has the user."""
