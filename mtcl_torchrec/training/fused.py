@@ -58,8 +58,8 @@ def build_fused_score(
         dims: width of each pooled embedding of the model by its key; where the score reads any (``features``).
 
     Raises:
-        ConfigError: a score of one's own cannot be imported or made, or does not name its tasks; the configuration
-            reads features, and nobody told of them.
+        ConfigError: a score of one's own cannot be imported or made, or does not name its tasks; the numbers make no
+            score; the configuration reads features, and nobody told of them.
 
     Example:
         >>> build_fused_score(FusionConfig(kind="stacking"), [Task.binary("click"), Task.binary("like")]).tasks
@@ -70,6 +70,18 @@ def build_fused_score(
         return WeightedMean(dict.fromkeys(binary or [task.name for task in tasks], 1.0))
     if config.import_path is not None:
         return _imported(config.import_path, config.options)
+    try:
+        return _built(config, tasks, encoder, dims)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"fusion: {error}") from None
+
+
+def _built(
+    config: FusionConfig, tasks: Sequence[Task], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None
+) -> nn.Module:
+    """A score of ours."""
     if config.kind == "stacking":
         return Stacking(config.weights or {task.name: 1 / len(tasks) for task in tasks})
     if config.kind == "monotone_network":
