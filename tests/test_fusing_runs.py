@@ -164,10 +164,10 @@ def test_every_kind_that_is_fitted_is_read_back_as_it_was_and_tells_what_else_it
         assert again is not fitted.fused_score
         np.testing.assert_array_equal(rows.scores(again), rows.scores(fitted.fused_score), err_msg=kind)
     assert "score" in Recommender.load(folder).recommend("u3", k=3)
-    status, shown, _ = fuse(folder, *options, "--combiner", "monotone_network", "--combiner", "hard_voting", "--test")
+    status, shown, _ = fuse(folder, *options, "--combiner", "hard_voting", "--test")
     assert status == 0, shown  # what was there reads the context, what is fitted does not
     assert "as it was" in shown
-    assert ("signs: click 1, buy 1" in shown) != ("thresholds: click" in shown)
+    assert "thresholds: click" in shown
 
 
 @pytest.mark.full
