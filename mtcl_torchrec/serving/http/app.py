@@ -159,7 +159,7 @@ class Service:
         return {
             "status": "ok",
             "model": {"version": version.name, "loaded_at": version.loaded_at.isoformat(timespec="seconds"),
-                      "path": self.models.path.name},
+                      "path": ", ".join(path.name for path in self.models.paths)},
             "refused_reload": self.models.problem,
             "schema": {
                 "user": schema.user, "item": schema.item, "users": len(catalogue.users),

@@ -21,6 +21,7 @@ class ScoredRow(BaseModel):
     """What the model says of one row."""
 
     score: float = Field(ge=0, le=1, description="The fused score.")
+    score_std: float = Field(0.0, ge=0, description="Of an ensemble: how far its members are apart; else not there.")
     predictions: dict[str, float] = Field(description="By task: a probability, or a value in the label's unit.")
     parts: dict[str, float] = Field(description="By task: what it adds to the score, where that is a sum of parts.")
 
