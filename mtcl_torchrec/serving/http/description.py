@@ -13,7 +13,7 @@ from mtcl_torchrec.serving.http.versions import Version
 
 ABOUT = (
     "Ranks items for a user by one fused score of many predicted events. Fields, kinds and examples are those of the "
-    "model that is served. This page (/docs) loads its look from a public CDN; /openapi.json needs nothing."
+    "model that is served."
 )
 
 
