@@ -288,6 +288,26 @@ def test_health_metrics_and_description(models):
     assert (wrong_method.status_code, nowhere.status_code) == (405, 404)
 
 
+def test_the_page_of_the_description_needs_no_network(models):
+    async def look(http):
+        page = await http.get("/docs")
+        assets = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        return page, [await http.get(asset) for asset in assets], await http.get("/redoc")
+
+    page, assets, redoc = asked(models, look)
+    assert page.status_code == 200
+    assert not re.search(r"https?:|//[a-z]", page.text)
+    kinds = [asset.headers["content-type"].partition(";")[0] for asset in assets]
+    assert [asset.status_code for asset in assets] == [200] * 3
+    assert sorted(kinds) == ["image/png", "text/css", "text/javascript"]
+    for asset in assets:
+        assert "@import" not in asset.text
+        assert not re.search(r"url\((?!\"?data:)", asset.text) or not asset.headers["content-type"].startswith(
+            "text/css"
+        )
+    assert redoc.status_code == 404
+
+
 def test_the_log_names_users_only_when_asked_to(models, caplog):
     caplog.set_level(logging.INFO, "mtcl_torchrec.serving.http")
     ask(models, "/recommend?token=secret", {"user": 7123})

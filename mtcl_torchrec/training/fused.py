@@ -88,10 +88,10 @@ def _built(
         return MonotoneNetwork(config.signs or {}, **_given(config, "hidden"))
     weights = config.weights or {}
     if config.kind == "expected_value":
-        numbers = {task: _number(name, encoder) for task, name in (config.numbers or {}).items()}
+        numbers = {task: dense_number(name, encoder) for task, name in (config.numbers or {}).items()}
         return ExpectedValue(weights, numbers=numbers, **_given(config, "given", "scale"))
     if config.kind == "context_gated_mean":
-        read = _features(config.features or [], encoder, dims)
+        read = read_by_gate(config.features or [], encoder, dims)
         return ContextGatedMean(weights, **read, hidden=16 if config.hidden is None else config.hidden[0])
     make, options = _CLASSES[config.kind]
     return make(weights, **_given(config, *options))
@@ -110,16 +110,18 @@ def _imported(path: str, options: dict[str, Any]) -> nn.Module:
     return made
 
 
-def _number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
+def dense_number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
     """A dense feature in its own unit."""
     if encoder is None:
         raise ConfigError(f"fusion.numbers: {name!r} is read from the dense features, which needs the encoder")
     column, mean, std = encoder.dense_scale(name)
     transform = next(f.transform for f in encoder.schema.dense_features if f.name == name)
-    return DenseNumber(column, mean, std, transform)
+    return DenseNumber(column, mean, std, transform, name)
 
 
-def _features(names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None) -> dict[str, Any]:
+def read_by_gate(
+    names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None
+) -> dict[str, Any]:
     """The pooled embeddings and dense columns of features, as a `ContextGatedMean` takes them."""
     if encoder is None or dims is None:
         raise ConfigError("fusion.features: they are read from the model's inputs, which needs the encoder and dims")

@@ -23,6 +23,7 @@ class DenseNumber(NamedTuple):
         column: which dense column.
         mean, std: of the transformed values.
         transform: ``"none"``, ``"log"`` or ``"logit"``, see `mtcl_torchrec.Feature`.
+        name: of the dense feature, where it has one.
 
     Example:
         >>> price = DenseNumber(0, mean=0.0, std=2.0, transform="log")
@@ -34,6 +35,7 @@ class DenseNumber(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
     transform: str = "none"
+    name: str = ""
 
     def read(self, dense_features: torch.Tensor) -> torch.Tensor:
         """(B,) in its own unit, from the dense features (B, D)."""

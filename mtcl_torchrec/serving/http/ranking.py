@@ -10,7 +10,7 @@ import pandas as pd
 
 from mtcl_torchrec.data.catalogue import Catalogue, NothingLeftError
 from mtcl_torchrec.schema import Schema
-from mtcl_torchrec.serving.network import PART
+from mtcl_torchrec.serving.network import PART, SPREAD
 
 J = TypeVar("J")
 
@@ -106,9 +106,10 @@ def answers(frame: pd.DataFrame, tasks: Sequence[str], *, item: str | None = Non
     scores = frame["score"].tolist()
     predictions = _records({task: frame[task].tolist() for task in tasks if task in frame}, len(frame))
     parts = _records({task: frame[PART + task].tolist() for task in tasks if PART + task in frame}, len(frame))
+    spread = _records({SPREAD: frame[SPREAD].tolist()} if SPREAD in frame else {}, len(frame))
     rows = [
-        {"score": score, "predictions": predicted, "parts": part}
-        for score, predicted, part in zip(scores, predictions, parts, strict=True)
+        {"score": score, **apart, "predictions": predicted, "parts": part}
+        for score, apart, predicted, part in zip(scores, spread, predictions, parts, strict=True)
     ]
     return rows if item is None else [{"item": i, **row} for i, row in zip(frame[item].tolist(), rows, strict=True)]
 
