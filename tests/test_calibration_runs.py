@@ -1,7 +1,10 @@
 """Calibration through the public entry point: configured, fitted after training on any number of ranks, read back."""
 
+import contextlib
 import io
 import json
+import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -254,3 +257,21 @@ def test_a_stored_state_is_whole_and_of_the_same_module(tmp_path):
     np.savez(tmp_path / "fusion" / "state.npz", a=np.array([object()], dtype=object))
     with pytest.raises(DataError, match="damaged"):
         load_state(tmp_path / "fusion", other)
+    np.savez_compressed(tmp_path / "fusion" / "state.npz", **{"_pieces.0.0.x": np.zeros(10**6)})
+    with pytest.raises(DataError, match="larger than the file"):
+        load_state(tmp_path / "fusion", other)
+    with zipfile.ZipFile(tmp_path / "fusion" / "state.npz", "w") as archive:  # a header alone, of many terabytes
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**43,)})
+        archive.writestr("a.npy", header.getvalue())
+    with pytest.raises(DataError, match="damaged"):
+        load_state(tmp_path / "fusion", other)
+    draw = random.Random(0)
+    for _ in range(300):  # whatever byte is wrong, it is that error, or makes no difference
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        (tmp_path / "fusion" / "state.npz").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            load_state(tmp_path / "fusion", other)
+        for name, buffer in one.state_dict().items():
+            assert torch.equal(buffer, other.state_dict()[name])

@@ -127,6 +127,20 @@ def test_what_cannot_be_set_is_told(given, weights, said, encoder):
         set_weights(model_of(config, encoder), config, weights, encoder)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": {"click": 1e39}}, "fusion: a fused score needs finite weights"),
+        ({"kind": "borda", "weights": {"click": 3e38, "buy": 3e38}}, "fusion: a fused score needs finite weights"),
+        ({"kind": "power_product", "weights": {"click": 1e-12}}, "fusion: the logarithm of the product"),
+        ({"kind": "expected_value", "weights": WEIGHTS, "given": {"click": "buy", "buy": "click"}}, "given: .*circle"),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_score_are_named_with_the_key(given, said):
+    with pytest.raises(ConfigError, match=said):
+        build_fused_score(FusionConfig.model_validate(given), TASKS)
+
+
 def test_a_weight_that_is_no_number_is_told_with_the_file(encoder, tmp_path):
     config = FusionConfig(weights=WEIGHTS)
     where = save_fusion(tmp_path, model_of(config, encoder), config, {}) / "fusion.yaml"

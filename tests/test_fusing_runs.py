@@ -17,11 +17,14 @@ from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.fusing import fit_fusion
+from mtcl_torchrec.fusing.combiners import known_kinds
 from mtcl_torchrec.modules.fusion import Stacking
+from mtcl_torchrec.serving.export import export_run
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fitted_fusion import load_fusion, save_fusion
-from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
+from mtcl_torchrec.training.held_out import columns_needed, gate_of, held_out_of, rows_of_split
 from mtcl_torchrec.training.run import train_run
 
 
@@ -138,6 +141,47 @@ def test_other_kinds_are_read_back_with_all_they_learnt(trained, fuse):
     assert now == then | {"click": 2.0}
 
 
+def test_every_kind_that_is_fitted_is_read_back_as_it_was_and_tells_what_else_it_has(trained, fuse):
+    folder = shutil.copytree(trained, trained.parent / "kinds")
+    shutil.rmtree(folder / "fusion", ignore_errors=True)
+    options = ("--value", "click=1,buy=5", "--search", "none", "--folds", 2, "--session-minutes", 0)
+    gated = ("--feature", "hour", "--feature", "age")
+    status, shown, said = fuse(folder, *options, "--combiner", "all", *gated, "--dry-run")
+    assert status == 0, said
+    assert all(f"{kind}, " in shown for kind in known_kinds())
+    rows = held_out(folder, session_minutes=0, context=True)[1]
+    assert rows.given == {"buy": "click"}  # its label counts where there was a click
+    run = FinishedRun.load(folder)
+    for kind in ("soft_voting", "expected_value", "monotone_network", "context_gated_mean"):
+        asked = gate_of(run, ["hour", "age"]) if kind == "context_gated_mean" else kind
+        fitted = fit_fusion(
+            rows, values={"click": 1, "buy": 5}, combiners=[asked], search="none", folds=2, front_points=0
+        )
+        run.model.output.fused_score = fitted.fused_score
+        save_fusion(folder, run.model, fitted.config, fitted.report())
+        load_fusion(folder, run.model, run.preprocessor.encoder)
+        again = run.model.output.fused_score
+        assert again is not fitted.fused_score
+        np.testing.assert_array_equal(rows.scores(again), rows.scores(fitted.fused_score), err_msg=kind)
+    assert "score" in Recommender.load(folder).recommend("u3", k=3)
+    status, shown, _ = fuse(folder, *options, "--combiner", "hard_voting", "--test")
+    assert status == 0, shown  # what was there reads the context, what is fitted does not
+    assert "as it was" in shown
+    assert "thresholds: click" in shown
+
+
+@pytest.mark.full
+def test_a_score_that_is_trained_after_training_travels_in_an_exported_model(trained, tmp_path):
+    rows = held_out(trained, session_minutes=0, context=True)[1]
+    raw = rows_of_split(load_run(trained / "run.yaml"), columns_needed(FinishedRun.load(trained))).frame.head(40)
+    run = FinishedRun.load(trained)
+    options = {"values": {"click": 1, "buy": 5}, "search": "none", "folds": 2, "front_points": 0}
+    run.model.output.fused_score = fit_fusion(rows, combiners=[gate_of(run)], **options).fused_score
+    export_run(run, tmp_path / "model.mtcl", compiled="no")
+    made = Recommender.load(tmp_path / "model.mtcl").score(raw)
+    pd.testing.assert_frame_equal(made, Recommender(run).score(raw), atol=1e-5)
+
+
 def test_ranks_within_a_request_are_those_of_whole_requests_wherever_they_are_told(trained, fuse):
     """The run itself compares no rows, so that nothing but the fitted score asks for requests."""
     options = ("--value", "click=1,buy=5", "--combiner", "borda", "--search", "none", "--folds", 2)
@@ -205,6 +249,11 @@ def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
         (("--combiner", "mean"), "no combiner 'mean'"),
         (("--constraint", "auc:click >= 0.9999", "--search", "none"), "no weights keep to all constraints"),
         (("--influence", "click=2"), "the share of 'click' lies above 0 and at most at 1"),
+        (("--feature", "hour"), "it needs --combiner context_gated_mean"),
+        (
+            ("--combiner", "context_gated_mean", "--feature", "hur"),
+            "no feature 'hur' in the schema (did you mean 'hour'?)",
+        ),
         (("--data", "nowhere.parquet"), "no Parquet or CSV file at nowhere.parquet"),
     ],
 )

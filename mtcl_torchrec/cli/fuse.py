@@ -15,7 +15,7 @@ from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
 from mtcl_torchrec.config import load_run
 from mtcl_torchrec.data.source import Rows, read_rows
 from mtcl_torchrec.evaluation.report import plain_table
-from mtcl_torchrec.fusing.combiners import known_kinds, signed_weights
+from mtcl_torchrec.fusing.combiners import ALL, USUAL, Combiner, known_kinds, signed_weights
 from mtcl_torchrec.fusing.fit import fit_fusion
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
@@ -24,9 +24,10 @@ from mtcl_torchrec.fusing.targets import parse_target
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion, set_weights
-from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, held_out_of, rows_of_split
+from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
 
-_FITTING = ("--combiner", "--constraint", "--influence", "--data")
+_FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
+_GATED = "context_gated_mean"
 
 
 @app.command()
@@ -47,7 +48,18 @@ def fuse(
         ),
     ] = None,
     combiner: Annotated[
-        list[str] | None, typer.Option(help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}.")
+        list[str] | None,
+        typer.Option(
+            help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}; or all.  Default: "
+            f"{', '.join(USUAL)}, and expected_value where a task's label counts after another's event, or a price."
+        ),
+    ] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the weights of a context_gated_mean depend on; may be repeated.  Default: all features of user "
+            "and context."
+        ),
     ] = None,
     constraint: Annotated[
         list[str] | None,
@@ -105,7 +117,7 @@ def fuse(
     before = run.model.output.fused_score
     values, whence = _values(run, value, target)
     if set_:
-        given = dict(zip(_FITTING, (combiner, constraint, influence, data), strict=True))
+        given = dict(zip(_FITTING, (combiner, constraint, influence, data, feature), strict=True))
         if clash := next((name for name, chosen in given.items() if chosen), None):
             raise ConfigError(
                 f"--set takes the weights as they are, and {clash} says how to fit them: give one of them"
@@ -114,12 +126,14 @@ def fuse(
     else:
         if whence:
             console.print(whence, highlight=False, soft_wrap=True)
-        held_out = _held_out(run, run_dir, data, "val", session_minutes)
+        kinds = _combiners(run, combiner, feature)
+        context = any(not isinstance(kind, str) for kind in kinds or ())
+        held_out = _held_out(run, run_dir, data, "val", session_minutes, context=context)
         fitted = _fit_with_bar(
             held_out,
             values=values or None,
             target=target,
-            combiners=combiner,
+            combiners=kinds,
             folds=folds,
             search=search,
             trials=trials,
@@ -132,7 +146,8 @@ def fuse(
         if not dry_run:
             _save(fitted, run, run_dir, console)
     if test:
-        judged = _held_out(run, run_dir, None, "test", session_minutes)
+        reads_context = getattr(before, "needs_context", False)
+        judged = _held_out(run, run_dir, None, "test", session_minutes, context=reads_context)
         if before is not None:
             judged.rankings["as it was"] = judged.scores(before)
         _print_test(run, judged, values, target, console)
@@ -174,10 +189,22 @@ def _numbers(pairs: list[str], option: str) -> dict[str, float]:
     return numbers
 
 
-def _held_out(run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float) -> HeldOut:
+def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | None) -> list[str | Combiner] | None:
+    """What is tried; a context-gated mean with the features that it reads."""
+    if features and not {_GATED, ALL} & set(kinds or ()):
+        raise ConfigError(f"--feature says what the weights of a {_GATED} depend on: it needs --combiner {_GATED}")
+    if not kinds:
+        return None
+    gated = [gate_of(run, features or ())] if _GATED in kinds or ALL in kinds else []
+    return [*(kind for kind in kinds if kind != _GATED), *gated]
+
+
+def _held_out(
+    run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float, *, context: bool
+) -> HeldOut:
     columns = columns_needed(run)
     rows: Rows = read_rows(data, columns) if data else rows_of_split(load_run(folder / "run.yaml"), columns, split)
-    return held_out_of(run, rows, session_minutes=session_minutes)
+    return held_out_of(run, rows, session_minutes=session_minutes, context=context)
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
@@ -206,7 +233,7 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
 
 
 def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console) -> None:
-    assert fitted.combiner.config is not None  # combiners given by name have one
+    assert fitted.config is not None  # combiners given by name have one
     try:
         import matplotlib  # noqa: F401
 
@@ -214,9 +241,13 @@ def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console
     except ImportError:
         draw = None
         console.print("no picture of the Pareto front: pip install 'mtcl_torchrec[plots]' to have it", markup=False)
-    where = save_fusion(folder, run.model, fitted.combiner.config(fitted.weights), fitted.report(), draw=draw)
+    where = save_fusion(folder, run.model, fitted.config, fitted.report(), draw=draw)
     picture = f"; what each task loses is drawn in {PICTURE} there" if draw else ""
     console.print(f"written to {where}{picture}", highlight=False, soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plus_minus(mean: float, error: float, digits: int = 4) -> str:
@@ -247,11 +278,15 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
     console.print(table)
     _warn_of_short_requests(fitted, held_out, console)
     console.print()
-    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", "weight", "± folds", "of the ranking"])
-    for task, weight in fitted.weights.items():
+    weight = "starts at" if fitted.combiner.learns else "weight"
+    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "± folds", "of the ranking"])
+    for task, number in fitted.weights.items():
         share = "–" if fitted.influence is None else f"{fitted.influence.get(task, 0.0):.0%}"
-        table.add_row(task, f"{weight:.4g}", f"{fitted.weights_std[task]:.2g}", share)
+        table.add_row(task, f"{number:.4g}", f"{fitted.weights_std[task]:.2g}", share)
     console.print(table)
+    for name, option in fitted.options.items():
+        shown = ", ".join(f"{k} {_short(v)}" for k, v in option.items()) if isinstance(option, dict) else _short(option)
+        console.print(f"{name}: {shown}", highlight=False, markup=False, soft_wrap=True)
     for text, found in fitted.chosen.kept.items():
         console.print(f"{text}: {found:.4g}", highlight=False, markup=False)
     console.print()

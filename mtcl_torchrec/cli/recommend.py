@@ -11,13 +11,16 @@ from rich.console import Console
 from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.network import PART
+from mtcl_torchrec.serving.network import PART, SPREAD
 from mtcl_torchrec.serving.recommender import Recommender
 
 
 @app.command()
 def recommend(
-    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train`, `mtcl demo` or `mtcl export` wrote.")],
+    run_dir: Annotated[
+        list[Path],
+        typer.Argument(help="What `mtcl train`, `demo` or `export` wrote; several runs are one deep ensemble."),
+    ],
     user: Annotated[str, typer.Option(help="The user's id, as in the log.  An unknown one has no history.")],
     context: Annotated[
         list[str] | None,
@@ -27,7 +30,10 @@ def recommend(
     seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
     why: Annotated[bool, typer.Option(help="Show what each task adds to the score, not its prediction.")] = False,
 ) -> None:
-    """Rank the run's items for one user: the fused score, and each task's prediction or part behind it."""
+    """Rank the run's items for one user: the fused score, and each task's prediction or part behind it.
+
+    Several runs of the same data rank by the mean of their scores; `score_std` says how far these are apart.
+    """
     given: dict[str, Any] = {}
     for pair in context or []:
         name, equals, value = pair.partition("=")
@@ -36,7 +42,7 @@ def recommend(
         given[name.strip()] = value.strip()
     recommender = Recommender.load(run_dir)
     if recommender.run is not None:
-        note_if_unfinished(recommender.run, run_dir)
+        note_if_unfinished(recommender.run, *run_dir)
     print_recommendations(recommender, user, given, top, seen, screen(), why=why)
 
 
@@ -55,7 +61,8 @@ def print_recommendations(
     if why and not parts:
         raise ConfigError("--why: this fused score is no sum of parts, it cannot tell what each task adds to it")
     tasks = [task.name for task in recommender.tasks]
-    ranked = ranked[[recommender.schema.item, "score", *(parts if why else tasks)]]
+    spread = [SPREAD] if SPREAD in ranked else []
+    ranked = ranked[[recommender.schema.item, "score", *spread, *(parts if why else tasks)]]
     known = recommender.catalogue.known_user(str(user)) is not None
     usual = {**recommender.catalogue.context, **context}
     about = ", ".join(f"{k}={v}" for k, v in usual.items())

@@ -8,9 +8,10 @@ from functools import partial
 
 import numpy as np
 
-from mtcl_torchrec.fusing.combiners import Combiner, Weights, resolved
+from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights, resolved
 from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
 from mtcl_torchrec.fusing.held_out import HeldOut
+from mtcl_torchrec.fusing.learned import train_setting
 from mtcl_torchrec.fusing.pareto import pareto_front
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
 from mtcl_torchrec.fusing.targets import Constraint, OfRows, Target, parse_constraints, parse_target
@@ -18,6 +19,7 @@ from mtcl_torchrec.fusing.weights import check_influence, influence_of, stacked_
 from mtcl_torchrec.schema import ConfigError, nearest
 
 Progress = Callable[[int, int, str], object]
+_VALUE_MODELS = ("weighted_mean", "expected_value")  # kinds whose weights are what events are worth
 
 
 def _quiet(done: int, total: int, doing: str) -> None:
@@ -26,11 +28,11 @@ def _quiet(done: int, total: int, doing: str) -> None:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One way to come to weights: of a combiner, by a method."""
+    """One way to come to weights, and to what else a combiner has, by a method."""
 
     combiner: Combiner
     method: str
-    weights: Callable[[HeldOut], Weights]
+    fit: Callable[[HeldOut], Setting]
 
     @property
     def name(self) -> str:
@@ -56,10 +58,11 @@ def fit_fusion(
     """The fused score that ranks best, fitted by cross-validation over users (or requests), never over rows.
 
     For each combiner these are tried: all weights alike; the values as weights (the value model, right where the parts
-    are calibrated); stacking, in closed form; a search on the target itself.  Beside them stand each task's own head
-    alone and the other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of
-    the best mean that keeps to the constraints is then fitted on all rows.  Values that are given are only left for
-    weights that are better by more than two standard errors, request by request: a smaller lead is mostly noise.
+    are calibrated); stacking, in closed form; a search on the target itself, also of thresholds, exponents and the
+    like, where a combiner has them; training, where it learns.  Beside them stand each task's own head alone and the
+    other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of the best mean
+    that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights that are
+    better by more than two standard errors, request by request: a smaller lead is mostly noise.
 
     Args:
         held_out: predictions for rows that the model was not trained on.
@@ -67,7 +70,8 @@ def fit_fusion(
             positive weight from a search.
         target: see `mtcl_torchrec.fusing.targets.parse_target`; or a function of one's own, (held-out rows, scores
             (N,)) -> a number, or (R,) numbers by request.
-        combiners: kinds by name, or a `Combiner`; the default is `mtcl_torchrec.fusing.combiners.resolved`'s.
+        combiners: kinds by name, a `Combiner`, or ``"all"``; the default is
+            `mtcl_torchrec.fusing.combiners.resolved`'s, which are quick.
         tasks: those that enter the score; by default those of `values`, `influence` and constrained weights, or,
             without values, all.
         folds: of the cross-validation.
@@ -98,7 +102,7 @@ def fit_fusion(
     """
     entering = _entering(held_out, tasks, values, influence, constraints)
     goal = parse_target(target, values, held_out.labels)
-    kinds = resolved(combiners)
+    kinds = resolved(combiners, held_out)
     if influence:
         check_influence(influence, entering)
         kinds = [c for c in kinds if c.feature is not None]
@@ -109,6 +113,8 @@ def fit_fusion(
     kept_to: dict[str, list[Constraint]] = {}
     work = _Work(progress, 0)
     for combiner in kinds:
+        if combiner.learns and (weighed := [c for c in constraints if c.strip().startswith("weight:")]):
+            raise ConfigError(f"constraint {weighed[0]!r}: a {combiner.name} has no weights that stay the same")
         share = partial(_share, combiner)
         kept_to[combiner.name] = parse_constraints(constraints, values, held_out, entering, share)
         problem = Problem(combiner, signs, goal, kept_to[combiner.name], _adjustment(combiner, influence, signs))
@@ -119,7 +125,8 @@ def fit_fusion(
     tried = [_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work) for candidate in candidates]
     tried += [_as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
     best = _best(tried, kept_to, held_out, goal)
-    combiner = next(c for c in kinds if c.name == best.combiner)
+    assert best.setting is not None
+    combiner = best.setting.combiner
     heads = [t for t in tried if t.method.startswith("head ")]
     for one in tried:
         if heads:
@@ -131,10 +138,10 @@ def fit_fusion(
         method=best.method,
         weights=best.weights,
         weights_std=best.weights_std,
-        fused_score=combiner.build(best.weights),
+        fused_score=best.setting.fused_score,
         target=goal,
         tried=tried,
-        influence=None if combiner.feature is None else influence_of(held_out, best.weights, combiner.feature),
+        influence=None if combiner.feature is None else _influence(combiner, held_out, best.weights),
         values=dict(values or {}),
         seed=seed,
         folds=folds,
@@ -181,10 +188,15 @@ def _entering(
     return [task for task in held_out.parts if task in named] if named else list(held_out.parts)
 
 
+def _influence(combiner: Combiner, held_out: HeldOut, weights: Mapping[str, float]) -> Weights:
+    assert combiner.feature is not None
+    return influence_of(combiner.seen(held_out), weights, combiner.feature)
+
+
 def _share(combiner: Combiner, held_out: HeldOut, weights: Mapping[str, float], task: str) -> float:
     if combiner.feature is None:
         raise ConfigError(f"share:{task}: the influence of a task in a {combiner.name} cannot be told")
-    return influence_of(held_out, weights, combiner.feature).get(task, 0.0)
+    return _influence(combiner, held_out, weights).get(task, 0.0)
 
 
 def _adjustment(
@@ -194,7 +206,7 @@ def _adjustment(
         if not influence or combiner.feature is None:
             return weights
         signed = {task: weights.get(task, 0.0) or float(signs[task] or 1) for task in influence}
-        return weights_of_influence(held_out, {**weights, **signed}, influence, combiner.feature)
+        return weights_of_influence(combiner.seen(held_out), {**weights, **signed}, influence, combiner.feature)
 
     return adjusted
 
@@ -213,42 +225,57 @@ def _candidates(
     """What is tried of one combiner."""
     combiner, signs, feature = problem.combiner, problem.signs, problem.combiner.feature
     tasks = list(signs)
-    is_mean = combiner.name == "weighted_mean"
+    is_mean = combiner.name in _VALUE_MODELS
     alike = {task: float(signs[task] or 1) for task in tasks}
     found: dict[str, Callable[[HeldOut], Weights]] = {"all alike": partial(_given, alike)}
     if values and any(values.get(task) for task in tasks):
         worth = {task: float(values.get(task, 0.0)) for task in tasks}
         found["values"] = partial(_given, worth if is_mean else unit(worth))
-    if feature is not None and (values or (isinstance(target, str) and ":" in target)):
-        task = None if values else str(target).partition(":")[2]
+    task = str(target).partition(":")[2] if isinstance(target, str) and not values else ""
+
+    def reward_of(rows: HeldOut) -> np.ndarray:
+        return (rows.labels[task] > 0).astype(float) + 0 * rows.labels[task] if task else rows.reward(values or {})
+
+    if combiner.learns:
+        if not (values or task):
+            raise ConfigError(
+                f"{combiner.name} learns from what a row brought: give values, or a target such as auc:like"
+            )
+        start = next(of for name, of in reversed(found.items()))
+        over_all_rows = isinstance(target, str) and target.startswith("auc:")
+
+        def trained(rows: HeldOut) -> Setting:
+            return train_setting(combiner, start(rows), rows, reward_of(rows), within=not over_all_rows, seed=seed)
+
+        return [_Candidate(combiner, "trained", trained)]
+    if feature is not None and (values or task):
 
         def stacked(rows: HeldOut) -> Weights:
-            reward = rows.labels[task] if task is not None else rows.reward(values or {})
-            weights = stacked_weights(rows, tasks, feature, reward, binary=task is not None)
-            return weights if is_mean else unit(weights)
+            weights = stacked_weights(combiner.seen(rows), tasks, feature, reward_of(rows), binary=bool(task))
+            return weights if combiner.name == "weighted_mean" else unit(weights)
 
         found["stacking"] = stacked
-    adjusted = {name: _then(of, problem.adjust) for name, of in found.items()}
+
+    def set_to(of: Callable[[HeldOut], Weights], rows: HeldOut) -> Setting:
+        weights, made = problem.adjust(rows, of(rows)), combiner.at(rows, tasks)
+        return Setting(made, weights, made.build(weights))
+
+    candidates = [_Candidate(combiner, method, partial(set_to, of)) for method, of in found.items()]
     if search != "none" and len(tasks) > 1:
 
-        def searched(rows: HeldOut) -> Weights:
+        def searched(rows: HeldOut) -> Setting:
             starts = [of(rows) for of in found.values()] + [{task: alike[task]} for task in tasks]
             return search_weights(problem, rows, starts, search=search, trials=trials, seed=seed, progress=work.step)
 
-        adjusted["search"] = searched
-    candidates = [_Candidate(combiner, method, of) for method, of in adjusted.items()]
-    if is_mean and not influence:
+        candidates.append(_Candidate(combiner, "search", searched))
+    if combiner.name == "weighted_mean" and not influence:
         heads: dict[str, Weights] = {task: {task: alike[task]} for task in tasks}
-        candidates += [_Candidate(combiner, f"head {task}", partial(_given, heads[task])) for task in tasks]
+        candidates += [_Candidate(combiner, f"head {t}", partial(set_to, partial(_given, heads[t]))) for t in tasks]
     return candidates
 
 
 def _given(weights: Weights, held_out: HeldOut) -> Weights:
     return weights
-
-
-def _then(of: Callable[[HeldOut], Weights], adjust: Callable[[HeldOut, Weights], Weights]) -> Callable:
-    return lambda held_out: adjust(held_out, of(held_out))
 
 
 def _try(
@@ -258,18 +285,19 @@ def _try(
     scores, of_fold, by_fold = np.empty(len(held_out)), [], []
     for number in range(int(fold.max()) + 1):
         work.doing = f"{candidate.name}, fold {number + 1}"
-        weights = candidate.weights(held_out.take(fold != number))
+        setting = candidate.fit(held_out.take(fold != number))
         left_out = held_out.take(fold == number)
-        found = left_out.scores(candidate.combiner.build(weights))
+        found = left_out.scores(setting.fused_score)
         scores[fold == number] = found
         of_fold.append(goal(left_out, found))
-        by_fold.append(unit(weights))
+        by_fold.append(unit(setting.weights))
         work.step()
     work.doing = f"{candidate.name}, all rows"
-    weights = candidate.weights(held_out)
+    setting = candidate.fit(held_out)
     work.step()
+    weights = setting.weights
     size = sum(abs(w) for w in weights.values())
-    final = held_out.scores(candidate.combiner.build(weights))
+    final = held_out.scores(setting.fused_score)
     return Tried(
         combiner=candidate.combiner.name,
         method=candidate.method,
@@ -277,7 +305,7 @@ def _try(
         std=float(np.nanstd(of_fold, ddof=1)),
         error=goal.with_error(held_out, scores)[1],
         scores=scores,
-        weights=weights,
+        setting=setting,
         weights_std={t: float(np.std([w[t] for w in by_fold], ddof=1)) * size for t in weights},
         kept={c.text: c.of(held_out, final, unit(weights)) for c in constraints},
         broken=[c.text for c in constraints if c.violation(c.of(held_out, final, unit(weights))) > 0],
@@ -306,7 +334,8 @@ def _best(tried: list[Tried], constraints: dict[str, list[Constraint]], held_out
         raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
     if feasible := [t for t in able if not t.broken]:
         best = max(feasible, key=lambda t: t.mean)
-        by_values = next((t for t in feasible if t.name == "weighted_mean, values"), best)
+        value_models = [t for t in feasible if t.method == "values" and t.combiner in _VALUE_MODELS]
+        by_values = max(value_models, key=lambda t: t.mean, default=best)
         ahead, error = goal.difference(held_out, best.scores, by_values.scores)
         return by_values if ahead <= (0.0 if np.isnan(error) else 2 * error) else best
 

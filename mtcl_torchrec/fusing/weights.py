@@ -48,13 +48,23 @@ def stacked_weights(
     if binary:
         model = LogisticRegression(C=1 / max(ridge, 1e-9), max_iter=1000).fit(z, (y > 0).astype(int))
         return dict(zip(tasks, (model.coef_[0] / scale).tolist(), strict=True))
-    first = Ridge(alpha=ridge).fit(z, y)
-    left = (y - first.predict(z)) ** 2
+    second = Ridge(alpha=ridge).fit(z, y, sample_weight=precision_of_rows(z, y, ridge=ridge))
+    return dict(zip(tasks, (second.coef_ / scale).tolist(), strict=True))
+
+
+def precision_of_rows(x: np.ndarray, reward: np.ndarray, *, ridge: float = 1.0) -> np.ndarray:
+    """(N,) one over the variance of each row's reward, of mean 1: what a ridge regression leaves, regressed in turn.
+
+    Args:
+        x: (N, T) what the reward is regressed on.
+        reward: (N,).
+    """
+    z = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-12)
+    left = (reward - Ridge(alpha=ridge).fit(z, reward).predict(z)) ** 2
     spread = np.abs(z - z.min(axis=0))  # a variance grows from its least
     variance = LinearRegression(positive=True).fit(spread, left).predict(spread)
-    weight = 1 / np.maximum(variance, max(1e-3 * float(left.mean()), 1e-12))
-    second = Ridge(alpha=ridge).fit(z, y, sample_weight=weight / weight.mean())
-    return dict(zip(tasks, (second.coef_ / scale).tolist(), strict=True))
+    precision = 1 / np.maximum(variance, max(1e-3 * float(left.mean()), 1e-12))
+    return precision / precision.mean()
 
 
 def _covariance(held_out: HeldOut, tasks: list[str], feature: Feature) -> np.ndarray:

@@ -18,6 +18,7 @@ from mtcl_torchrec.schema import ConfigError, DataError, Schema
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.candidates import CandidateEncoder
 from mtcl_torchrec.serving.network import Network, named_outputs, network_inputs, serving_network
+from mtcl_torchrec.training.ensemble import load_ensemble
 from mtcl_torchrec.training.finished import FinishedRun
 
 MAX_ROWS = 8192  # that go through the network at once
@@ -63,11 +64,15 @@ class Recommender:
         self._candidates = CandidateEncoder(model.preprocessor, model.catalogue)
 
     @classmethod
-    def load(cls, path: str | Path) -> Recommender:
-        """Read a run directory or an exported model.
+    def load(cls, path: str | Path | Sequence[str | Path]) -> Recommender:
+        """Read a run directory, an exported model, or several run directories as a deep ensemble.
 
         A run's trunk may be imported by name, and an exported model is a program: load either from where you take code.
         """
+        if not isinstance(path, (str, Path)):
+            if len(path) > 1:
+                return cls(load_ensemble(path))
+            (path,) = path
         return cls(FinishedRun.load(path) if Path(path).is_dir() else Artefact.load(path))
 
     def recommend(
@@ -91,10 +96,10 @@ class Recommender:
             seen: whether items that the user has already met are offered too.
 
         Returns:
-            One row per item, each user's best first, the users in their order: the user as given, the item, ``score``,
-            each task's prediction (of a multiclass task, the probability of the item's own class), and, where the fused
-            score tells it, ``part:<task>``, what the task adds to the score.  Of several users, one for whom nothing is
-            left has no row.
+            One row per item, each user's best first, the users in their order: the user as given, the item, ``score``
+            (of an ensemble also ``score_std``, how far its members are apart), each task's prediction (of a multiclass
+            task, the probability of the item's own class), and, where the fused score tells it, ``part:<task>``, what
+            the task adds to the score.  Of several users, one for whom nothing is left has no row.
 
         Raises:
             DataError: an unknown context column, a value of the wrong kind, or a candidate that the catalogue does not

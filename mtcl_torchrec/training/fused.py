@@ -58,8 +58,8 @@ def build_fused_score(
         dims: width of each pooled embedding of the model by its key; where the score reads any (``features``).
 
     Raises:
-        ConfigError: a score of one's own cannot be imported or made, or does not name its tasks; the configuration
-            reads features, and nobody told of them.
+        ConfigError: a score of one's own cannot be imported or made, or does not name its tasks; the numbers make no
+            score; the configuration reads features, and nobody told of them.
 
     Example:
         >>> build_fused_score(FusionConfig(kind="stacking"), [Task.binary("click"), Task.binary("like")]).tasks
@@ -70,16 +70,28 @@ def build_fused_score(
         return WeightedMean(dict.fromkeys(binary or [task.name for task in tasks], 1.0))
     if config.import_path is not None:
         return _imported(config.import_path, config.options)
+    try:
+        return _built(config, tasks, encoder, dims)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"fusion: {error}") from None
+
+
+def _built(
+    config: FusionConfig, tasks: Sequence[Task], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None
+) -> nn.Module:
+    """A score of ours."""
     if config.kind == "stacking":
         return Stacking(config.weights or {task.name: 1 / len(tasks) for task in tasks})
     if config.kind == "monotone_network":
         return MonotoneNetwork(config.signs or {}, **_given(config, "hidden"))
     weights = config.weights or {}
     if config.kind == "expected_value":
-        numbers = {task: _number(name, encoder) for task, name in (config.numbers or {}).items()}
+        numbers = {task: dense_number(name, encoder) for task, name in (config.numbers or {}).items()}
         return ExpectedValue(weights, numbers=numbers, **_given(config, "given", "scale"))
     if config.kind == "context_gated_mean":
-        read = _features(config.features or [], encoder, dims)
+        read = read_by_gate(config.features or [], encoder, dims)
         return ContextGatedMean(weights, **read, hidden=16 if config.hidden is None else config.hidden[0])
     make, options = _CLASSES[config.kind]
     return make(weights, **_given(config, *options))
@@ -98,16 +110,18 @@ def _imported(path: str, options: dict[str, Any]) -> nn.Module:
     return made
 
 
-def _number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
+def dense_number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
     """A dense feature in its own unit."""
     if encoder is None:
         raise ConfigError(f"fusion.numbers: {name!r} is read from the dense features, which needs the encoder")
     column, mean, std = encoder.dense_scale(name)
     transform = next(f.transform for f in encoder.schema.dense_features if f.name == name)
-    return DenseNumber(column, mean, std, transform)
+    return DenseNumber(column, mean, std, transform, name)
 
 
-def _features(names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None) -> dict[str, Any]:
+def read_by_gate(
+    names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None
+) -> dict[str, Any]:
     """The pooled embeddings and dense columns of features, as a `ContextGatedMean` takes them."""
     if encoder is None or dims is None:
         raise ConfigError("fusion.features: they are read from the model's inputs, which needs the encoder and dims")

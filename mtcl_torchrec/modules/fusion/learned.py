@@ -13,6 +13,7 @@ from mtcl_torchrec.modules.fusion.contract import FusedScore, Parts, RowContext,
 from mtcl_torchrec.schema import nearest
 
 EPSILON = 1e-6
+LARGEST = 14.0  # no log-odds of a part are larger
 
 
 def log_odds(parts: torch.Tensor) -> torch.Tensor:
@@ -69,8 +70,8 @@ class Stacking(FusedScore):
                 raise KeyError(f"{task!r} is not part of this score, which has {list(self.tasks)}")
             new[task] = float(weight)
         values = torch.tensor([*new.values(), self.bias.item() if bias is None else float(bias)])
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"coefficients are finite: {values.tolist()}")
+        if not bool(torch.isfinite(LARGEST * values.abs().sum())):
+            raise ValueError(f"coefficients are finite, and so is their sum: {values.tolist()}")
         self.weights.copy_(values[:-1])
         self.bias.copy_(values[-1])
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mtcl_torchrec.data.catalogue import Catalogue, NothingLeftError
 from mtcl_torchrec.schema import Schema
-from mtcl_torchrec.serving.network import PART
+from mtcl_torchrec.serving.network import PART, SPREAD
 
 J = TypeVar("J")
 
@@ -105,9 +105,10 @@ def answers(frame: pd.DataFrame, tasks: Sequence[str], *, item: str | None = Non
     scores = frame["score"].tolist()  # Python's own numbers
     predictions = _records(frame, {task: task for task in tasks})
     parts = _records(frame, {task: PART + task for task in tasks})
+    spread = _records(frame, {SPREAD: SPREAD})
     rows = [
-        {"score": score, "predictions": predicted, "parts": part}
-        for score, predicted, part in zip(scores, predictions, parts, strict=True)
+        {"score": score, **apart, "predictions": predicted, "parts": part}
+        for score, apart, predicted, part in zip(scores, spread, predictions, parts, strict=True)
     ]
     return rows if item is None else [{"item": i, **row} for i, row in zip(frame[item].tolist(), rows, strict=True)]
 
