@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -288,6 +289,17 @@ def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
     shown = fuse(trained, "--trials", 2, "--folds", 2, "--dry-run")[1]
     assert "values are the weights of the run's fusion: click 1, buy 3" in shown
     assert "of the requests have more than 5 rows" in shown  # 30-minute sessions of this shop are short
+
+
+def test_what_takes_long_says_how_far_it_is_without_a_terminal(trained, fuse, monkeypatch):
+    monkeypatch.setattr("mtcl_torchrec.cli.fuse._TELL_EVERY", 0.0)
+    options = ("--value", "click=1,buy=5", "--combiner", "weighted_mean", "--search", "none", "--folds", 2, "--dry-run")
+    lines = fuse(trained, *options)[2].splitlines()
+    assert all(re.fullmatch(r"mtcl: \d+% fitted, now .*", line) for line in lines)
+    assert any("weighted_mean, values, fold 1" in line for line in lines)
+    assert lines[-1].startswith("mtcl: 100% fitted")
+    monkeypatch.setattr("mtcl_torchrec.cli.fuse._TELL_EVERY", 1000.0)
+    assert fuse(trained, *options)[2] == ""
 
 
 @pytest.mark.parametrize(

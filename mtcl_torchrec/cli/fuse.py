@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion
 from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
+_TELL_EVERY = 10.0  # seconds, where stderr is no terminal
 _GATED = "context_gated_mean"
 
 
@@ -220,11 +222,16 @@ def _held_out(
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     err = Console(stderr=True)
+    told = time.monotonic()
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fitting", total=None)
 
         def progress(done: int, total: int, doing: str) -> None:
+            nonlocal told
             bar.update(task, completed=done, total=total, description=doing)
+            if not err.is_terminal and time.monotonic() - told >= _TELL_EVERY:
+                told = time.monotonic()
+                typer.echo(f"mtcl: {done / max(total, 1):.0%} fitted, now {doing}", err=True)
 
         return fit_fusion(held_out, **options, progress=progress)
 
