@@ -299,6 +299,38 @@ def test_constraints_are_kept_or_it_is_said_how_far_the_best_came():
         fit_fusion(held_out, **options, combiners=["weighted_mean"], constraints=["auc:like >= 0.99"])
 
 
+def test_by_auc_better_is_the_mean_over_folds_of_which_each_has_weights_of_its_own():
+    held_out, values = rows_of(requests=80)
+    fitted = fit_fusion(
+        held_out, values=values, target="auc:like", combiners=["weighted_mean"], trials=10, folds=4, front_points=0
+    )
+    for one in fitted.tried:
+        apart = one.of_fold - next(t for t in fitted.tried if t.method == f"head {one.against}").of_fold
+        assert one.better == pytest.approx(apart.mean())
+        assert one.better_error == pytest.approx(apart.std(ddof=1) / 2)
+    by_values = next(t for t in fitted.tried if t.method == "values")
+    assert set(by_values.weights_std.values()) == {0.0}
+    poor = fit_fusion(
+        held_out, values={"like": 0.01, "report": 10}, target="auc:like", combiners=["weighted_mean"], search="none",
+        front_points=0,
+    )  # fmt: skip
+    assert poor.method != "values"
+    assert poor.left_for_values is None
+
+
+def test_what_is_left_for_the_values_is_said():
+    held_out, values = rows_of(requests=80)
+    fitted = fit_fusion(held_out, values=values, target="value@3", search="none", folds=4, front_points=0)
+    first = max((t for t in fitted.tried if t.combiner), key=lambda t: t.mean)
+    assert fitted.method == "values"
+    assert first.name != "weighted_mean, values"  # else there is nothing to say
+    name, ahead, error = fitted.left_for_values
+    assert name == first.name
+    by_values = next(t for t in fitted.tried if t.name == "weighted_mean, values")
+    assert (ahead, error) == fitted.target.difference(held_out, first.scores, by_values.scores)
+    assert ahead <= 2 * error
+
+
 def test_a_target_of_influence_is_met_by_all_that_is_tried():
     held_out, values = rows_of(requests=80)
     fitted = fit_fusion(
@@ -325,7 +357,8 @@ def test_without_values_all_tasks_enter_whatever_one_of_them_is_asked():
         ({"target": "ndcg@5", "values": {"report": -1}}, "needs a positive value"),
         ({"target": "auc:lke"}, "no task 'lke' with labels.*'like'"),
         ({"target": "hits@5"}, "no target 'hits@5'; there are value@K"),
-        ({"target": "auc:like", "tasks": ["cick"]}, "no task 'cick' has predictions.*'click'"),
+        ({"target": "auc:like", "tasks": ["cick"]}, "tasks: no task 'cick' has predictions.*'click'"),
+        ({"target": "value@5", "values": {"nix": 1}}, "values: no task 'nix' has predictions; there are: click, "),
         ({"target": "auc:like", "combiners": ["weighted_men"]}, "no combiner 'weighted_men'.*'weighted_mean'"),
         ({"target": "auc:like", "combiners": []}, "give one at least"),
         ({"target": "auc:like", "constraints": ["like more"]}, "constraint 'like more': expected such as"),

@@ -288,6 +288,7 @@ def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
     assert "requests have more than" not in first
     shown = fuse(trained, "--trials", 2, "--folds", 2, "--dry-run")[1]
     assert "values are the weights of the run's fusion: click 1, buy 3" in shown
+    assert "nan" not in shown
     assert "of the requests have more than 5 rows" in shown  # 30-minute sessions of this shop are short
 
 
@@ -307,7 +308,7 @@ def test_what_takes_long_says_how_far_it_is_without_a_terminal(trained, fuse, mo
     [
         (("--value", "click"), "--value takes task=number, such as like=8, not 'click'"),
         (("--value", "click=1,click=2"), "--value: 'click' is given twice"),
-        (("--value", "clck=1"), "no task 'clck' has predictions (did you mean 'click'?)"),
+        (("--value", "clck=1"), "values: no task 'clck' has predictions (did you mean 'click'?)"),
         (("--target", "value@x"), "no target 'value@x'"),
         (("--set", "clck=1"), "--set: no task 'clck' (did you mean 'click'?)"),
         (("--set", "click=0,buy=0,taste=0,stars=0"), "at least one"),

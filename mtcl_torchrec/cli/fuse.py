@@ -46,8 +46,8 @@ def fuse(
     value: Annotated[
         list[str] | None,
         typer.Option(
-            help="task=number: what its event is worth, or, below 0, costs; may be repeated.  Default: the weights of "
-            "the run's `fusion`."
+            help="task=number: what its event is worth, or, below 0, costs (of a regression: each unit of its label); "
+            "may be repeated.  Default: the weights of the run's `fusion`."
         ),
     ] = None,
     combiner: Annotated[
@@ -79,7 +79,11 @@ def fuse(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="task=weight,...: take these weights as they are; nothing is fitted or searched."),
+        typer.Option(
+            "--set",
+            help="task=weight,...: take these weights as they are, those not named as they were; nothing is fitted or "
+            "searched.",
+        ),
     ] = None,
     reset: Annotated[
         bool, typer.Option("--reset", help="Back to the fusion of run.yaml; what was fitted is kept in fusion/former.")
@@ -135,6 +139,8 @@ def fuse(
     values, whence = _values(run, value, target)
     if set_:
         _set_weights(run, run_dir, _numbers(set_, "--set"), console, dry_run)
+        if whence and test:
+            console.print(whence, highlight=False, soft_wrap=True)
     else:
         if whence:
             console.print(whence, highlight=False, soft_wrap=True)
@@ -180,7 +186,8 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
     if run.config.fusion is None or not run.config.fusion.weights:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
     values = dict(run.config.fusion.weights)
-    shown = ", ".join(f"{task} {v:g}" for task, v in values.items())
+    counted = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
+    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in counted) for task, v in values.items())
     return values, f"values are the weights of the run's fusion: {shown}  (--value TASK=NUMBER for others)"
 
 
@@ -291,9 +298,9 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
         f"(each a {held_out.requests_are}), {fitted.folds} folds"
     )
     console.print()
-    against = f"better than {heads} alone" if heads else "better"
+    against = [f"better than {heads} alone"] if heads else []
     console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
-    table = plain_table("", ["ranked by", fitted.target.name, "± folds", against])
+    table = plain_table("", ["ranked by", fitted.target.name, "± folds", *against])
     lines = fitted.table()
     for line in lines.to_dict("records"):
         mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
@@ -301,9 +308,16 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
             mark = f"  breaks {line['broken']}"
         table.add_row(
             f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["error"])), f"{line['std']:.4f}",
-            _plus_minus(float(line["better"]), float(line["better_error"])),
+            *([_plus_minus(float(line["better"]), float(line["better_error"]))] if heads else []),
         )  # fmt: skip
     console.print(table)
+    if fitted.left_for_values is not None:
+        name, ahead, error = fitted.left_for_values
+        console.print(
+            f"the values stay the weights: {name} is better by {_plus_minus(ahead, error)}, which is no more than two "
+            "standard errors",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     _warn_of_short_requests(fitted, held_out, console)
     console.print()
     weight = "starts at" if fitted.combiner.learns else "weight"
@@ -342,7 +356,7 @@ def _print_losses(losses: pd.DataFrame, console: Console) -> None:
         ["task", *(h.replace("auc", "AUC").replace("gAUC", "GAUC") for h in headers)],
     )
     for line in losses.to_dict("records"):
-        table.add_row(str(line["task"]), *(f"{line[h]:.4f}" for h in headers))
+        table.add_row(str(line["task"]), *(_plus_minus(float(line[h]), math.nan) for h in headers))
     console.print(table)
 
 

@@ -12,6 +12,7 @@ from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights, resolved
 from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.learned import train_setting
+from mtcl_torchrec.fusing.objectives import mean_and_error
 from mtcl_torchrec.fusing.pareto import pareto_front
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
 from mtcl_torchrec.fusing.targets import Constraint, OfRows, Target, parse_constraints, parse_target
@@ -62,7 +63,8 @@ def fit_fusion(
     like, where a combiner has them; training, where it learns.  Beside them stand each task's own head alone and the
     other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of the best mean
     that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights that are
-    better by more than two standard errors, request by request: a smaller lead is mostly noise.
+    better by more than two standard errors, request by request (by ``auc`` and ``gauc``, fold by fold): a smaller lead
+    is mostly noise.
 
     Args:
         held_out: predictions for rows that the model was not trained on.
@@ -124,7 +126,7 @@ def fit_fusion(
     fold = held_out.folds(folds, seed=seed)
     tried = [_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work) for candidate in candidates]
     tried += [_as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
-    best = _best(tried, kept_to, held_out, goal)
+    best, left_for_values = _best(tried, kept_to, held_out, goal)
     assert best.setting is not None
     combiner = best.setting.combiner
     heads = [t for t in tried if t.method.startswith("head ")]
@@ -132,7 +134,7 @@ def fit_fusion(
         if heads:
             head = max(heads, key=lambda t: t.mean)
             one.against = head.method.removeprefix("head ")
-            one.better, one.better_error = goal.difference(held_out, one.scores, head.scores)
+            one.better, one.better_error = _ahead(one, head, held_out, goal)
     fitted = FittedFusion(
         combiner=combiner,
         method=best.method,
@@ -145,6 +147,7 @@ def fit_fusion(
         values=dict(values or {}),
         seed=seed,
         folds=folds,
+        left_for_values=left_for_values,
         about={
             "rows": len(held_out), "requests": held_out.requests, "requests_are": held_out.requests_are,
             "users": None if held_out.user is None else len(np.unique(held_out.user)),
@@ -181,9 +184,12 @@ def _entering(
     # Without values, nothing says what may stay out.
     by_default = [*values, *(influence or {}), *weighed] if values else []
     named = by_default if tasks is None else list(tasks)
+    whence = {"values": values or (), "influence": influence or (), "constraints": weighed, "tasks": named}
     for task in named:
         if task not in held_out.parts:
-            raise ConfigError(f"no task {task!r} has predictions{nearest(task, held_out.parts)}")
+            where = next(where for where, of in whence.items() if task in of)
+            there = nearest(task, held_out.parts) or f"; there are: {', '.join(held_out.parts)}"
+            raise ConfigError(f"{where}: no task {task!r} has predictions{there}")
     if values is not None and not all(np.isfinite(v) for v in values.values()):
         raise ConfigError(f"values are finite numbers: {dict(values)}")
     return [task for task in held_out.parts if task in named] if named else list(held_out.parts)
@@ -306,11 +312,17 @@ def _try(
         std=float(np.nanstd(of_fold, ddof=1)),
         error=goal.with_error(held_out, scores)[1],
         scores=scores,
+        of_fold=np.array(of_fold),
         setting=setting,
-        weights_std={t: float(np.std([w[t] for w in by_fold], ddof=1)) * size for t in weights},
+        weights_std={t: _spread([w[t] for w in by_fold]) * size for t in weights},
         kept={c.text: c.of(held_out, final, unit(weights)) for c in constraints},
         broken=[c.text for c in constraints if c.violation(c.of(held_out, final, unit(weights))) > 0],
     )
+
+
+def _spread(weights: list[float]) -> float:
+    """Their standard deviation; 0 where they differ by rounding alone."""
+    return 0.0 if np.ptp(weights) < 1e-12 else float(np.std(weights, ddof=1))
 
 
 def _mean(values: list[float]) -> float:
@@ -323,13 +335,24 @@ def _as_it_is(name: str, scores: np.ndarray, held_out: HeldOut, fold: np.ndarray
     of_fold = [goal(held_out.take(fold == n), scores[fold == n]) for n in range(int(fold.max()) + 1)]
     return Tried(
         combiner="", method=name, mean=_mean(of_fold), std=float(np.nanstd(of_fold, ddof=1)),
-        error=goal.with_error(held_out, scores)[1], scores=scores,
+        error=goal.with_error(held_out, scores)[1], scores=scores, of_fold=np.array(of_fold),
     )  # fmt: skip
 
 
-def _best(tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target) -> Tried:
+def _ahead(one: Tried, other: Tried, held_out: HeldOut, goal: Target) -> tuple[float, float]:
+    """By how much one is better than the other, and the standard error of that: request by request, or, where the
+    target is no mean over requests, fold by fold (scores of two folds are of other weights, and have no common AUC)."""
+    if np.ndim(goal.of(held_out, one.scores)):
+        return goal.difference(held_out, one.scores, other.scores)
+    return mean_and_error(one.of_fold - other.of_fold)
+
+
+def _best(
+    tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target
+) -> tuple[Tried, tuple[str, float, float] | None]:
     """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
-    is as good within two standard errors (after the one-standard-error rule; Breiman et al., CART, 1984)."""
+    is as good within two standard errors (after the one-standard-error rule; Breiman et al., CART, 1984), and then
+    what was left for it, and its lead."""
     able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
     if not able:
         raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
@@ -337,14 +360,14 @@ def _best(tried: list[Tried], constraints: dict[str, list[Constraint]], held_out
         best = max(feasible, key=lambda t: t.mean)
         value_models = [t for t in feasible if t.method == "values" and t.combiner in _VALUE_MODELS]
         by_values = max(value_models, key=lambda t: t.mean, default=best)
-        ahead, error = goal.difference(held_out, best.scores, by_values.scores)
-        return by_values if ahead <= (0.0 if np.isnan(error) else 2 * error) else best
+        ahead, error = _ahead(best, by_values, held_out, goal)
+        if best is by_values or ahead > (0.0 if np.isnan(error) else 2 * error):
+            return best, None
+        return by_values, (best.name, ahead, error)
 
     def missed(one: Tried) -> float:
         return sum(c.violation(one.kept[c.text]) / (abs(c.bound) or 1.0) for c in constraints[one.combiner])
 
     nearest_one = min(able, key=missed)
     came = "; ".join(f"{text} came to {nearest_one.kept[text]:.4g}" for text in nearest_one.broken)
-    raise ConfigError(
-        f"no weights keep to all constraints; the nearest, {nearest_one.combiner} by {nearest_one.method}: {came}"
-    )
+    raise ConfigError(f"no weights keep to all constraints; the nearest, {nearest_one.name}: {came}")

@@ -28,12 +28,14 @@ class Tried:
         mean, std: of the target, over folds.
         error: standard error of the target over users or requests; NaN where the target is no mean over requests.
         scores: (N,) of each row while its fold was left out.
+        of_fold: (folds,) the target on each.
         setting: fitted on all rows; None of what has nothing to fit.
         weights_std: the weights' standard deviation over folds, at the same absolute sum.
         kept: constraint -> what it came to on all rows.
         broken: constraints not kept to.
         against: the best single head.
-        better, better_error: by how much this is better than that head, request by request, and the error.
+        better, better_error: by how much this is better than that head, request by request (where the target is no
+            mean over requests, fold by fold), and the standard error.
     """
 
     combiner: str
@@ -42,6 +44,7 @@ class Tried:
     std: float
     error: float
     scores: np.ndarray = field(repr=False)
+    of_fold: np.ndarray = field(repr=False)
     setting: Setting | None = field(default=None, repr=False)
     weights_std: Weights = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
@@ -80,6 +83,8 @@ class FittedFusion:
         seed, folds: as they were given.
         about: what it was fitted on and how.
         front: what each task loses, one row for each ranking drawn; see `pareto_front`.
+        left_for_values: what was better on the folds left out, but not by two standard errors, so that the values
+            stay the weights: its name, its lead, the standard error; None where nothing was.
     """
 
     combiner: Combiner
@@ -95,6 +100,7 @@ class FittedFusion:
     folds: int
     about: dict[str, Any]
     front: pd.DataFrame | None = None
+    left_for_values: tuple[str, float, float] | None = None
 
     @property
     def chosen(self) -> Tried:

@@ -129,6 +129,11 @@ def draw_front(fitted: FittedFusion, path: str | Path) -> None:
                 frame.loc[mask, f"loss {task}"], frame.loc[mask, "target"],
                 label=label if number == 0 else None, zorder=3 if label == "chosen" else 2, **style,
             )  # fmt: skip
+        for name, x, y in frame.loc[heads, ["name", f"loss {task}", "target"]].itertuples(index=False):
+            axes.annotate(
+                name.removeprefix("head "), (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7,
+                color="tab:green",
+            )  # fmt: skip
         axes.set_title(task, fontsize=11)
         axes.set_xlabel("GAUC lost against its own head", fontsize=9)
         if number % columns == 0:
