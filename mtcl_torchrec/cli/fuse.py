@@ -318,6 +318,8 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
             "standard errors",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+    for name, why in fitted.about["left_out"].items():
+        console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
     _warn_of_short_requests(fitted, held_out, console)
     console.print()
     weight = "starts at" if fitted.combiner.learns else "weight"

@@ -16,7 +16,13 @@ from mtcl_torchrec.fusing.objectives import mean_and_error
 from mtcl_torchrec.fusing.pareto import pareto_front
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
 from mtcl_torchrec.fusing.targets import Constraint, OfRows, Target, parse_constraints, parse_target
-from mtcl_torchrec.fusing.weights import check_influence, influence_of, stacked_weights, weights_of_influence
+from mtcl_torchrec.fusing.weights import (
+    NoWeightsError,
+    check_influence,
+    influence_of,
+    stacked_weights,
+    weights_of_influence,
+)
 from mtcl_torchrec.schema import ConfigError, nearest
 
 Progress = Callable[[int, int, str], object]
@@ -64,7 +70,8 @@ def fit_fusion(
     other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of the best mean
     that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights that are
     better by more than two standard errors, request by request (by ``auc`` and ``gauc``, fold by fold): a smaller lead
-    is mostly noise.
+    is mostly noise.  A method that finds no weights on some fold, such as stacking where nothing happened in it, is
+    left out; ``about["left_out"]`` says why.
 
     Args:
         held_out: predictions for rows that the model was not trained on.
@@ -81,7 +88,7 @@ def fit_fusion(
         trials: of each search, in each fold.
         constraints: such as ``"auc:like >= 0.8"``; see `parse_constraints`.
         influence: task -> its share of the ranking; see `weights_of_influence`.  Combiners of which the influence
-            cannot be told are left out then.
+            cannot be told are left out then, and where a constraint asks for it.
         front_points: rankings drawn for the Pareto front; 0 for none.
         seed: of folds, search and front: equal arguments give an equal result.
         progress: called with (done, total, what is done now).
@@ -105,8 +112,9 @@ def fit_fusion(
     entering = _entering(held_out, tasks, values, influence, constraints)
     goal = parse_target(target, values, held_out.labels)
     kinds = resolved(combiners, held_out)
-    if influence:
-        check_influence(influence, entering)
+    _check_rewards(held_out, values, target)
+    check_influence(influence or {}, entering)
+    if influence or any(text.strip().startswith("share:") for text in constraints):
         kinds = [c for c in kinds if c.feature is not None]
         if not kinds:
             raise ConfigError("influence: of none of the combiners can the influence of a task be told")
@@ -114,9 +122,11 @@ def fit_fusion(
     candidates: list[_Candidate] = []
     kept_to: dict[str, list[Constraint]] = {}
     work = _Work(progress, 0)
+    if weighed := [text for text in constraints if text.strip().startswith("weight:")]:
+        if all(combiner.learns for combiner in kinds):
+            raise ConfigError(f"constraint {weighed[0]!r}: a {kinds[0].name} has no weights that stay the same")
+        kinds = [combiner for combiner in kinds if not combiner.learns]
     for combiner in kinds:
-        if combiner.learns and (weighed := [c for c in constraints if c.strip().startswith("weight:")]):
-            raise ConfigError(f"constraint {weighed[0]!r}: a {combiner.name} has no weights that stay the same")
         share = partial(_share, combiner)
         kept_to[combiner.name] = parse_constraints(constraints, values, held_out, entering, share)
         problem = Problem(combiner, signs, goal, kept_to[combiner.name], _adjustment(combiner, influence, signs))
@@ -124,7 +134,14 @@ def fit_fusion(
     searches = sum(c.method == "search" for c in candidates)
     work.total = (folds + 1) * (len(candidates) + searches * trials) + front_points
     fold = held_out.folds(folds, seed=seed)
-    tried = [_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work) for candidate in candidates]
+    tried, left_out = list[Tried](), dict[str, str]()
+    for candidate in candidates:
+        try:
+            tried.append(_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work))
+        except NoWeightsError as error:
+            left_out[candidate.name] = str(error)
+    if not tried:
+        raise ConfigError(next(iter(left_out.values())))
     tried += [_as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
     best, left_for_values = _best(tried, kept_to, held_out, goal)
     assert best.setting is not None
@@ -152,6 +169,7 @@ def fit_fusion(
             "rows": len(held_out), "requests": held_out.requests, "requests_are": held_out.requests_are,
             "users": None if held_out.user is None else len(np.unique(held_out.user)),
             "search": search, "trials": trials, "influence": dict(influence or {}), "constraints": list(constraints),
+            "left_out": left_out,
         },
     )  # fmt: skip
     if front_points:
@@ -190,9 +208,21 @@ def _entering(
             where = next(where for where, of in whence.items() if task in of)
             there = nearest(task, held_out.parts) or f"; there are: {', '.join(held_out.parts)}"
             raise ConfigError(f"{where}: no task {task!r} has predictions{there}")
-    if values is not None and not all(np.isfinite(v) for v in values.values()):
-        raise ConfigError(f"values are finite numbers: {dict(values)}")
+    worth = np.array(list((values or {}).values()), np.float64)
+    if not np.isfinite(worth).all() or np.abs(worth).sum() > 1e12 or (worth.any() and np.abs(worth).max() < 1e-12):
+        raise ConfigError(f"values are finite numbers of a size between 1e-12 and 1e12: {dict(values or {})}")
     return [task for task in held_out.parts if task in named] if named else list(held_out.parts)
+
+
+def _check_rewards(held_out: HeldOut, values: Mapping[str, float] | None, target: str | OfRows) -> None:
+    """Raise ConfigError where all rankings are worth the same."""
+    if isinstance(target, str) and "@" in target:
+        reward = held_out.reward(values or {})
+        if reward.min() == reward.max():
+            raise ConfigError(
+                f"target {target}: each of these {len(held_out):,} rows brought the same ({reward[0]:g}), so that all "
+                "rankings are worth the same"
+            )
 
 
 def _influence(combiner: Combiner, held_out: HeldOut, weights: Mapping[str, float]) -> Weights:
@@ -265,7 +295,10 @@ def _candidates(
 
     def set_to(of: Callable[[HeldOut], Weights], rows: HeldOut) -> Setting:
         weights, made = problem.adjust(rows, of(rows)), combiner.at(rows, tasks)
-        return Setting(made, weights, made.build(weights))
+        try:
+            return Setting(made, weights, made.build(weights))
+        except ValueError as error:  # they make no score
+            raise NoWeightsError(str(error)) from None
 
     candidates = [_Candidate(combiner, method, partial(set_to, of)) for method, of in found.items()]
     if search != "none" and len(tasks) > 1:
@@ -309,7 +342,7 @@ def _try(
         combiner=candidate.combiner.name,
         method=candidate.method,
         mean=_mean(of_fold),
-        std=float(np.nanstd(of_fold, ddof=1)),
+        std=_std(of_fold),
         error=goal.with_error(held_out, scores)[1],
         scores=scores,
         of_fold=np.array(of_fold),
@@ -330,11 +363,16 @@ def _mean(values: list[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
+def _std(values: list[float]) -> float:
+    known = [v for v in values if np.isfinite(v)]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
+
+
 def _as_it_is(name: str, scores: np.ndarray, held_out: HeldOut, fold: np.ndarray, goal: Target) -> Tried:
     """Another ranking, which has nothing to fit."""
     of_fold = [goal(held_out.take(fold == n), scores[fold == n]) for n in range(int(fold.max()) + 1)]
     return Tried(
-        combiner="", method=name, mean=_mean(of_fold), std=float(np.nanstd(of_fold, ddof=1)),
+        combiner="", method=name, mean=_mean(of_fold), std=_std(of_fold),
         error=goal.with_error(held_out, scores)[1], scores=scores, of_fold=np.array(of_fold),
     )  # fmt: skip
 

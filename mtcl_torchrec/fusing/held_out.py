@@ -12,6 +12,7 @@ from torch import nn
 
 from mtcl_torchrec.fusing.objectives import rows_by_request
 from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, fuse
+from mtcl_torchrec.modules.fusion.value import LARGEST
 from mtcl_torchrec.schema import ConfigError, DataError, nearest
 
 Arrays = dict[str, np.ndarray]
@@ -69,6 +70,9 @@ class HeldOut:
         for name, part in self.parts.items():
             if not bool(np.all((part >= 0) & (part <= 1))):
                 raise DataError(f"parts of {name!r} are not all in [0, 1]")
+        for name, label in self.labels.items():
+            if np.isinf(label).any():
+                raise DataError(f"labels of {name!r} are not all finite (or NaN, where missing)")
         if self.item_numbers and self.dense_features is None:
             raise DataError("item_numbers are read from the dense features, and there are none")
         if self.user is not None:
@@ -132,7 +136,7 @@ class HeldOut:
         if self.dense_features is None:
             return {}
         dense = torch.from_numpy(np.asarray(self.dense_features, np.float64))
-        return {task: number.read(dense).clamp(min=0).numpy() for task, number in self.item_numbers.items()}
+        return {task: number.read(dense).clamp(0, LARGEST).numpy() for task, number in self.item_numbers.items()}
 
     def reward(self, values: Mapping[str, float]) -> np.ndarray:
         """(N,) Σ valueᵢ · labelᵢ: what each row brought; times the item's number, where the value is for a unit of it.

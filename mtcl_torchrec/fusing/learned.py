@@ -15,7 +15,7 @@ from torch import nn
 
 from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
-from mtcl_torchrec.fusing.weights import precision_of_rows
+from mtcl_torchrec.fusing.weights import NoWeightsError, precision_of_rows
 from mtcl_torchrec.modules.fusion import RowContext, WeightedMean, fuse
 
 _INNER_FOLDS = 5  # one of which says when to stop
@@ -43,10 +43,12 @@ def train_setting(
         seed: of the parameters to begin with, and of the batches: equal arguments give equal parameters.
 
     Raises:
-        ConfigError: there are fewer than two users (or requests).
+        NoWeightsError: there are fewer than two users (or requests).
     """
-    rows = rows.take(~np.isnan(reward))
-    reward = reward[~np.isnan(reward)]
+    known = ~np.isnan(reward)
+    if not known.any() or _groups(rows.take(known)) < 2:
+        raise NoWeightsError(f"{combiner.name}: fewer than two users (or requests) of known reward to learn from")
+    rows, reward = rows.take(known), reward[known]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fused_score = combiner.build(weights)
@@ -61,7 +63,7 @@ def train_setting(
 
 
 def _groups(rows: HeldOut) -> int:
-    return max(2, len(np.unique(rows.request if rows.user is None else rows.user)))
+    return len(np.unique(rows.request if rows.user is None else rows.user))
 
 
 class _Rows:

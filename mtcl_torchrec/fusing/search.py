@@ -11,6 +11,7 @@ import numpy as np
 from mtcl_torchrec.fusing.combiners import SIZE, Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import Constraint, Target
+from mtcl_torchrec.fusing.weights import NoWeightsError
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.schema import ConfigError
 
@@ -88,6 +89,7 @@ def search_weights(
 
     Raises:
         ConfigError: `optuna` or `cmaes` is not installed.
+        NoWeightsError: none of the weights that were tried makes a score.
     """
     tasks, knobs = list(problem.signs), problem.combiner.knobs_of(list(problem.signs))
     scale, terms = problem.combiner.scales(held_out, tasks), problem.combiner.seen(held_out)
@@ -117,8 +119,8 @@ def search_weights(
             return -(_PENALTY**2)
         try:
             setting = as_setting(point)
-        except ConfigError as error:  # no weights of this kind can be adjusted
-            refused = error
+        except ValueError as error:  # these weights cannot be adjusted, or make no score
+            refused = NoWeightsError(str(error))
             return -(_PENALTY**2)
         # What the weights multiply is computed once, where it takes sorting.
         by = setting.fused_score if terms is held_out else WeightedMean(setting.weights)
