@@ -1,5 +1,7 @@
 """The recommender ranks as the slow and plain way does, for one user and for many, from a run and from an export."""
 
+import copy
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli import app
+from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.catalogue import NothingLeftError
+from mtcl_torchrec.modules.fusion import WeightedGeometricMean, WeightedMean
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
@@ -111,6 +115,29 @@ def test_an_exported_run_recommends_the_same(run, exported):
     assert "What each task adds to the score of the top 2 for user u3" in " ".join(shown.output.split())
     again = CliRunner().invoke(app, ["export", str(exported.parent / "run"), "--out", str(exported)])
     assert "--overwrite" in str(again.exception)
+
+
+def test_what_is_shown_says_which_context_is_unknown_and_what_comes_to_the_parts(run, recommender):
+    def shown(fused_score, top):
+        model = copy.copy(run)
+        model.model = copy.deepcopy(run.model)
+        model.model.output.fused_score = fused_score
+        console = Console(file=io.StringIO(), width=200)
+        print_recommendations(Recommender(model), "u3", {"hour": "3"}, top, True, console, why=True)
+        return " ".join(console.file.getvalue().split())
+
+    text = shown(WeightedMean({"click": 1.0, "buy": -3.0}), 1)
+    assert "What each task adds to the score of the top 1 for user u3" in text
+    assert "To these come 0.750, which every item has." in text
+    text = shown(WeightedGeometricMean({"click": 1.0, "buy": 3.0}), 2)
+    assert "adds to the sum that orders the items, not to the score itself, of the top 2 for user u3" in text
+    assert "To these come" not in text
+    assert "To these come" not in shown(WeightedMean({"click": 1.0}), 2)
+    assert recommender.unknown_context({"hour": "3"}) == []
+    assert recommender.unknown_context({"hour": 77}) == ["hour"]
+    assert recommender.unknown_context({}) == []
+    with pytest.raises(DataError, match="no context column 'hours'"):
+        recommender.unknown_context({"hours": 3})
 
 
 def test_many_users_are_ranked_as_each_is_alone(recommender):

@@ -39,6 +39,8 @@ def export(
         raise ConfigError(f"{out} stands there already; choose another name" + (" or --overwrite" * out.is_file()))
     run = FinishedRun.load(run_dir[0]) if len(run_dir) == 1 else load_ensemble(run_dir)
     note_if_unfinished(run, *run_dir)
+    if compiled != "no":
+        typer.echo("machine code takes a minute or several; --compiled no does without", err=True)
     made = export_run(run, out, tables=tables, compiled=compiled)
     most = max(made.difference, key=lambda name: made.difference[name])
     typer.echo(

@@ -127,7 +127,7 @@ def draw_front(fitted: FittedFusion, path: str | Path) -> None:
         for label, mask, style in groups:
             axes.scatter(
                 frame.loc[mask, f"loss {task}"], frame.loc[mask, "target"],
-                label=label if number == 0 else None, zorder=3 if label == "chosen" else 2, **style,
+                label=label if number == 0 and mask.any() else None, zorder=3 if label == "chosen" else 2, **style,
             )  # fmt: skip
         for name, x, y in frame.loc[heads, ["name", f"loss {task}", "target"]].itertuples(index=False):
             axes.annotate(

@@ -143,6 +143,14 @@ class CandidateEncoder:
         met[self._seen_items[self._seen_starts[user] : self._seen_starts[user + 1]]] = True
         return offered[~met[offered]]
 
+    def unknown(self, context: Mapping[str, Any]) -> list[str]:
+        """Context columns whose value no training row had, so that it is taken as an unknown one."""
+        rows = self._encode_context(context).rows
+        row_of = dict(zip((key for key in rows.keys if key not in rows.bags), rows.ids[0].tolist(), strict=True))
+        known = {f.name: f.rows_from for f in self._preprocessor.declared.features if f.encoding == "vocabulary"}
+        found = (known[name] for name, row in row_of.items() if row == 0 and name in known)
+        return [column for column in dict.fromkeys(found) if context.get(column) is not None]
+
     def rows(self, user: int, items: np.ndarray, context: Mapping[str, Any]) -> EncodedRows:
         """One user's candidates, encoded.
 

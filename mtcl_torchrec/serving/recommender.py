@@ -125,6 +125,17 @@ class Recommender:
             raise NothingLeftError(f"{of} seen {what}; allow seen items to rank them again")
         return self._ranked(rows, k)
 
+    def unknown_context(self, context: Mapping[str, Any]) -> list[str]:
+        """Context columns whose value the training split did not have: the model takes it as an unknown one.
+
+        Args:
+            context: as of `recommend`.
+
+        Raises:
+            DataError: as `recommend`.
+        """
+        return self._candidates.unknown(self._typed_context(context))
+
     def _ranked(self, rows: Sequence[tuple[str | int, np.ndarray, EncodedRows]], k: int) -> pd.DataFrame:
         """The best k of each user's rows."""
         request = np.repeat(np.arange(len(rows)), [len(items) for _, items, _ in rows])

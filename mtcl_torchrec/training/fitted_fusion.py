@@ -225,7 +225,9 @@ def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionCon
             raise ValueError(f"expected format {_FORMAT}")
         config = FusionConfig.model_validate(declared["fusion"])
     except ValidationError as error:
-        raise DataError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in ("fusion", *first["loc"]))
+        raise DataError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:150]})") from None
     names = [task.name for task in model.tasks]
