@@ -21,7 +21,15 @@ from mtcl_torchrec.data.source import read_rows, split_by_time
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.fusing.calibrate import CalibrationFitter
-from mtcl_torchrec.modules.calibration import Calibration, IsotonicCalibration, PlattScaling, TemperatureScaling
+from mtcl_torchrec.modules.calibration import (
+    Calibration,
+    IsotonicCalibration,
+    IsotonicValue,
+    PlattScaling,
+    PriorCorrection,
+    TemperatureScaling,
+    UnitInterval,
+)
 from mtcl_torchrec.modules.rare import UncalibratedWarning
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.finished import FinishedRun
@@ -85,18 +93,23 @@ def stream(rank, world_size, weighted):
     weights = torch.rand(5000, 3, generator=draw) + 0.5 if weighted else None
     p = torch.softmax(torch.randn(5000, 4, generator=draw) * 3, 1)
     classes = torch.randint(0, 4, (5000,), generator=draw).float()
+    seconds = z**3 + torch.randn(5000, generator=draw)
     tasks = [Task.binary("click"), Task.binary("like"), Task.multiclass("taste", 4)]
+    tasks += [Task.binary("buy"), Task.regression("seconds", mean=0.0, std=9.0)]
+    weights = None if weights is None else torch.cat([weights, weights[:, :2]], 1)
     at = {"segment": "tab", "segment_rows": 4}
-    calibration = Calibration(
-        tasks, {"click": PlattScaling(**at), "like": IsotonicCalibration(), "taste": TemperatureScaling(**at)}
-    )
+    pieces = {
+        "click": PlattScaling(**at), "like": IsotonicCalibration(), "taste": TemperatureScaling(**at),
+        "buy": [PriorCorrection(0.5), IsotonicCalibration(16, **at)], "seconds": [IsotonicValue(32), UnitInterval(32)],
+    }  # fmt: skip
+    calibration = Calibration(tasks, pieces)
     fitter = CalibrationFitter(calibration)
     cut = 5000 if world_size == 1 else 4100
     mine = torch.arange(5000)[:cut] if rank == 0 else torch.arange(5000)[cut:]
     for rows in mine.split(300):
         fitter.update(
-            {"click": torch.sigmoid(z[rows]), "like": torch.sigmoid(z[rows]), "taste": p[rows]},
-            torch.stack([labels, labels, classes], 1)[rows],
+            {**dict.fromkeys(("click", "like", "buy"), torch.sigmoid(z[rows])), "taste": p[rows], "seconds": z[rows]},
+            torch.stack([labels, labels, classes, labels, seconds], 1)[rows],
             {"tab": segment[rows]},
             None if weights is None else weights[rows],
         )
