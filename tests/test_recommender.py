@@ -114,7 +114,7 @@ def test_an_exported_run_recommends_the_same(run, exported):
     plain.model.output.calibration = None
     uncalibrated = Recommender(plain).recommend("u3", candidates=ranked["product_id"].tolist(), k=9)
     both = ranked.merge(uncalibrated, on="product_id")
-    assert (both["click_x"] - both["click_y"]).abs().min() > 1e-4
+    assert (both["click_x"] - both["click_y"]).abs().mean() > 1e-3
     frame = slow.rows_of(run, "u3", seen=True)
     pd.testing.assert_frame_equal(recommender.score(frame), Recommender(run).score(frame), atol=2e-6)
     shown = CliRunner().invoke(app, ["recommend", str(exported), "--user", "u3", "--top", "2", "--why"])
