@@ -164,9 +164,15 @@ def test_what_only_the_user_decides_is_computed_once_and_the_same(run):
     assert {"alike", "first"} <= set(network.inputs)  # task taste may not see the item
     inputs = sample_inputs(network, run.preprocessor.encoder, 9)
     assert len(inputs["first"]) == 5
-    rows = torch.arange(9)
-    with torch.no_grad():
-        together, apart = network(**inputs), network(**{**inputs, "alike": rows, "first": rows})
+    rows, seen = torch.arange(9), list[int]()
+    with (
+        torch.no_grad(),
+        network.tower.trunk.register_forward_pre_hook(lambda trunk, given: seen.append(len(given[0]))),
+    ):
+        together = network(**inputs)
+        assert sorted(seen) == [5, 9]  # what may not see the item, and the rest
+        apart = network(**{**inputs, "alike": rows, "first": rows})
+        assert sorted(seen[2:]) == [9, 9]
     for name, value in apart.items():
         torch.testing.assert_close(together[name], value, atol=1e-6, rtol=1e-5)
 

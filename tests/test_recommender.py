@@ -53,7 +53,10 @@ def folder(tmp_path_factory):
     text = shop.RUN.replace(TOPICS, MORE + TOPICS).replace("epochs: 4", "epochs: 1")
     start, stop = text.index("statistics:"), text.index("model:")
     text = text[:start] + STATISTICS.lstrip() + text[stop:]
+    text += "calibration: {'*': {kind: platt, min_rows: 20}}\n"
     train_run(parse_run(text, folder=where), where / "run", device="cpu", console=Console(quiet=True))
+    fused = CliRunner().invoke(app, ["fuse", str(where / "run"), "--set", "click=2,stars=0.25"])
+    assert fused.exit_code == 0, fused.output
     return where / "run"
 
 
@@ -108,12 +111,20 @@ def test_an_exported_run_recommends_the_same(run, exported):
     for user, context, candidates, seen in CASES:
         fast = recommender.recommend(user, context, candidates=candidates, k=1000, seen=seen)
         same(fast, slow.recommend(run, user, context, candidates, 1000, seen), atol=2e-6)
+    # The weights that were set after training, and the calibration, have come along.
+    ranked = recommender.recommend("u3", k=9)
+    np.testing.assert_allclose(ranked["part:click"], ranked["click"] * 2 / (2 + 3 + 0.5 + 0.25), rtol=1e-4)
+    plain = FinishedRun.load(run_folder := exported.parent / "run")
+    plain.model.output.calibration = None
+    uncalibrated = Recommender(plain).recommend("u3", candidates=ranked["product_id"].tolist(), k=9)
+    both = ranked.merge(uncalibrated, on="product_id")
+    assert (both["click_x"] - both["click_y"]).abs().mean() > 1e-3
     frame = slow.rows_of(run, "u3", seen=True)
     pd.testing.assert_frame_equal(recommender.score(frame), Recommender(run).score(frame), atol=2e-6)
     shown = CliRunner().invoke(app, ["recommend", str(exported), "--user", "u3", "--top", "2", "--why"])
     assert shown.exit_code == 0, shown.output
     assert "What each task adds to the score of the top 2 for user u3" in " ".join(shown.output.split())
-    again = CliRunner().invoke(app, ["export", str(exported.parent / "run"), "--out", str(exported)])
+    again = CliRunner().invoke(app, ["export", str(run_folder), "--out", str(exported)])
     assert "--overwrite" in str(again.exception)
 
 
