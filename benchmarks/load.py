@@ -1,6 +1,7 @@
 """How many requests `mtcl serve` answers, and how fast, with a real HTTP client against a real process.
 
     python benchmarks/load.py RUN_DIR
+    python benchmarks/load.py model.mtcl
     python benchmarks/load.py RUN_DIR --clients 1,4,16 --candidates 500 --seconds 10 --json load.json
     python benchmarks/load.py RUN_DIR --url http://127.0.0.1:8000 --serve-option=--gather-ms=0
 
@@ -35,6 +36,7 @@ from rich.console import Console
 
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.training.directory import CATALOGUE, readable_folder
 
 METHOD = (__doc__ or "").rsplit("\n\n", 1)[-1].strip().replace("\n", " ")
@@ -220,7 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args(arguments)
     load = Load(given.candidates, given.k, given.seconds, given.warmup_seconds, given.seed)
-    catalogue = Catalogue.load(readable_folder(given.run_dir / CATALOGUE))
+    catalogue = (
+        Catalogue.load(readable_folder(given.run_dir / CATALOGUE))
+        if given.run_dir.is_dir()
+        else Artefact.load(given.run_dir).catalogue
+    )
+    if catalogue is None:
+        parser.error(f"{given.run_dir} has no catalogue: its schema names no user or no item column")
     running = contextlib.nullcontext(Running(given.url)) if given.url else service(given.run_dir, given.serve_option)
     with running as at:
         _wait_until_healthy(at.url, time.monotonic() + 10)

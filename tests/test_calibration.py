@@ -186,6 +186,16 @@ def test_missing_labels_and_rows_without_weight_count_nowhere(rows):
         torch.testing.assert_close(other.state_dict()[name], buffer, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", [PlattScaling, TemperatureScaling, IsotonicCalibration])
+def test_the_unit_of_the_weights_does_not_matter(rows, kind):
+    one, _ = binary(kind(), rows, weight=rows["weight"])
+    for unit in (1e-7, 1e7):
+        other, notes = binary(kind(), rows, weight=rows["weight"] * np.float32(unit))
+        assert notes == []
+        for name, buffer in one.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], buffer, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------------- segments
 
 
@@ -272,6 +282,29 @@ def test_platt_corrects_only_the_mean_where_predictions_say_nothing_or_the_oppos
     assert piece.slope.item() == 1
     after = calibration.calibrate({"click": torch.sigmoid(torch.tensor(z))}, {})["click"]
     assert after.mean().item() == pytest.approx(label.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PlattScaling, TemperatureScaling, IsotonicCalibration, "multiclass", "regression"])
+@pytest.mark.parametrize("what", ["prediction", "label", "weight"])
+def test_one_row_that_is_no_number_leaves_the_task_as_it_is(rows, kind, what):
+    few = {name: of[:1000].copy() for name, of in rows.items()}
+    few["label"] = np.nan_to_num(few["label"])
+    {"prediction": few["z"], "label": few["label"], "weight": few["weight"]}[what][7] = {
+        "prediction": np.nan, "label": np.inf, "weight": -1.0
+    }[what]  # fmt: skip
+    if kind == "multiclass":
+        p = torch.softmax(torch.stack([torch.tensor(few["z"]), torch.zeros(1000)], 1), 1)
+        task, piece, predicted = Task.multiclass("click", 2), TemperatureScaling(), p
+    elif kind == "regression":
+        task, piece, predicted = Task.regression("click", mean=0, std=1), [IsotonicValue(), UnitInterval()], few["z"]
+    else:
+        task, piece, predicted = Task.binary("click"), kind(), torch.sigmoid(torch.tensor(few["z"]))
+    calibration, notes = fitted(task, piece, predicted, few["label"], weight=few["weight"])
+    assert all("of 1 labelled rows the prediction, label or weight is not finite" in note for note in notes)
+    assert len(notes) == (2 if kind == "regression" else 1)
+    fresh = Calibration([task], {"click": piece}).calibrate({"click": torch.as_tensor(predicted)[:5]}, {})["click"]
+    torch.testing.assert_close(fresh, torch.as_tensor(predicted)[:5], rtol=1e-4, atol=1e-5)
+    assert all(buffer.isfinite().all() for buffer in calibration.state_dict().values())
 
 
 def test_constant_predictions_have_a_defined_outcome_everywhere():

@@ -1,7 +1,11 @@
 """Calibration through the public entry point: configured, fitted after training on any number of ranks, read back."""
 
+import contextlib
 import io
 import json
+import random
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +21,16 @@ from mtcl_torchrec.data.source import read_rows, split_by_time
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.fusing.calibrate import CalibrationFitter
-from mtcl_torchrec.modules.calibration import Calibration, IsotonicCalibration, PlattScaling, TemperatureScaling
+from mtcl_torchrec.modules.calibration import (
+    Calibration,
+    IsotonicCalibration,
+    IsotonicValue,
+    PlattScaling,
+    PriorCorrection,
+    TemperatureScaling,
+    UnitInterval,
+)
+from mtcl_torchrec.modules.rare import UncalibratedWarning
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fitted import load_state, save_state
@@ -80,18 +93,23 @@ def stream(rank, world_size, weighted):
     weights = torch.rand(5000, 3, generator=draw) + 0.5 if weighted else None
     p = torch.softmax(torch.randn(5000, 4, generator=draw) * 3, 1)
     classes = torch.randint(0, 4, (5000,), generator=draw).float()
+    seconds = z**3 + torch.randn(5000, generator=draw)
     tasks = [Task.binary("click"), Task.binary("like"), Task.multiclass("taste", 4)]
+    tasks += [Task.binary("buy"), Task.regression("seconds", mean=0.0, std=9.0)]
+    weights = None if weights is None else torch.cat([weights, weights[:, :2]], 1)
     at = {"segment": "tab", "segment_rows": 4}
-    calibration = Calibration(
-        tasks, {"click": PlattScaling(**at), "like": IsotonicCalibration(), "taste": TemperatureScaling(**at)}
-    )
+    pieces = {
+        "click": PlattScaling(**at), "like": IsotonicCalibration(), "taste": TemperatureScaling(**at),
+        "buy": [PriorCorrection(0.5), IsotonicCalibration(16, **at)], "seconds": [IsotonicValue(32), UnitInterval(32)],
+    }  # fmt: skip
+    calibration = Calibration(tasks, pieces)
     fitter = CalibrationFitter(calibration)
     cut = 5000 if world_size == 1 else 4100
     mine = torch.arange(5000)[:cut] if rank == 0 else torch.arange(5000)[cut:]
     for rows in mine.split(300):
         fitter.update(
-            {"click": torch.sigmoid(z[rows]), "like": torch.sigmoid(z[rows]), "taste": p[rows]},
-            torch.stack([labels, labels, classes], 1)[rows],
+            {**dict.fromkeys(("click", "like", "buy"), torch.sigmoid(z[rows])), "taste": p[rows], "seconds": z[rows]},
+            torch.stack([labels, labels, classes, labels, seconds], 1)[rows],
             {"tab": segment[rows]},
             None if weights is None else weights[rows],
         )
@@ -162,7 +180,9 @@ def test_a_run_read_back_predicts_the_same_calibrated_numbers(data, runs, world_
     result = runs[0][0] if world_size == 1 else runs[1][0][1]
     stored = json.loads((result.folder / "metrics.json").read_text())
     assert stored["calibration"] == result.calibration.to_json()
-    run = FinishedRun.load(result.folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UncalibratedWarning)  # the focal loss is made good
+        run = FinishedRun.load(result.folder)
     raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.3, 0.3)["test"]
     rows = run.preprocessor.encode(raw)
     found = predict(run.model, rows)
@@ -191,10 +211,10 @@ def test_the_table_names_what_it_shows(runs):
     ("calibration", "message"),
     [
         ("{clik: platt}", "calibration: no task 'clik' (did you mean 'click'?)"),
-        ("{click: plat}", "calibration.click.0.kind: Input should be 'prior', 'platt'"),
-        ("{click: {kind: isotonic, knotz: 3}}", "unknown key 'calibration.click.0.knotz' (did you mean 'knots'?)"),
-        ("{click: {kind: platt, knots: 3}}", "calibration.click.0: knots belongs to isotonic and cdf, not to platt"),
-        ("{click: prior}", "calibration.click.0: prior needs rate"),
+        ("{click: plat}", "calibration.click.kind: Input should be 'prior', 'platt'"),
+        ("{click: {kind: isotonic, knotz: 3}}", "unknown key 'calibration.click.knotz' (did you mean 'knots'?)"),
+        ("{click: {kind: platt, knots: 3}}", "calibration.click: knots belongs to isotonic and cdf, not to platt"),
+        ("{click: prior}", "calibration.click: prior needs rate"),
         ("{click: {kind: platt, shrink: 3}}", "it needs segment"),
         ("{click: [platt, isotonic]}", "platt and isotonic would both have to be fitted"),
         ("{stars: [cdf, isotonic]}", "stars: cdf comes last"),
@@ -254,3 +274,21 @@ def test_a_stored_state_is_whole_and_of_the_same_module(tmp_path):
     np.savez(tmp_path / "fusion" / "state.npz", a=np.array([object()], dtype=object))
     with pytest.raises(DataError, match="damaged"):
         load_state(tmp_path / "fusion", other)
+    np.savez_compressed(tmp_path / "fusion" / "state.npz", **{"_pieces.0.0.x": np.zeros(10**6)})
+    with pytest.raises(DataError, match="larger than the file"):
+        load_state(tmp_path / "fusion", other)
+    with zipfile.ZipFile(tmp_path / "fusion" / "state.npz", "w") as archive:  # a header alone, of many terabytes
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**43,)})
+        archive.writestr("a.npy", header.getvalue())
+    with pytest.raises(DataError, match="damaged"):
+        load_state(tmp_path / "fusion", other)
+    draw = random.Random(0)
+    for _ in range(300):  # whatever byte is wrong, it is that error, or makes no difference
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        (tmp_path / "fusion" / "state.npz").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            load_state(tmp_path / "fusion", other)
+        for name, buffer in one.state_dict().items():
+            assert torch.equal(buffer, other.state_dict()[name])

@@ -1,6 +1,7 @@
 """An exported run gives what the run gives, wherever torch is; a damaged or poisoned file is refused."""
 
 import copy
+import hashlib
 import io
 import json
 import pickle
@@ -163,9 +164,15 @@ def test_what_only_the_user_decides_is_computed_once_and_the_same(run):
     assert {"alike", "first"} <= set(network.inputs)  # task taste may not see the item
     inputs = sample_inputs(network, run.preprocessor.encoder, 9)
     assert len(inputs["first"]) == 5
-    rows = torch.arange(9)
-    with torch.no_grad():
-        together, apart = network(**inputs), network(**{**inputs, "alike": rows, "first": rows})
+    rows, seen = torch.arange(9), list[int]()
+    with (
+        torch.no_grad(),
+        network.tower.trunk.register_forward_pre_hook(lambda trunk, given: seen.append(len(given[0]))),
+    ):
+        together = network(**inputs)
+        assert sorted(seen) == [5, 9]  # what may not see the item, and the rest
+        apart = network(**{**inputs, "alike": rows, "first": rows})
+        assert sorted(seen[2:]) == [9, 9]
     for name, value in apart.items():
         torch.testing.assert_close(together[name], value, atol=1e-6, rtol=1e-5)
 
@@ -381,7 +388,7 @@ def test_a_damaged_file_is_refused(made, tmp_path):
         with pytest.raises(DataError, match=message):
             Artefact.load(changed(good, bad, **change))
     bad.write_bytes(good.read_bytes()[:-2000])
-    with pytest.raises(DataError, match="no exported model, or a damaged one"):
+    with pytest.raises(DataError, match="no exported model"):
         Artefact.load(bad)
     with pytest.raises(DataError, match="no such file"):
         Artefact.load(tmp_path / "nowhere.mtcl")
@@ -438,6 +445,112 @@ def test_a_weight_stored_as_a_pickle_is_refused(made, tmp_path):
             new.writestr(name, content)
     with pytest.raises(DataError, match="stored as a pickle"):
         portable(network)
+
+
+def poisoned(folder, made, edit):
+    """A network whose members `edit` (name without its root, content) has changed, dropped or doubled."""
+    network = folder / NETWORK
+    with zipfile.ZipFile(made.path) as archive:
+        inner = archive.read(NETWORK)
+    with zipfile.ZipFile(io.BytesIO(inner)) as old, zipfile.ZipFile(network, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            root, _, what = name.partition("/")
+            for changed_name, content in edit(root, what, old.read(name)):
+                new.writestr(changed_name, content)
+    return network
+
+
+def evil_bytes():
+    buffer = io.BytesIO()
+    torch.save(_Evil(), buffer)
+    return buffer.getvalue()
+
+
+def opaque(root, what, content):
+    """torch unpickles whatever is called so, also where the configuration says no pickle."""
+    if what == "data/constants/model_constants_config.json":
+        config = json.loads(content)
+        of_a_tensor = next(iter(config["config"].values()))
+        config["config"]["evil"] = {**of_a_tensor, "path_name": "opaque_obj_0"}
+        yield f"{root}/data/constants/opaque_obj_0", pickle.dumps(_Evil())
+        content = json.dumps(config)
+    yield f"{root}/{what}", content
+
+
+def of_an_older_torch(root, what, content):
+    """No folder: torch falls back to a kind of file that is pickles altogether."""
+    if what == "models/model.json":
+        version = torch._export.serde.schema.SCHEMA_VERSION
+        yield "version", ".".join(map(str, version))
+        yield "serialized_exported_program.json", content
+        for name in ("state_dict", "constants", "example_inputs"):
+            yield f"serialized_{name}.pt", evil_bytes()
+
+
+def in_capitals(root, what, content):
+    """torch finds members whatever the case of their names."""
+    if what == "data/sample_inputs/model.pt":
+        yield f"{root}/data/sample_inputs/model.PT", evil_bytes()
+    else:
+        yield f"{root}/{what}", content
+
+
+def with_machine_code(root, what, content):
+    yield f"{root}/{what}", content
+    if what == "byteorder":
+        yield f"{root}/data/aotinductor/model/evil.so", b"ELF"
+
+
+@pytest.mark.parametrize("edit", [opaque, of_an_older_torch, in_capitals, with_machine_code])
+def test_what_torch_would_unpickle_or_run_unasked_is_refused(made, tmp_path, edit):
+    with pytest.raises(DataError, match=r"is stored as a pickle|does not belong into a network"):
+        portable(poisoned(tmp_path, made, edit))
+    assert [p.name for p in tmp_path.iterdir()] == [NETWORK]
+
+
+def test_a_few_bytes_do_not_become_many(made, tmp_path):
+    with zipfile.ZipFile(made.path) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+    manifest["members"]["bomb"] = {"bytes": 50_000_000, "sha256": hashlib.sha256(bytes(50_000_000)).hexdigest()}
+    bomb = changed(made.path, tmp_path / "b.mtcl", replace={"manifest.json": json.dumps(manifest)})
+    with zipfile.ZipFile(bomb, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(50_000_000))
+    assert bomb.stat().st_size < 1_000_000
+    with pytest.raises(DataError, match="'bomb' is compressed"):
+        Artefact.load(bomb)
+    # Members that lie over each other: the same bytes, read many times.
+    with zipfile.ZipFile(made.path) as archive:
+        copies = [copy.copy(archive.getinfo(NETWORK)) for _ in range(3)]
+        manifest["members"].pop("bomb")
+    overlapping = changed(made.path, tmp_path / "o.mtcl")
+    with zipfile.ZipFile(overlapping, "a") as archive:
+        whole = archive.getinfo(NETWORK)
+        for number, one in enumerate(copies):
+            one.filename, one.header_offset = f"copy{number}", whole.header_offset
+            archive.filelist.append(one)
+            archive.NameToInfo[one.filename] = one
+        archive.writestr("more", b"")
+    with pytest.raises(DataError, match="say to be larger than the file"):
+        Artefact.load(overlapping)
+
+
+def test_a_manifest_that_says_something_else_is_one_clear_error(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtcl_torchrec.serving.artefact.portable", lambda path: None)
+    with zipfile.ZipFile(made.path) as archive:
+        text = archive.read("manifest.json")
+    for change in (
+        lambda m: m.pop("compiled_for") or m.pop("schema"),
+        lambda m: m.pop("compiled_for") or m.update(network=[]),
+        lambda m: m["schema"].update(features=3),
+        lambda m: m.update(tasks=[{"name": 1}]),
+        lambda m: m.update(statistics=[{"keys": 1}]),
+        lambda m: m.update(members={**m["members"], NETWORK: 7}),
+        lambda m: m["network"].pop("within_request"),
+    ):
+        change(manifest := json.loads(text))
+        bad = changed(made.path, tmp_path / "b.mtcl", replace={"manifest.json": json.dumps(manifest)})
+        with pytest.raises(DataError, match="damaged"):
+            Artefact.load(bad)
 
 
 def test_without_a_catalogue_it_cannot_recommend(artefact):

@@ -16,7 +16,13 @@ from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_abou
 
 HERE = Path(__file__).parent
 
-RUN = shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 4, keep: 2}")
+# The fused score learns, too, and what it learns moves the rest.
+FUSION = (
+    "fusion: {kind: stacking, train: {reward: {click: 1, buy: 3}, missing: zero, heads: through}}\ncalibration: platt"
+)
+RUN = shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 4, keep: 2}").replace(
+    "fusion: {weights: {click: 1, buy: 3, taste: 0.5, stars: 0.5}}", FUSION
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,7 @@ def assert_same_result(folder, expected_folder):
         k: expected_about[k] for k in ("step", "position", "history", "rows")
     }
     assert set(tensors) == set(expected)
+    assert any("fused_score.weights" in name for name in tensors)
     for name, value in expected.items():
         assert torch.equal(tensors[name], value), name
     metrics, expected_metrics = (json.loads((f / "metrics.json").read_text()) for f in (folder, expected_folder))

@@ -1,5 +1,8 @@
 """Weights set by hand, of every kind of fused score, in the model and in the run directory; no training."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -125,6 +128,64 @@ def test_what_cannot_be_set_is_told(given, weights, said, encoder):
     config = FusionConfig.model_validate(given)
     with pytest.raises(ConfigError, match=said):
         set_weights(model_of(config, encoder), config, weights, encoder)
+
+
+class Killed(BaseException):
+    """Nothing is tidied up after it."""
+
+
+def test_killed_at_any_moment_a_fusion_is_the_old_one_or_the_new_one(encoder, tmp_path, monkeypatch):
+    """Each change of the file system may be the last."""
+    lives, before = 0, None
+
+    def mortal(owner, name):
+        done = getattr(owner, name)
+
+        def call(*arguments, **options):
+            nonlocal lives
+            lives -= 1
+            if lives == 0:
+                raise Killed
+            return done(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (np, "savez"), (shutil, "rmtree"),
+                        (shutil, "copytree")):  # fmt: skip
+        mortal(owner, name)
+    died, number = 0, 0
+    while True:
+        config = FusionConfig(weights={"click": 1.0, "buy": float(number)})
+        lives, number = died + 1, number + 1
+        try:
+            save_fusion(tmp_path, model_of(config, encoder), config, {"number": number})
+        except Killed:
+            died += 1
+        else:
+            break
+        finally:
+            lives = 0
+        found = load_fusion(tmp_path, model_of(None, encoder), encoder)
+        assert found in (before, config)
+        before = found
+    assert died > 8
+    assert load_fusion(tmp_path, model_of(None, encoder), encoder) == config
+    assert [p.name for p in tmp_path.iterdir()] == ["fusion"]
+    assert (tmp_path / "fusion/former/1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": {"click": 1e39}}, "fusion: a fused score needs finite weights"),
+        ({"kind": "borda", "weights": {"click": 3e38, "buy": 3e38}}, "fusion: a fused score needs finite weights"),
+        ({"kind": "power_product", "weights": {"click": 1e-12}}, "fusion: the logarithm of the product"),
+        ({"kind": "expected_value", "weights": WEIGHTS, "given": {"click": "buy", "buy": "click"}}, "given: .*circle"),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_score_are_named_with_the_key(given, said):
+    with pytest.raises(ConfigError, match=said):
+        build_fused_score(FusionConfig.model_validate(given), TASKS)
 
 
 def test_a_weight_that_is_no_number_is_told_with_the_file(encoder, tmp_path):

@@ -299,6 +299,38 @@ def test_constraints_are_kept_or_it_is_said_how_far_the_best_came():
         fit_fusion(held_out, **options, combiners=["weighted_mean"], constraints=["auc:like >= 0.99"])
 
 
+def test_by_auc_better_is_the_mean_over_folds_of_which_each_has_weights_of_its_own():
+    held_out, values = rows_of(requests=80)
+    fitted = fit_fusion(
+        held_out, values=values, target="auc:like", combiners=["weighted_mean"], trials=10, folds=4, front_points=0
+    )
+    for one in fitted.tried:
+        apart = one.of_fold - next(t for t in fitted.tried if t.method == f"head {one.against}").of_fold
+        assert one.better == pytest.approx(apart.mean())
+        assert one.better_error == pytest.approx(apart.std(ddof=1) / 2)
+    by_values = next(t for t in fitted.tried if t.method == "values")
+    assert set(by_values.weights_std.values()) == {0.0}
+    poor = fit_fusion(
+        held_out, values={"like": 0.01, "report": 10}, target="auc:like", combiners=["weighted_mean"], search="none",
+        front_points=0,
+    )  # fmt: skip
+    assert poor.method != "values"
+    assert poor.left_for_values is None
+
+
+def test_what_is_left_for_the_values_is_said():
+    held_out, values = rows_of(requests=80)
+    fitted = fit_fusion(held_out, values=values, target="value@3", search="none", folds=4, front_points=0)
+    first = max((t for t in fitted.tried if t.combiner), key=lambda t: t.mean)
+    assert fitted.method == "values"
+    assert first.name != "weighted_mean, values"  # else there is nothing to say
+    name, ahead, error = fitted.left_for_values
+    assert name == first.name
+    by_values = next(t for t in fitted.tried if t.name == "weighted_mean, values")
+    assert (ahead, error) == fitted.target.difference(held_out, first.scores, by_values.scores)
+    assert ahead <= 2 * error
+
+
 def test_a_target_of_influence_is_met_by_all_that_is_tried():
     held_out, values = rows_of(requests=80)
     fitted = fit_fusion(
@@ -325,7 +357,8 @@ def test_without_values_all_tasks_enter_whatever_one_of_them_is_asked():
         ({"target": "ndcg@5", "values": {"report": -1}}, "needs a positive value"),
         ({"target": "auc:lke"}, "no task 'lke' with labels.*'like'"),
         ({"target": "hits@5"}, "no target 'hits@5'; there are value@K"),
-        ({"target": "auc:like", "tasks": ["cick"]}, "no task 'cick' has predictions.*'click'"),
+        ({"target": "auc:like", "tasks": ["cick"]}, "tasks: no task 'cick' has predictions.*'click'"),
+        ({"target": "value@5", "values": {"nix": 1}}, "values: no task 'nix' has predictions; there are: click, "),
         ({"target": "auc:like", "combiners": ["weighted_men"]}, "no combiner 'weighted_men'.*'weighted_mean'"),
         ({"target": "auc:like", "combiners": []}, "give one at least"),
         ({"target": "auc:like", "constraints": ["like more"]}, "constraint 'like more': expected such as"),
@@ -339,6 +372,109 @@ def test_mistakes_are_named(options, said):
     held_out, _ = rows_of(requests=20)
     with pytest.raises(ConfigError, match=said):
         fit_fusion(held_out, search="none", **options)
+
+
+def random_rows(rows=60, requests=20, **changed):
+    """Parts and labels that have nothing to do with each other."""
+    rng = np.random.default_rng(0)
+    parts = {task: rng.random(rows) for task in "abc"} | changed.pop("parts", {})
+    labels = {task: (rng.random(rows) < 0.4).astype(float) for task in "abc"} | changed.pop("labels", {})
+    return HeldOut(parts, labels, np.arange(rows) * requests // rows, **changed)
+
+
+ZERO, ONE_EVENT = np.zeros(60), np.eye(60)[5]
+WORTH = {"a": 1.0, "b": 5.0, "c": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ({"labels": {"a": ONE_EVENT, "b": ZERO, "c": ZERO}}, {}),  # nothing happened in some folds
+        ({"labels": {"a": ONE_EVENT, "b": ZERO, "c": ZERO}}, {"combiners": ["all"], "search": "tpe", "trials": 1}),
+        ({"labels": {"a": ONE_EVENT, "b": ZERO, "c": ZERO}}, {"target": "gauc:a", "values": None}),
+        ({"labels": {"a": ZERO + np.nan, "b": ZERO}}, {}),
+        ({"parts": dict.fromkeys("abc", ZERO + 0.5)}, {}),  # all candidates are equal
+        ({"parts": {"a": ZERO, "b": ZERO + 1}}, {}),
+        ({"requests": 60}, {}),  # one row each
+        ({"rows": 3, "requests": 3}, {"folds": 2}),
+        ({}, {"target": "value@1000"}),
+        ({}, {"values": {"a": -1.0, "b": -2.0}}),
+        ({}, {"values": {"a": 1e-11, "b": 9e11}}),
+        ({}, {"constraints": ["share:b >= 0.2", "weight:a >= 0.05"], "search": "tpe", "trials": 2}),
+    ],
+)
+def test_what_finds_no_weights_is_left_out_and_the_rest_is_fitted(rows, options, recwarn):
+    options = {"values": WORTH, "target": "value@2", "folds": 3, "search": "none", "front_points": 3} | options
+    fitted = fit_fusion(random_rows(**rows), **options)
+    assert np.isfinite(list(fitted.weights.values())).all()
+    json.dumps(fitted.report(), allow_nan=False)
+    names = {one.name for one in fitted.tried}
+    assert not names & set(fitted.about["left_out"])
+    if "labels" in rows and "target" not in options:
+        assert "the same in all rows" in fitted.about["left_out"]["weighted_mean, stacking"]
+    assert not [w for w in recwarn if "numpy" in str(w.filename) or "mtcl_torchrec" in str(w.filename)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ({"labels": dict.fromkeys("abc", ZERO)}, {}, r"each of these 60 rows brought the same \(0\)"),
+        ({"labels": dict.fromkeys("abc", ZERO + np.nan)}, {}, "brought the same"),
+        ({}, {"values": {"a": 0.0}}, "brought the same"),
+        ({"labels": dict.fromkeys("abc", ZERO)}, {"target": "auc:a", "values": None}, "the target is not defined"),
+        ({"rows": 1, "requests": 1}, {"target": "auc:a", "values": None}, "3 folds over 1 requests"),
+        ({"user": np.zeros(60, np.int64)}, {}, "3 folds over 1 users"),
+        ({}, {"values": {"a": 1e300}}, "of a size between"),
+        ({}, {"values": {"a": 1e-300}}, "of a size between"),
+        ({"parts": {"a": ZERO}}, {"influence": {"a": 0.5}}, "the part of a is the same in all rows of each request"),
+        ({}, {"constraints": ["auc:a <= -1"]}, "no weights keep to all constraints"),
+        ({}, {"constraints": ["weight:a >= 1e999"]}, "no weights keep to all constraints"),
+        ({}, {"constraints": ["weight:a >= 1"], "combiners": ["monotone_network"]}, "no weights that stay the same"),
+        ({}, {"target": lambda rows, scores: float("nan")}, "the target is not defined"),
+    ],
+)
+def test_rows_that_say_nothing_are_one_clear_error(rows, options, said):
+    options = {"values": WORTH, "target": "value@2", "folds": 3, "search": "none", "front_points": 3} | options
+    with pytest.raises(ConfigError, match=said):
+        fit_fusion(random_rows(**rows), **options)
+
+
+def test_labels_without_bounds_are_refused():
+    with pytest.raises(DataError, match="labels of 'a' are not all finite"):
+        random_rows(labels={"a": ZERO + np.inf})
+    with pytest.raises(DataError, match="one task and one row"):
+        HeldOut({"a": np.empty(0)}, {}, np.empty(0, np.int64))
+
+
+def test_constraints_hold_on_rows_that_nothing_was_fitted_on_but_for_noise():
+    (fit, values), (test, _) = rows_of(1, requests=1000), rows_of(2, requests=1000)
+    options = {"values": values, "target": "value@3", "trials": 10, "folds": 2, "front_points": 0}
+    free = fit_fusion(fit, **options, combiners=["weighted_mean"])
+    click = parse_target("auc:click", None, ["click"])
+    least = click(fit, fit.scores(free.fused_score)) + 0.05
+    kept = fit_fusion(fit, **options, combiners=["weighted_mean"], constraints=[f"auc:click >= {least:.4f}"])
+    gained = click(test, test.scores(kept.fused_score)) - click(test, test.scores(free.fused_score))
+    assert gained > 0.04
+    shared = fit_fusion(fit, **options, combiners=["weighted_mean"], influence={"like": 0.5}, search="none")
+    assert influence_of(test, shared.weights, same)["like"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_standard_error_is_how_far_the_mean_is_off():
+    """Of many draws of users, whose requests are alike, the means spread as each draw says of itself."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        user = np.repeat(np.arange(40), rng.integers(1, 6, 40))  # requests
+        taste = rng.random(40)[user]
+        label = (rng.random((len(user), 6)) < taste[:, None]).astype(float).ravel()
+        score = rng.random(len(label))
+        request = np.repeat(np.arange(len(user)), 6)
+        rows = HeldOut({"a": score}, {"a": label}, request, user[request])
+        found.append(parse_target("value@2", {"a": 1.0}, ["a"]).with_error(rows, score))
+    means, errors = np.array(found).T
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(ddof=1), rel=0.12)
+    # Without users, each request counts as one of its own, which is far too sure of itself.
+    alone = HeldOut({"a": score}, {"a": label}, request)
+    assert parse_target("value@2", {"a": 1.0}, ["a"]).with_error(alone, score)[1] < 0.75 * means.std(ddof=1)
 
 
 def test_what_is_missing_says_which_extra_brings_it(monkeypatch):

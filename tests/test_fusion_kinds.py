@@ -276,6 +276,16 @@ def test_a_number_of_each_transform_is_found_again():
     assert ExpectedValue({"a": 1.0}, numbers={"a": DenseNumber(0, mean=30.0)}).scale.item() == 30
 
 
+def test_a_number_without_bounds_gives_a_score_within_them():
+    """An item a thousand times as dear as all before, read back through an exponential."""
+    dear = RowContext(torch.tensor([[1000.0], [100.0], [3.0]]), {})
+    price = DenseNumber(0, transform="log")
+    for weights in ({"a": 1.0}, {"a": 1.0, "c": -1.0}, {"a": -1.0, "c": 1.0}):
+        fused = ExpectedValue(weights, numbers=dict.fromkeys(weights, price), scale=1.0)
+        score = fused({"a": torch.tensor([0.5, 0.0, 0.5]), "c": torch.tensor([0.5, 0.5, 0.0])}, dear)
+        assert ((score >= 0) & (score <= 1)).all(), score
+
+
 def by_loop(parts, requests, vote):
     """Σ w vote / Σ|w| from a function of a value and all values of its request, its own included."""
     scores = []
@@ -410,6 +420,13 @@ def test_contributions_add_up_to_what_each_class_says():
         (lambda: MonotoneNetwork({"a": 1}, hidden=[0]), "a unit at least"),
         (lambda: ContextGatedMean({"a": 1}), "features or dense columns"),
         (lambda: Borda({"a": 0}), "at least one that is not 0"),
+        # float32 holds each of them, and not their sum
+        (lambda: WeightedMean({"a": 3e38, "b": -3e38}), "finite weights"),
+        (lambda: WeightedGeometricMean({"a": 3e38, "b": 3e38}), "finite weights"),
+        (lambda: Stacking({"a": 3e38, "b": -3e38}), "finite, and so is their sum"),
+        # the product is the same for all items, or infinite
+        (lambda: PowerProduct({"a": 1e-9}), "orders nothing"),
+        (lambda: PowerProduct({"a": 9.0, "b": 9.0}, exponents={"a": 1e38, "b": 2e38}), "orders nothing"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make, message):

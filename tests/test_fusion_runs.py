@@ -13,15 +13,16 @@ import yaml
 from ranks import run_ranks
 from rich.console import Console
 
-from mtcl_torchrec.config import dump_run, parse_run
+from mtcl_torchrec.config import FusionConfig, dump_run, parse_run
 from mtcl_torchrec.data.source import read_rows
 from mtcl_torchrec.evaluation.metrics import auc
 from mtcl_torchrec.evaluation.predict import predict, whole_requests
 from mtcl_torchrec.modules.fusion import DeepEnsemble
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.schema import ConfigError, DataError, Task
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.ensemble import load_ensemble
-from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.finished import FinishedRun, RunWarning
+from mtcl_torchrec.training.fused import build_fused_score
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import ranks
 
@@ -197,6 +198,22 @@ def test_another_fused_score_is_put_into_run_yaml_without_training(two, tmp_path
         assert Recommender.load(folder).recommend("u3", k=3)["score"].between(0, 1).all()
 
 
+def test_weights_edited_beneath_what_was_learnt_are_not_silently_passed_over(two, tmp_path):
+    for kind, before, after in (("gated", "click: 1", "click: 5"), ("monotone", "stars: -1", "stars: 1")):
+        folder = shutil.copytree(two[0] / kind, tmp_path / kind)
+        text = (folder / "run.yaml").read_text()
+        head, fusion = text.split("fusion:")
+        assert before in fusion
+        (folder / "run.yaml").write_text(f"{head}fusion:{fusion.replace(before, after, 1)}")
+        with pytest.warns(
+            RunWarning, match=r"run.yaml was changed after it was trained: what .*checkpoints.*(--set|only training)"
+        ):
+            changed = FinishedRun.load(folder).model.output.fused_score
+        expected = FinishedRun.load(two[0] / kind).model.output.fused_score.state_dict()
+        for name, value in changed.state_dict().items():
+            assert torch.equal(value, expected[name])
+
+
 def test_an_ensemble_of_run_directories_recommends(two, log, tmp_path):
     root, _ = two
     run = load_ensemble([root / "geometric", root / "stacking", root / "value"])
@@ -292,6 +309,25 @@ def test_what_does_not_fit_to_the_schema_is_refused(log):
 
     with pytest.raises(ConfigError, match=r"fusion.given: task 'buy' comes after another in the schema"):
         configured(log, KINDS["value"], chained)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["click", "by"]}, r"needs task 'by', which the run lacks \(did you mean 'buy'"),
+        ({"tasks": ["click"]}, r"fails on parts of 5 rows \(KeyError: 'buy'\)"),
+        ({"times": 3.0}, r"gives scores outside of \[0, 1\]: \["),
+        ({"mean": True}, r"gives \(\) for parts of 5 rows; a fused score gives \(5,\)"),
+    ],
+)
+def test_a_fused_score_of_ones_own_that_gives_no_scores_is_refused_before_training(options, message):
+    tasks = [Task.binary("click"), Task.binary("buy")]
+    with pytest.raises(ConfigError, match=rf"^fusion.kind: own_fused:Product {message}"):
+        build_fused_score(FusionConfig(kind="own_fused:Product", options=options), tasks)
+    before = torch.get_rng_state()
+    made = build_fused_score(FusionConfig(kind="own_fused:Product", options={"times": 0.5}), tasks)
+    assert made.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_fused_score_of_ones_own_must_say_its_tasks(log, tmp_path):

@@ -57,6 +57,13 @@ def test_the_yaml_is_a_run():
     assert yaml.safe_load(block("yaml", "fusion:"))["name"] == "shop"
 
 
+def test_each_fused_score_fits_into_the_run():
+    raw = yaml.safe_load(block("yaml", "fusion:"))
+    fusions = yaml.safe_load(block("yaml", "kind: expected_value"))
+    kinds = [parse_run(yaml.safe_dump(raw | {"fusion": fusion})).fusion.kind for fusion in fusions]
+    assert len(set(kinds)) == len(kinds) == 8
+
+
 def test_the_yaml_of_tasks_that_share_fits_into_a_run():
     raw, more = yaml.safe_load(block("yaml", "fusion:")), yaml.safe_load(block("yaml", "balance:"))
     raw["schema"]["tasks"] = more["schema"]["tasks"]

@@ -1,5 +1,7 @@
 """The recommender ranks as the slow and plain way does, for one user and for many, from a run and from an export."""
 
+import copy
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli import app
+from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.catalogue import NothingLeftError
+from mtcl_torchrec.modules.fusion import WeightedGeometricMean, WeightedMean
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
@@ -49,7 +53,10 @@ def folder(tmp_path_factory):
     text = shop.RUN.replace(TOPICS, MORE + TOPICS).replace("epochs: 4", "epochs: 1")
     start, stop = text.index("statistics:"), text.index("model:")
     text = text[:start] + STATISTICS.lstrip() + text[stop:]
+    text += "calibration: {'*': {kind: platt, min_rows: 20}}\n"
     train_run(parse_run(text, folder=where), where / "run", device="cpu", console=Console(quiet=True))
+    fused = CliRunner().invoke(app, ["fuse", str(where / "run"), "--set", "click=2,stars=0.25"])
+    assert fused.exit_code == 0, fused.output
     return where / "run"
 
 
@@ -104,13 +111,44 @@ def test_an_exported_run_recommends_the_same(run, exported):
     for user, context, candidates, seen in CASES:
         fast = recommender.recommend(user, context, candidates=candidates, k=1000, seen=seen)
         same(fast, slow.recommend(run, user, context, candidates, 1000, seen), atol=2e-6)
+    # The weights that were set after training, and the calibration, have come along.
+    ranked = recommender.recommend("u3", k=9)
+    np.testing.assert_allclose(ranked["part:click"], ranked["click"] * 2 / (2 + 3 + 0.5 + 0.25), rtol=1e-4)
+    plain = FinishedRun.load(run_folder := exported.parent / "run")
+    plain.model.output.calibration = None
+    uncalibrated = Recommender(plain).recommend("u3", candidates=ranked["product_id"].tolist(), k=9)
+    both = ranked.merge(uncalibrated, on="product_id")
+    assert (both["click_x"] - both["click_y"]).abs().mean() > 1e-3
     frame = slow.rows_of(run, "u3", seen=True)
     pd.testing.assert_frame_equal(recommender.score(frame), Recommender(run).score(frame), atol=2e-6)
     shown = CliRunner().invoke(app, ["recommend", str(exported), "--user", "u3", "--top", "2", "--why"])
     assert shown.exit_code == 0, shown.output
     assert "What each task adds to the score of the top 2 for user u3" in " ".join(shown.output.split())
-    again = CliRunner().invoke(app, ["export", str(exported.parent / "run"), "--out", str(exported)])
+    again = CliRunner().invoke(app, ["export", str(run_folder), "--out", str(exported)])
     assert "--overwrite" in str(again.exception)
+
+
+def test_what_is_shown_says_which_context_is_unknown_and_what_comes_to_the_parts(run, recommender):
+    def shown(fused_score, top):
+        model = copy.copy(run)
+        model.model = copy.deepcopy(run.model)
+        model.model.output.fused_score = fused_score
+        console = Console(file=io.StringIO(), width=200)
+        print_recommendations(Recommender(model), "u3", {"hour": "3"}, top, True, console, why=True)
+        return " ".join(console.file.getvalue().split())
+
+    text = shown(WeightedMean({"click": 1.0, "buy": -3.0}), 1)
+    assert "What each task adds to the score of the top 1 for user u3" in text
+    assert "To these come 0.750, which every item has." in text
+    text = shown(WeightedGeometricMean({"click": 1.0, "buy": 3.0}), 2)
+    assert "adds to the sum that orders the items, not to the score itself, of the top 2 for user u3" in text
+    assert "To these come" not in text
+    assert "To these come" not in shown(WeightedMean({"click": 1.0}), 2)
+    assert recommender.unknown_context({"hour": "3"}) == []
+    assert recommender.unknown_context({"hour": 77}) == ["hour"]
+    assert recommender.unknown_context({}) == []
+    with pytest.raises(DataError, match="no context column 'hours'"):
+        recommender.unknown_context({"hours": 3})
 
 
 def test_many_users_are_ranked_as_each_is_alone(recommender):

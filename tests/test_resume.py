@@ -41,7 +41,11 @@ schema:
 model: {trunk: {kind: mmoe, num_experts: 2, expert_layers: [16], gate_dropout: 0.1}, tower_layers: [8]}
 optimizers: {tables: {lr: 0.1}, dense: {lr: 0.01}}
 training: {epochs: 3, batch_size: 32, warmup_steps: 5, patience: 0, checkpoint: {every_steps: 7}}
+fusion: {kind: monotone_network, signs: {click: 1, buy: 1}, train: {reward: {click: 1, buy: 3}, missing: zero}}
 """
+# Weights that follow the context, learnt from the order within a user's rows, into the heads.
+GATED = "fusion: {kind: context_gated_mean, weights: {click: 1, buy: 3, stars: 0.5}, features: [hour, age], "
+GATED += "train: {reward: {click: 1, buy: 3}, missing: zero, loss: pairwise, heads: through}}"
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +64,12 @@ def data(tmp_path_factory):
 def runs(data):
     return {
         "stream": parse_run(STREAM, folder=data),
-        "memory": parse_run(shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 7}"),
-                            folder=data),
+        "memory": parse_run(
+            shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 7}").replace(
+                "fusion: {weights: {click: 1, buy: 3, taste: 0.5, stars: 0.5}}", GATED
+            ),
+            folder=data,
+        ),
     }  # fmt: skip
 
 
@@ -115,6 +123,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(data, tmp_path, k
     assert {k: about[k] for k in ("step", "position", "history")} == {
         k: expected_about[k] for k in ("step", "position", "history")
     }
+    assert any("fused_score" in name for name in expected)
     for name, value in expected.items():
         assert torch.equal(tensors[name], value), name
     straight, stopped = (json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("straight", "stopped"))

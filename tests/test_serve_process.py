@@ -14,15 +14,20 @@ from pathlib import Path
 import httpx
 import pytest
 import shop
+import yaml
 from rankers import asked
 from rich.console import Console
+from typer.testing import CliRunner
 
+from mtcl_torchrec.cli import app as commands
 from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.serving.http import process
 from mtcl_torchrec.serving.http.app import Limits
 from mtcl_torchrec.serving.http.versions import Models
 from mtcl_torchrec.serving.recommender import Recommender
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.fitted import save_state
 from mtcl_torchrec.training.run import train_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -49,7 +54,7 @@ def logs_as_before():
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
     shop.log().to_parquet(folder / "log.parquet", index=False)
-    run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 1"), folder=folder)
+    run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 1") + "calibration: platt\n", folder=folder)
     return train_run(run, folder / "run", device="cpu", console=Console(quiet=True)).folder
 
 
@@ -61,9 +66,9 @@ def run(trained, tmp_path):
 def weigh(run, weights):
     """New weights of the fused score, as a person edits them."""
     text = (run / "run.yaml").read_text()
-    before, after = text.split("fusion:")
-    assert "click" in after
-    (run / "run.yaml").write_text(f"{before}fusion: {{weights: {json.dumps(weights)}}}\n")
+    raw = yaml.safe_load(text)
+    assert "click" in raw["fusion"]["weights"]
+    (run / "run.yaml").write_text(yaml.safe_dump(raw | {"fusion": {"weights": weights}}))
 
 
 def test_scored_together_they_are_what_they_are_alone(trained):
@@ -137,6 +142,52 @@ def test_a_process_under_load_swaps_weights_on_a_hangup_and_finishes_what_is_in_
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{at.url}/healthz")
         assert at.process.wait(20) == 0
+
+
+def recalibrate(run):
+    """Another calibration, as a fit on newer rows would write it."""
+    calibration = FinishedRun.load(run).model.output.calibration
+    calibration.calibrated["click"][0].fill(0, slope=0.3, intercept=-1.0)
+    save_state(run / "calibration", calibration, {})
+
+
+def fuse(run):
+    done = CliRunner().invoke(commands, ["fuse", str(run), "--set", "click=0.1,stars=7"])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_new_calibration_and_new_weights_take_over_while_requests_are_in_flight(run):
+    models = Models(run, Recommender.load, max_candidates=100)
+    names, answers, over = [models.current.name], [], False
+
+    async def talk(http):
+        async def client():
+            while not over:
+                answers.append(await http.post("/recommend", json={"user": "u3", "k": 3, "seen": True}))
+
+        async def until(condition):
+            async with asyncio.timeout(60):
+                while not condition():
+                    await asyncio.sleep(0.01)
+
+        clients = [asyncio.create_task(client()) for _ in range(3)]
+        for change in (recalibrate, fuse):
+            await until(lambda: any(answer.json()["model"] == names[-1] for answer in answers))
+            await asyncio.to_thread(change, run)
+            await until(lambda: models.current.name not in names)
+            names.append(models.current.name)
+        await until(lambda: answers[-1].json()["model"] == names[-1])
+        nonlocal over
+        over = True
+        await asyncio.gather(*clients)
+
+    asked(models, talk, Limits(gather_ms=1), watch=0.05)
+    assert {answer.status_code for answer in answers} == {200}
+    scores = {answer.json()["model"]: answer.json()["items"][0]["score"] for answer in answers}
+    assert list(scores) == names
+    now = Recommender.load(run).recommend("u3", k=1, seen=True)["score"].item()
+    assert scores[names[-1]] == pytest.approx(now, abs=1e-6)
+    assert len({round(score, 4) for score in scores.values()}) == 3
 
 
 def check_figures(content):

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import threading
+import time
 
 import pandas as pd
 import pytest
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from mtcl_torchrec.cli import main
 from mtcl_torchrec.cli.app import app as commands
+from mtcl_torchrec.data.columns import ids_of
+from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.serving.http.app import Limits
 from mtcl_torchrec.serving.http.batching import Batcher
 from mtcl_torchrec.serving.http.bodies import BodyError
@@ -99,6 +102,16 @@ WRONG = [
     ("/recommend", "{", ["body"], "Invalid JSON"),
     ("/recommend", "[" * 100_000, ["body"], "Invalid JSON"),
     ("/recommend", b"\xff", ["body"], "Invalid JSON"),
+    ("/recommend", {"user": 1, "u" * 10**6: 1}, ["body", "u" * 199 + "…"], "Extra inputs"),
+    ("/recommend", {"user": 1, "context": {"u" * 10**6: 1}}, ["body", "context", "u" * 199 + "…"], "no context column"),
+    ("/recommend", {"user": 1, "context": {str(i): 1 for i in range(10**5)}}, ["body"], "100,000 mistakes"),
+    ("/recommend", {"user": 1, "candidates": ["u" * 10**6]}, ["body", "candidates", 0], "no item 'uuu"),
+    ("/recommend", {"user": 1, "candidates": ["p1", *range(10**5)]}, ["body", "candidates", 1], "valid string"),
+    ("/recommend", b'{"user": 1, "candidates": ["\\ud800"]}', ["body"], "Invalid JSON"),
+    ("/recommend", {"user": 1, "candidates": ["\0"]}, ["body", "candidates", 0], "no item"),
+    ("/recommend", b'{"user": NaN}', ["body", "user"], "valid integer"),
+    ("/score", {"rows": [ROW] * 3 + [{}] * 10**5}, ["body", "rows", 3, "who"], "Field required"),
+    ("/score", {"rows": [ROW | {"topics": [1] * 900}] * 50}, ["body", "rows", 0, "topics", 0], "valid string"),
     ("/score", {"rows": []}, ["body", "rows"], "at least 1"),
     ("/score", {"rows": [ROW] * 51}, ["body", "rows"], "at most 50"),
     ("/score", {"rows": [ROW, ROW | {"price of": 1}]}, ["body", "rows", 1, "price of"], "did you mean 'price of it'"),
@@ -117,7 +130,13 @@ def test_what_does_not_fit_is_refused_with_the_field_named(models):
     async def all_of_them(http):
         sent = [body if isinstance(body, (str, bytes)) else json.dumps(body) for _, body, _, _ in WRONG]
         headers = {"content-type": "application/json"}
-        return [await http.post(r, content=c, headers=headers) for (r, *_), c in zip(WRONG, sent, strict=True)]
+        answers = []
+        for (route, *_), content in zip(WRONG, sent, strict=True):
+            used = time.process_time()
+            answers.append(await http.post(route, content=content, headers=headers))
+            # Nobody else is answered meanwhile.
+            assert time.process_time() - used < 1, content[:200]
+        return answers
 
     for (_, body, where, said), answer in zip(WRONG, asked(models, all_of_them), strict=True):
         assert answer.status_code == 422, (body, answer.text[:300])
@@ -178,6 +197,17 @@ def test_requests_at_the_same_time_are_scored_together(models, ranker):
     assert "mtcl_batch_requests_count 1.0" in metrics
     assert 'mtcl_requests_total{route="/recommend",status="200"} 5.0' in metrics
     assert re.search(r"mtcl_candidates_scored_total (\d+)", metrics)[1] == str(13 + 6)
+
+
+def test_large_ids_stay_what_they_are_beside_missing_ones(models, ranker):
+    """Also where the missing one is another request's, which happened to come at the same time."""
+    seen, large = [], 2**60 + 1
+    ranker.score = lambda frame: seen.append(frame) or pd.DataFrame({"score": [0.5] * len(frame)})
+    bodies = [[ROW | {"who": large, "slot": None}, ROW | {"who": None}], [ROW | {"who": large + 1}], [ROW]]
+    frames = [models.current.bodies.score(json.dumps({"rows": rows}).encode()).frame for rows in bodies]
+    assert [len(scored) for scored in score_together(ranker, frames)] == [2, 1, 1]
+    assert ids_of(Rows(seen[0]), "who").tolist() == [large, pd.NA, large + 1, 1]
+    assert ids_of(Rows(seen[0]), "slot").tolist() == [pd.NA, 2, 2, 2]
 
 
 def test_without_gathering_each_is_scored_by_itself(models, ranker):
@@ -256,6 +286,26 @@ def test_health_metrics_and_description(models):
         answer.model_validate(answered["example"])
     assert "/openapi.json" in docs.text
     assert (wrong_method.status_code, nowhere.status_code) == (405, 404)
+
+
+def test_the_page_of_the_description_needs_no_network(models):
+    async def look(http):
+        page = await http.get("/docs")
+        assets = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+        return page, [await http.get(asset) for asset in assets], await http.get("/redoc")
+
+    page, assets, redoc = asked(models, look)
+    assert page.status_code == 200
+    assert not re.search(r"https?:|//[a-z]", page.text)
+    kinds = [asset.headers["content-type"].partition(";")[0] for asset in assets]
+    assert [asset.status_code for asset in assets] == [200] * 3
+    assert sorted(kinds) == ["image/png", "text/css", "text/javascript"]
+    for asset in assets:
+        assert "@import" not in asset.text
+        assert not re.search(r"url\((?!\"?data:)", asset.text) or not asset.headers["content-type"].startswith(
+            "text/css"
+        )
+    assert redoc.status_code == 404
 
 
 def test_the_log_names_users_only_when_asked_to(models, caplog):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mtcl_torchrec.training.directory import METRICS
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.sharding import Device
 
@@ -32,6 +33,8 @@ def screen() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=110)
 
 
-def note_if_unfinished(run: FinishedRun, folder: Path) -> None:
-    if not run.finished:
-        typer.echo(f"mtcl: training of {folder} did not finish; this is its best epoch so far", err=True)
+def note_if_unfinished(run: FinishedRun, *folders: Path) -> None:
+    """Say so on stderr, of the runs that the run was read of."""
+    for folder in folders if not run.finished else ():
+        if not (folder / METRICS).is_file():
+            typer.echo(f"mtcl: training of {folder} did not finish; this is its best epoch so far", err=True)

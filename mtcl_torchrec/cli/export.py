@@ -11,12 +11,15 @@ from mtcl_torchrec.cli.app import app, note_if_unfinished
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.export import Compile, export_run
 from mtcl_torchrec.serving.tables import TablePrecision
+from mtcl_torchrec.training.ensemble import load_ensemble
 from mtcl_torchrec.training.finished import FinishedRun
 
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
+    run_dir: Annotated[
+        list[Path], typer.Argument(help="What `mtcl train` or `mtcl demo` wrote; several runs are one deep ensemble.")
+    ],
     out: Annotated[Path, typer.Option(help="The file to write, such as model.mtcl.")],
     tables: Annotated[TablePrecision, typer.Option(help="How embeddings are stored.")] = "fp32",
     compiled: Annotated[
@@ -29,11 +32,15 @@ def export(
 
     The graph takes any number of rows and runs wherever torch does, without this package; see manifest.json in the
     file, which is a ZIP.  **mtcl recommend model.mtcl --user 42** reads it, too.
+
+    **A deep ensemble:** mtcl export RUN_A RUN_B RUN_C --out ensemble.mtcl  (the mean of what they say, and `score_std`)
     """
     if out.exists() and (out.is_dir() or not overwrite):
         raise ConfigError(f"{out} stands there already; choose another name" + (" or --overwrite" * out.is_file()))
-    run = FinishedRun.load(run_dir)
-    note_if_unfinished(run, run_dir)
+    run = FinishedRun.load(run_dir[0]) if len(run_dir) == 1 else load_ensemble(run_dir)
+    note_if_unfinished(run, *run_dir)
+    if compiled != "no":
+        typer.echo("machine code takes a minute or several; --compiled no does without", err=True)
     made = export_run(run, out, tables=tables, compiled=compiled)
     most = max(made.difference, key=lambda name: made.difference[name])
     typer.echo(

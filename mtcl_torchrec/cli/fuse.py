@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +16,21 @@ from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
 from mtcl_torchrec.config import load_run
 from mtcl_torchrec.data.source import Rows, read_rows
 from mtcl_torchrec.evaluation.report import plain_table
-from mtcl_torchrec.fusing.combiners import known_kinds, signed_weights
+from mtcl_torchrec.fusing.combiners import ALL, USUAL, Combiner, known_kinds, signed_weights
 from mtcl_torchrec.fusing.fit import fit_fusion
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.search import Search
 from mtcl_torchrec.fusing.targets import parse_target
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.training.directory import FUSION, readable_folder
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion, set_weights
-from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, held_out_of, rows_of_split
+from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion, save_fusion, set_weights
+from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
 
-_FITTING = ("--combiner", "--constraint", "--influence", "--data")
+_FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
+_TELL_EVERY = 10.0  # seconds, where stderr is no terminal
+_GATED = "context_gated_mean"
 
 
 @app.command()
@@ -42,12 +46,23 @@ def fuse(
     value: Annotated[
         list[str] | None,
         typer.Option(
-            help="task=number: what its event is worth, or, below 0, costs; may be repeated.  Default: the weights of "
-            "the run's `fusion`."
+            help="task=number: what its event is worth, or, below 0, costs (of a regression: each unit of its label); "
+            "may be repeated.  Default: the weights of the run's `fusion`."
         ),
     ] = None,
     combiner: Annotated[
-        list[str] | None, typer.Option(help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}.")
+        list[str] | None,
+        typer.Option(
+            help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}; or all.  Default: "
+            f"{', '.join(USUAL)}, and expected_value where a task's label counts after another's event, or a price."
+        ),
+    ] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the weights of a context_gated_mean depend on; may be repeated.  Default: all features of user "
+            "and context."
+        ),
     ] = None,
     constraint: Annotated[
         list[str] | None,
@@ -64,8 +79,15 @@ def fuse(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="task=weight,...: take these weights as they are; nothing is fitted or searched."),
+        typer.Option(
+            "--set",
+            help="task=weight,...: take these weights as they are, those not named as they were; nothing is fitted or "
+            "searched.",
+        ),
     ] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Back to the fusion of run.yaml; what was fitted is kept in fusion/former.")
+    ] = False,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation, over users (or requests).")] = 5,
     search: Annotated[Search, typer.Option(help="How to search: tpe, cma (CMA-ES), none, or what suits.")] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Of each search, in each fold.")] = 100,
@@ -90,36 +112,46 @@ def fuse(
 
     Tries each combiner with several ways to weights, judges each by cross-validation, takes the best that keeps to the
     constraints, and writes it into RUN_DIR/fusion, whence `recommend`, `evaluate`, `export` and `serve` take it,
-    whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former.  Training
-    on (`mtcl train --resume`) takes the folder away: it was fitted for other predictions.
+    whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former, whither
+    training on (`mtcl train --resume`) moves the whole: it was fitted for other predictions.
 
     **By what events are worth:** mtcl fuse RUN_DIR --target value@5 --value click=1 --value like=8 --value report=-60
 
     **By hand, at once:** mtcl fuse RUN_DIR --set click=0.5,like=2
 
+    **Back to run.yaml:** mtcl fuse RUN_DIR --reset
+
     **With a floor:** mtcl fuse RUN_DIR --target auc:click --constraint 'auc:like >= 0.8'
     """
     console = screen()
+    fitting = dict(zip(_FITTING, (combiner, constraint, influence, data, feature), strict=True))
+    if reset:
+        more = fitting | {"--set": set_, "--value": value, "--test": test}
+        if clash := next((name for name, given in more.items() if given), None):
+            raise ConfigError(f"--reset goes back to run.yaml and does nothing else: leave {clash} out")
+        _reset(run_dir, console, dry_run)
+        return
+    if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
+        raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
     before = run.model.output.fused_score
     values, whence = _values(run, value, target)
     if set_:
-        given = dict(zip(_FITTING, (combiner, constraint, influence, data), strict=True))
-        if clash := next((name for name, chosen in given.items() if chosen), None):
-            raise ConfigError(
-                f"--set takes the weights as they are, and {clash} says how to fit them: give one of them"
-            )
         _set_weights(run, run_dir, _numbers(set_, "--set"), console, dry_run)
+        if whence and test:
+            console.print(whence, highlight=False, soft_wrap=True)
     else:
         if whence:
             console.print(whence, highlight=False, soft_wrap=True)
-        held_out = _held_out(run, run_dir, data, "val", session_minutes)
+        kinds = _combiners(run, combiner, feature)
+        context = any(not isinstance(kind, str) for kind in kinds or ())
+        held_out = _held_out(run, run_dir, data, "val", session_minutes, context=context)
         fitted = _fit_with_bar(
             held_out,
             values=values or None,
             target=target,
-            combiners=combiner,
+            combiners=kinds,
             folds=folds,
             search=search,
             trials=trials,
@@ -132,7 +164,8 @@ def fuse(
         if not dry_run:
             _save(fitted, run, run_dir, console)
     if test:
-        judged = _held_out(run, run_dir, None, "test", session_minutes)
+        reads_context = getattr(before, "needs_context", False)
+        judged = _held_out(run, run_dir, None, "test", session_minutes, context=reads_context)
         if before is not None:
             judged.rankings["as it was"] = judged.scores(before)
         _print_test(run, judged, values, target, console)
@@ -153,7 +186,8 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
     if run.config.fusion is None or not run.config.fusion.weights:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
     values = dict(run.config.fusion.weights)
-    shown = ", ".join(f"{task} {v:g}" for task, v in values.items())
+    counted = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
+    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in counted) for task, v in values.items())
     return values, f"values are the weights of the run's fusion: {shown}  (--value TASK=NUMBER for others)"
 
 
@@ -174,22 +208,50 @@ def _numbers(pairs: list[str], option: str) -> dict[str, float]:
     return numbers
 
 
-def _held_out(run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float) -> HeldOut:
+def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | None) -> list[str | Combiner] | None:
+    """What is tried; a context-gated mean with the features that it reads."""
+    if features and not {_GATED, ALL} & set(kinds or ()):
+        raise ConfigError(f"--feature says what the weights of a {_GATED} depend on: it needs --combiner {_GATED}")
+    if not kinds:
+        return None
+    gated = [gate_of(run, features or ())] if _GATED in kinds or ALL in kinds else []
+    return [*(kind for kind in kinds if kind != _GATED), *gated]
+
+
+def _held_out(
+    run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float, *, context: bool
+) -> HeldOut:
     columns = columns_needed(run)
     rows: Rows = read_rows(data, columns) if data else rows_of_split(load_run(folder / "run.yaml"), columns, split)
-    return held_out_of(run, rows, session_minutes=session_minutes)
+    return held_out_of(run, rows, session_minutes=session_minutes, context=context)
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     err = Console(stderr=True)
+    told = time.monotonic()
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fitting", total=None)
 
         def progress(done: int, total: int, doing: str) -> None:
+            nonlocal told
             bar.update(task, completed=done, total=total, description=doing)
+            if not err.is_terminal and time.monotonic() - told >= _TELL_EVERY:
+                told = time.monotonic()
+                typer.echo(f"mtcl: {done / max(total, 1):.0%} fitted, now {doing}", err=True)
 
         return fit_fusion(held_out, **options, progress=progress)
+
+
+def _reset(folder: Path, console: Console, dry_run: bool) -> None:
+    fitted = readable_folder(folder / FUSION) / DECLARED
+    if not (folder / "run.yaml").is_file():
+        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+    if not fitted.is_file():
+        raise ConfigError(f"--reset: {folder} ranks by the fusion of its run.yaml already, no other was fitted")
+    kept = None if dry_run else reset_fusion(folder)
+    said = f"; {fitted.parent} is kept as {kept}" if kept else ""
+    console.print(f"{folder} ranks by the fusion of its run.yaml again{said}", highlight=False, soft_wrap=True)
 
 
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
@@ -206,7 +268,7 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
 
 
 def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console) -> None:
-    assert fitted.combiner.config is not None  # combiners given by name have one
+    assert fitted.config is not None  # combiners given by name have one
     try:
         import matplotlib  # noqa: F401
 
@@ -214,9 +276,13 @@ def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console
     except ImportError:
         draw = None
         console.print("no picture of the Pareto front: pip install 'mtcl_torchrec[plots]' to have it", markup=False)
-    where = save_fusion(folder, run.model, fitted.combiner.config(fitted.weights), fitted.report(), draw=draw)
+    where = save_fusion(folder, run.model, fitted.config, fitted.report(), draw=draw)
     picture = f"; what each task loses is drawn in {PICTURE} there" if draw else ""
     console.print(f"written to {where}{picture}", highlight=False, soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plus_minus(mean: float, error: float, digits: int = 4) -> str:
@@ -232,9 +298,9 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
         f"(each a {held_out.requests_are}), {fitted.folds} folds"
     )
     console.print()
-    against = f"better than {heads} alone" if heads else "better"
+    against = [f"better than {heads} alone"] if heads else []
     console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
-    table = plain_table("", ["ranked by", fitted.target.name, "± folds", against])
+    table = plain_table("", ["ranked by", fitted.target.name, "± folds", *against])
     lines = fitted.table()
     for line in lines.to_dict("records"):
         mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
@@ -242,16 +308,29 @@ def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> 
             mark = f"  breaks {line['broken']}"
         table.add_row(
             f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["error"])), f"{line['std']:.4f}",
-            _plus_minus(float(line["better"]), float(line["better_error"])),
+            *([_plus_minus(float(line["better"]), float(line["better_error"]))] if heads else []),
         )  # fmt: skip
     console.print(table)
+    if fitted.left_for_values is not None:
+        name, ahead, error = fitted.left_for_values
+        console.print(
+            f"the values stay the weights: {name} is better by {_plus_minus(ahead, error)}, which is no more than two "
+            "standard errors",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    for name, why in fitted.about["left_out"].items():
+        console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
     _warn_of_short_requests(fitted, held_out, console)
     console.print()
-    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", "weight", "± folds", "of the ranking"])
-    for task, weight in fitted.weights.items():
+    weight = "starts at" if fitted.combiner.learns else "weight"
+    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "± folds", "of the ranking"])
+    for task, number in fitted.weights.items():
         share = "–" if fitted.influence is None else f"{fitted.influence.get(task, 0.0):.0%}"
-        table.add_row(task, f"{weight:.4g}", f"{fitted.weights_std[task]:.2g}", share)
+        table.add_row(task, f"{number:.4g}", f"{fitted.weights_std[task]:.2g}", share)
     console.print(table)
+    for name, option in fitted.options.items():
+        shown = ", ".join(f"{k} {_short(v)}" for k, v in option.items()) if isinstance(option, dict) else _short(option)
+        console.print(f"{name}: {shown}", highlight=False, markup=False, soft_wrap=True)
     for text, found in fitted.chosen.kept.items():
         console.print(f"{text}: {found:.4g}", highlight=False, markup=False)
     console.print()
@@ -279,7 +358,7 @@ def _print_losses(losses: pd.DataFrame, console: Console) -> None:
         ["task", *(h.replace("auc", "AUC").replace("gAUC", "GAUC") for h in headers)],
     )
     for line in losses.to_dict("records"):
-        table.add_row(str(line["task"]), *(f"{line[h]:.4f}" for h in headers))
+        table.add_row(str(line["task"]), *(_plus_minus(float(line[h]), math.nan) for h in headers))
     console.print(table)
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 from rich.console import Console
 
 from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.network import PART
+from mtcl_torchrec.serving.network import PART, SPREAD
 from mtcl_torchrec.serving.recommender import Recommender
 
 
 @app.command()
 def recommend(
-    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train`, `mtcl demo` or `mtcl export` wrote.")],
+    run_dir: Annotated[
+        list[Path],
+        typer.Argument(help="What `mtcl train`, `demo` or `export` wrote; several runs are one deep ensemble."),
+    ],
     user: Annotated[str, typer.Option(help="The user's id, as in the log.  An unknown one has no history.")],
     context: Annotated[
         list[str] | None,
@@ -27,7 +31,10 @@ def recommend(
     seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
     why: Annotated[bool, typer.Option(help="Show what each task adds to the score, not its prediction.")] = False,
 ) -> None:
-    """Rank the run's items for one user: the fused score, and each task's prediction or part behind it."""
+    """Rank the run's items for one user: the fused score, and each task's prediction or part behind it.
+
+    Several runs of the same data rank by the mean of their scores; `score_std` says how far these are apart.
+    """
     given: dict[str, Any] = {}
     for pair in context or []:
         name, equals, value = pair.partition("=")
@@ -36,7 +43,7 @@ def recommend(
         given[name.strip()] = value.strip()
     recommender = Recommender.load(run_dir)
     if recommender.run is not None:
-        note_if_unfinished(recommender.run, run_dir)
+        note_if_unfinished(recommender.run, *run_dir)
     print_recommendations(recommender, user, given, top, seen, screen(), why=why)
 
 
@@ -50,22 +57,36 @@ def print_recommendations(
     *,
     why: bool = False,
 ) -> None:
-    ranked = recommender.recommend(user, context, k=top, seen=seen)
-    parts = [name for name in ranked if str(name).startswith(PART)]
+    ranked = recommender.recommend(user, context, k=max(top, 2) if why else top, seen=seen)
+    parts = [str(name) for name in ranked if str(name).startswith(PART)]
     if why and not parts:
         raise ConfigError("--why: this fused score is no sum of parts, it cannot tell what each task adds to it")
+    beside = _beside(ranked, parts) if why else None
+    ranked = ranked.head(top)
     tasks = [task.name for task in recommender.tasks]
-    ranked = ranked[[recommender.schema.item, "score", *(parts if why else tasks)]]
+    spread = [SPREAD] if SPREAD in ranked else []
+    ranked = ranked[[recommender.schema.item, "score", *spread, *(parts if why else tasks)]]
     known = recommender.catalogue.known_user(str(user)) is not None
     usual = {**recommender.catalogue.context, **context}
     about = ", ".join(f"{k}={v}" for k, v in usual.items())
     console.print()
     if not known:
         console.print(f"User {user} is not in the log: ranked without history.", highlight=False)
-    what = "what each task adds to the score of the top" if why else "top"
+    for column in recommender.unknown_context(context):
+        console.print(f"{column}={context[column]} is not in the log: taken as unknown.", highlight=False, markup=False)
+    to = "the score" if beside is not None else "the sum that orders the items, not to the score itself,"
+    what = f"what each task adds to {to} of the top" if why else "top"
     title = f"{what.capitalize()} {len(ranked)} for user {user}" + (f" ({about})" if about else "")
     names = (str(c).removeprefix(PART).replace("_", "\n") for c in ranked.columns)
     table = plain_table(title, ["#", *names])
     for place, row in enumerate(ranked.itertuples(index=False), start=1):
         table.add_row(str(place), *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
     console.print(table)
+    if beside is not None and abs(beside) > 5e-4:
+        console.print(f"To these come {beside:.3f}, which every item has.", highlight=False)
+
+
+def _beside(ranked: pd.DataFrame, parts: list[str]) -> float | None:
+    """The constant that the score has beside its parts; None where it is not their sum, but a map of it."""
+    apart = ranked["score"] - ranked[parts].sum(axis=1)
+    return float(apart.mean()) if apart.max() - apart.min() < 1e-5 and -1e-5 < apart.mean() < 1 else None

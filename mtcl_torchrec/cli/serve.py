@@ -14,7 +14,10 @@ from mtcl_torchrec.serving.recommender import Recommender
 
 @app.command()
 def serve(
-    run_dir: Annotated[Path, typer.Argument(help="What `mtcl train`, `demo` or `export` wrote.")],
+    run_dir: Annotated[
+        list[Path],
+        typer.Argument(help="What `mtcl train`, `demo` or `export` wrote; several runs are one deep ensemble."),
+    ],
     host: Annotated[str, typer.Option(help="The address to listen on.  There is no authentication.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     watch: Annotated[float, typer.Option(min=0, help="Seconds between looks for a newer model; 0: none.")] = 5,

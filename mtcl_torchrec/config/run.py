@@ -205,7 +205,9 @@ def _explain(error: ValidationError) -> list[str]:
     """One readable line for each thing pydantic found wrong."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
+        # A calibration that was not given as a list stands in one all the same.
+        unsaid = 0 if item["loc"][:1] == ("calibration",) else None
+        path = ".".join(str(part) for part in item["loc"] if part != unsaid)
         if item["type"] == "extra_forbidden":
             allowed = _keys_at(item["loc"][:-1])
             lines.append(f"unknown key {path!r}{nearest(str(item['loc'][-1]), allowed)}")

@@ -137,10 +137,16 @@ class _Keys:
 
     def __init__(self, column: pd.Series) -> None:
         self._by_text = {text: at for at, text in enumerate(as_text(column).tolist())}
+        # Most keys are given as they are, and making text of 500 takes longer than finding them.
+        self._by_value = {key: at for at, key in enumerate(column.tolist()) if type(key) in (int, str)}
 
     def positions(self, keys: Sequence[Any]) -> np.ndarray:
-        found = (self._by_text.get(_text(key), -1) for key in keys)
-        return np.fromiter(found, np.int64, len(keys))
+        if len(kinds := set(map(type, keys))) == 1 and kinds <= {int, str}:
+            by_value = self._by_value
+            found = [by_value.get(key, -1) for key in keys]
+            if -1 not in found:
+                return np.array(found, np.int64)
+        return np.fromiter((self._by_text.get(_text(key), -1) for key in keys), np.int64, len(keys))
 
 
 def _text(key: Any) -> str:

@@ -160,11 +160,11 @@ class KeyIndex:
         Args:
             code: (N,) int64, the sum of all columns' parts, or a negative number.
         """
+        if not len(self.combined):
+            return np.full(len(code), -1)
         at = np.searchsorted(self.combined, code)
-        at = np.minimum(at, max(len(self.combined) - 1, 0))
-        found = (code >= 0) & (len(self.combined) > 0)
-        found &= self.combined[at] == code if len(self.combined) else False
-        return np.where(found, at, -1)
+        at[at == len(self.combined)] = 0
+        return np.where(self.combined[at] == code, at, -1)  # a negative code is none of them
 
     def lookup(self, frame: pd.DataFrame) -> np.ndarray:
         """(N,) number of each row's key, -1 where training has never seen it."""

@@ -148,11 +148,15 @@ class _TaskFit:
         lines = []
         values: dict[str, object] = {}
         for piece in self.fitted:
-            what, rows = f"calibration.{self.task.name}", int(counts.sum())
+            what, rows, broken = f"calibration.{self.task.name}", int(counts.sum()), int(self.data.broken.item())
             try:
+                if broken:
+                    raise NotFittedError(
+                        f"of {broken:,} labelled rows the prediction, label or weight is not finite, or out of range"
+                    )
                 if rows < piece.min_rows:
                     raise NotFittedError(f"{rows:,} labelled rows are fewer than min_rows ({piece.min_rows:,})")
-                values, note = self._parameters(piece, total, values)
+                values, note = self._parameters(piece, total, rows, values)
             except NotFittedError as error:
                 part = "its part of the fused score" if isinstance(piece, UnitInterval) else "it"
                 lines.append(f"{what}: {error}; {part} is left as it is")
@@ -171,7 +175,7 @@ class _TaskFit:
                 continue
             mixed = self.data.sums[:, row] + (piece.shrink / counts.sum()) * total
             try:
-                values, _ = self._parameters(piece, mixed, {})
+                values, _ = self._parameters(piece, mixed, int(counts[row]), {})
             except NotFittedError:
                 continue
             piece.fill(row, **values)
@@ -180,9 +184,10 @@ class _TaskFit:
         return f"{own} of {met} values of {piece.segment} have parameters of their own"
 
     def _parameters(
-        self, piece: FittedPiece, sums: torch.Tensor, earlier: dict[str, object]
+        self, piece: FittedPiece, sums: torch.Tensor, rows: int, earlier: dict[str, object]
     ) -> tuple[dict[str, object], str]:
-        """A piece's buffers from sums, and a note; `earlier` are those of the task's piece before, {} without one."""
+        """A piece's buffers from the sums of some rows, and a note; `earlier` are those of the task's piece before, {}
+        without one."""
         if isinstance(self.data, TemperatureSums):
             slope = best_slope(sums)
             if np.isnan(slope):
@@ -198,7 +203,7 @@ class _TaskFit:
         if isinstance(piece, IsotonicCalibration):
             check_labels(data)
             x, y = isotonic_knots(data, piece.knots)
-            least = 0.5 / data.weight.sum()  # where no event, or nothing else, was seen: half an event
+            least = 0.5 / rows  # where no event, or nothing else, was seen: half an event
             return {"x": x, "y": y.clip(least, 1 - least), "fitted": True}, ""
         return {**self._curve_of_value(piece, data, earlier), "fitted": True}, ""
 

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from mtcl_torchrec.fusing.combiners import Combiner, Weights
+from mtcl_torchrec.config import FusionConfig
+from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.pareto import draw_front
 from mtcl_torchrec.fusing.targets import Target, ranking_auc
@@ -27,12 +28,14 @@ class Tried:
         mean, std: of the target, over folds.
         error: standard error of the target over users or requests; NaN where the target is no mean over requests.
         scores: (N,) of each row while its fold was left out.
-        weights: fitted on all rows.
-        weights_std: their standard deviation over folds, at the same absolute sum.
+        of_fold: (folds,) the target on each.
+        setting: fitted on all rows; None of what has nothing to fit.
+        weights_std: the weights' standard deviation over folds, at the same absolute sum.
         kept: constraint -> what it came to on all rows.
         broken: constraints not kept to.
         against: the best single head.
-        better, better_error: by how much this is better than that head, request by request, and the error.
+        better, better_error: by how much this is better than that head, request by request (where the target is no
+            mean over requests, fold by fold), and the standard error.
     """
 
     combiner: str
@@ -41,13 +44,19 @@ class Tried:
     std: float
     error: float
     scores: np.ndarray = field(repr=False)
-    weights: Weights = field(default_factory=dict)
+    of_fold: np.ndarray = field(repr=False)
+    setting: Setting | None = field(default=None, repr=False)
     weights_std: Weights = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     against: str = ""
     better: float = float("nan")
     better_error: float = float("nan")
+
+    @property
+    def weights(self) -> Weights:
+        """Task -> weight, fitted on all rows."""
+        return {} if self.setting is None else self.setting.weights
 
     @property
     def name(self) -> str:
@@ -62,7 +71,7 @@ class FittedFusion:
     """A fused score fitted on held-out predictions.
 
     Args:
-        combiner: the kind chosen.
+        combiner: the kind chosen, with its knobs where they were found best.
         method: how it came to its weights.
         weights: task -> weight, fitted on all rows.
         weights_std: their standard deviation over folds, at the same absolute sum.
@@ -74,6 +83,8 @@ class FittedFusion:
         seed, folds: as they were given.
         about: what it was fitted on and how.
         front: what each task loses, one row for each ranking drawn; see `pareto_front`.
+        left_for_values: what was better on the folds left out, but not by two standard errors, so that the values
+            stay the weights: its name, its lead, the standard error; None where nothing was.
     """
 
     combiner: Combiner
@@ -89,11 +100,23 @@ class FittedFusion:
     folds: int
     about: dict[str, Any]
     front: pd.DataFrame | None = None
+    left_for_values: tuple[str, float, float] | None = None
 
     @property
     def chosen(self) -> Tried:
         """The line of `tried` that was chosen."""
         return next(t for t in self.tried if t.combiner == self.combiner.name and t.method == self.method)
+
+    @property
+    def config(self) -> FusionConfig | None:
+        """How a run's YAML says it, but for what it has learnt; None of a combiner that cannot be saved."""
+        return None if self.combiner.config is None else self.combiner.config(self.weights)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it has besides weights: thresholds, exponents, chains and the like."""
+        declared = {} if self.config is None else self.config.model_dump(exclude_unset=True, exclude_none=True)
+        return {name: value for name, value in declared.items() if name not in ("kind", "weights")}
 
     def table(self) -> pd.DataFrame:
         """Everything that was tried, best first: the target on folds left out, and how much better than the best head.
@@ -138,7 +161,7 @@ class FittedFusion:
             {
                 "combiner": self.combiner.name, "method": self.method, "target": self.target.name,
                 "weights": self.weights, "weights_std": self.weights_std, "influence": self.influence,
-                "values": self.values, "seed": self.seed, "folds": self.folds, **self.about,
+                "options": self.options, "values": self.values, "seed": self.seed, "folds": self.folds, **self.about,
                 "tried": self.table().to_dict("records"),
                 "constraints_kept": self.chosen.kept,
                 "front": None if self.front is None else self.front.to_dict("records"),

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.fusing.objectives import rows_by_request
-from mtcl_torchrec.modules.fusion import RowContext, fuse
+from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, fuse
+from mtcl_torchrec.modules.fusion.value import LARGEST
 from mtcl_torchrec.schema import ConfigError, DataError, nearest
 
 Arrays = dict[str, np.ndarray]
@@ -32,6 +33,8 @@ class HeldOut:
         embeddings: sparse feature -> (N, dim), likewise.
         rankings: name -> (N,) scores of other rules to compare with, such as popularity.
         requests_are: what a request is, in words.
+        given: task -> the task whose event must happen first, where the task's part is the probability given that.
+        item_numbers: task -> the number that its value is multiplied by (the item's price), read from `dense_features`.
 
     Raises:
         DataError: arrays of different lengths, no row, a part that is no number in [0, 1], a request of two users.
@@ -54,6 +57,8 @@ class HeldOut:
     embeddings: Arrays = field(default_factory=dict)
     rankings: Arrays = field(default_factory=dict)
     requests_are: str = "request"
+    given: Mapping[str, str] = field(default_factory=dict)
+    item_numbers: Mapping[str, DenseNumber] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.parts or len(self.request) == 0:
@@ -65,6 +70,11 @@ class HeldOut:
         for name, part in self.parts.items():
             if not bool(np.all((part >= 0) & (part <= 1))):
                 raise DataError(f"parts of {name!r} are not all in [0, 1]")
+        for name, label in self.labels.items():
+            if np.isinf(label).any():
+                raise DataError(f"labels of {name!r} are not all finite (or NaN, where missing)")
+        if self.item_numbers and self.dense_features is None:
+            raise DataError("item_numbers are read from the dense features, and there are none")
         if self.user is not None:
             first = np.full(self.requests, -1, np.int64)
             users = rows_by_request(self.user)[0]
@@ -111,7 +121,7 @@ class HeldOut:
 
         def cut(value: object) -> object:
             if isinstance(value, dict):
-                return {name: array[mask] for name, array in value.items()}
+                return {name: v[mask] if isinstance(v, np.ndarray) else v for name, v in value.items()}
             return value[mask] if isinstance(value, np.ndarray) else value
 
         return HeldOut(**{f.name: cut(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
@@ -120,8 +130,17 @@ class HeldOut:
         """The same rows with other parts, such as calibrated ones."""
         return replace(self, parts=dict(parts))
 
+    @cached_property
+    def amounts(self) -> Arrays:
+        """Task -> (N,) the number of the item that its value is multiplied by, at least 0; of tasks that have one."""
+        if self.dense_features is None:
+            return {}
+        dense = torch.from_numpy(np.asarray(self.dense_features, np.float64))
+        return {task: number.read(dense).clamp(0, LARGEST).numpy() for task, number in self.item_numbers.items()}
+
     def reward(self, values: Mapping[str, float]) -> np.ndarray:
-        """(N,) Σ valueᵢ · labelᵢ: what each row brought.  A label that is not known brings nothing.
+        """(N,) Σ valueᵢ · labelᵢ: what each row brought; times the item's number, where the value is for a unit of it.
+        A label that is not known brings nothing.
 
         Raises:
             ConfigError: a task without labels.
@@ -129,7 +148,7 @@ class HeldOut:
         for task in values:
             if task not in self.labels:
                 raise ConfigError(f"values: no labels of a task {task!r}{nearest(task, self.labels)}")
-        return np.sum([v * self._happened[task] for task, v in values.items()], axis=0)
+        return np.sum([v * self.amounts.get(task, 1.0) * self._happened[task] for task, v in values.items()], axis=0)
 
     def folds(self, count: int, *, seed: int = 0) -> np.ndarray:
         """(N,) which of `count` folds a row is in; all rows of a user (without users: of a request) are in one.
@@ -155,7 +174,8 @@ class HeldOut:
         return fold[of_row]
 
     @cached_property
-    def _tensors(self) -> tuple[dict[str, torch.Tensor], RowContext]:
+    def tensors(self) -> tuple[dict[str, torch.Tensor], RowContext]:
+        """Parts (N,) by task in float32, and the context of the rows."""
         parts = {name: torch.from_numpy(np.asarray(part, np.float32)) for name, part in self.parts.items()}
         dense = np.zeros((len(self), 0)) if self.dense_features is None else self.dense_features
         embeddings = {n: torch.from_numpy(np.asarray(e, np.float32)) for n, e in self.embeddings.items()}
@@ -167,7 +187,7 @@ class HeldOut:
     def scores(self, fused_score: nn.Module) -> np.ndarray:
         """(N,) float64 scores of a module of the signature in `mtcl_torchrec.modules.fusion`, computed in float32 as
         in the model."""
-        parts, context = self._tensors
+        parts, context = self.tensors
         return fuse(fused_score, parts, context).double().numpy()
 
 

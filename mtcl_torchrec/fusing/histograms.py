@@ -53,11 +53,12 @@ class Histogram:
         # weight, weighted label, weighted value; float64, in which sums of ones are exact in any order
         self.sums = torch.zeros(3, segments, self.bins, dtype=torch.float64, device=device)
         self.counts = torch.zeros(segments, dtype=torch.float64, device=device)
+        self.broken = torch.zeros(1, dtype=torch.float64, device=device)  # rows that count nowhere, and should
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What is summed over ranks."""
-        return [self.sums, self.counts]
+        return [self.sums, self.counts, self.broken]
 
     def add(
         self,
@@ -75,7 +76,8 @@ class Histogram:
             weight: (B,) of the rows, None is 1.
         """
         value, label = value.double(), label.double()
-        known, segment, weight = _counted(label, segment, weight)
+        known, broken, segment, weight = _counted(label, torch.isfinite(value), segment, weight)
+        self.broken += broken
         place = ((value - self.low) * (self.bins / (self.high - self.low))).floor().clamp(0, self.bins - 1)
         cell = segment * self.bins + place.nan_to_num().long()
         for of, each in enumerate((weight, weight * torch.where(known, label, 0.0), weight * value)):
@@ -113,11 +115,12 @@ class TemperatureSums:
         self.segments = segments
         self.sums = torch.zeros(2, segments, len(TEMPERATURES), dtype=torch.float64, device=device)
         self.counts = torch.zeros(segments, dtype=torch.float64, device=device)
+        self.broken = torch.zeros(1, dtype=torch.float64, device=device)  # rows that count nowhere, and should
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What is summed over ranks."""
-        return [self.sums, self.counts]
+        return [self.sums, self.counts, self.broken]
 
     def add(
         self,
@@ -134,8 +137,10 @@ class TemperatureSums:
             segment: (B,) int64 in [0, S); None is 0.
             weight: (B,) of the rows, None is 1.
         """
-        known, segment, weight = _counted(label, segment, weight)
-        weight = torch.where(known, weight, 0.0)
+        fits = torch.isfinite(log_p).all(1) & ~((label < 0) | (label >= log_p.shape[1]))
+        known, broken, segment, weight = _counted(label, fits, segment, weight)
+        self.broken += broken
+        log_p, weight = torch.where(fits.unsqueeze(1), log_p, 0.0), torch.where(known, weight, 0.0)
         own = log_p.gather(1, torch.where(known, label, 0.0).long().unsqueeze(1)).squeeze(1).double()
         for at, slope in enumerate(TEMPERATURES):
             p = torch.softmax(float(slope) * log_p, dim=1)
@@ -172,12 +177,14 @@ def best_slope(sums: torch.Tensor) -> float:
 
 
 def _counted(
-    label: torch.Tensor, segment: torch.Tensor | None, weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which rows have a label, and every row's segment and weight."""
+    label: torch.Tensor, fits: torch.Tensor, segment: torch.Tensor | None, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which rows count, how many do not although they have a label, and every row's segment and weight."""
     segment = torch.zeros_like(label, dtype=torch.int64) if segment is None else segment
     weight = torch.ones_like(label, dtype=torch.float64) if weight is None else weight.double()
-    return ~torch.isnan(label), segment, weight
+    known = ~torch.isnan(label)
+    counts = known & fits & ~torch.isinf(label) & (weight >= 0) & ~torch.isinf(weight)
+    return counts, (known & ~counts).double().sum(), segment, torch.where(counts, weight, 0.0)
 
 
 def sum_over_ranks(tensors: list[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:

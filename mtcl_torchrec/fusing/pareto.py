@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.fusing.combiners import Setting, combiner_of
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import ranking_auc
 from mtcl_torchrec.schema import ConfigError
@@ -27,7 +28,8 @@ def pareto_front(
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> pd.DataFrame:
-    """What each task loses under the weights that were chosen, those tried, and as many `points` drawn at random.
+    """What each task loses under the weights that were chosen, those tried, and as many `points` drawn at random (of a
+    weighted mean, where what was chosen is no matter of weights).
 
     A task's loss is the grouped AUC of its own head less that of the fused ranking, for the same labels; of a task
     whose event costs something, both count the other way round.  Weights are drawn evenly over all shares of the
@@ -44,17 +46,22 @@ def pareto_front(
     tasks = list(fitted.weights)
     judged = [task for task in tasks if task in held_out.labels]
     sign = {task: -1.0 if signs.get(task, 0) < 0 else 1.0 for task in tasks}
-    scale = {task: fitted.combiner.scale(held_out.parts[task]) for task in tasks}
+    drawn_of = combiner_of("weighted_mean") if fitted.combiner.learns else fitted.combiner
+    scale = drawn_of.scales(held_out, tasks)
     own = {task: ranking_auc(held_out, held_out.parts[task], task) for task in judged}
     judged = [task for task in judged if not math.isnan(own[task])]
     rng = np.random.default_rng(seed)
     shares = np.vstack([np.eye(len(tasks)), rng.dirichlet(np.full(len(tasks), 0.7), points)])
     drawn = [("", dict(zip(tasks, row, strict=True))) for row in shares]
     lines = []
-    tried = [(t.name, t.weights) for t in fitted.tried if t.combiner == fitted.combiner.name]
-    for name, weights in [*tried, *((n, {t: sign[t] * x[t] * scale[t] for t in tasks}) for n, x in drawn)]:
+    kinds = (fitted.combiner.name, drawn_of.name)
+    tried = [(t.name, t.setting) for t in fitted.tried if t.setting is not None and t.combiner in kinds]
+    settings = ((name, {t: sign[t] * x[t] * scale[t] for t in tasks}) for name, x in drawn)
+    random = ((name, Setting(drawn_of, weights, drawn_of.build(weights))) for name, weights in settings)
+    for name, setting in [*tried, *random]:
+        weights = setting.weights
         size = sum(abs(w) for w in weights.values()) or 1.0
-        scores = held_out.scores(fitted.combiner.build(weights))
+        scores = held_out.scores(setting.fused_score)
         line: dict[str, object] = {"name": name, "target": fitted.target(held_out, scores)}
         for task in judged:
             found = ranking_auc(held_out, scores, task)
@@ -120,7 +127,12 @@ def draw_front(fitted: FittedFusion, path: str | Path) -> None:
         for label, mask, style in groups:
             axes.scatter(
                 frame.loc[mask, f"loss {task}"], frame.loc[mask, "target"],
-                label=label if number == 0 else None, zorder=3 if label == "chosen" else 2, **style,
+                label=label if number == 0 and mask.any() else None, zorder=3 if label == "chosen" else 2, **style,
+            )  # fmt: skip
+        for name, x, y in frame.loc[heads, ["name", f"loss {task}", "target"]].itertuples(index=False):
+            axes.annotate(
+                name.removeprefix("head "), (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7,
+                color="tab:green",
             )  # fmt: skip
         axes.set_title(task, fontsize=11)
         axes.set_xlabel("GAUC lost against its own head", fontsize=9)

@@ -8,9 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from mtcl_torchrec.fusing.combiners import Combiner, Weights
+from mtcl_torchrec.fusing.combiners import SIZE, Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import Constraint, Target
+from mtcl_torchrec.fusing.weights import NoWeightsError
+from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.schema import ConfigError
 
 Search = Literal["auto", "tpe", "cma", "none"]
@@ -26,7 +28,7 @@ class Problem:
     """What is searched for.
 
     Args:
-        combiner: its weights.
+        combiner: its weights, and its knobs.
         signs: task -> 1 or -1 where the sign of its weight is known, 0 where not.
         target: to be as high as possible.
         constraints: to be kept to.
@@ -39,10 +41,9 @@ class Problem:
     constraints: Sequence[Constraint] = ()
     adjust: Callable[[HeldOut, Weights], Weights] = lambda held_out, weights: weights
 
-    def judged(self, held_out: HeldOut, weights: Weights) -> float:
+    def judged(self, held_out: HeldOut, setting: Setting, scores: np.ndarray) -> float:
         """The target; where a constraint is broken, a number far below it that rises towards keeping to it."""
-        scores = held_out.scores(self.combiner.build(weights))
-        found = [c.violation(c.of(held_out, scores, unit(weights))) for c in self.constraints]
+        found = [c.violation(c.of(held_out, scores, unit(setting.weights))) for c in self.constraints]
         broken = sum(min(v, 1e3) / (abs(c.bound) or 1.0) for v, c in zip(found, self.constraints, strict=True))
         if broken > 0:
             return -_PENALTY * (1 + broken)
@@ -70,11 +71,12 @@ def search_weights(
     trials: int = 100,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
-) -> Weights:
-    """The best weights among `starts` and as many `trials`.
+) -> Setting:
+    """The best weights among `starts` and as many `trials`, and the best places of the combiner's knobs with them.
 
     What is searched is xᵢ = wᵢ · (standard deviation of what it multiplies), in [0, 1], [−1, 0] or [−1, 1] as the sign
-    is known: a weight's part in the spread of the score, so that rare events need no steps of their own.
+    is known: a weight's part in the spread of the score, so that rare events need no steps of their own.  A knob is
+    searched for on the logarithm of its range.
 
     Args:
         starts: weights to begin with, such as the closed-form ones.
@@ -83,47 +85,53 @@ def search_weights(
         progress: called after each trial.
 
     Returns:
-        Weights of absolute sum 1.
+        Weights of absolute sum 1 (or what a knob makes of it), and the combiner with its knobs turned.
 
     Raises:
         ConfigError: `optuna` or `cmaes` is not installed.
+        NoWeightsError: none of the weights that were tried makes a score.
     """
-    tasks = list(problem.signs)
-    if len(tasks) == 1:
-        return {tasks[0]: float(problem.signs[tasks[0]] or 1)}
-    scale = {task: problem.combiner.scale(held_out.parts[task]) for task in tasks}
-    lower = {task: 0.0 if problem.signs[task] > 0 else -1.0 for task in tasks}
-    upper = {task: 0.0 if problem.signs[task] < 0 else 1.0 for task in tasks}
+    tasks, knobs = list(problem.signs), problem.combiner.knobs_of(list(problem.signs))
+    scale, terms = problem.combiner.scales(held_out, tasks), problem.combiner.seen(held_out)
+    lower = {task: 0.0 if problem.signs[task] > 0 else -1.0 for task in tasks} | dict.fromkeys(knobs, 0.0)
+    upper = {task: 0.0 if problem.signs[task] < 0 else 1.0 for task in tasks} | dict.fromkeys(knobs, 1.0)
 
-    def as_point(weights: Weights) -> dict[str, float]:
+    def as_point(weights: Weights) -> Point:
         x = {task: weights.get(task, 0.0) / scale[task] for task in tasks}
         largest = max(abs(v) for v in x.values()) or 1.0
-        return {task: float(np.clip(v / largest, lower[task], upper[task])) for task, v in x.items()}
+        at = {task: float(np.clip(v / largest, lower[task], upper[task])) for task, v in x.items()}
+        return at | {name: knob.place for name, knob in knobs.items()}
 
-    def as_weights(point: dict[str, float]) -> Weights:
-        return problem.adjust(held_out, unit({task: point[task] * scale[task] for task in tasks}))
+    def as_setting(point: Point) -> Setting:
+        turned = {name: knob.at(point[name]) for name, knob in knobs.items()}
+        combiner = problem.combiner.at(held_out, tasks, turned)
+        weights = problem.adjust(held_out, unit({task: point[task] * scale[task] for task in tasks}))
+        weights = {task: w * turned.get(SIZE, 1.0) for task, w in weights.items()}
+        return Setting(combiner, weights, combiner.build(weights))
 
-    points = [p for p in map(as_point, starts) if any(p.values())]
-    best: tuple[float, Weights] | None = None
+    points = [p for p in map(as_point, starts) if any(p[task] for task in tasks)]
+    best: tuple[float, Setting] | None = None
     refused: ConfigError | None = None
 
-    def value_of(point: dict[str, float]) -> float:
+    def value_of(point: Point) -> float:
         nonlocal best, refused
-        if not any(point.values()):
+        if not any(point[task] for task in tasks):
             return -(_PENALTY**2)
         try:
-            weights = as_weights(point)
-        except ConfigError as error:  # no weights of this kind can be adjusted
-            refused = error
+            setting = as_setting(point)
+        except ValueError as error:  # these weights cannot be adjusted, or make no score
+            refused = NoWeightsError(str(error))
             return -(_PENALTY**2)
-        value = problem.judged(held_out, weights)
+        # What the weights multiply is computed once, where it takes sorting.
+        by = setting.fused_score if terms is held_out else WeightedMean(setting.weights)
+        value = problem.judged(held_out, setting, terms.scores(by))
         if best is None or value > best[0]:
-            best = (value, weights)
+            best = (value, setting)
         return value
 
     known = [(value_of(point), point) for point in points]
     if search == "cma" or (search == "auto" and trials >= _MANY_TRIALS):
-        middle = max(known, key=lambda pair: pair[0])[1] if known else {t: (lower[t] + upper[t]) / 2 for t in tasks}
+        middle = max(known, key=lambda pair: pair[0])[1] if known else {n: (lower[n] + upper[n]) / 2 for n in lower}
         _evolve(value_of, middle, lower, upper, trials, seed, progress)
     else:
         _estimate(value_of, known, lower, upper, trials, seed, progress)

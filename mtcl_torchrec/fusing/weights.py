@@ -14,6 +14,10 @@ from mtcl_torchrec.schema import ConfigError, nearest
 _ROUNDS = 10_000
 
 
+class NoWeightsError(ConfigError):
+    """Rows of which a method makes no weights: the method is left out."""
+
+
 def stacked_weights(
     held_out: HeldOut, tasks: list[str], feature: Feature, reward: np.ndarray, *, binary: bool, ridge: float = 1.0
 ) -> Weights:
@@ -29,7 +33,7 @@ def stacked_weights(
         ridge: penalty on the coefficients of the standardised features, against that of one row in N.
 
     Raises:
-        ConfigError: the reward is the same in all rows.
+        NoWeightsError: the reward, or each part, is the same in all rows.
 
     Example:
         >>> p = np.linspace(0, 1, 200)
@@ -42,19 +46,32 @@ def stacked_weights(
     x = np.stack([feature(held_out.parts[task])[known] for task in tasks], axis=1)
     y = reward[known]
     if len(y) == 0 or y.min() == y.max():
-        raise ConfigError("stacking: the reward is the same in all rows")
+        raise NoWeightsError("stacking: the reward is the same in all rows")
     scale = np.maximum(x.std(axis=0), 1e-12)
     z = (x - x.mean(axis=0)) / scale
     if binary:
         model = LogisticRegression(C=1 / max(ridge, 1e-9), max_iter=1000).fit(z, (y > 0).astype(int))
-        return dict(zip(tasks, (model.coef_[0] / scale).tolist(), strict=True))
-    first = Ridge(alpha=ridge).fit(z, y)
-    left = (y - first.predict(z)) ** 2
+        found = model.coef_[0] / scale
+    else:
+        found = Ridge(alpha=ridge).fit(z, y, sample_weight=precision_of_rows(z, y, ridge=ridge)).coef_ / scale
+    if not found.any():
+        raise NoWeightsError("stacking: nothing in the parts tells the reward")
+    return dict(zip(tasks, found.tolist(), strict=True))
+
+
+def precision_of_rows(x: np.ndarray, reward: np.ndarray, *, ridge: float = 1.0) -> np.ndarray:
+    """(N,) one over the variance of each row's reward, of mean 1: what a ridge regression leaves, regressed in turn.
+
+    Args:
+        x: (N, T) what the reward is regressed on.
+        reward: (N,).
+    """
+    z = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-12)
+    left = (reward - Ridge(alpha=ridge).fit(z, reward).predict(z)) ** 2
     spread = np.abs(z - z.min(axis=0))  # a variance grows from its least
     variance = LinearRegression(positive=True).fit(spread, left).predict(spread)
-    weight = 1 / np.maximum(variance, max(1e-3 * float(left.mean()), 1e-12))
-    second = Ridge(alpha=ridge).fit(z, y, sample_weight=weight / weight.mean())
-    return dict(zip(tasks, (second.coef_ / scale).tolist(), strict=True))
+    precision = 1 / np.maximum(variance, max(1e-3 * float(left.mean()), 1e-12))
+    return precision / precision.mean()
 
 
 def _covariance(held_out: HeldOut, tasks: list[str], feature: Feature) -> np.ndarray:
@@ -98,7 +115,8 @@ def weights_of_influence(
         influence: task -> share in (0, 1].
 
     Raises:
-        ConfigError: shares that cannot be, a task that is not in the score, or one whose part does not vary.
+        ConfigError: shares that cannot be, or a task that is not in the score.
+        NoWeightsError: a task whose part does not vary.
 
     Example:
         >>> rows = HeldOut({"a": np.array([0.0, 1, 0, 1]), "b": np.array([0.0, 0, 1, 1])}, {}, request=np.zeros(4, int))
@@ -122,7 +140,7 @@ def weights_of_influence(
     a = np.stack(columns)
     c, t = a @ covariance @ a.T, np.array(budget)
     if still := [name for name, v in zip([*influence, "the others"], np.diag(c), strict=False) if v <= 1e-18]:
-        raise ConfigError(f"influence: the part of {still[0]} is the same in all rows of each request")
+        raise NoWeightsError(f"influence: the part of {still[0]} is the same in all rows of each request")
     w = 1 / np.sqrt(np.diag(c))
     for _ in range(_ROUNDS):
         before = w.copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,7 @@ def extract(path: Path, target: Path, *, sha256: str | None = None) -> dict[str,
         raise DataError(f"{path}: its SHA-256 is not {sha256}: it is another file, or was changed")
 
     def unpack(archive: zipfile.ZipFile) -> dict[str, Any]:
+        check_sizes(archive)
         manifest = _manifest(path, archive)
         members = manifest["members"]
         there = [name for name in archive.namelist() if name != MANIFEST]
@@ -84,9 +86,24 @@ def extract(path: Path, target: Path, *, sha256: str | None = None) -> dict[str,
     return _opened(path, unpack)
 
 
+def check_sizes(archive: zipfile.ZipFile) -> None:
+    """See that members are stored as they are, and are together no larger than the file.
+
+    Raises:
+        ValueError: a few bytes would become many.
+    """
+    members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{member.filename!r} is compressed")
+    assert archive.fp is not None
+    if sum(member.file_size for member in members) > archive.fp.seek(0, os.SEEK_END):
+        raise ValueError("its members say to be larger than the file")
+
+
 def _extract_member(path: Path, archive: zipfile.ZipFile, name: str, expected: Mapping[str, Any], target: Path) -> None:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name:
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name or str(parts) != name:
         raise DataError(f"{path}: {name!r} is no name of a member")
     if archive.getinfo(name).file_size != expected["bytes"]:
         raise DataError(f"{path}: {name} has {archive.getinfo(name).file_size} bytes instead of {expected['bytes']}")
@@ -107,7 +124,10 @@ def _opened(path: Path, read: Callable[[zipfile.ZipFile], dict[str, Any]]) -> di
     try:
         with zipfile.ZipFile(path) as archive:
             return read(archive)
-    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, EOFError, LookupError, TypeError, ValueError, AttributeError, RuntimeError,
+            FileExistsError, NotADirectoryError, IsADirectoryError, struct.error) as error:  # fmt: skip
         raise DataError(f"{path}: no exported model, or a damaged one ({error})") from None
 
 

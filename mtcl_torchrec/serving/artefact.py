@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -18,12 +20,18 @@ from mtcl_torchrec.config import HistoryConfig, StatisticsConfig
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task
-from mtcl_torchrec.serving.archive import extract
+from mtcl_torchrec.serving.archive import check_sizes, extract
 from mtcl_torchrec.serving.network import Network
 
 FORMAT, VERSION = "mtcl model", 1
 NETWORK, COMPILED = "network.pt2", "compiled.pt2"
 PREPROCESSING, CATALOGUE = "preprocessing", "catalogue"
+_RAW = re.compile(r"(weight|tensor)_\d+")  # a tensor that is stored as its bytes
+_OF_A_GRAPH = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|"
+    r"data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)|"
+    r"data/constants/(tensor_\d+|model_constants_config\.json)"
+)
 
 
 @dataclass
@@ -33,7 +41,8 @@ class Artefact:
     A file of this kind is a program: its graph, and machine code where it was compiled, run in the process that loads
     it.  The manifest's hashes tell damage, not who made the file; `sha256` tells that it is the one you made.  No
     pickle in it is ever read: tensors are raw bytes, the rest JSON and Parquet, and a network that holds a pickle,
-    which `torch.export.load` would open without restriction, is refused before.
+    which `torch.export.load` would open without restriction, or anything else than a graph and its tensors, is refused
+    before.
 
     Args:
         manifest: what the file says of itself.
@@ -82,9 +91,9 @@ class Artefact:
             if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
                 raise DataError(f"{path}: its format is {manifest.get('format')} {manifest.get('version')}, which this "
                                 f"version does not read ({FORMAT} {VERSION})")  # fmt: skip
-            fits = manifest["compiled_for"] == this_machine()
+            fits = manifest.get("compiled_for") == this_machine()
             if compiled and not fits:
-                raise ConfigError(f"{path}: compiled for {manifest['compiled_for']}, this is {this_machine()}")
+                raise ConfigError(f"{path}: compiled for {manifest.get('compiled_for')}, this is {this_machine()}")
             machine_code = fits if compiled is None else compiled
             try:
                 statistics = [StatisticsConfig.model_validate(block) for block in manifest["statistics"]]
@@ -107,8 +116,11 @@ class Artefact:
                     catalogue=catalogue,
                     compiled=machine_code,
                 )
-            except (OSError, KeyError, TypeError) as error:
-                raise DataError(f"{path}: the exported model is damaged ({error})") from None
+            except DataError:
+                raise
+            except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                first = " ".join(str(error).split())[:200]
+                raise DataError(f"{path}: the exported model is damaged ({type(error).__name__}: {first})") from None
 
 
 def this_machine() -> dict[str, str]:
@@ -124,11 +136,36 @@ def this_machine() -> dict[str, str]:
 def portable(path: Path) -> Network:
     """The graph of a file that `torch.export.save` wrote, run by torch operator by operator.
 
+    `torch.export.load` opens pickles in several places of such a file, and takes older kinds of file that are pickles
+    altogether.  So it is given a copy that holds nothing but what a graph with raw tensors is made of.
+
     Raises:
-        DataError: it holds a pickle, or is no such file.
+        DataError: it holds a pickle or anything else that does not belong there, or is no such file.
     """
-    _refuse_pickles(path)
-    return torch.export.load(path).module()
+    checked = path.with_name(f"{path.stem}.checked.pt2")
+    try:
+        try:
+            with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
+                _copy_graph(path.name, archive, copy)
+        except DataError:
+            raise
+        except (
+            zipfile.BadZipFile,
+            EOFError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
+            raise DataError(f"{path.name}: no exported network ({error})") from None
+        try:
+            return torch.export.load(checked).module()
+        except Exception as error:  # whatever torch finds wrong in a graph
+            first = next(iter(str(error).splitlines()), "")
+            raise DataError(f"{path.name}: no exported network ({type(error).__name__}: {first[:150]})") from None
+    finally:
+        checked.unlink(missing_ok=True)
 
 
 def _machine_code(path: Path, threads: int) -> Network:
@@ -143,22 +180,23 @@ def _machine_code(path: Path, threads: int) -> Network:
         log.setLevel(level)
 
 
-def _refuse_pickles(path: Path) -> None:
-    """Raise DataError if `torch.export.load` would open a pickle of this file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                # Without the archive's own name in front: data/weights/weight_0, data/constants/…, data/sample_inputs/…
-                name = member.filename.partition("/")[2]
-                room = name.split("/")[1] if name.startswith("data/") and "/" in name[5:] else ""
-                if room in ("weights", "constants") and name.endswith(".json"):
-                    for key, about in json.loads(archive.read(member))["config"].items():
-                        if about["use_pickle"]:
-                            raise DataError(f"{path.name}: {key} is stored as a pickle, which is not loaded")
-                elif name.endswith(".pt") and member.file_size > 0:
-                    raise DataError(f"{path.name}: {name} is a pickle, which is not loaded")
-    except (zipfile.BadZipFile, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path.name}: no exported network ({error})") from None
+def _copy_graph(name: str, archive: zipfile.ZipFile, copy: zipfile.ZipFile) -> None:
+    """Copy the members of a network; DataError for one that `torch.export.load` would unpickle, or run as code."""
+    check_sizes(archive)
+    root, seen = archive.namelist()[0].partition("/")[0], set[str]()
+    for member in archive.infolist():
+        top, _, what = member.filename.partition("/")
+        if what.endswith(".pt") and member.file_size > 0:
+            raise DataError(f"{name}: {what} is a pickle, which is not loaded")
+        if top != root or what in seen or not _OF_A_GRAPH.fullmatch(what):
+            raise DataError(f"{name}: {member.filename!r} does not belong into a network")
+        seen.add(what)
+        if what.endswith("_config.json"):
+            for key, about in json.loads(archive.read(member))["config"].items():
+                if about["use_pickle"] or not _RAW.fullmatch(about["path_name"]):
+                    raise DataError(f"{name}: {key} is stored as a pickle, which is not loaded")
+        with archive.open(member) as source, copy.open(member.filename, "w", force_zip64=True) as target:
+            shutil.copyfileobj(source, target, 2**20)
 
 
 def described(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, list[Any]]) -> dict[str, Any]:

@@ -147,6 +147,14 @@ class CandidateEncoder:
         met[self._seen_items[self._seen_starts[user] : self._seen_starts[user + 1]]] = True
         return offered[~met[offered]]
 
+    def unknown(self, context: Mapping[str, Any]) -> list[str]:
+        """Context columns whose value no training row had, so that it is taken as an unknown one."""
+        rows = self._encode_context(context).rows
+        row_of = dict(zip((key for key in rows.keys if key not in rows.bags), rows.ids[0].tolist(), strict=True))
+        known = {f.name: f.rows_from for f in self._preprocessor.declared.features if f.encoding == "vocabulary"}
+        found = (known[name] for name, row in row_of.items() if row == 0 and name in known)
+        return [column for column in dict.fromkeys(found) if context.get(column) is not None]
+
     def rows(self, user: int, items: np.ndarray, context: Mapping[str, Any]) -> EncodedRows:
         """One user's candidates, encoded.
 
@@ -193,8 +201,10 @@ class CandidateEncoder:
             parts.append(self._items.parts[number][items])
         if "context" in key.columns:
             parts.append(context.parts[number])
-        code, unknown = sum(parts), np.logical_or.reduce(np.broadcast_arrays(*(part < 0 for part in parts)))
-        return key.values[key.index.find(np.where(unknown, -1, code))]
+        code, known = parts[0], parts[0] >= 0
+        for part in parts[1:]:
+            code, known = code + part, known & (part >= 0)
+        return key.values[torch.from_numpy(key.index.find(np.where(known, code, -1)))]
 
     def _encode_context(self, context: Mapping[str, Any]) -> _Encoded:
         for column in context:

@@ -21,6 +21,7 @@ from mtcl_torchrec.serving.vectors import served_lookups
 
 Network = Callable[..., dict[str, torch.Tensor]]
 PART = "part:"  # of the score, in the names of outputs
+SPREAD = "score_std"  # of an ensemble
 INPUTS = ("dense", "values", "lengths", "request", "alike", "first", "histories", "history_lengths")
 OWN_CLASS = ":own_class"  # of a multiclass task: the probability of the item's own class
 
@@ -195,13 +196,22 @@ class ServingEnsemble(nn.Module):
         used = {name for member in members for name in member.inputs}
         self.inputs = tuple(name for name in INPUTS if name in used)
 
-    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        dense: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        request: torch.Tensor | None = None,
+        alike: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """See `ServingNetwork.forward`."""
         members: Any = self.members
+        inputs = dict(zip(INPUTS, (dense, values, lengths, request, alike, first), strict=True))
         outs = [member(**{name: inputs[name] for name in member.inputs}) for member in members]
         found = {name: torch.stack([out[name] for out in outs]) for name in outs[0] if all(name in out for out in outs)}
         mean = {name: values.mean(0) for name, values in found.items()}
-        return {**mean, "score_std": found["score"].std(0, correction=0)} if "score" in found else mean
+        return {**mean, SPREAD: found["score"].std(0, correction=0)} if "score" in found else mean
 
 
 AnyNetwork = ServingNetwork | ServingEnsemble
@@ -265,9 +275,11 @@ def network_inputs(
 
 
 def named_outputs(tasks: Sequence[Any], out: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a person sees of a row: the score, each task's prediction, each task's part of the score; (B,) each."""
-    if "score" in out:
-        yield "score", out["score"]
+    """What a person sees of a row: the score, how far the members of an ensemble are apart in it, each task's
+    prediction, each task's part of the score; (B,) each."""
+    for name in ("score", SPREAD):
+        if name in out:
+            yield name, out[name]
     for task in tasks:
         yield task.name, out[task.name + OWN_CLASS] if task.kind == "multiclass" else out[task.name]
     for name, value in out.items():

@@ -18,6 +18,7 @@ from mtcl_torchrec.schema import ConfigError, DataError, Schema
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.candidates import CandidateEncoder
 from mtcl_torchrec.serving.network import Network, named_outputs, network_inputs, serving_network
+from mtcl_torchrec.training.ensemble import load_ensemble
 from mtcl_torchrec.training.finished import FinishedRun
 
 MAX_ROWS = 8192  # that go through the network at once
@@ -65,8 +66,10 @@ class Recommender:
         self._candidates = CandidateEncoder(model.preprocessor, model.catalogue)
 
     @classmethod
-    def load(cls, path: str | Path, *, contents: Mapping[str, str | Path] | None = None) -> Recommender:
-        """Read a run directory or an exported model.
+    def load(
+        cls, path: str | Path | Sequence[str | Path], *, contents: Mapping[str, str | Path] | None = None
+    ) -> Recommender:
+        """Read a run directory, an exported model, or several run directories as a deep ensemble.
 
         Args:
             path: of it.
@@ -75,6 +78,12 @@ class Recommender:
 
         A run's trunk may be imported by name, and an exported model is a program: load either from where you take code.
         """
+        if not isinstance(path, (str, Path)):
+            if len(path) > 1:
+                if contents:
+                    raise ConfigError("newer files of an ensemble's vectors or codes: load its members one by one")
+                return cls(load_ensemble(path))
+            (path,) = path
         if Path(path).is_dir():
             return cls(FinishedRun.load(path, contents=contents))
         if contents:
@@ -102,10 +111,10 @@ class Recommender:
             seen: whether items that the user has already met are offered too.
 
         Returns:
-            One row per item, each user's best first, the users in their order: the user as given, the item, ``score``,
-            each task's prediction (of a multiclass task, the probability of the item's own class), and, where the fused
-            score tells it, ``part:<task>``, what the task adds to the score.  Of several users, one for whom nothing is
-            left has no row.
+            One row per item, each user's best first, the users in their order: the user as given, the item, ``score``
+            (of an ensemble also ``score_std``, how far its members are apart), each task's prediction (of a multiclass
+            task, the probability of the item's own class), and, where the fused score tells it, ``part:<task>``, what
+            the task adds to the score.  Of several users, one for whom nothing is left has no row.
 
         Raises:
             DataError: an unknown context column, a value of the wrong kind, or a candidate that the catalogue does not
@@ -131,6 +140,17 @@ class Recommender:
             raise NothingLeftError(f"{of} seen {what}; allow seen items to rank them again")
         return self._ranked(rows, k)
 
+    def unknown_context(self, context: Mapping[str, Any]) -> list[str]:
+        """Context columns whose value the training split did not have: the model takes it as an unknown one.
+
+        Args:
+            context: as of `recommend`.
+
+        Raises:
+            DataError: as `recommend`.
+        """
+        return self._candidates.unknown(self._typed_context(context))
+
     def _ranked(self, rows: Sequence[tuple[str | int, np.ndarray, EncodedRows]], k: int) -> pd.DataFrame:
         """The best k of each user's rows."""
         request = np.repeat(np.arange(len(rows)), [len(items) for _, items, _ in rows])
@@ -146,11 +166,11 @@ class Recommender:
             start += len(items)
         chosen, items = np.concatenate(best), np.concatenate([items for _, items, _ in rows])
         users = [user for (user, _, _), n in zip(rows, number, strict=True) for _ in range(n)]
-        columns: dict[str, Any] = {
-            str(self.schema.user): users,
-            str(self.schema.item): self.catalogue.items.iloc[:, 0].take(items[chosen]).array,
-        }
-        return pd.DataFrame({**columns, **{name: value[chosen] for name, value in out.items()}})
+        # All numbers as one block: a data frame made column by column takes several times as long.
+        ranked = pd.DataFrame(np.stack([value[chosen] for value in out.values()], axis=1), columns=list(out))
+        ranked.insert(0, str(self.schema.item), self.catalogue.items.iloc[:, 0].array.take(items[chosen]))
+        ranked.insert(0, str(self.schema.user), users)
+        return ranked
 
     def score(self, frame: pd.DataFrame, *, request: np.ndarray | None = None) -> pd.DataFrame:
         """``score``, predictions and parts, as `recommend`, for rows that have every input column, in their order.

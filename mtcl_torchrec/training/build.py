@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ from mtcl_torchrec.modules.embeddings import (
 )
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.lookups import Lookups
+from mtcl_torchrec.modules.rare import UncalibratedWarning
 from mtcl_torchrec.modules.sequences import DIN, GRU, LSTM, HistoryEncoder, Mean, Sequences, Transformer
 from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.towers import Precision
@@ -142,7 +144,8 @@ def build_model(
         return LowRankCrossNet(width, config.cross_layers, low_rank=min(config.cross_rank, width))
 
     epnet, ppnet, tower = config.epnet, config.ppnet, config.tower
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncalibratedWarning)  # a run calibrates after training, or says so itself
         torch.manual_seed(seed)
         schema, copied = encoder.schema, config.copied_tables(encoder.schema)
         tables = build_embedding_bag_collection(schema, encoder.num_embeddings, table_device, copied)

@@ -19,6 +19,7 @@ WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
 PREPROCESSING = "preprocessing"
 CATALOGUE = "catalogue"
 CALIBRATION = "calibration"  # what training ends with, on the validation split
+METRICS = "metrics.json"  # written last
 FUSION = "fusion"  # what `mtcl fuse` found
 
 Existing = Literal["refuse", "overwrite", "resume"]

@@ -26,11 +26,19 @@ def load_ensemble(folders: Sequence[str | Path]) -> FinishedRun:
         folders: runs that were trained on the same data with the same schema, of other seeds or other models.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one is given twice.
         DataError: a folder holds no run, or one that learnt other vocabularies or scales than the first.
     """
     if not folders:
         raise ConfigError("an ensemble needs a run at least")
+    whole = [Path(folder).resolve() for folder in folders]
+    if again := next((folder for n, folder in enumerate(whole) if folder in whole[:n]), None):
+        raise ConfigError(f"an ensemble of other runs: {again} is given twice")
+    if exported := next((folder for folder in whole if folder.is_file()), None):
+        raise DataError(
+            f"{exported} is a file: an ensemble is made of run directories; export them together "
+            "(mtcl export RUN_A RUN_B --out ensemble.mtcl)"
+        )
     runs = [FinishedRun.load(folder) for folder in folders]
     learnt = [_learnt(Path(folder)) for folder in folders]
     for folder, run, of in zip(folders, runs, learnt, strict=True):

@@ -49,10 +49,9 @@ def load_state(folder: Path, module: nn.Module) -> dict[str, Any]:
     """
     folder = readable_folder(folder)
     try:
-        with np.load(folder / STATE, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = _arrays(folder / STATE)
         about = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{folder}: damaged ({error})") from None
     wanted = module.state_dict()
     for name in {**wanted, **arrays}:
@@ -69,3 +68,11 @@ def load_state(folder: Path, module: nn.Module) -> dict[str, Any]:
     except (RuntimeError, TypeError) as error:
         raise DataError(f"{folder}: damaged ({' '.join(str(error).split())[:150]})") from None
     return about
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        # `np.savez` compresses nothing: a file that says to hold more than it has was not made by it.
+        if sum(member.file_size for member in stored.zip.infolist()) > path.stat().st_size:
+            raise ValueError("its arrays say to be larger than the file")
+        return {name: stored[name] for name in stored.files}

@@ -15,11 +15,13 @@ from mtcl_torchrec.data.source import Rows, read_rows, read_splits, time_values
 from mtcl_torchrec.data.worlds import ready_world
 from mtcl_torchrec.evaluation.calibration import request_groups
 from mtcl_torchrec.evaluation.report import user_groups
+from mtcl_torchrec.fusing.combiners import Combiner, context_gated_mean
 from mtcl_torchrec.fusing.held_out import HeldOut, sessions
 from mtcl_torchrec.models import MTCL
-from mtcl_torchrec.modules.fusion import RowContext
-from mtcl_torchrec.schema import ConfigError, DataError, Schema
+from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
+from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.fused import dense_number, read_by_gate
 
 SESSION_MINUTES = 30.0
 # A time column of numbers is taken for seconds, milli-, micro- or nanoseconds since 1970, by its size.
@@ -77,7 +79,8 @@ def held_out_of(
 
     A request is what `Schema.request` names; else a session of a user, if the schema names a time; else the user.  Rows
     of which that is not known are left out.  `HeldOut.rankings` holds the run's own fused score (``"as it was"``), and
-    the item's popularity where the run has a catalogue.
+    the item's popularity where the run has a catalogue.  What comes after what (`HeldOut.given`) and what is worth its
+    price (`HeldOut.item_numbers`) is what the run's expected value says, or else the tasks' masks.
 
     Args:
         rows: with the columns of `columns_needed`.
@@ -101,7 +104,8 @@ def held_out_of(
     encoded = run.preprocessor.encode(rows)
     now = run.model.output.fused_score
     needs_context = context or getattr(now, "needs_context", False)
-    parts, found = _parts(run.model, encoded, needs_context, batch_size)
+    given, numbers = _chains(run)
+    parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
     rankings: dict[str, np.ndarray] = {}
     if run.catalogue is not None and schema.item is not None:
         rankings["popularity"] = rows.frame[schema.item].map(run.catalogue.popularity).fillna(0.0).to_numpy(float)
@@ -114,10 +118,56 @@ def held_out_of(
         embeddings=found,
         rankings=rankings,
         requests_are=words,
+        given=given,
+        item_numbers=numbers,
     )
     if now is not None:
         rankings["as it was"] = held_out.scores(now)
     return held_out
+
+
+def _chains(run: FinishedRun) -> tuple[dict[str, str], dict[str, DenseNumber]]:
+    """What comes after what, and what is worth its price: as the expected value says it that the run's configuration
+    has, or else the one fitted after it; without any, as the tasks' masks do."""
+    for config in (run.config.fusion, run.fusion):
+        if config is not None and config.kind == "expected_value":
+            encoder, numbers = run.preprocessor.encoder, config.numbers or {}
+            return dict(config.given or {}), {task: dense_number(name, encoder) for task, name in numbers.items()}
+    return masked_chains(run.model.tasks), {}
+
+
+def masked_chains(tasks: Sequence[Task]) -> dict[str, str]:
+    """Task -> the task whose event must happen first, as the tasks' masks say it: a binary task whose label only counts
+    where another task's label is true predicts its probability given that.
+
+    Example:
+        >>> masked_chains([Task.binary("click"), Task.binary("buy", mask="click"), Task.binary("like", mask="seen")])
+        {'buy': 'click'}
+    """
+    first = {task.label_column: task.name for task in tasks if task.kind == "binary"}
+    return {t.name: first[t.mask] for t in tasks if t.kind == "binary" and t.after is None and t.mask in first}
+
+
+def gate_of(run: FinishedRun, names: Sequence[str] = ()) -> Combiner:
+    """A `ContextGatedMean` to be fitted, whose weights depend on features of the user and of the context.
+
+    Args:
+        names: of features; by default those that the run's configuration names, or else all of user and context.
+
+    Raises:
+        ConfigError: no such feature, or none at all.
+    """
+    schema, declared = run.config.data_schema, run.config.fusion
+    if not names and declared is not None and declared.features:
+        names = declared.features
+    known = [feature.name for feature in schema.features]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no feature {name!r} in the schema{nearest(name, known)}")
+    names = list(names) or [f.name for f in schema.features if "item" not in f.group]
+    if not names:
+        raise ConfigError("context_gated_mean: the schema has no feature of user or context to depend on")
+    return context_gated_mean(names=names, **read_by_gate(names, run.preprocessor.encoder, run.model.output.dims))
 
 
 def _requests(schema: Schema, rows: Rows, session_minutes: float) -> tuple[np.ndarray, np.ndarray | None, str]:

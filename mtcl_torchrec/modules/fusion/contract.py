@@ -70,7 +70,7 @@ class Weighted(FusedScore):
         weights: task -> weight; a negative one lowers the score where the task's part rises.
 
     Raises:
-        ValueError: no weight differs from 0, or one is not finite.
+        ValueError: no weight differs from 0, or their sum is not finite (in float32).
     """
 
     weights: torch.Tensor
@@ -94,7 +94,7 @@ class Weighted(FusedScore):
                 raise KeyError(f"{task!r} is not part of this score, which has {list(self.tasks)}")
             new[task] = float(weight)
         values = torch.tensor(list(new.values()))
-        if not bool(torch.isfinite(values).all()) or not bool(values.any()):
+        if not bool(torch.isfinite(values.abs().sum())) or not bool(values.any()):
             raise ValueError(f"a fused score needs finite weights and at least one that is not 0: {new}")
         self.check(values)
         self.weights.copy_(values)

@@ -1,4 +1,9 @@
-"""Scores with parameters of their own, learnt from what a row was worth (`FusedLoss`) or fitted after training."""
+"""Scores with parameters of their own, learnt from what a row was worth (`FusedLoss`) or fitted after training.
+
+What they learn in joint training, they learn from predictions *before* calibration, which is fitted when training is
+over; the model then gives them calibrated ones.  Where a run calibrates, fit them afterwards (``mtcl fuse``,
+`mtcl_torchrec.fusing.learned`): on the parts that they will be given.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from mtcl_torchrec.modules.fusion.contract import FusedScore, Parts, RowContext,
 from mtcl_torchrec.schema import nearest
 
 EPSILON = 1e-6
+LARGEST = 14.0  # no log-odds of a part are larger
 
 
 def log_odds(parts: torch.Tensor) -> torch.Tensor:
@@ -69,8 +75,8 @@ class Stacking(FusedScore):
                 raise KeyError(f"{task!r} is not part of this score, which has {list(self.tasks)}")
             new[task] = float(weight)
         values = torch.tensor([*new.values(), self.bias.item() if bias is None else float(bias)])
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"coefficients are finite: {values.tolist()}")
+        if not bool(torch.isfinite(LARGEST * values.abs().sum())):
+            raise ValueError(f"coefficients are finite, and so is their sum: {values.tolist()}")
         self.weights.copy_(values[:-1])
         self.bias.copy_(values[-1])
 

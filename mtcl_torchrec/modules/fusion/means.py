@@ -136,6 +136,12 @@ class PowerProduct(Weighted):
                 )
         if not bool((weights * self.exponents).any()):
             raise ValueError("a fused score needs at least one task whose weight and exponent are not 0")
+        span = (self.exponents * (torch.log(self.bases + weights) - torch.log(self.bases))).abs().sum().item()
+        if not 0 < span < float("inf"):
+            numbers = (f"{name} {of.tolist()}" for name, of in (("weights", weights), ("exponents", self.exponents)))
+            raise ValueError(
+                f"the logarithm of the product runs over {span:g}, which orders nothing: {', '.join(numbers)}"
+            )
 
     def _logs(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, n) logarithms of the factors, each relative to its least; and () that of the greatest product."""

@@ -10,6 +10,8 @@ import torch
 from mtcl_torchrec.modules.fusion.contract import Parts, RowContext, Weighted, options_by_task
 from mtcl_torchrec.schema import nearest
 
+LARGEST = 1e30  # a number of an item beyond it counts as this, so that no value is infinite
+
 
 class DenseNumber(NamedTuple):
     """A number of the item in its own unit, such as a price, found again in a dense column that was transformed,
@@ -21,6 +23,7 @@ class DenseNumber(NamedTuple):
         column: which dense column.
         mean, std: of the transformed values.
         transform: ``"none"``, ``"log"`` or ``"logit"``, see `mtcl_torchrec.Feature`.
+        name: of the dense feature, where it has one.
 
     Example:
         >>> price = DenseNumber(0, mean=0.0, std=2.0, transform="log")
@@ -32,6 +35,7 @@ class DenseNumber(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
     transform: str = "none"
+    name: str = ""
 
     def read(self, dense_features: torch.Tensor) -> torch.Tensor:
         """(B,) in its own unit, from the dense features (B, D)."""
@@ -97,7 +101,7 @@ class ExpectedValue(Weighted):
         self.set_weights(weights)
         if scale is None:
             typical = torch.tensor([self.numbers[t].typical if t in self.numbers else 1.0 for t in self.tasks])
-            scale = float((self.weights.abs() * typical.clamp(min=0)).sum() / self.weights.abs().sum()) or 1.0
+            scale = float((self.weights.abs() * typical.clamp(0, LARGEST)).sum() / self.weights.abs().sum()) or 1.0
         if not 0 < scale < float("inf"):
             raise ValueError(f"the scale of an expected value is above 0, not {scale}")
         self.register_buffer("scale", torch.tensor(float(scale)))
@@ -110,7 +114,7 @@ class ExpectedValue(Weighted):
             if task in self.numbers:
                 if context is None:
                     raise ValueError(f"the value of {task!r} needs a number of the item, and there is no context")
-                value = value * self.numbers[task].read(context.dense_features).clamp(min=0)
+                value = value * self.numbers[task].read(context.dense_features).clamp(0, LARGEST)
             columns.append(value)
         return torch.stack(columns, dim=1) * self.weights / self.weights.abs().sum()
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from mtcl_torchrec.schema import DataError
@@ -159,7 +160,7 @@ class Service:
         return {
             "status": "ok",
             "model": {"version": version.name, "loaded_at": version.loaded_at.isoformat(timespec="seconds"),
-                      "path": self.models.path.name},
+                      "path": ", ".join(path.name for path in self.models.paths)},
             "refused_reload": self.models.problem,
             "schema": {
                 "user": schema.user, "item": schema.item, "users": len(catalogue.users),
@@ -192,8 +193,8 @@ def create_app(
             if watching is not None:
                 watching.cancel()
 
-    app = FastAPI(title="mtcl", version=installed("mtcl_torchrec"), description=ABOUT, lifespan=lifespan,
-                  redoc_url=None)  # fmt: skip
+    app = FastAPIOffline(title="mtcl", version=installed("mtcl_torchrec"), description=ABOUT, lifespan=lifespan,
+                         redoc_url=None, static_url="/static")  # fmt: skip
 
     @app.post("/recommend", summary="Rank items for a user")
     async def recommend(request: Request) -> Response:

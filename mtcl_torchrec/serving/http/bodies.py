@@ -20,6 +20,8 @@ from mtcl_torchrec.serving.http.ranking import Ask
 
 MAX_BAG = 1000  # values of one bag column in one row
 MAX_TOLD = 20  # mistakes told of one request
+MAX_FOUND = 1000  # mistakes of one request that are looked at: millions would keep everybody waiting
+MAX_TEXT = 200  # characters of what a request said that are sent back
 _CLOSED = ConfigDict(extra="forbid")
 _TEXT = Annotated[str, Field(strict=True)]
 _WHOLE = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
@@ -76,7 +78,7 @@ class Bodies:
                       examples=[catalogue.context]),
             ),
             candidates=(
-                Annotated[list[item], Field(min_length=1, max_length=max_candidates)] | None,  # type: ignore[valid-type]
+                Annotated[list[item], Field(min_length=1, max_length=max_candidates, fail_fast=True)] | None,  # type: ignore[valid-type]
                 Field(default=None, description="The items to rank; all items where there are none.",
                       examples=[list(islice(self._items, 2))]),
             ),
@@ -88,7 +90,7 @@ class Bodies:
             "ScoreRequest",
             __config__=_CLOSED,
             rows=(
-                Annotated[list[row], Field(min_length=1, max_length=max_candidates)],  # type: ignore[valid-type]
+                Annotated[list[row], Field(min_length=1, max_length=max_candidates, fail_fast=True)],  # type: ignore[valid-type]
                 Field(description="Rows of every input column; null where a value is missing.",
                       examples=[[self.example_row()]]),
             ),
@@ -116,7 +118,8 @@ class Bodies:
             BodyError: as `recommend`; a row lacks a column.
         """
         rows = cast(Any, self._read(self._score, body)).rows
-        return Rows(pd.DataFrame({column: [row[column] for row in rows] for column in self.columns}))
+        # As they were sent: beside a missing value, pandas would make floats of whole numbers, which round large ids.
+        return Rows(pd.DataFrame({column: [row[column] for row in rows] for column in self.columns}, dtype=object))
 
     def knows(self, user: str | int) -> bool:
         """Whether the catalogue has the user."""
@@ -126,19 +129,23 @@ class Bodies:
         try:
             return model.model_validate_json(body)
         except ValidationError as error:
+            if error.error_count() > MAX_FOUND:
+                said = f"{error.error_count():,} mistakes: more than are told"
+                raise BodyError([{"type": "too_many_mistakes", "loc": ["body"], "msg": said}]) from None
             raise BodyError([self._told(e) for e in error.errors(include_url=False)[:MAX_TOLD]]) from None
 
     def _told(self, error: Any) -> dict[str, Any]:
         """An error of pydantic as FastAPI says it, with the nearest right name of a column."""
-        told = {"type": error["type"], "loc": ["body", *error["loc"]], "msg": error["msg"]}
+        told = {"type": error["type"], "loc": ["body", *map(_short, error["loc"])], "msg": _short(error["msg"])}
         if error["type"] == "extra_forbidden" and len(error["loc"]) > 1:
             there = self.catalogue.context if error["loc"][0] == "context" else self.columns
             kind = "context column" if error["loc"][0] == "context" else "input column"
             name = str(error["loc"][-1])
-            told["msg"] = f"no {kind} {name!r}{nearest(name, there)}"
+            hint = nearest(name, there) if len(name) <= MAX_TEXT else ""
+            told["msg"] = f"no {kind} {_short(name)!r}{hint}"
         given = error["input"]
         # What JSON has no word for (NaN), and what is long, is not sent back.
-        if given is None or isinstance(given, (bool, int)) or (isinstance(given, str) and len(given) <= 200):
+        if given is None or isinstance(given, (bool, int)) or (isinstance(given, str) and len(given) <= MAX_TEXT):
             told["input"] = given
         return told
 
@@ -146,8 +153,8 @@ class Bodies:
         unknown = [i for i, candidate in enumerate(candidates) if candidate not in self._items]
         if unknown:
             raise BodyError([
-                {"type": "unknown_item", "loc": ["body", "candidates", i], "input": candidates[i],
-                 "msg": f"no item {candidates[i]!r} in the catalogue"}
+                {"type": "unknown_item", "loc": ["body", "candidates", i], "input": _short(candidates[i]),
+                 "msg": f"no item {_short(candidates[i])!r} in the catalogue"}
                 for i in unknown[:MAX_TOLD]
             ])  # fmt: skip
 
@@ -183,6 +190,11 @@ class Bodies:
         return models_json_schema(wanted, ref_template="#/components/schemas/{model}")[1]["$defs"]
 
 
+def _short(value: Any) -> Any:
+    """Long texts cut, and all else as it is."""
+    return f"{value[: MAX_TEXT - 1]}…" if isinstance(value, str) and len(value) > MAX_TEXT else value
+
+
 def _typed_dict(name: str, fields: dict[str, Any]) -> Any:
     # Of a TypedDict, keys may be any text, as names of columns are.
     made = cast(Any, TypedDict)(name, fields)
@@ -214,9 +226,9 @@ def _value_type(feature: Feature | None, values: pd.Series | None) -> Any:
     index_size = feature.vocabulary_size if feature is not None and feature.encoding == "index" else None
     if isinstance(first, (list, tuple, np.ndarray)):
         members = pd.Series([v for some in present for v in some])
-        return Annotated[list[_scalar_type(members, index_size)], Field(max_length=MAX_BAG)]  # type: ignore[misc]
+        return Annotated[list[_scalar_type(members, index_size)], Field(max_length=MAX_BAG, fail_fast=True)]  # type: ignore[misc]
     if first is None and feature is not None and feature.kind in ("bag", "history"):
-        return Annotated[list[_ANY], Field(max_length=MAX_BAG)] | _TEXT
+        return Annotated[list[_ANY], Field(max_length=MAX_BAG, fail_fast=True)] | _TEXT
     return _scalar_type(present, index_size)
 
 

@@ -13,7 +13,7 @@ from mtcl_torchrec.serving.http.versions import Version
 
 ABOUT = (
     "Ranks items for a user by one fused score of many predicted events. Fields, kinds and examples are those of the "
-    "model that is served. This page (/docs) loads its look from a public CDN; /openapi.json needs nothing."
+    "model that is served."
 )
 
 
@@ -21,6 +21,7 @@ class ScoredRow(BaseModel):
     """What the model says of one row."""
 
     score: float = Field(ge=0, le=1, description="The fused score.")
+    score_std: float = Field(0.0, ge=0, description="Of an ensemble: how far its members are apart; else not there.")
     predictions: dict[str, float] = Field(description="By task: a probability, or a value in the label's unit.")
     parts: dict[str, float] = Field(description="By task: what it adds to the score, where that is a sum of parts.")
 

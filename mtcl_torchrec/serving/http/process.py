@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ log = logging.getLogger("mtcl_torchrec.serving.http")
 
 
 def serve(
-    path: Path,
-    load: Callable[[Path], Ranker],
+    path: Path | Sequence[Path],
+    load: Callable[[Any], Ranker],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -39,7 +39,7 @@ def serve(
     """Serve a model until SIGTERM or SIGINT; what is in flight then is finished.  SIGHUP loads a newer model now.
 
     Args:
-        path: a run directory, or what else `load` reads.
+        path: a run directory, or what else `load` reads; several are one model.
         load: makes a ranker of the path.
         host: the address to listen on; there is no authentication.
         port: 0 takes a free one; the log says which.
@@ -62,13 +62,13 @@ def serve(
         log.warning("%s is open to the network, and there is no authentication: see to who can reach it", host)
     models = Models(path, load, max_candidates=max_candidates)
     if models.in_training():
-        log.warning("training of %s is not finished: this is its best epoch so far", path)
+        log.warning("training of %s is not finished: this is its best epoch so far", models.shown)
     app = create_app(models, limits, watch=watch)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, lifespan="on",
                             server_header=False, proxy_headers=False)  # fmt: skip
     address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    log.info("serving %s (model %s) on http://%s:%d", path, models.current.name, shown, port)
+    log.info("serving %s (model %s) on http://%s:%d", models.shown, models.current.name, shown, port)
     _Server(config, models.reload).run(sockets=[listening])
     log.info("stopped")
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mtcl_torchrec.data.catalogue import Catalogue, NothingLeftError
 from mtcl_torchrec.schema import Schema
-from mtcl_torchrec.serving.network import PART
+from mtcl_torchrec.serving.network import PART, SPREAD
 
 J = TypeVar("J")
 
@@ -102,21 +102,23 @@ def answers(frame: pd.DataFrame, tasks: Sequence[str], *, item: str | None = Non
         >>> answers(ranked, ["buy"], item="sku")
         [{'item': 'p1', 'score': 0.5, 'predictions': {'buy': 0.25}, 'parts': {'buy': 0.5}}]
     """
-    # tolist() gives Python's own numbers.
-    scores = frame["score"].tolist()
-    predictions = _records({task: frame[task].tolist() for task in tasks if task in frame}, len(frame))
-    parts = _records({task: frame[PART + task].tolist() for task in tasks if PART + task in frame}, len(frame))
+    scores = frame["score"].tolist()  # Python's own numbers
+    predictions = _records(frame, {task: task for task in tasks})
+    parts = _records(frame, {task: PART + task for task in tasks})
+    spread = _records(frame, {SPREAD: SPREAD})
     rows = [
-        {"score": score, "predictions": predicted, "parts": part}
-        for score, predicted, part in zip(scores, predictions, parts, strict=True)
+        {"score": score, **apart, "predictions": predicted, "parts": part}
+        for score, apart, predicted, part in zip(scores, spread, predictions, parts, strict=True)
     ]
     return rows if item is None else [{"item": i, **row} for i, row in zip(frame[item].tolist(), rows, strict=True)]
 
 
-def _records(columns: Mapping[str, list], rows: int) -> list[dict[str, Any]]:
-    if not columns:
-        return [{} for _ in range(rows)]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def _records(frame: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Name -> value for each row, of the columns that are there."""
+    there = {name: frame[column].tolist() for name, column in columns.items() if column in frame}
+    if not there:
+        return [{} for _ in range(len(frame))]
+    return [dict(zip(there, values, strict=True)) for values in zip(*there.values(), strict=True)]
 
 
 def _each(
@@ -144,6 +146,8 @@ def _recommend(ranker: Ranker, asks: Sequence[Ask]) -> list[pd.DataFrame]:
         )
     except NothingLeftError:
         return [pd.DataFrame({"score": [], str(ranker.schema.item): []}) for _ in asks]
+    if len(asks) == 1 and (ranked[str(ranker.schema.user)] == users[0]).all():
+        return [ranked.iloc[: asks[0].k]]
     of_user: dict[Any, list[int]] = {user: [] for user in users}
     for row, user in enumerate(ranked[str(ranker.schema.user)].tolist()):
         if user not in of_user:

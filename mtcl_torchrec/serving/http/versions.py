@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.http.bodies import Bodies
 from mtcl_torchrec.serving.http.ranking import Ranker, answers, rank_together, score_together
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint
-from mtcl_torchrec.training.directory import CHECKPOINTS
+from mtcl_torchrec.training.directory import CHECKPOINTS, METRICS
 
 Reload = Literal["unchanged", "swapped", "refused"]
 Stamp = tuple[tuple[str, int, int, int], ...]
@@ -58,8 +58,9 @@ class Models:
     """Holds the version that is served, and replaces it.
 
     Args:
-        path: a run directory, or what else `load` reads; it may be a symbolic link that is set to another.
-        load: makes a ranker of the path.
+        path: a run directory, or what else `load` reads; it may be a symbolic link that is set to another.  Several
+            are one model: a deep ensemble.
+        load: makes a ranker of the path, or of all of them.
         max_candidates: see `Bodies`.
         told: is called with the result of each reload, and with the version that is served.
 
@@ -70,18 +71,26 @@ class Models:
 
     def __init__(
         self,
-        path: Path,
-        load: Callable[[Path], Ranker],
+        path: Path | Sequence[Path],
+        load: Callable[[Any], Ranker],
         *,
         max_candidates: int,
         told: Callable[[Reload, Version], None] = lambda result, version: None,
     ) -> None:
-        self.path, self.told = path, told
+        self.paths, self.told = (path,) if isinstance(path, Path) else tuple(path), told
         self._load, self._max_candidates = load, max_candidates
         self._lock = asyncio.Lock()
         self._refused: Stamp | None = None
         self.problem: str | None = None  # why the newest was refused
-        self.current = self._loaded(stamp_of(path))
+        self.current = self._loaded(self._stamp())
+
+    @property
+    def shown(self) -> str:
+        """The path or paths, for a person."""
+        return ", ".join(map(str, self.paths))
+
+    def _stamp(self) -> Stamp:
+        return tuple(file for path in self.paths for file in stamp_of(path))
 
     async def reload(self, *, only_at: Stamp | None = None) -> Reload:
         """Load what the path holds now, if that has changed, and let it take over; else everything stays.
@@ -92,16 +101,16 @@ class Models:
             only_at: do nothing unless the files are as they were then.
         """
         async with self._lock:
-            stamp = await asyncio.to_thread(stamp_of, self.path)
+            stamp = await asyncio.to_thread(self._stamp)
             if stamp == self.current.stamp or (only_at is not None and stamp != only_at):
                 return "unchanged"
             try:
                 version = await asyncio.to_thread(self._loaded, stamp)
-                if await asyncio.to_thread(stamp_of, self.path) != stamp:
+                if await asyncio.to_thread(self._stamp) != stamp:
                     raise DataError("it was written to while it was read")
             except Exception as error:
                 self._refused, self.problem = stamp, f"{type(error).__name__}: {error}"
-                log.error("refused the new model in %s, %s goes on (%s)", self.path, self.current.name, self.problem)
+                log.error("refused the new model in %s, %s goes on (%s)", self.shown, self.current.name, self.problem)
                 self.told("refused", self.current)
                 return "refused"
             log.info("model %s takes over from %s", version.name, self.current.name)
@@ -119,26 +128,26 @@ class Models:
         while True:
             await asyncio.sleep(seconds)
             try:
-                now = await asyncio.to_thread(stamp_of, self.path)
+                now = await asyncio.to_thread(self._stamp)
                 settled = now == before and now not in (self.current.stamp, self._refused)
                 if settled and not self.in_training():
                     await self.reload(only_at=now)
                 before = now
             except OSError as error:
-                log.warning("%s cannot be looked at (%s)", self.path, error)
+                log.warning("%s cannot be looked at (%s)", self.shown, error)
 
     def in_training(self) -> bool:
-        """Whether the path is a run that is being trained; its metrics are written last."""
-        return (self.path / CHECKPOINTS).is_dir() and not (self.path / "metrics.json").is_file()
+        """Whether a path is a run that is being trained; its metrics are written last."""
+        return any((path / CHECKPOINTS).is_dir() and not (path / METRICS).is_file() for path in self.paths)
 
     def _loaded(self, stamp: Stamp) -> Version:
-        name = name_of(self.path)
-        ranker = self._load(self.path)
+        ranker = self._load(self.paths[0] if len(self.paths) == 1 else self.paths)
+        name = name_of(*self.paths)
         bodies = Bodies(ranker.schema, ranker.catalogue, max_candidates=self._max_candidates)
-        return Version(ranker, bodies, name, stamp, _tried(ranker, bodies, self.path))
+        return Version(ranker, bodies, name, stamp, _tried(ranker, bodies, self.shown))
 
 
-def _tried(ranker: Ranker, bodies: Bodies, path: Path) -> dict[str, dict]:
+def _tried(ranker: Ranker, bodies: Bodies, path: str) -> dict[str, dict]:
     """Answers of a new model to a user, to a stranger, over all items, and to a row; what is computed at first use is
     computed now.
 
@@ -190,11 +199,11 @@ def stamp_of(path: Path) -> Stamp:
     return tuple(found)
 
 
-def name_of(path: Path) -> str:
+def name_of(*paths: Path) -> str:
     """Twelve hexadecimal digits that follow from the names and contents of a model's files."""
     digest = hashlib.sha256()
-    for file in _files(path):
-        if file.name == "metrics.json" and file.parent == path:
+    for path, file in ((of, file) for of in paths for file in _files(of)):
+        if file.name == METRICS and file.parent == path:
             continue  # tells what became of the model, not what it is
         with file.open("rb") as opened:
             size = file.stat().st_size
