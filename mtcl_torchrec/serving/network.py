@@ -204,10 +204,13 @@ class ServingEnsemble(nn.Module):
         request: torch.Tensor | None = None,
         alike: torch.Tensor | None = None,
         first: torch.Tensor | None = None,
+        histories: torch.Tensor | None = None,
+        history_lengths: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """See `ServingNetwork.forward`."""
         members: Any = self.members
-        inputs = dict(zip(INPUTS, (dense, values, lengths, request, alike, first), strict=True))
+        given = (dense, values, lengths, request, alike, first, histories, history_lengths)
+        inputs = dict(zip(INPUTS, given, strict=True))
         outs = [member(**{name: inputs[name] for name in member.inputs}) for member in members]
         found = {name: torch.stack([out[name] for out in outs]) for name in outs[0] if all(name in out for out in outs)}
         mean = {name: values.mean(0) for name, values in found.items()}
