@@ -57,6 +57,12 @@ def test_the_yaml_is_a_run():
     assert yaml.safe_load(block("yaml", "fusion:"))["name"] == "shop"
 
 
+def test_texts_and_histories_are_a_run():
+    run = parse_run("name: films\ndata: {log: log.parquet}\n" + block("yaml", "kind: semantic_id"))
+    assert set(run.data_schema.sequence_tables()) >= {"item_id"}
+    assert run.model.sequences["clicked"].kind == "transformer"
+
+
 def test_each_fused_score_fits_into_the_run():
     raw = yaml.safe_load(block("yaml", "fusion:"))
     fusions = yaml.safe_load(block("yaml", "kind: expected_value"))
