@@ -20,7 +20,7 @@ def export(
     run_dir: Annotated[
         list[Path], typer.Argument(help="What `mtcl train` or `mtcl demo` wrote; several runs are one deep ensemble.")
     ],
-    out: Annotated[Path, typer.Option(help="The file to write, such as model.mtcl.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, such as model.mtcl.")],
     tables: Annotated[TablePrecision, typer.Option(help="How embeddings are stored.")] = "fp32",
     compiled: Annotated[
         Compile, typer.Option(help="Machine code beside the portable graph; auto: where there is a C++ compiler.")

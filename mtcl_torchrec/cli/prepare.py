@@ -33,7 +33,7 @@ def init(
     item: Annotated[str | None, typer.Option(help="The item column.")] = None,
     time: Annotated[str | None, typer.Option(help="The time column.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="A 0/1 column to predict; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write; the screen by default.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the screen by default.")] = None,
 ) -> None:
     """Write a commented YAML for a file of yours, guessed from its columns, or for a synthetic world.
 
@@ -102,7 +102,7 @@ def _dial(pair: str) -> tuple[str, Any]:
 @app.command()
 def prepare(
     run_yaml: Annotated[Path, typer.Argument(help="A run with a `statistics`, `histories` or `next_labels` part.")],
-    out: Annotated[Path, typer.Option(help="Folder for the prepared files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the prepared files.")],
 ) -> None:
     """Compute the run's causal counts and rates, histories and next labels once, and write them beside the data.
 
