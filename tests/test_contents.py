@@ -221,7 +221,9 @@ def test_what_a_file_does_wrong_is_told_with_the_feature(tmp_path):
     schema = Schema(
         features=[Feature(name="text", vectors=str(tmp_path / "v2.parquet"), **item)], tasks=[Task.binary("click")]
     )
-    with pytest.raises(DataError, match=r"feature 'text': .*v2.parquet, row 1: item = '1' is there already, in .*row 0"):
+    with pytest.raises(
+        DataError, match=r"feature 'text': .*v2.parquet, row 1: item = '1' is there already, in .*row 0"
+    ):
         FeatureEncoder(schema).fit(Rows(pd.DataFrame({"item": [1], "click": [0]})))
 
 

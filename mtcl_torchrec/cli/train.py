@@ -25,7 +25,9 @@ from mtcl_torchrec.training.sharding import ranks
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; a fresh one under runs/ by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run directory; a fresh one under runs/ by default.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Fewer or more epochs than the demo's own.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another random seed.")] = None,
@@ -69,7 +71,9 @@ def demo(
 @app.command()
 def train(
     run_yaml: Annotated[Path, typer.Argument(help="The run: data, schema, model, optimizers, training, fusion.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; a fresh one under runs/ by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run directory; a fresh one under runs/ by default.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out as if never stopped, or begin it.")] = False,
     device: DeviceOption = "auto",

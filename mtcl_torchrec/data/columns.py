@@ -1,9 +1,8 @@
-"""Columns of rows as what the schema takes them for: ids in their own kind, bags, numbers, labels; checked."""
+"""Columns of rows as what the schema takes them for: ids in their own kind, bags, numbers; checked."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.schema import DataError, Feature, Task, chain_links, nearest
+from mtcl_torchrec.schema import DataError, Feature, nearest
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -135,6 +134,13 @@ def _members(feature: Feature, cell: Any) -> list[Any]:
     return [] if pd.isna(cell) else [cell]
 
 
+def hashed(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes (V,) uint64 of the V values that occur, and which of them each row has (N,), -1 where it has none."""
+    codes, once = pd.factorize(values)  # each value once: its text is hashed, and making that takes long
+    texts = as_text(pd.Series(once)).to_numpy(dtype=object)
+    return pd.util.hash_array(texts, categorize=False), codes
+
+
 # ---------------------------------------------------------------------- numbers
 
 
@@ -178,66 +184,3 @@ def dense_values(feature: Feature, rows: Rows) -> np.ndarray:
         rate = np.clip(values, 1e-6, 1 - 1e-6)
         return np.log(rate / (1 - rate))
     return values
-
-
-# ---------------------------------------------------------------------- labels
-
-
-def label_of(rows: Rows, task: Task) -> np.ndarray:
-    """(N,) float64: a task's label, NaN where missing or masked out.
-
-    Raises:
-        DataError: a label that counts is none of this kind of task.
-    """
-    what = f"label of task {task.name!r}"
-    if task.kind == "multiclass":
-        what += "; classes that are text are values of an id feature: item_class: FEATURE"
-    label = numbers(rows, task.label_column, what)
-    if task.mask is not None:
-        label = np.where(unmasked(rows, task), label, np.nan)
-    present = ~np.isnan(label)
-    if task.kind == "binary":
-        fits, rule = (label == 0) | (label == 1), f"a label of binary task {task.name!r} is 0 or 1"
-    elif task.kind == "multiclass":
-        fits = (label >= 0) & (label < task.out_features) & (label == np.floor(label))
-        rule = f"a label of multiclass task {task.name!r} is an integer from 0 to {task.out_features - 1}"
-    else:
-        fits, rule = np.abs(label) <= FLOAT32_MAX, "a regression label is finite"
-    refuse(rows, present & ~fits, task.label_column, rule)
-    return label
-
-
-def unmasked(rows: Rows, task: Task) -> np.ndarray:
-    """(N,) bool: where the task's label counts."""
-    if task.mask is None:
-        return np.ones(len(rows), bool)
-    return np.nan_to_num(numbers(rows, task.mask, f"mask of task {task.name!r}")) != 0
-
-
-def fill_known_zeros(rows: Rows, tasks: Sequence[Task], labels: list[np.ndarray]) -> None:
-    """In place: a label of a chain is 0 where the event before it did not happen, instead of missing.
-
-    Args:
-        tasks: all tasks.
-        labels: (N,) of each, NaN where missing or masked out.
-
-    Raises:
-        DataError: an event is said to have happened without the one before it.
-    """
-    links = dict(chain_links(tasks))
-    never = [label == 0 for label in labels]
-    for child, parent in links.items():
-        alone = never[parent] & (labels[child] == 1)
-        if alone.any():
-            at, before = int(np.argmax(alone)), parent
-            while before in links and never[links[before]][at]:  # its own 0 may be one that was filled in
-                before = links[before]
-            task, missing = tasks[child], tasks[before]
-            raise DataError(
-                f"{rows.locate(at)}: {task.label_column} = 1 and {missing.label_column} = 0; task {task.name!r} comes "
-                f"after {missing.name!r} and cannot happen without it"
-            )
-        labels[child] = np.where(np.isnan(labels[child]) & never[parent], 0.0, labels[child]).astype(
-            labels[child].dtype
-        )
-        never[child] |= never[parent]

@@ -12,22 +12,18 @@ import torch
 
 from mtcl_torchrec.data.batch import Bag, EncodedRows, Jagged
 from mtcl_torchrec.data.columns import (
-    FLOAT32_MAX,
     as_integers,
-    as_text,
     column_of,
     dense_values,
-    fill_known_zeros,
+    hashed,
     ids_of,
-    label_of,
-    numbers,
     refuse,
     shown,
     split_bag,
-    unmasked,
 )
 from mtcl_torchrec.data.contents import CodeRows, Contents, VectorRows, read_contents
 from mtcl_torchrec.data.fitting import SplitSummary, summarise
+from mtcl_torchrec.data.labels import labels_of, requests_of, rewards_of, unmasked
 from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
@@ -323,7 +319,9 @@ class FeatureEncoder:
                 found = torch.from_numpy(self._row_numbers(feature, values, rows, owner))
                 bags[key] = Bag(found, torch.from_numpy(offsets))
         dense = [c for f in self.schema.dense_features for c in self._dense_columns(f, rows)]
-        labels, weights = self._labels(rows) if with_labels else (self._no_labels(len(rows)), None)
+        labels, weights = self._no_labels(len(rows)), None
+        if with_labels:
+            labels, weights = labels_of(rows, self.schema.tasks, self._label_classes)
         return EncodedRows(
             dense=torch.from_numpy(np.stack(dense, 1)) if dense else torch.empty(len(rows), 0),
             keys=self.keys,
@@ -331,8 +329,8 @@ class FeatureEncoder:
             bags=bags,
             labels=labels,
             weights=weights,
-            requests=self._requests(rows) if with_labels else None,
-            rewards=self._rewards(rows) if with_labels and with_rewards else None,
+            requests=requests_of(rows, self.schema.request_column) if with_labels else None,
+            rewards=rewards_of(rows, self.schema.reward) if with_labels and with_rewards else None,
         )
 
     def _history(self, feature: Feature, rows: Rows, lists: Listed | Earlier) -> Jagged:
@@ -366,8 +364,8 @@ class FeatureEncoder:
         if feature.encoding == "vocabulary":
             return table_rows(self._vocabularies[feature.table_name], values)
         if feature.encoding == "hash":
-            hashed, codes = _hashed(values)
-            return np.r_[(hashed % np.uint64(size - 1)).astype(np.int64) + 1, 0][codes]
+            hashes, codes = hashed(values)
+            return np.r_[(hashes % np.uint64(size - 1)).astype(np.int64) + 1, 0][codes]
         whole = as_integers(values)
         if whole is not None and (len(whole) == 0 or (whole.min() >= 0 and whole.max() < size)):
             return np.array(whole)
@@ -391,46 +389,8 @@ class FeatureEncoder:
         values = np.clip(np.where(missing, 0.0, values), -feature.clip, feature.clip).astype(np.float32)
         return [values, missing.astype(np.float32)] if marks_missing else [values]
 
-    def _labels(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        labels, weights = [], []
-        for task in self.schema.tasks:
-            if task.item_class is not None:
-                labels.append(self._classes(rows, task))
-            else:
-                labels.append(label_of(rows, task).astype(np.float32))
-            weight = np.ones(len(rows), np.float32)
-            if task.sample_weight is not None:
-                what = f"sample weight of task {task.name!r}"
-                given = numbers(rows, task.sample_weight, what)
-                refuse(rows, ~((given >= 0) & (given <= FLOAT32_MAX)), task.sample_weight,
-                        "a sample weight is a number of at least 0")  # fmt: skip
-                weight = given.astype(np.float32)
-            weights.append(weight)
-        fill_known_zeros(rows, self.schema.tasks, labels)
-        any_weight = any(task.sample_weight for task in self.schema.tasks)
-        return (
-            torch.from_numpy(np.stack(labels, 1)),
-            torch.from_numpy(np.stack(weights, 1)) if any_weight else None,
-        )
-
-    def _requests(self, rows: Rows) -> torch.Tensor | None:
-        """Keys of the requests, the same in whatever part of the data a request is met."""
-        if self.schema.request_column is None:
-            return None
-        hashed, codes = _hashed(ids_of(rows, self.schema.request_column))
-        return torch.from_numpy(np.r_[(hashed >> np.uint64(1)).astype(np.int64), -1][codes])
-
-    def _rewards(self, rows: Rows) -> torch.Tensor | None:
-        """What the fused score is trained against, NaN where it is not known."""
-        column = self.schema.reward
-        if column is None:
-            return None
-        given = numbers(rows, column, "reward")
-        refuse(rows, (given < 0) | (given > 1), column, "a reward is a number from 0 to 1")
-        return torch.from_numpy(given.astype(np.float32))
-
-    def _classes(self, rows: Rows, task: Task) -> np.ndarray:
-        """A multiclass label as the row that the item's own class would have; row 0, unknown, is no label."""
+    def _label_classes(self, rows: Rows, task: Task) -> np.ndarray:
+        """(N,) float32: the row that the item's own class would have; NaN for row 0, unknown, which is no label."""
         own = next(f for f in self.schema.sparse_features if f.name == task.item_class)
         feature = own.model_copy(update={"column": task.label_column})
         classes = self._row_numbers(feature, ids_of(rows, feature.rows_from), rows)
@@ -490,13 +450,6 @@ class FeatureEncoder:
                 raise DataError(f"{path}: not what the run was trained with (feature {name!r})")
             self._contents[name] = contents
         return self
-
-
-def _hashed(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes (V,) uint64 of the V values that occur, and which of them each row has (N,), -1 where it has none."""
-    codes, once = pd.factorize(values)  # each value once: its text is hashed, and making that takes long
-    texts = as_text(pd.Series(once)).to_numpy(dtype=object)
-    return pd.util.hash_array(texts, categorize=False), codes
 
 
 def _refuse_other_meaning(old: Schema, new: Schema) -> None:
