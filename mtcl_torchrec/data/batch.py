@@ -51,6 +51,8 @@ class MTBatch(Pipelineable):
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
             return None if t is None else t.to(device, non_blocking=non_blocking)
 
+        # Where each feature's values stand is found out while they lie here: asked of a GPU, it would be waited for.
+        self.sparse_features.offset_per_key()
         return MTBatch(
             self.dense_features.to(device, non_blocking=non_blocking),
             self.sparse_features.to(device, non_blocking=non_blocking),
