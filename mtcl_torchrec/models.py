@@ -126,7 +126,8 @@ class MTCL(nn.Module):
             the model learns to do without an id it does not know well.
         dense_dropout, dense_noise: while training, dropout of dense features and standard deviation of added noise.
         tower_dropout: after each activation in a tower.
-        feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs`.
+        feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs` or has a dot
+            head (`Task.head`).
         dense_groups: groups of each dense column; likewise.
         precision: ``"bf16"`` computes everything after the embeddings under autocast, in evaluation too; parameters,
             logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss

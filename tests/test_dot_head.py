@@ -252,14 +252,25 @@ def test_in_bf16_logits_are_float32_and_close():
         assert (rounded[name] - exact[name]).abs().max() < 0.03 * exact[name].abs().max().clamp(min=1), name
 
 
-RUN = (
-    shop.RUN.replace(
-        "{name: buy, kind: binary, mask: click, weight: 0.5}",
-        "{name: buy, kind: binary, after: click, weight: 0.5, head: {kind: dot, dim: 8}}",
-    )
-    .replace("{name: stars, kind: regression", "{name: stars, kind: regression, head: dot, mask: buy")
-    .replace("fusion: {", "calibration: platt\nfusion: {")
-)
+RUN = """
+data: {log: log.parquet}
+schema:
+  user: user_id
+  item: product_id
+  time: time
+  features:
+    - {name: user_id, group: user, embedding_dim: 8}
+    - {name: product_id, group: item, embedding_dim: 8}
+    - {name: hour, group: context, embedding_dim: 4}
+    - {name: price, group: item, kind: dense}
+  tasks:
+    - {name: click, kind: binary}
+    - {name: buy, kind: binary, after: click, head: {kind: dot, dim: 8, l2: 1e-3}}
+    - {name: stars, kind: regression, head: dot, mask: buy}
+model: {trunk: {kind: shared_bottom, expert_layers: [8]}, tower_layers: []}
+calibration: platt
+fusion: {weights: {click: 1, buy: 3, stars: 0.5}}
+"""
 
 
 @pytest.fixture(scope="module")

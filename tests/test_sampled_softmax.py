@@ -231,10 +231,10 @@ BALANCE
 fusion: {weights: {click: 1, liked: 1, buy: 2, stars: 0.2}}
 """
 RUNS = {
-    "surgery": RUN.replace("MORE", "epochs: 4, task_patience: 2").replace(
+    "surgery": RUN.replace("MORE", "epochs: 3, task_patience: 1").replace(
         "BALANCE", "balance: {surgery: {kind: upgrad, cut: embeddings}}"
     ),
-    "bf16": RUN.replace("MORE", "epochs: 3, precision: bf16, pipeline: base").replace("BALANCE", "calibration: platt"),
+    "bf16": RUN.replace("MORE", "epochs: 2, precision: bf16, pipeline: base").replace("BALANCE", "calibration: platt"),
 }
 
 
@@ -260,7 +260,7 @@ def everything_on_ranks(folder):
             dist.all_reduce(value)
             value /= where.world_size
         train(folder, "surgery", "straight")
-        train(folder, "surgery", "stopped", stop=32)
+        train(folder, "surgery", "stopped", stop=24)
         train(folder, "surgery", "stopped", "resume")
         train(folder, "bf16", "bf16")
         return [value.numpy() for value in values]

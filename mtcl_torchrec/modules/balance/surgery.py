@@ -105,7 +105,8 @@ class GradientSurgery(nn.Module):
 
     "Trunk" means what lies below the place where the tasks part, a task's own experts included; gates of MMoE's kind
     lie above it and are a task's own.  At ``"trunk"``, tasks that see other inputs (`Task.inputs`) have other tensors,
-    between which there is no conflict; the other cuts see it.  G is exact on any number of ranks for every cut: rows of
+    between which there is no conflict; the other cuts see it.  So have tasks with a dot head, which read the input past
+    the trunk and part there.  G is exact on any number of ranks for every cut: rows of
     a batch lie on one rank, rows of a table and dense gradients are added up over the ranks before the products.
 
     Cost beyond the solver: ``"trunk"`` reads the gradients twice.  ``"embeddings"`` and ``"both"`` take T backward
