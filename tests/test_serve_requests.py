@@ -17,7 +17,7 @@ from mtcl_torchrec.cli import main
 from mtcl_torchrec.cli.app import app as commands
 from mtcl_torchrec.data.columns import ids_of
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.serving.http.app import Limits
+from mtcl_torchrec.serving.http.app import Limits, create_app
 from mtcl_torchrec.serving.http.batching import Batcher
 from mtcl_torchrec.serving.http.bodies import BodyError
 from mtcl_torchrec.serving.http.description import RecommendResponse, ScoreResponse
@@ -236,6 +236,29 @@ def test_an_unforeseen_fault_is_one_500_and_told_to_no_one_but_the_log(models, r
     assert answer.status_code == 500
     assert answer.json() == {"detail": "internal error"}
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_client_that_goes_away_in_the_middle_of_its_body_is_no_fault(models, ranker, caplog):
+    said = [{"type": "http.request", "body": b'{"us', "more_body": True}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": "/recommend", "query_string": b"", "raw_path": b"/recommend",
+             "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1)}  # fmt: skip
+    sent = []
+
+    async def talk():
+        async def receive():
+            return said.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        app = create_app(models)
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(talk())
+    assert sent[0]["status"] == 400
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert not ranker.calls
 
 
 def test_more_requests_than_are_taken_on_are_told_to_come_again(models, ranker):

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.serving.http.batching import Batcher
@@ -234,6 +235,8 @@ async def _answered(answer: Callable[[Request], Awaitable[dict[str, Any]]], requ
         return JSONResponse({"detail": error.errors}, 422)
     except DataError as error:  # what only shows in scoring; the message names the column
         return JSONResponse({"detail": [{"type": "data_error", "loc": ["body"], "msg": str(error)}]}, 422)
+    except ClientDisconnect:  # in the middle of its body; there is nobody to tell
+        return JSONResponse({"detail": "the client went away"}, 400)
     except Exception:
         log.exception("a request failed")
         return JSONResponse({"detail": "internal error"}, 500)

@@ -68,18 +68,24 @@ def serve(
                             server_header=False, proxy_headers=False)  # fmt: skip
     address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    log.info("serving %s (model %s) on http://%s:%d", models.shown, models.current.name, shown, port)
-    _Server(config, models.reload).run(sockets=[listening])
+    ready = f"serving {models.shown} (model {models.current.name}) on http://{shown}:{port}"
+    _Server(config, models.reload, ready).run(sockets=[listening])
     log.info("stopped")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends with status 0 when it is told to end, and reloads on SIGHUP."""
+    """uvicorn's server, which says when it listens, ends with status 0 when told to end, and reloads on SIGHUP."""
 
-    def __init__(self, config: uvicorn.Config, reload: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    def __init__(self, config: uvicorn.Config, reload: Callable[[], Coroutine[Any, Any, Any]], ready: str) -> None:
         super().__init__(config)
-        self._reload = reload
+        self._reload, self._ready = reload, ready
         self._reloading: set[asyncio.Task] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so: who waits for the line may connect."""
+        await super().startup(sockets)
+        if self.started:
+            log.info("%s", self._ready)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
