@@ -190,7 +190,8 @@ class MTCL(nn.Module):
             raise ValueError("a model needs at least one task")
         names = [task.name for task in tasks]
         check_unique("task", names)
-        warn_of_uncalibrated(tasks)
+        calibrated = {} if calibration is None else calibration.calibrated
+        warn_of_uncalibrated([task for task in tasks if task.name not in calibrated])
         for name in getattr(fused_score, "tasks", ()):
             if name not in names:
                 raise ValueError(f"the fused score needs task {name!r}, which the model lacks{nearest(name, names)}")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import warnings
 import zipfile
 
 import numpy as np
@@ -29,6 +30,7 @@ from mtcl_torchrec.modules.calibration import (
     TemperatureScaling,
     UnitInterval,
 )
+from mtcl_torchrec.modules.rare import UncalibratedWarning
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fitted import load_state, save_state
@@ -178,7 +180,9 @@ def test_a_run_read_back_predicts_the_same_calibrated_numbers(data, runs, world_
     result = runs[0][0] if world_size == 1 else runs[1][0][1]
     stored = json.loads((result.folder / "metrics.json").read_text())
     assert stored["calibration"] == result.calibration.to_json()
-    run = FinishedRun.load(result.folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UncalibratedWarning)  # the focal loss is made good
+        run = FinishedRun.load(result.folder)
     raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.3, 0.3)["test"]
     rows = run.preprocessor.encode(raw)
     found = predict(run.model, rows)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shutil
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -14,15 +16,15 @@ from rich.console import Console
 
 from mtcl_torchrec import ConfigError, DataError
 from mtcl_torchrec.cli import main
-from mtcl_torchrec.config import load_run, parse_run
+from mtcl_torchrec.config import FusionConfig, load_run, parse_run
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.fusing import fit_fusion
 from mtcl_torchrec.fusing.combiners import known_kinds
-from mtcl_torchrec.modules.fusion import Stacking
+from mtcl_torchrec.modules.fusion import Stacking, WeightedMean
 from mtcl_torchrec.serving.export import export_run
 from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.finished import FinishedRun, RunWarning
 from mtcl_torchrec.training.fitted_fusion import load_fusion, save_fusion
 from mtcl_torchrec.training.held_out import columns_needed, gate_of, held_out_of, rows_of_split
 from mtcl_torchrec.training.run import train_run
@@ -203,6 +205,7 @@ def test_ranks_within_a_request_are_those_of_whole_requests_wherever_they_are_to
 def test_what_is_missing_of_a_run_and_what_a_new_training_takes_away_is_said(trained, fuse, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "run")
     assert fuse(folder, "--set", "click=3")[0] == 0
+    former = len([*(folder / "fusion").glob("former/*")])
     text = (folder / "run.yaml").read_text()
     (folder / "run.yaml").write_text(text + "calibration: platt\n")
     with pytest.raises(DataError, match="says calibration, and none was fitted"):
@@ -210,8 +213,9 @@ def test_what_is_missing_of_a_run_and_what_a_new_training_takes_away_is_said(tra
     said = io.StringIO()
     config = parse_run(shop.RUN.replace("epochs: 4", "epochs: 2") + "calibration: platt\n", folder=trained.parent)
     train_run(config, folder, existing="resume", device="cpu", console=Console(file=said, width=200))
-    assert f"{folder / 'fusion'} goes: it was fitted for the weights before" in said.getvalue()
-    assert not (folder / "fusion").exists()
+    assert f"{folder / 'fusion'} goes to {folder / 'fusion/former'}: it was fitted" in said.getvalue()
+    assert [p.name for p in (folder / "fusion").iterdir()] == ["former"]
+    assert len([*(folder / "fusion/former").iterdir()]) > former
     run, rows = held_out(folder, session_minutes=0)
     assert run.model.output.calibration is not None
     raw = rows_of_split(load_run(folder / "run.yaml"), columns_needed(run))
@@ -220,6 +224,57 @@ def test_what_is_missing_of_a_run_and_what_a_new_training_takes_away_is_said(tra
     assert not np.allclose(calibrated, held_out(trained, session_minutes=0)[1].parts["click"])
     recommended = Recommender(run).score(raw.frame.head(5))["click"]
     np.testing.assert_allclose(recommended, calibrated[:5], atol=1e-6)
+
+
+def test_what_run_yaml_says_is_not_silently_passed_over_and_comes_back(trained, fuse, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(folder / "fusion", ignore_errors=True)
+    assert "no other was fitted" in fuse(folder, "--reset")[2]
+    assert fuse(folder, "--set", "click=9,buy=1")[0] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FinishedRun.load(folder).fusion.weights["click"] == 9
+    text = (folder / "run.yaml").read_text()
+    changed = yaml.safe_load(text)
+    changed["fusion"]["weights"]["click"] = 5
+    (folder / "run.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.warns(RunWarning, match=r"run.yaml was changed, but .*fusion.yaml was fitted .*--reset"):
+        assert FinishedRun.load(folder).fusion.weights["click"] == 9
+    with pytest.warns(RunWarning) as said:
+        assert fuse(folder, "--set", "buy=2", "--dry-run")[0] == 0
+    line = warnings.formatwarning(said[0].message, RunWarning, "finished.py", 1)
+    assert line.startswith(f"mtcl: the fusion in {folder / 'run.yaml'} was changed, but ")
+    assert "leave --set out" in fuse(folder, "--reset", "--set", "buy=2")[2]
+    assert fuse(folder, "--reset", "--dry-run")[0] == 0
+    fitted = (folder / "fusion/fusion.yaml").read_bytes()
+    status, shown, _ = fuse(folder, "--reset")
+    assert status == 0
+    assert f"is kept as {folder / 'fusion/former/1'}" in shown
+    assert (folder / "fusion/former/1/fusion.yaml").read_bytes() == fitted
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FinishedRun.load(folder).fusion.weights["click"] == 5
+    assert fuse(folder, "--set", "click=3")[0] == 0
+    assert [p.name for p in (folder / "fusion/former").iterdir()] == ["1"]  # nothing stood there to be kept
+    where = folder / "fusion/fusion.yaml"
+    for task, weights in (("taste", {"click": 1, "buy": 2, "stars": 1}), ("nobody", None)):
+        declared = yaml.safe_load(where.read_text())
+        if weights is None:
+            declared["fusion"]["weights"] = dict(reversed(declared["fusion"]["weights"].items()))
+        else:
+            declared["fusion"]["weights"] = weights
+        (tmp_path / "fusion.yaml").write_bytes(where.read_bytes())
+        where.write_text(yaml.safe_dump(declared, sort_keys=False))
+        reason = f"lacks {task}" if weights else "another order"
+        with pytest.raises(DataError, match=rf"fusion.yaml .*{reason}.*weights may be edited here.*--set"):
+            FinishedRun.load(folder)
+        where.write_bytes((tmp_path / "fusion.yaml").read_bytes())
+    run = FinishedRun.load(folder)
+    run.model.output.fused_score = WeightedMean({"click": 1.0})
+    save_fusion(folder, run.model, FusionConfig(weights={"click": 1}), {})
+    where.write_text(where.read_text().replace("click: 1.0", "click: 1.0\n    buy: 2.0"))
+    with pytest.raises(DataError, match=r"names buy, which the score that was fitted has not.*--set buy="):
+        FinishedRun.load(folder)
 
 
 def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
@@ -234,6 +289,17 @@ def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
     shown = fuse(trained, "--trials", 2, "--folds", 2, "--dry-run")[1]
     assert "values are the weights of the run's fusion: click 1, buy 3" in shown
     assert "of the requests have more than 5 rows" in shown  # 30-minute sessions of this shop are short
+
+
+def test_what_takes_long_says_how_far_it_is_without_a_terminal(trained, fuse, monkeypatch):
+    monkeypatch.setattr("mtcl_torchrec.cli.fuse._TELL_EVERY", 0.0)
+    options = ("--value", "click=1,buy=5", "--combiner", "weighted_mean", "--search", "none", "--folds", 2, "--dry-run")
+    lines = fuse(trained, *options)[2].splitlines()
+    assert all(re.fullmatch(r"mtcl: \d+% fitted, now .*", line) for line in lines)
+    assert any("weighted_mean, values, fold 1" in line for line in lines)
+    assert lines[-1].startswith("mtcl: 100% fitted")
+    monkeypatch.setattr("mtcl_torchrec.cli.fuse._TELL_EVERY", 1000.0)
+    assert fuse(trained, *options)[2] == ""
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mtcl_torchrec.modules.fusion import DeepEnsemble
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.ensemble import load_ensemble
-from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.finished import FinishedRun, RunWarning
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import ranks
 
@@ -195,6 +195,22 @@ def test_another_fused_score_is_put_into_run_yaml_without_training(two, tmp_path
     for fusion in ("{weights: {click: 1}}", KINDS["product"], KINDS["rank"], KINDS["hard"]):
         (folder / "run.yaml").write_text(yaml.safe_dump(run | {"fusion": yaml.safe_load(fusion)}))
         assert Recommender.load(folder).recommend("u3", k=3)["score"].between(0, 1).all()
+
+
+def test_weights_edited_beneath_what_was_learnt_are_not_silently_passed_over(two, tmp_path):
+    for kind, before, after in (("gated", "click: 1", "click: 5"), ("monotone", "stars: -1", "stars: 1")):
+        folder = shutil.copytree(two[0] / kind, tmp_path / kind)
+        text = (folder / "run.yaml").read_text()
+        head, fusion = text.split("fusion:")
+        assert before in fusion
+        (folder / "run.yaml").write_text(f"{head}fusion:{fusion.replace(before, after, 1)}")
+        with pytest.warns(
+            RunWarning, match=r"run.yaml was changed after it was trained: what .*checkpoints.*(--set|only training)"
+        ):
+            changed = FinishedRun.load(folder).model.output.fused_score
+        expected = FinishedRun.load(two[0] / kind).model.output.fused_score.state_dict()
+        for name, value in changed.state_dict().items():
+            assert torch.equal(value, expected[name])
 
 
 def test_an_ensemble_of_run_directories_recommends(two, log, tmp_path):

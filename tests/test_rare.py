@@ -1,6 +1,7 @@
 """Losses of rare tasks: what is left out or weighed comes back exactly, focal and pairwise terms are what loops say."""
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from mtcl_torchrec.data.counter_random import stream, uniform
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.modules import rare
+from mtcl_torchrec.modules.calibration import Calibration, PlattScaling
 from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.modules.rare import NegativeSampling, PairwiseLoss, binary_loss
 
@@ -166,6 +168,13 @@ def test_focal_tasks_are_marked_and_warned_of():
     tables = [EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["user"])]
     with pytest.warns(UserWarning, match="task 'like': its focal loss .* no probabilities"):
         MTCL(EmbeddingBagCollection(tables=tables), 0, SharedBottom([4]), [Task.binary("click"), focal])
+    calibration = Calibration([Task.binary("click"), focal], {"like": PlattScaling()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MTCL(
+            EmbeddingBagCollection(tables=tables), 0, SharedBottom([4]), [Task.binary("click"), focal],
+            calibration=calibration,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- pairs

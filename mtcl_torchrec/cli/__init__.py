@@ -10,6 +10,9 @@ import typer
 from mtcl_torchrec.cli import export, fuse, plan, prepare, recommend, serve, train  # noqa: F401  (each adds its commands)
 from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.training.finished import RunWarning
+
+_as_python_does = warnings.formatwarning
 
 
 def _quieten_libraries() -> None:
@@ -20,9 +23,19 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|fbgemm).*")
 
 
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What concerns a run is said as the commands say it."""
+    if issubclass(category, RunWarning):
+        return f"mtcl: {message}\n"
+    return _as_python_does(message, category, filename, lineno, line)
+
+
 def main() -> None:
     """Run the command line; a mistake in data or configuration is one clear line and exit status 2."""
     _quieten_libraries()
+    warnings.formatwarning = _warning
     try:
         app()
     except (ConfigError, DataError, FloatingPointError, OSError) as error:

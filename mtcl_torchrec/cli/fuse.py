@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,14 @@ from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.search import Search
 from mtcl_torchrec.fusing.targets import parse_target
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.training.directory import FUSION, readable_folder
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion, set_weights
+from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion, save_fusion, set_weights
 from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
+_TELL_EVERY = 10.0  # seconds, where stderr is no terminal
 _GATED = "context_gated_mean"
 
 
@@ -78,6 +81,9 @@ def fuse(
         list[str] | None,
         typer.Option("--set", help="task=weight,...: take these weights as they are; nothing is fitted or searched."),
     ] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Back to the fusion of run.yaml; what was fitted is kept in fusion/former.")
+    ] = False,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation, over users (or requests).")] = 5,
     search: Annotated[Search, typer.Option(help="How to search: tpe, cma (CMA-ES), none, or what suits.")] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Of each search, in each fold.")] = 100,
@@ -102,26 +108,32 @@ def fuse(
 
     Tries each combiner with several ways to weights, judges each by cross-validation, takes the best that keeps to the
     constraints, and writes it into RUN_DIR/fusion, whence `recommend`, `evaluate`, `export` and `serve` take it,
-    whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former.  Training
-    on (`mtcl train --resume`) takes the folder away: it was fitted for other predictions.
+    whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former, whither
+    training on (`mtcl train --resume`) moves the whole: it was fitted for other predictions.
 
     **By what events are worth:** mtcl fuse RUN_DIR --target value@5 --value click=1 --value like=8 --value report=-60
 
     **By hand, at once:** mtcl fuse RUN_DIR --set click=0.5,like=2
 
+    **Back to run.yaml:** mtcl fuse RUN_DIR --reset
+
     **With a floor:** mtcl fuse RUN_DIR --target auc:click --constraint 'auc:like >= 0.8'
     """
     console = screen()
+    fitting = dict(zip(_FITTING, (combiner, constraint, influence, data, feature), strict=True))
+    if reset:
+        more = fitting | {"--set": set_, "--value": value, "--test": test}
+        if clash := next((name for name, given in more.items() if given), None):
+            raise ConfigError(f"--reset goes back to run.yaml and does nothing else: leave {clash} out")
+        _reset(run_dir, console, dry_run)
+        return
+    if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
+        raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
     before = run.model.output.fused_score
     values, whence = _values(run, value, target)
     if set_:
-        given = dict(zip(_FITTING, (combiner, constraint, influence, data, feature), strict=True))
-        if clash := next((name for name, chosen in given.items() if chosen), None):
-            raise ConfigError(
-                f"--set takes the weights as they are, and {clash} says how to fit them: give one of them"
-            )
         _set_weights(run, run_dir, _numbers(set_, "--set"), console, dry_run)
     else:
         if whence:
@@ -210,13 +222,29 @@ def _held_out(
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     err = Console(stderr=True)
+    told = time.monotonic()
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fitting", total=None)
 
         def progress(done: int, total: int, doing: str) -> None:
+            nonlocal told
             bar.update(task, completed=done, total=total, description=doing)
+            if not err.is_terminal and time.monotonic() - told >= _TELL_EVERY:
+                told = time.monotonic()
+                typer.echo(f"mtcl: {done / max(total, 1):.0%} fitted, now {doing}", err=True)
 
         return fit_fusion(held_out, **options, progress=progress)
+
+
+def _reset(folder: Path, console: Console, dry_run: bool) -> None:
+    fitted = readable_folder(folder / FUSION) / DECLARED
+    if not (folder / "run.yaml").is_file():
+        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+    if not fitted.is_file():
+        raise ConfigError(f"--reset: {folder} ranks by the fusion of its run.yaml already, no other was fitted")
+    kept = None if dry_run else reset_fusion(folder)
+    said = f"; {fitted.parent} is kept as {kept}" if kept else ""
+    console.print(f"{folder} ranks by the fusion of its run.yaml again{said}", highlight=False, soft_wrap=True)
 
 
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:

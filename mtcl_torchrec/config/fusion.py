@@ -114,7 +114,8 @@ class FusionConfig(Part):
         features: of ``context_gated_mean``: the features that the weights depend on.
         options: of a fused score of your own: arguments of its constructor.
         train: trains the fused score along with the model; kinds that learn need it, kinds without gradient (votes
-            without temperature, rank fusion) cannot have it.
+            without temperature, rank fusion) cannot have it.  It learns from predictions before calibration, which is
+            only fitted afterwards: with `calibration` in the run, ``mtcl fuse`` fits the same kinds on calibrated ones.
     """
 
     kind: str = "weighted_mean"

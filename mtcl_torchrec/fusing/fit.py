@@ -170,6 +170,7 @@ def fit_fusion(
         },
     )  # fmt: skip
     if front_points:
+        work.doing = "the Pareto front"
         fitted.front = pareto_front(held_out, fitted, signs, points=front_points, seed=seed, progress=work.step)
     return fitted
 

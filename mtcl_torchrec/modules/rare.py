@@ -55,10 +55,14 @@ def _weight_of(task: Task, labels: torch.Tensor) -> torch.Tensor:
     return torch.where(labels > 0.5, task.pos_weight, 1.0)
 
 
+class UncalibratedWarning(UserWarning):
+    """Some predictions are no probabilities."""
+
+
 def warn_of_uncalibrated(tasks: Sequence[Task]) -> None:
     """Warn of tasks whose predictions are no probabilities."""
     for line in uncalibrated_lines(tasks):
-        warnings.warn(line, stacklevel=3)
+        warnings.warn(line, UncalibratedWarning, stacklevel=3)
 
 
 def uncalibrated_lines(tasks: Sequence[Task]) -> list[str]:

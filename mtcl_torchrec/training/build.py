@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from mtcl_torchrec.modules.balance.weighting import (
 )
 from mtcl_torchrec.modules.embeddings import build_embedding_bag_collection, embedding_dims, table_module_name
 from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.rare import UncalibratedWarning
 from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.modules.trunks import PLE, STEM, AdaTT, HoME, MMoE, SharedBottom, SingleTask
 from mtcl_torchrec.schema import ConfigError, own_table
@@ -95,7 +97,8 @@ def build_model(
         return LowRankCrossNet(width, config.cross_layers, low_rank=min(config.cross_rank, width))
 
     epnet, ppnet = config.epnet, config.ppnet
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncalibratedWarning)  # a run calibrates after training, or says so itself
         torch.manual_seed(seed)
         tables = build_embedding_bag_collection(
             encoder.schema, encoder.num_embeddings, table_device, config.copied_tables(encoder.schema)

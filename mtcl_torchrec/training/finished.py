@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.models import MTCL
-from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.calibration import build_calibration
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
-from mtcl_torchrec.training.checkpoint.store import best_checkpoint
+from mtcl_torchrec.training.checkpoint.store import best_checkpoint, read_about
 from mtcl_torchrec.training.directory import (
     CALIBRATION,
     CATALOGUE,
@@ -28,8 +29,34 @@ from mtcl_torchrec.training.directory import (
     readable_folder,
 )
 from mtcl_torchrec.training.fitted import load_state
-from mtcl_torchrec.training.fitted_fusion import load_fusion
+from mtcl_torchrec.training.fitted_fusion import edited_beneath, load_fusion
 from mtcl_torchrec.training.fused import is_learned
+
+
+class RunWarning(UserWarning):
+    """Something in a run directory that does not act as it reads."""
+
+
+def _edited_after_learning(folder: Path, fusion: FusionConfig | None, checkpoint: Path) -> str:
+    """A line, where the weights of a fused score that learns were changed after it learnt others."""
+    if fusion is None or not is_learned(fusion):
+        return ""
+    try:
+        trained = parse_run(str(read_about(checkpoint)["run"])).fusion
+    except (ConfigError, KeyError):
+        return ""
+    if trained is None or trained.model_dump(exclude={"train"}) == fusion.model_dump(exclude={"train"}):
+        return ""
+    by_hand = fusion.kind in ("stacking", "context_gated_mean")
+    way = (
+        f"`mtcl fuse {folder} --set ...` changes its weights without training"
+        if by_hand
+        else "only training changes it"
+    )
+    return (
+        f"the fusion in {folder / 'run.yaml'} was changed after it was trained: what {fusion.kind} has learnt counts, "
+        f"which {checkpoint} holds; {way}"
+    )
 
 
 @dataclass
@@ -58,6 +85,9 @@ class FinishedRun:
 
         Its run.yaml may name a trunk or a fused score by its import path, which is then imported: trust the directory
         as you trust code.
+
+        A fusion in run.yaml that was changed after training, or after another was fitted, and so does not count, is
+        warned of (`RunWarning`).
 
         Raises:
             DataError: the folder holds no run that has kept an epoch, or one without the calibration that it says.
@@ -99,6 +129,10 @@ class FinishedRun:
                 "run (mtcl train --resume), which fits it, or take the key away"
             )
         fitted = load_fusion(folder, model, preprocessor.encoder)
+        if note := edited_beneath(folder) or (
+            "" if fitted else _edited_after_learning(folder, config.fusion, checkpoint)
+        ):
+            warnings.warn(note, RunWarning, stacklevel=2)
         if compares_candidates(model):
             preprocessor.compare_rows()
         return cls(config, preprocessor, model.eval(), catalogue, finished, fitted or config.fusion)

@@ -1,16 +1,16 @@
 """The fused score that was fitted after training, in the run directory: `RUN_DIR/fusion/`.
 
 ``fusion.yaml`` says what it is (its weights may be edited), ``state.npz`` holds its parameters and buffers,
-``report.json`` and ``pareto.png`` what came of fitting it.  It stands above the ``fusion`` of run.yaml; without the
-folder that counts again.  The folder is written whole or not at all; what stood there before is kept in it as
-``former/1``, ``former/2`` and so on.
+``report.json`` and ``pareto.png`` what came of fitting it.  It stands above the ``fusion`` of run.yaml, until
+`reset_fusion` (``mtcl fuse RUN_DIR --reset``).  The folder is written whole or not at all; what stood there before is
+kept in it as ``former/1``, ``former/2`` and so on.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mtcl_torchrec.training.directory import FUSION, readable_folder, replace_fo
 from mtcl_torchrec.training.fitted import REPORT, STATE, load_state
 from mtcl_torchrec.training.fused import build_fused_score
 
-DECLARED = "fusion.yaml"
+DECLARED, RUN_YAML = "fusion.yaml", "run.yaml"
 PICTURE = "pareto.png"
 FORMER = "former"
 _FORMAT = 1
@@ -62,12 +62,12 @@ def save_fusion(
     if weights := weights_of(fused_score, config.weights or {}):
         config = config.model_copy(update={"weights": weights})
     arrays: dict[str, Any] = {name: t.detach().cpu().numpy() for name, t in fused_score.state_dict().items()}
-    declared = {"format": _FORMAT, "fusion": config.model_dump(mode="json", exclude_unset=True)}
+    declared = {"format": _FORMAT, "fusion": config.model_dump(mode="json", exclude_unset=True),
+                "tasks": list(getattr(fused_score, "tasks", ())), "instead_of": _said_by_run(folder)}  # fmt: skip
 
     def write(fresh: Path) -> None:
         fresh.mkdir(parents=True)
-        if before.is_dir():
-            _keep(before, fresh / FORMER)
+        _keep(before, fresh / FORMER)
         text = yaml.safe_dump(declared, sort_keys=False, allow_unicode=True, width=110)
         (fresh / DECLARED).write_text(text, encoding="utf-8")
         with (fresh / STATE).open("wb") as file:
@@ -80,13 +80,43 @@ def save_fusion(
     return target
 
 
-def _keep(before: Path, former: Path) -> None:
-    """Copy what stood there, and what was former then, under the next number."""
+def _said_by_run(folder: Path) -> Any:
+    """The ``fusion`` of run.yaml, so that a change of it, which counts no more, is noticed; None where it says none."""
+    path = folder / RUN_YAML
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("fusion") if path.is_file() else None
+
+
+def _keep(before: Path, former: Path) -> int:
+    """Copy what stood there under the next number, which is returned, and what was former then."""
     if (before / FORMER).is_dir():
         shutil.copytree(before / FORMER, former)
-    former.mkdir(exist_ok=True)
-    number = 1 + max((int(p.name) for p in former.iterdir() if p.name.isdigit()), default=0)
-    shutil.copytree(before, former / str(number), ignore=lambda at, names: [FORMER] if Path(at) == before else [])
+    number = max((int(p.name) for p in former.glob("*") if p.name.isdigit()), default=0)
+    if (before / DECLARED).is_file():
+        number += 1
+        shutil.copytree(before, former / str(number), ignore=lambda at, names: [FORMER] if Path(at) == before else [])
+    return number
+
+
+def reset_fusion(folder: Path) -> Path | None:
+    """Let the ``fusion`` of run.yaml count again; what was fitted is kept.
+
+    Args:
+        folder: the run directory.
+
+    Returns:
+        Where it is kept; None where nothing was fitted.
+    """
+    before, kept = readable_folder(folder / FUSION), 0
+    if not (before / DECLARED).is_file():
+        return None
+
+    def write(fresh: Path) -> None:
+        nonlocal kept
+        fresh.mkdir(parents=True)
+        kept = _keep(before, fresh / FORMER)
+
+    replace_folder(folder / FUSION, write)
+    return folder / FUSION / FORMER / str(kept)
 
 
 def weights_of(fused_score: nn.Module | None, declared: Mapping[str, float]) -> dict[str, float]:
@@ -153,6 +183,22 @@ def set_weights(
     return config
 
 
+def edited_beneath(folder: Path) -> str:
+    """A line, where run.yaml's fusion was changed after another was fitted, which counts; empty where it was not.
+
+    Args:
+        folder: the run directory.
+    """
+    path = readable_folder(folder / FUSION) / DECLARED
+    declared = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "instead_of" not in declared or declared["instead_of"] == _said_by_run(folder):
+        return ""
+    return (
+        f"the fusion in {folder / RUN_YAML} was changed, but {path} was fitted after training, and counts: "
+        f"`mtcl fuse {folder} --set ...` changes its weights, `mtcl fuse {folder} --reset` goes back to run.yaml"
+    )
+
+
 def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionConfig | None:
     """Put the fitted fused score of a run, if it has one, into its model.
 
@@ -188,6 +234,7 @@ def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionCon
             raise DataError(f"{path}: no task {task!r} in the model{nearest(task, names)}")
     try:
         fused_score = build_fused_score(config, model.tasks, encoder=encoder, dims=model.output.dims)
+        _check_tasks(path, declared.get("tasks"), getattr(fused_score, "tasks", ()))
         load_state(folder / FUSION, fused_score)
         if config.weights is not None and isinstance(fused_score, (Weighted, Stacking)):
             fused_score.set_weights(config.weights)
@@ -197,3 +244,20 @@ def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionCon
         raise DataError(f"{path}: {error}") from None
     model.output.fused_score = fused_score.eval()
     return config
+
+
+def _check_tasks(path: Path, fitted: Any, declared: Sequence[str]) -> None:
+    """Raise DataError where a task was added to fusion.yaml or taken away by hand."""
+    if not isinstance(fitted, list) or fitted == list(declared):
+        return
+    added, gone = [t for t in declared if t not in fitted], [t for t in fitted if t not in declared]
+    if added:
+        what = f"names {', '.join(added)}, which the score that was fitted has not"
+    elif gone:
+        what = f"lacks {', '.join(gone)}, which the score that was fitted has"
+    else:
+        what = f"names its tasks in another order than that in which they were fitted ({', '.join(fitted)})"
+    raise DataError(
+        f"{path} {what}: weights may be edited here, but a task joins by "
+        f"`mtcl fuse {path.parent.parent} --set {next(iter(added), 'task')}=...`, and a weight of 0 takes it out"
+    )

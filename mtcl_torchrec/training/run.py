@@ -51,6 +51,7 @@ from mtcl_torchrec.training.directory import (
     replace_folder,
     sign_run_directory,
 )
+from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
@@ -152,8 +153,9 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         say(f"going on after step {state.step:,}: epoch {state.position.epoch}, {1 - left:.0%} of it done")
         if state.position.epoch > run.training.epochs:
             say(f"all {run.training.epochs} epochs are done: nothing is trained; raise training.epochs to go on")
-    if resume and (folder / FUSION).is_dir():
-        say(f"{folder / FUSION} goes: it was fitted for the weights before; `mtcl fuse` fits it for the new ones")
+    if (folder / FUSION / DECLARED).is_file():
+        goes = f"goes to {folder / FUSION / FORMER}" if resume else "goes, with all before it"
+        say(f"{folder / FUSION} {goes}: it was fitted for the weights before; `mtcl fuse` fits it for the new ones")
     if is_learned(run.fusion) and run.calibration is not None:
         say("the fused score learns from predictions before calibration, and ranks by those after: see `mtcl fuse`")
     _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
@@ -234,7 +236,9 @@ def _open_directory(
         for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
-        for part in (CALIBRATION, FUSION):  # fitted for weights that are going to change
+        if keep:
+            reset_fusion(folder)  # fitted for weights that are going to change
+        for part in (CALIBRATION,) if keep else (CALIBRATION, FUSION):
             for fitted in (folder / part, folder / f"{part}.old"):
                 shutil.rmtree(fitted, ignore_errors=True)
         sign_run_directory(folder)

@@ -30,6 +30,9 @@ class FusedLoss(nn.Module):
       2005, each pair weighing what it would gain), which teaches the order alone.  Rows are compared where they meet in
       a batch of one rank.
 
+    The parts that the score is made of here are those before calibration, which is fitted when training is over: a
+    score that learns (`mtcl_torchrec.modules.fusion.learned`) is better fitted after it where a run calibrates.
+
     It is averaged over the rows (pairs) whose reward is known on *all* ranks, and joins the tasks' losses times
     `weight`, beside any loss weighting.  The parameters of the fused score belong into the dense optimizer.
 

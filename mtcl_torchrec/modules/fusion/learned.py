@@ -1,4 +1,9 @@
-"""Scores with parameters of their own, learnt from what a row was worth (`FusedLoss`) or fitted after training."""
+"""Scores with parameters of their own, learnt from what a row was worth (`FusedLoss`) or fitted after training.
+
+What they learn in joint training, they learn from predictions *before* calibration, which is fitted when training is
+over; the model then gives them calibrated ones.  Where a run calibrates, fit them afterwards (``mtcl fuse``,
+`mtcl_torchrec.fusing.learned`): on the parts that they will be given.
+"""
 
 from __future__ import annotations
 
