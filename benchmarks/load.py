@@ -14,7 +14,6 @@ own figure: requests that it scored together, on average.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -26,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,18 +111,23 @@ def _wait_until_healthy(url: str, until: float) -> None:
     raise SystemExit(f"{url} does not answer")
 
 
-async def measure(url: str, catalogue: Catalogue, clients: int, load: Load) -> Figures:
+def measure(url: str, catalogue: Catalogue, clients: int, load: Load) -> Figures:
     """Let the clients ask until the time is over."""
     users, items = (frame.iloc[:, 0].tolist() for frame in (catalogue.users, catalogue.items))
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=clients)) as http:
-        await asyncio.gather(
-            *(_ask(http, users, items, load, f"warm-up {n}", load.warmup_seconds) for n in range(clients))
-        )
-        before = await _batches(http)
+    with (
+        httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=clients)) as http,
+        ThreadPoolExecutor(clients) as threads,
+    ):
+
+        def ask(name: str, seconds: float) -> list[list[tuple[float, str | None]]]:
+            return list(threads.map(lambda n: _ask(http, users, items, load, f"{name} {n}", seconds), range(clients)))
+
+        ask("warm-up", load.warmup_seconds)
+        before = _batches(http)
         started = time.perf_counter()
-        results = await asyncio.gather(*(_ask(http, users, items, load, str(n), load.seconds) for n in range(clients)))
+        results = ask("client", load.seconds)
         took = time.perf_counter() - started
-        after = await _batches(http)
+        after = _batches(http)
     answers = [answer for result in results for answer in result]
     good = np.array([ms for ms, failure in answers if failure is None])
     failures = [failure for _, failure in answers if failure is not None]
@@ -142,8 +147,8 @@ async def measure(url: str, catalogue: Catalogue, clients: int, load: Load) -> F
     )
 
 
-async def _ask(
-    http: httpx.AsyncClient, users: list, items: list, load: Load, name: str, seconds: float
+def _ask(
+    http: httpx.Client, users: list, items: list, load: Load, name: str, seconds: float
 ) -> list[tuple[float, str | None]]:
     """One client's requests, one after the other: milliseconds, and what was wrong."""
     draw = random.Random(f"{load.seed} {name}")
@@ -159,7 +164,7 @@ async def _ask(
         body = json.dumps(asked)
         started = time.perf_counter()
         try:
-            response = await http.post("/recommend", content=body, headers={"content-type": "application/json"})
+            response = http.post("/recommend", content=body, headers={"content-type": "application/json"})
             failure = _failure(response, asked)
         except httpx.HTTPError as error:
             failure = type(error).__name__
@@ -177,9 +182,9 @@ def _failure(response: httpx.Response, asked: dict[str, Any]) -> str | None:
     return None if {row["item"] for row in ranked} <= set(asked["candidates"]) else "an item that was no candidate"
 
 
-async def _batches(http: httpx.AsyncClient) -> tuple[float, float]:
+def _batches(http: httpx.Client) -> tuple[float, float]:
     """Batches scored so far, and requests in them."""
-    text = (await http.get("/metrics")).text
+    text = http.get("/metrics").text
     count, total = (re.search(rf"^mtcl_batch_requests_{part} (\S+)", text, re.M) for part in ("count", "sum"))
     assert count is not None
     assert total is not None
@@ -232,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     running = contextlib.nullcontext(Running(given.url)) if given.url else service(given.run_dir, given.serve_option)
     with running as at:
         _wait_until_healthy(at.url, time.monotonic() + 10)
-        figures = [asyncio.run(measure(at.url, catalogue, int(clients), load)) for clients in given.clients.split(",")]
+        figures = [measure(at.url, catalogue, int(clients), load) for clients in given.clients.split(",")]
     show(figures, load)
     if given.json is not None:
         about = {"method": METHOD, "machine": platform.processor() or platform.machine(), "cores": _cores(),

@@ -28,7 +28,9 @@ def serve(
     ] = 2,
     max_open: Annotated[int, typer.Option(min=1, help="Requests at a time; a further one is answered 503.")] = 64,
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest body of a request.")] = 4,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch's threads in a forward.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch's threads in a forward; one less than cores by default.")
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="debug also says which users ask.")
     ] = "info",

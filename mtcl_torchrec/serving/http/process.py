@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -46,7 +47,7 @@ def serve(
         watch: seconds between two looks at whether there is a newer model; 0: none.
         max_candidates: largest number of candidates, items wanted, or rows in one request.
         limits: what else is taken on.
-        threads: of torch in a forward.
+        threads: of torch in a forward; None leaves one core to the network, where OMP_NUM_THREADS does not say.
         log_level: such as "info" (one line for a request) or "debug" (and who asked).
 
     Raises:
@@ -56,6 +57,9 @@ def serve(
     """
     _log_to_stderr(log_level)
     listening = _bound(host, port)
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        # Threads of a forward that wait for each other lose more to whatever else runs than they gain.
+        threads = max(1, torch.get_num_threads() - 1)
     if threads is not None:
         torch.set_num_threads(threads)
     if not _is_loopback(listening):
