@@ -12,10 +12,14 @@ users, tasks, trunk and schedule; what it knows of an item differs.  Shown is th
 - never seen: known users, items without a training row;
 - new users: users without a training row, items with some;
 
-beside that of popularity (the smoothed share of the label among an item's training rows), and, where the world is made
-up, of the true probabilities.  Tasks: liked (rating of 4 or 5), loved (5), disliked (1 or 2) by towers on a shared
-trunk, and `taste`, liked once more by a dot product of user and item (collaborative filtering); the fused score is the
-mean of what liked and taste say.
+beside that of popularity (the smoothed share of the label among an item's training rows), of what is known afterwards
+(the user's share in training times the item's share among the test rows themselves: what there is to win by knowing how
+good an item is), and, where the world is made up, of the true probabilities.  GAUC is the AUC within a user's rows: a
+model that knows nothing of an item has 0.5 there, while its AUC still profits from knowing who likes much.
+
+Tasks: liked (rating of 4 or 5), loved (5), disliked (1 or 2) by towers on a shared trunk, and `taste`, liked once more
+by a dot product of user and item (collaborative filtering); the fused score is the mean of what liked and taste say.
+While training, a user is unknown in a tenth of the rows and an item in three tenths (`training.id_dropout`).
 
 With histories (--sequences on), a user's liked items of the training part are a sequence that the candidate looks at
 (DIN); they share the candidate's table, so variants without an id have none.
@@ -46,7 +50,7 @@ ID: dict[str, Any] = {"name": "item_id", "group": "item", "embedding_dim": 16}
 HASHED: dict[str, Any] = {**ID, "encoding": "hash"}  # into a quarter as many rows as there are items
 TEXT: dict[str, Any] = {
     "name": "text", "group": "item", "kind": "vector", "column": "item_id", "vectors": "vectors.parquet",
-    "embedding_dim": 32,
+    "embedding_dim": 16,
 }  # fmt: skip
 CODE: dict[str, Any] = {
     "name": "code", "group": "item", "kind": "semantic_id", "column": "item_id", "codes": "codes.parquet",
@@ -60,7 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "id + semantic id": (ID, CODE),
     "id + text": (ID, TEXT),
 }
-POPULARITY, ORACLE = "popularity", "true probability"
+POPULARITY, AFTERWARDS, ORACLE = "popularity", "known afterwards", "true probability"
 SEGMENTS = ("head", "tail", "never seen", "new users", "all")
 TASKS = ("liked", "loved", "disliked", "taste", "score")
 LABELS = {**{task: task for task in TASKS}, "taste": "liked", "score": "liked"}
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines, one for each training; what is there is not done again")
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["liked"], help="with --show")
+    parser.add_argument("--metric", choices=["auc", "gauc"], default="auc", help="with --show")
     parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
     parser.add_argument("--picture", type=Path, help="with --show: AUC of the first of --tasks as a picture")
     parser.add_argument("--small", action="store_true", help="a tenth of the users and one epoch, to try the script")
@@ -87,14 +92,15 @@ def main() -> None:
     if arguments.show:
         results = read(arguments.show)
         for task in arguments.tasks:
-            show(results, task, markdown=arguments.markdown)
+            show(results, task, arguments.metric, markdown=arguments.markdown)
         if arguments.picture:
-            draw(results, arguments.tasks[0], arguments.picture)
+            draw(results, arguments.tasks[0], arguments.metric, arguments.picture)
         return
     if arguments.data == "movielens" and arguments.folder is None:
         parser.error("--data movielens needs --folder, which holds MovieLens-1M")
     results = train_missing(arguments)
-    show(results, "liked", markdown=False)
+    for metric in ("auc", "gauc"):
+        show(results, "liked", metric, markdown=False)
 
 
 # ---------------------------------------------------------------------- data
@@ -133,6 +139,7 @@ def configuration(variant: str, sequences: bool, data: str, seed: int, buckets: 
     of_item = [
         {**feature, "vocabulary_size": buckets} if feature is HASHED else feature for feature in VARIANTS[variant]
     ]
+    made_up = data == "synthetic"
     run: dict[str, Any] = {
         "name": variant.replace("+", "and"),
         "data": {"train": "train.parquet", "val": "val.parquet"},
@@ -149,17 +156,19 @@ def configuration(variant: str, sequences: bool, data: str, seed: int, buckets: 
             ],
         },
         "model": {
-            "trunk": {"kind": "mmoe", "num_experts": 4, "expert_layers": [64, 32], "dropout": 0.1},
+            "trunk": {"kind": "mmoe", "num_experts": 4, "expert_layers": [64, 32],
+                      "dropout": 0.1 if made_up else 0.3},
             "tower_layers": [16],
-            "embedding_dropout": 0.1,  # so that it learns to do without an id, as it must for a new one
         },
         "optimizers": {
             # Products of vectors that start small take long to say anything: large steps.
-            "tables": {"kind": "rowwise_adagrad", "lr": 0.3 if data == "synthetic" else 0.1, "init_scale": 0.1},
-            "dense": {"lr": 0.01 if data == "synthetic" else 0.004, "weight_decay": 0.01},
+            "tables": {"kind": "rowwise_adagrad", "lr": 0.3 if made_up else 0.1, "init_scale": 0.1},
+            "dense": {"lr": 0.01 if made_up else 0.004, "weight_decay": 0.01 if made_up else 0.3},
         },
-        "training": {"epochs": 1 if small else 16 if data == "synthetic" else 8, "patience": 2, "seed": seed,
-                     "batch_size": 1024 if data == "synthetic" else 2048, "eval_batch_size": 8192,
+        "training": {"epochs": 1 if small else 16 if made_up else 4, "patience": 2, "seed": seed,
+                     # so that it learns to do without an id, as it must for a new one
+                     "id_dropout": {"user_id": 0.1, **({"item_id": 0.3} if _has_id(variant) else {})},
+                     "batch_size": 1024 if made_up else 2048, "eval_batch_size": 8192,
                      "watch": ["liked"]},
         "fusion": {"weights": {"liked": 1.0, "taste": 1.0}},
     }  # fmt: skip
@@ -186,7 +195,8 @@ def train_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     done = {(r["variant"], r["sequences"], r["seed"]) for r in results}
     with tempfile.TemporaryDirectory(prefix="cold-start-") as temporary:
         for seed in arguments.seeds:
-            wanted = [(POPULARITY, "off"), *([(ORACLE, "off")] if arguments.data == "synthetic" else [])]
+            bounds = [POPULARITY, AFTERWARDS, *([ORACLE] if arguments.data == "synthetic" else [])]
+            wanted = [(bound, "off") for bound in bounds]
             wanted += [(v, s) for v in arguments.variants for s in arguments.sequences if s == "off" or _has_id(v)]
             wanted = [(v, s) for v, s in wanted if (v, s, seed) not in done]
             if not wanted:
@@ -230,6 +240,8 @@ def judge(folder: Path, variant: str, sequences: bool, data: str, seed: int, *, 
     train = pd.read_parquet(folder / "train.parquet")
     if variant == POPULARITY:
         return by_segment(test, {task: popularity(train, LABELS[task])(test) for task in TASKS})
+    if variant == AFTERWARDS:
+        return by_segment(test, {task: known_afterwards(train, test, LABELS[task]) for task in TASKS})
     from mtcl_torchrec.config import parse_run
     from mtcl_torchrec.evaluation.predict import predict
     from mtcl_torchrec.training.finished import FinishedRun
@@ -246,25 +258,32 @@ def judge(folder: Path, variant: str, sequences: bool, data: str, seed: int, *, 
     return {**epochs, **by_segment(test, {task: predictions[task] for task in TASKS})}
 
 
-def popularity(train: pd.DataFrame, label: str) -> Any:
+def popularity(train: pd.DataFrame, label: str, key: str = "item_id") -> Any:
     """Rows to the smoothed share of a label among their items' training rows."""
     mean = train[label].mean()
-    of_item = train.groupby("item_id")[label].agg(["sum", "size"])
+    of_item = train.groupby(key)[label].agg(["sum", "size"])
     share = (of_item["sum"] + SMOOTHING * mean) / (of_item["size"] + SMOOTHING)
-    return lambda rows: rows.item_id.map(share).fillna(mean).to_numpy()
+    return lambda rows: rows[key].map(share).fillna(mean).to_numpy()
+
+
+def known_afterwards(train: pd.DataFrame, test: pd.DataFrame, label: str) -> np.ndarray:
+    """The odds of a user's share in training, times those of the item's share among the test rows, as log."""
+    of_user, of_item = popularity(train, label, "user_id")(test), popularity(test, label)(test)
+    return np.log(of_user / (1 - of_user)) + np.log(of_item / (1 - of_item))
 
 
 def by_segment(test: pd.DataFrame, predictions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Task -> segment -> AUC; and ``"rows"`` -> segment -> number of rows."""
-    from mtcl_torchrec.evaluation.metrics import auc
+    """Task -> segment -> AUC, ``"gauc task"`` -> segment -> GAUC; and ``"rows"`` -> segment -> number of rows."""
+    from mtcl_torchrec.evaluation.metrics import auc, gauc
 
     known, segment = ~test.new_user.to_numpy(), test.item_segment.to_numpy()
     masks = {name: known & (segment == name) for name in ("head", "tail", "never seen")}
     masks |= {"new users": ~known & (segment != "never seen"), "all": np.ones(len(test), bool)}
     figures: dict[str, dict[str, float]] = {"rows": {name: int(mask.sum()) for name, mask in masks.items()}}
     for task, predicted in predictions.items():
-        labels = test[LABELS[task]].to_numpy()
+        labels, users = test[LABELS[task]].to_numpy(), test.user_id.to_numpy()
         figures[task] = {name: auc(labels[mask], predicted[mask]) for name, mask in masks.items()}
+        figures[f"gauc {task}"] = {n: gauc(labels[mask], predicted[mask], users[mask]) for n, mask in masks.items()}
     return figures
 
 
@@ -278,7 +297,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(variant, histories) -> results of its seeds, in the order of the table."""
-    order = [POPULARITY, *VARIANTS, ORACLE]
+    order = [POPULARITY, *VARIANTS, AFTERWARDS, ORACLE]
     keys = sorted({(r["variant"], r["sequences"]) for r in results}, key=lambda k: (order.index(k[0]), k[1]))
     return {key: [r for r in results if (r["variant"], r["sequences"]) == key] for key in keys}
 
@@ -292,24 +311,24 @@ def _sets(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def cell(results: Sequence[dict[str, Any]], task: str, segment: str) -> tuple[float, float]:
+def cell(results: Sequence[dict[str, Any]], task: str, metric: str, segment: str) -> tuple[float, float]:
     """Mean and standard deviation over seeds; the latter 0 of one."""
-    values = [r[task][segment] for r in results]
+    values = [r[task if metric == "auc" else f"gauc {task}"][segment] for r in results]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def show(results: Sequence[dict[str, Any]], task: str, *, markdown: bool) -> None:
-    """The table of one task, for each set of data."""
+def show(results: Sequence[dict[str, Any]], task: str, metric: str, *, markdown: bool) -> None:
+    """The table of one task and metric, for each set of data."""
     from mtcl_torchrec.evaluation.report import plain_table
 
     for name, of_set in _sets(results).items():
         seeds = len({r["seed"] for r in of_set})
-        title = f"AUC of {task}, {name}, {seeds} seed{'s' if seeds > 1 else ''}"
+        title = f"{metric.upper()} of {task}, {name}, {seeds} seed{'s' if seeds > 1 else ''}"
         rows = []
         for (variant, sequences), of in grouped(of_set).items():
             cells = []
             for segment in SEGMENTS:
-                mean, spread = cell(of, task, segment)
+                mean, spread = cell(of, task, metric, segment)
                 cells.append(f"{mean:.3f}" + (f" ± {spread:.3f}" if len(of) > 1 else ""))
             rows.append([variant + (", histories" if sequences == "on" else ""), *cells])
         columns = ["what is known of an item", *SEGMENTS]
@@ -323,8 +342,8 @@ def show(results: Sequence[dict[str, Any]], task: str, *, markdown: bool) -> Non
             Console(width=120).print(table, "")
 
 
-def draw(results: Sequence[dict[str, Any]], task: str, file: Path) -> None:
-    """AUC by segment, a panel for each set of data and segment."""
+def draw(results: Sequence[dict[str, Any]], task: str, metric: str, file: Path) -> None:
+    """The metric by segment, a panel for each set of data and segment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -333,22 +352,22 @@ def draw(results: Sequence[dict[str, Any]], task: str, file: Path) -> None:
     sets, panels = _sets(results), SEGMENTS[:-1]
     figure, axes = pyplot.subplots(len(sets), len(panels), figsize=(12, 0.8 + 3.4 * len(sets)), squeeze=False)
     for row, (name, of_set) in zip(axes, sets.items(), strict=True):
-        shown = {key: of for key, of in grouped(of_set).items() if key[0] != POPULARITY}
+        shown = {key: of for key, of in grouped(of_set).items() if key[0] not in (POPULARITY, AFTERWARDS)}
         popular = grouped(of_set).get((POPULARITY, "off"))
         labels = [variant + (", histories" if s == "on" else "") for variant, s in shown]
         for axis, segment in zip(row, panels, strict=True):
             for y, ((_, sequences), of) in enumerate(shown.items()):
-                mean, spread = cell(of, task, segment)
+                mean, spread = cell(of, task, metric, segment)
                 colour, marker = ("#d55e00", "s") if sequences == "on" else ("#0072b2", "o")
                 axis.errorbar(mean, -y, xerr=spread or None, fmt=marker, color=colour, capsize=2)
             if popular:
-                axis.axvline(cell(popular, task, segment)[0], color="grey", linestyle="--", linewidth=1)
+                axis.axvline(cell(popular, task, metric, segment)[0], color="grey", linestyle="--", linewidth=1)
             axis.set_yticks([-y for y in range(len(labels))], labels if axis is row[0] else [])
             axis.set_title(segment)
             axis.grid(axis="x", alpha=0.3)
         row[0].set_ylabel(name)
         for axis in row:
-            axis.set_xlabel(f"AUC of {task}")
+            axis.set_xlabel(f"{metric.upper()} of {task}")
     handles = [
         pyplot.Line2D([], [], marker="o", linestyle="", color="#0072b2", label="without histories"),
         pyplot.Line2D([], [], marker="s", linestyle="", color="#d55e00", label="with histories"),

@@ -66,6 +66,7 @@ class RunConfig(Part):
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
+        self._check_id_dropout()
         if self.model.trunk.kind in ("shared_bottom", "single_task"):
             for name in ("expert_orthogonality", "gate_balance"):
                 if getattr(self.training.regularisers, name):
@@ -101,6 +102,17 @@ class RunConfig(Part):
         if self.data.log is not None and self.data_schema.time is None:
             raise ValueError("data.log needs schema.time: the log is split by time")
         return self
+
+    def _check_id_dropout(self) -> None:
+        ids = {f.name for f in self.data_schema.sparse_features if f.kind == "id"}
+        compared = {t.name: t.head.sampled_softmax for t in self.data_schema.tasks if t.head.sampled_softmax}
+        softmaxes = {softmax.item or self.data_schema.item_feature: name for name, softmax in compared.items()}
+        for name in self.training.id_dropout:
+            if name not in ids:
+                raise ValueError(f"training.id_dropout: no feature {name!r} of kind id{nearest(name, ids)}")
+            if name in softmaxes:
+                of = f"the sampled softmax of task {softmaxes[name]!r}"
+                raise ValueError(f"training.id_dropout: {of} tells items apart by {name!r}")
 
     def _check_surgery(self) -> None:
         surgery = self.balance.surgery

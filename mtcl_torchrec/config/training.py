@@ -100,6 +100,9 @@ class TrainingConfig(Part):
             longer moves what the tasks share, while the others go on; 0 never does.  Training stops when all are
             frozen.  Which epoch is kept is still decided by the mean.
         watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task.
+        id_dropout: id feature -> share of the training rows in which it is unknown, so that the model learns to do
+            without it, as it must for users and items that training never met: what else is known of them (text,
+            semantic ids, attributes) then speaks.  Each epoch draws anew.
         warmup_steps: the learning rates rise linearly from 0 over this many steps.
         decay: how the learning rates fall from then to the last step of the last epoch.
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
@@ -119,6 +122,7 @@ class TrainingConfig(Part):
     patience: NonNegativeInt = 3
     task_patience: NonNegativeInt = 0
     watch: list[str] = Field(default_factory=list)
+    id_dropout: dict[str, Fraction] = Field(default_factory=dict)
     warmup_steps: NonNegativeInt = 100
     decay: Literal["none", "linear", "cosine"] = "linear"
     averaging: Fraction = 0.0

@@ -125,6 +125,7 @@ class Preprocessor:
         *,
         seed: int,
         workers: int = 1,
+        id_dropout: Mapping[str, float] | None = None,
         grown_from: FeatureEncoder | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> StreamRows:
@@ -132,8 +133,9 @@ class Preprocessor:
 
         Args:
             files: opened with `columns`.
-            seed: of the shuffle.
+            seed: of the shuffle and of dropped ids.
             workers: threads that read and encode ahead.
+            id_dropout: see `StreamRows`.
             grown_from: see `FeatureEncoder.learn`.
             progress: called with the share of this rank's part that is read.
 
@@ -164,11 +166,14 @@ class Preprocessor:
             self._is_text[column] = not pd.api.types.is_numeric_dtype(canonical(empty[column]))
         encoder = FeatureEncoder(self._whole_schema())
         self.encoder = encoder.fit_stream(files, workers=workers, grown_from=grown_from, progress=progress)
-        return self.stream(files, seed=seed, workers=workers)
+        return self.stream(files, seed=seed, workers=workers, id_dropout=id_dropout)
 
-    def stream(self, files: ParquetFiles, *, seed: int, workers: int = 1) -> StreamRows:
+    def stream(
+        self, files: ParquetFiles, *, seed: int, workers: int = 1, id_dropout: Mapping[str, float] | None = None
+    ) -> StreamRows:
         """Training rows in files, for what was learnt from them before; see `fit_stream`."""
-        return StreamRows(files.only(self.encoder.columns()), self.encoder.encode, seed=seed, workers=workers)
+        files = files.only(self.encoder.columns())
+        return StreamRows(files, self.encoder.encode, seed=seed, workers=workers, id_dropout=id_dropout)
 
     def _whole_schema(self) -> Schema:
         extra = [feature for block in self.statistics for feature in block.features(self.groups)]

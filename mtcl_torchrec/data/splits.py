@@ -87,7 +87,8 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
         catalogue = preprocessor.catalogue(raw["train"], later["val"])
-    return _with_later(MemoryRows(train, seed=run.training.seed), later, preprocessor, catalogue)
+    memory = MemoryRows(train, seed=run.training.seed, id_dropout=run.training.id_dropout)
+    return _with_later(memory, later, preprocessor, catalogue)
 
 
 def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
@@ -103,7 +104,12 @@ def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEnc
             say(f"  {share:.0%} read")
 
     train = preprocessor.fit_stream(
-        files, seed=run.training.seed, workers=run.data.workers, grown_from=grown_from, progress=progress
+        files,
+        seed=run.training.seed,
+        workers=run.data.workers,
+        id_dropout=run.training.id_dropout,
+        grown_from=grown_from,
+        progress=progress,
     )
     named = {"val": run.data.val, "test": run.data.test}
     later = {
@@ -135,7 +141,13 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     }
     say(f"world {config.world!r}: {config.rows:,} rows of train, generated on the way")
     source = WorldWindows(world, config.rows, run.data.window)
-    train = StreamRows(source, preprocessor.encoder.encode, seed=run.training.seed, workers=run.data.workers)
+    train = StreamRows(
+        source,
+        preprocessor.encoder.encode,
+        seed=run.training.seed,
+        workers=run.data.workers,
+        id_dropout=run.training.id_dropout,
+    )
     return _with_later(train, later, preprocessor)
 
 

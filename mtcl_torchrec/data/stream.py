@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
+from mtcl_torchrec.data.id_dropout import drop_ids
 from mtcl_torchrec.data.position import Piece, Position, count, cut, pieces_left, shuffled
 from mtcl_torchrec.data.source import Rows
 
@@ -59,8 +60,9 @@ class StreamRows:
     Args:
         source: windows of rows.
         encode: rows to encoded rows; called on several threads.
-        seed: of the shuffle; the epoch is part of it.
+        seed: of the shuffle and of dropped ids; the epoch is part of it.
         workers: threads that read and encode ahead of training.
+        id_dropout: id feature -> share of the rows in which it is unknown; see `mtcl_torchrec.data.id_dropout`.
 
     Example:
         >>> import pandas as pd
@@ -80,12 +82,19 @@ class StreamRows:
     """
 
     def __init__(
-        self, source: WindowSource[W], encode: Callable[[Rows], EncodedRows], *, seed: int, workers: int = 1
+        self,
+        source: WindowSource[W],
+        encode: Callable[[Rows], EncodedRows],
+        *,
+        seed: int,
+        workers: int = 1,
+        id_dropout: Mapping[str, float] | None = None,
     ) -> None:
         self.source: WindowSource[Any] = source
         self.encode = encode
         self.seed = seed
         self.workers = workers
+        self.id_dropout = id_dropout or {}
 
     @property
     def rows_per_epoch(self) -> int:
@@ -137,7 +146,8 @@ class StreamRows:
 
     def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece]) -> EncodedRows:
         order = shuffled(window.rows, seed).numpy()
-        return self.encode(self.source.read(window).at(np.concatenate([order[a:b] for _, a, b in pieces])))
+        numbers = np.concatenate([order[a:b] for _, a, b in pieces])
+        return drop_ids(self.encode(self.source.read(window).at(numbers)), self.id_dropout, numbers, seed)
 
 
 def in_batches(parts: Iterable[EncodedRows], batch_size: int) -> Iterator[EncodedRows]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from hashlib import sha256
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch, global_batches, iterate
+from mtcl_torchrec.data.id_dropout import drop_ids
 from mtcl_torchrec.data.position import Position, rows_taken
 
 
@@ -48,7 +49,8 @@ class MemoryRows:
 
     Args:
         rows: the whole split, the same on every rank.
-        seed: of the shuffle; the epoch is part of it.
+        seed: of the shuffle and of dropped ids; the epoch is part of it.
+        id_dropout: id feature -> share of the rows in which it is unknown; see `mtcl_torchrec.data.id_dropout`.
 
     Example:
         >>> import torch
@@ -61,9 +63,10 @@ class MemoryRows:
         (3, 2)
     """
 
-    def __init__(self, rows: EncodedRows, *, seed: int) -> None:
+    def __init__(self, rows: EncodedRows, *, seed: int, id_dropout: Mapping[str, float] | None = None) -> None:
         self.rows = rows
         self.seed = seed
+        self.id_dropout = id_dropout or {}
 
     @property
     def rows_per_epoch(self) -> int:
@@ -102,4 +105,5 @@ class MemoryRows:
             seed=(self.seed, position.epoch),
             start=rows_taken(len(self.rows), position.taken),
         )
-        return iterate(self.rows, indices)
+        rows = drop_ids(self.rows, self.id_dropout, np.arange(len(self.rows)), (self.seed, position.epoch))
+        return iterate(rows, indices)
