@@ -8,6 +8,7 @@ are.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,9 @@ def fit_knn(data: BaselineData, task: Task, settings: Settings) -> Predictions:
         "bm25": library.BM25Recommender,
     }
     model = kinds[settings["weighting"]](K=settings["neighbours"], num_threads=_threads())
-    model.fit(counts, show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of implicit, about its own matrices
+        model.fit(counts, show_progress=False)
     towards = model.similarity.T.tocsr()  # row i: how alike i is to each j that counts it among its neighbours
     of_user = np.maximum(np.asarray(counts.sum(1)).ravel(), 1) if settings["per_event"] else None
 

@@ -96,6 +96,7 @@ def _changed(run: RunConfig, tasks: Sequence[Task]) -> RunConfig:
     raw: dict[str, Any] = yaml.safe_load(dump_run(run))
     for part in ("balance", "fusion", "calibration"):
         raw.pop(part, None)
+    raw["evaluation"] = {"save_predictions": False}
     raw["schema"]["tasks"] = [task.model_dump(mode="json", exclude_unset=True) for task in tasks]
     raw["schema"].pop("reward", None)
     training = raw.setdefault("training", {})

@@ -99,7 +99,7 @@ class BaselineData:
         train: training rows, a sample of them where there are more than asked for.
         held_out: val, and test where there is one.
         encoded, raw: the same splits as the model takes them, and as they were read.
-        encoder: fitted on the whole training split.
+        preprocessor: fitted on the whole training split.
         tasks: the run's tasks, classes and scales known.
         catalogue: of a run in memory with user and item.
         total: rows of the whole training split.
@@ -110,11 +110,16 @@ class BaselineData:
     held_out: dict[str, BaselineRows]
     encoded: dict[str, EncodedRows]
     raw: dict[str, Rows]
-    encoder: FeatureEncoder
+    preprocessor: Preprocessor
     tasks: tuple[Task, ...]
     catalogue: Catalogue | None
     total: int
     designs: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def encoder(self) -> FeatureEncoder:
+        """Knows tables, scales and vectors."""
+        return self.preprocessor.encoder
 
     def column(self, task: Task) -> int:
         """The task's column in the labels."""
@@ -165,10 +170,8 @@ def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say) -> Baseline
     held_out = {
         name: BaselineRows.of(rows, users[i], items[i]) for i, (name, rows) in enumerate(splits.encoded.items(), 1)
     }
-    encoder = preprocessor.encoder
-    return BaselineData(
-        train, held_out, splits.encoded, splits.raw, encoder, encoder.resolved_tasks(), splits.catalogue, total
-    )
+    tasks = preprocessor.encoder.resolved_tasks()
+    return BaselineData(train, held_out, splits.encoded, splits.raw, preprocessor, tasks, splits.catalogue, total)
 
 
 def _key_columns(schema: Schema) -> list[str]:

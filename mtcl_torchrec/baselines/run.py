@@ -6,15 +6,16 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from mtcl_torchrec.baselines.fused import fused_score, judged, score_of
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
-from mtcl_torchrec.baselines.rows import BaselineData, Say, load_data
+from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
 from mtcl_torchrec.baselines.store import (
     FOLDER,
@@ -27,8 +28,11 @@ from mtcl_torchrec.baselines.store import (
 )
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.judging import predictions_path, rows_predicted
 from mtcl_torchrec.training.sharding import Device
 
 MAX_ROWS = 2_000_000
@@ -135,11 +139,11 @@ def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: S
         say(f"{name}: {title}, {len(found.trials)} trials, {found.seconds:.1f} s, {_shown(unit, found)}")
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
-    metrics = {}
+    metrics, thresholds, lacking = dict[str, Any](), dict[str, float](), list[str]()
     for split, of_split in predictions.items():
         score, lacking = fused_score(fused, data, split, of_split)
         metrics[split] = finite(asdict(judged(data, split, of_split, score, fused.tasks)))  # type: ignore[arg-type]
-        _write(job, split, of_split, score)
+        thresholds = _write(job, split, of_split, score, thresholds)
     if lacking:
         notes.append(f"in the fused score, {', '.join(lacking)} enters as the mean of the training rows")
     return {
@@ -196,5 +200,16 @@ def _by_weight(tasks: Sequence[Task], fused: nn.Module) -> list[Task]:
     return sorted(tasks, key=lambda task: -abs(float(weights.get(task.name, 0.0))))
 
 
-def _write(job: Job, split: str, predictions: dict[str, Any], score: Any) -> None:
-    """Write the predictions of one split."""
+def _write(
+    job: Job, split: str, predictions: dict[str, Any], score: np.ndarray, thresholds: dict[str, float]
+) -> dict[str, float]:
+    """Write the predictions of one split, as those of a run; returns the thresholds, which val decides."""
+    data = job.data
+    table = rows_predicted(
+        data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
+        {**predictions, "score": score}, split=split,
+    )  # fmt: skip
+    if split == "val":
+        thresholds = chosen_thresholds(table)
+    write_predictions(predictions_path(job.folder, split), replace(table, thresholds=thresholds))
+    return thresholds

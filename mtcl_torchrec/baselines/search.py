@@ -86,7 +86,10 @@ def candidates(usual: Settings, space: Mapping[str, Any], trials: int, seed: int
     lists = all(isinstance(values, Sequence) for values in space.values())
     draws = min(4 * trials, len(ParameterGrid(dict(space)))) if lists else 4 * trials
     for drawn in ParameterSampler(dict(space), draws, random_state=seed) if space else ():
-        setting = {**usual, **{name: value.item() if hasattr(value, "item") else value for name, value in drawn.items()}}
+        setting = {
+            **usual,
+            **{name: value.item() if hasattr(value, "item") else value for name, value in drawn.items()},
+        }
         if len(found) < trials and setting not in found:
             found.append(setting)
     return found

@@ -53,7 +53,7 @@ def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
         whole: whether all of the configuration counts; otherwise what it says of data, labels and the fused score.
         options: whatever else counts.
     """
-    counts = run.model_dump(mode="json", by_alias=True, exclude={"name"})
+    counts = run.model_dump(mode="json", by_alias=True, exclude={"name", "evaluation"})
     for part in [] if whole else ["model", "optimizers", "training", "balance", "sharding", "calibration"]:
         counts.pop(part)
     for split in ("train", "val", "test", "log"):
