@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import coo_matrix, csr_matrix, diags_array
 from scipy.stats import loguniform
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -91,7 +91,9 @@ def fit_als(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0
     library = _library("implicit.als")
     happened, shown = events(data, task)
     liked = happened.sign()
-    refused = shown - shown.multiply(liked)
+    # Of a user or item without any event nothing is learnt: its vector would only fade, into numbers that are slow.
+    users, items = (diags_array(np.minimum(liked.sum(axis), 1).A1) for axis in (1, 0))
+    refused = users @ (shown - shown.multiply(liked)) @ items
     confidence = settings["alpha"] * happened - settings["alpha"] * settings["negatives"] * refused
     confidence = csr_matrix(confidence, dtype=np.float32)
     confidence.eliminate_zeros()
