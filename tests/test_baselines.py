@@ -1,7 +1,9 @@
 """Baselines: each against a plain reference, on the rows and labels of the run; none sees the test split."""
 
+import dataclasses
 import math
 
+import histories
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,13 +11,15 @@ import shop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtcl_torchrec.baselines import collaborative, designs, fused, networks, popularity
+from mtcl_torchrec.baselines import Budget, collaborative, designs, fused, networks, popularity, run_baselines
 from mtcl_torchrec.baselines.kinds import BASELINES, Job
 from mtcl_torchrec.baselines.rows import BaselineRows, load_data
 from mtcl_torchrec.baselines.search import candidates, search
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.source import read_rows, split_by_time
-from mtcl_torchrec.evaluation.metrics import task_metrics
+from mtcl_torchrec.data.vectors import write_vectors
+from mtcl_torchrec.evaluation.metrics import auc, task_metrics
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
 
 CHAINED = (
     shop.RUN.replace("{name: buy, kind: binary, mask: click, weight: 0.5}", "{name: buy, kind: binary, after: click}")
@@ -267,6 +271,71 @@ def test_one_hot_columns_hold_ids_shares_of_bags_and_numbers(data):
     names = [f.name for f in designs.seen_by(data, task_of(data, "taste"))[0]]
     assert names == ["user_id", "hour"]
     assert seen.shape[1] < design.shape[1] - 60
+
+
+def test_large_tables_share_columns(data, monkeypatch):
+    monkeypatch.setattr(designs, "HASHED", 16)
+    of = dataclasses.replace(data, designs={})
+    design = designs.one_hot(of, task_of(data, "taste"))["val"].toarray()
+    user = design[:, :16]
+    assert np.array_equal(user.argmax(1), data.held_out["val"].ids["user_id"] % 16)
+    assert (user.sum(1) == 1).all()
+    assert design.shape[1] < designs.one_hot(data, task_of(data, "taste"))["val"].shape[1]
+
+
+def test_histories_are_read_as_bags(tmp_path):
+    frame = histories.log(200)
+    frame.to_parquet(tmp_path / "log.parquet")
+    found = load_data(parse_run(histories.RUN, folder=tmp_path), max_rows=10**6, seed=0, say=silent)
+    lengths = frame["clicked"].map(len).clip(upper=6).to_numpy()[: len(found.train)]
+    for name in ("clicked", "clicked_kind", "clicked_age"):
+        assert np.array_equal(found.train.bags[name][1], lengths)
+    empty = int(np.argmin(lengths))
+    at = np.arange(len(found.train))
+    encoded, _ = designs.target_means(found, found.tasks[0], at, found.train.labels[:, 0], 5.0, 0)
+    names = [f.name for f in designs.seen_by(found, found.tasks[0])[0]]
+    assert np.isnan(encoded[empty, names.index("clicked")])
+    assert not np.isnan(encoded[lengths > 0]).any()
+
+
+def test_vectors_are_read_by_their_principal_components(tmp_path):
+    draw = np.random.default_rng(0)
+    of_item = (draw.normal(size=(30, 2)) @ draw.normal(size=(2, 24))).astype(np.float32)
+    write_vectors(tmp_path / "vectors.parquet", pd.Series([f"i{i}" for i in range(30)]), of_item, key="i")
+    item = draw.integers(0, 40, 400)  # a quarter has no vector
+    frame = pd.DataFrame({"i": [f"i{i}" for i in item], "click": (item < 30) & (of_item[item % 30, 0] > 0)})
+    for split, rows in (("train", frame[:300]), ("val", frame[300:])):
+        rows.astype({"click": int}).to_parquet(tmp_path / f"{split}.parquet")
+    text = """
+    data: {train: train.parquet, val: val.parquet}
+    schema:
+      item: i
+      features: [{name: content, group: item, column: i, kind: vector, vectors: vectors.parquet}]
+      tasks: [{name: click, kind: binary}]
+    """
+    found = load_data(parse_run(text, folder=tmp_path), max_rows=10**6, seed=0, say=silent)
+    columns = designs.dense_columns(found, found.tasks[0], found.held_out["val"])
+    assert columns.shape == (100, designs.CONTENT_COLUMNS)
+    assert (columns[item[300:] >= 30] == 0).all()
+    for fit in ("logistic_regression", "trees"):
+        predicted = BASELINES[fit].fit(_job(found), found.tasks, BASELINES[fit].usual)["val"]["click"]
+        assert auc(found.held_out["val"].labels[:, 0], predicted) > 0.9
+
+
+def test_a_generated_world_is_sampled(tmp_path):
+    text = """
+    data: {synthetic: {world: shop, rows: 3000, val_rows: 300, test_rows: 0, num_users: 50, num_items: 40}, window: 500}
+    schema:
+      user: user_id
+      item: product_id
+      features: [{name: user_id, group: user, encoding: index, vocabulary_size: 51}]
+      tasks: [{name: click, kind: binary}]
+    """
+    run = parse_run(text)
+    entry = run_baselines(run, tmp_path, only=["item_knn"], budget=Budget(1), max_rows=700, say=silent)["item_knn"]
+    assert entry["rows"] == 700
+    assert set(entry["metrics"]) == {"val"}
+    assert read_predictions(tmp_path / "baselines/item_knn/predictions/val.parquet").score is not None
 
 
 @settings(max_examples=15, deadline=None)

@@ -30,12 +30,12 @@ KNN_SPACE = {
     "neighbours": [10, 20, 50, 100, 200, 500],
     "per_event": [False, True],
 }
-ALS_USUAL: Settings = {"factors": 32, "regularization": 1.0, "alpha": 5.0, "negatives": 0.2, "iterations": 15}
+ALS_USUAL: Settings = {"factors": 32, "regularization": 10.0, "alpha": 2.0, "negatives": 1.0, "iterations": 15}
 ALS_SPACE = {
     "factors": [8, 16, 32, 64, 128],
     "regularization": loguniform(0.01, 100),
-    "alpha": loguniform(1, 50),
-    "negatives": [0.0, 0.1, 0.2, 0.5, 1.0],
+    "alpha": loguniform(0.5, 50),
+    "negatives": [0.0, 0.1, 0.3, 1.0],
     "iterations": [10, 15, 30],
 }
 BPR_USUAL: Settings = {"factors": 32, "learning_rate": 0.05, "regularization": 0.01, "iterations": 50}

@@ -44,8 +44,7 @@ def fit_network(
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="network-", dir=folder))
     try:
-        with open("/dev/null", "w") as nowhere:
-            train_run(_with_rates(run, settings), place, device=device, console=Console(file=nowhere))
+        train_run(_with_rates(run, settings), place, device=device, console=Console(quiet=True))
         model = FinishedRun.load(place).model
         found: Predictions = {}
         for split, rows in data.encoded.items():
