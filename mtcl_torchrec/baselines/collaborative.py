@@ -91,7 +91,7 @@ def fit_als(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0
     library = _library("implicit.als")
     happened, shown = events(data, task)
     liked = happened.sign()
-    # Of a user or item without any event nothing is learnt: its vector would only fade, into numbers that are slow.
+    # A user or item without any event falls back on popularity: it needs no vector, and would cost time.
     users, items = (diags_array(np.minimum(liked.sum(axis), 1).A1) for axis in (1, 0))
     refused = users @ (shown - shown.multiply(liked)) @ items
     confidence = settings["alpha"] * happened - settings["alpha"] * settings["negatives"] * refused
