@@ -96,7 +96,8 @@ def run_baselines(
             place = folder / FOLDER / name
             job = Job(run, data, place, device, seed)
             write_entry(folder, name, _one(name, job, fused, budget, keys[name], say))
-            shutil.rmtree(place / "parts", ignore_errors=True)
+            for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
+                shutil.rmtree(rest, ignore_errors=True)
         entries = read_entries(folder)
     return {name: entries[name] for name in names}
 
