@@ -1,0 +1,97 @@
+"""The run's fused score of a baseline's predictions, and how both are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtcl_torchrec.baselines.popularity import prior_of
+from mtcl_torchrec.baselines.rows import BaselineData
+from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
+from mtcl_torchrec.modules.fusion import RowContext, WeightedMean, fuse
+from mtcl_torchrec.modules.heads import in_unit_interval
+from mtcl_torchrec.schema import Task
+from mtcl_torchrec.training.fused import build_fused_score, is_learned
+
+
+def score_of(run: RunConfig, tasks: Sequence[Task]) -> tuple[nn.Module, str]:
+    """The fused score that all baselines rank by, and what is to be said of it.
+
+    It is the run's own, so that they compare.  One that learns, or that reads inputs of the model, gives way to the
+    weighted mean of the declared weights, or of all binary tasks where there are none.
+    """
+    config = run.fusion
+    reads = config is not None and bool(config.numbers or config.features)
+    if config is None or not (is_learned(config) or reads):
+        return build_fused_score(config, tasks), ""
+    said = f"fusion.kind {config.kind} learns, or reads inputs: baselines rank by the weighted mean"
+    if config.weights:
+        return WeightedMean(config.weights), f"{said} of its weights"
+    return build_fused_score(None, tasks), f"{said} of the binary tasks"
+
+
+def fused_score(
+    fused: nn.Module, data: BaselineData, split: str, predictions: dict[str, np.ndarray]
+) -> tuple[np.ndarray, list[str]]:
+    """Scores (N,) of a split's rows, and the tasks of the score that the baseline does not predict.
+
+    Those enter as what a model without inputs would predict: the training split's base rate, shares of classes or mean.
+    """
+    rows, parts, lacking = data.held_out[split], dict[str, torch.Tensor](), list[str]()
+    for task in (t for t in data.tasks if t.name in fused.tasks):  # type: ignore[operator]
+        found = predictions.get(task.name)
+        if found is None:
+            lacking.append(task.name)
+            prior = prior_of(data, task).astype(np.float32)
+            found = np.broadcast_to(prior, (len(rows), *prior.shape))
+        own = None
+        if task.kind == "multiclass":
+            feature = task.item_class or (task.name if task.name in rows.ids else None)
+            own = None if feature is None else torch.from_numpy(_single(data, split, feature))
+        predicted = torch.from_numpy(np.array(found, np.float32))
+        parts[task.name] = in_unit_interval(task, predicted, own).clamp(0, 1)
+    requests = data.encoded[split].requests
+    context = RowContext(torch.zeros(len(rows), 0), {}, requests)
+    with torch.no_grad():
+        return fuse(fused, parts, context).numpy(), lacking
+
+
+def _single(data: BaselineData, split: str, feature: str) -> np.ndarray:
+    """(N,) the one value of each row; of a bag, the first, and -1 of an empty one."""
+    rows = data.held_out[split]
+    if feature in rows.ids:
+        return rows.ids[feature]
+    values, lengths = rows.bags[feature]
+    starts = np.cumsum(lengths) - lengths
+    padded = np.r_[values, -1]
+    return np.where(lengths > 0, padded[np.minimum(starts, len(values))], -1)
+
+
+def judged(
+    data: BaselineData, split: str, predictions: dict[str, np.ndarray], score: np.ndarray, ranked: Sequence[str]
+) -> Evaluation:
+    """Metrics of the predicted tasks, and of the fused score, as `mtcl train` writes them.
+
+    Args:
+        score: (N,).
+        ranked: the tasks of the fused score.
+    """
+    schema, raw = data.encoder.schema, data.raw[split].frame
+    # The labels are whole already, and baselines do not predict what happens given the event before.
+    tasks = tuple(t.model_copy(update={"after": None}) for t in data.tasks if t.name in predictions)
+    labels = data.held_out[split].labels[:, [data.column(t) for t in tasks]]
+    return evaluate_predictions(
+        tasks, {**predictions, "score": score}, labels, user_groups(schema, raw), popularity_of(data, split), ranked
+    )
+
+
+def popularity_of(data: BaselineData, split: str) -> np.ndarray | None:
+    """(N,) training clicks of each row's item, where the run knows them."""
+    item = data.encoder.schema.item
+    if data.catalogue is None or item is None:
+        return None
+    return data.raw[split].frame[item].map(data.catalogue.popularity).fillna(0.0).to_numpy(np.float64)

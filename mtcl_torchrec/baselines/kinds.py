@@ -1,0 +1,136 @@
+"""Which baselines there are, what each predicts, and how one setting of it is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtcl_torchrec.baselines import collaborative, linear, networks, popularity, trees
+from mtcl_torchrec.baselines.rows import BaselineData
+from mtcl_torchrec.baselines.search import Predictions, Settings
+from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.schema import Task
+from mtcl_torchrec.training.sharding import Device
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a baseline is fitted with.
+
+    Args:
+        run: the configuration to be compared with.
+        data: its rows.
+        folder: for what is only needed meanwhile.
+        device: of networks.
+        seed: of whatever draws.
+    """
+
+    run: RunConfig
+    data: BaselineData
+    folder: Path
+    device: Device = "auto"
+    seed: int = 0
+
+
+# Predictions of tasks by one setting.  Where a model predicts one task only, there is one.
+Fit = Callable[[Job, Sequence[Task], Settings], Predictions]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One way to predict, to compare a run with.
+
+    Args:
+        about: a line about it.
+        fit: one setting of it.
+        usual: the settings of the first trial.
+        space: what the others are drawn from, see `mtcl_torchrec.baselines.search.candidates`.
+        most_classes: of a multiclass task that it predicts; 0 for none.
+        binary_only: whether it predicts events, and no number or class.
+        needs: keys of the schema that it needs.
+        joint: whether one model predicts all tasks.
+        network: whether it is trained as the run is, so that its model and optimizers count.
+    """
+
+    about: str
+    fit: Fit
+    usual: Settings
+    space: Mapping[str, Any]
+    most_classes: float = float("inf")
+    binary_only: bool = False
+    needs: tuple[str, ...] = ()
+    joint: bool = False
+    network: bool = False
+
+    def why_not(self, task: Task, data: BaselineData) -> str:
+        """Why it does not predict a task; empty where it does."""
+        if self.binary_only and task.kind != "binary":
+            return f"predicts events only, and {task.name!r} is a {task.kind} task"
+        if task.kind == "multiclass" and task.out_features > self.most_classes:
+            return f"predicts up to {self.most_classes} classes, and {task.name!r} has {task.out_features}"
+        if self.network and task.weight == 0:
+            return f"the run does not train {task.name!r} (weight 0)"
+        at = data.train.labelled(data.column(task))
+        labels = data.train.labels[at, data.column(task)]
+        if len(at) == 0 or (task.kind != "regression" and len(np.unique(labels)) < 2):
+            return f"all training labels of {task.name!r} are the same, or missing"
+        return ""
+
+
+def _alone(fit: Callable[..., Predictions], *, seeded: bool = False) -> Fit:
+    """Of a function that fits one task from the data."""
+
+    def fitted(job: Job, tasks: Sequence[Task], settings: Settings) -> Predictions:
+        (task,) = tasks
+        return fit(job.data, task, settings, seed=job.seed) if seeded else fit(job.data, task, settings)
+
+    return fitted
+
+
+def _single(job: Job, tasks: Sequence[Task], settings: Settings) -> Predictions:
+    run = networks.single_task(job.run, tasks[0])
+    return networks.fit_network(run, job.data, tasks, settings, folder=job.folder, device=job.device)
+
+
+def _unweighted(job: Job, tasks: Sequence[Task], settings: Settings) -> Predictions:
+    run = networks.unweighted(job.run)
+    return networks.fit_network(run, job.data, tasks, settings, folder=job.folder, device=job.device)
+
+
+_collaborative = partial(Baseline, binary_only=True, needs=("user", "item"))
+_network = partial(Baseline, usual=networks.USUAL, space=networks.SPACE, network=True)
+
+# In the order of what they know.
+BASELINES: dict[str, Baseline] = {
+    "popularity": Baseline(
+        "what an item usually gets", _alone(popularity.fit_popularity), popularity.USUAL, popularity.SPACE,
+        needs=("item",),
+    ),
+    "item_knn": _collaborative(
+        "items like those that a user had the event with; implicit", _alone(collaborative.fit_knn),
+        collaborative.KNN_USUAL, collaborative.KNN_SPACE,
+    ),
+    "als": _collaborative(
+        "matrix factorisation by least squares; implicit", _alone(collaborative.fit_als, seeded=True),
+        collaborative.ALS_USUAL, collaborative.ALS_SPACE,
+    ),
+    "bpr": _collaborative(
+        "matrix factorisation from pairs; implicit", _alone(collaborative.fit_bpr, seeded=True),
+        collaborative.BPR_USUAL, collaborative.BPR_SPACE,
+    ),
+    "logistic_regression": Baseline(
+        "linear in one-hot features; scikit-learn", _alone(linear.fit_linear), linear.USUAL, linear.SPACE,
+        most_classes=linear.MAX_CLASSES,
+    ),
+    "trees": Baseline(
+        "gradient-boosted, on target-encoded features; scikit-learn", _alone(trees.fit_trees, seeded=True),
+        trees.USUAL, trees.SPACE, most_classes=trees.MAX_CLASSES,
+    ),
+    "single_task": _network("the run's network once for each task", _single),
+    "unweighted": _network("the run's network, its tasks' losses just added up", _unweighted, joint=True),
+}  # fmt: skip

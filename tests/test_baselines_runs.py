@@ -1,0 +1,202 @@
+"""`mtcl baselines` as a person uses it: files, tables, what is done is not done again; mistakes are one line."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import shop
+
+from mtcl_torchrec.baselines import BASELINES, Budget, run_baselines
+from mtcl_torchrec.baselines import run as baselines_run
+from mtcl_torchrec.cli import main
+from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.evaluation.metrics import auc
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.schema import ConfigError, DataError
+
+# One epoch in large batches, two tasks in a chain and a number: networks take a second or two.
+SMALL = (
+    shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256")
+    .replace("{name: buy, kind: binary, mask: click, weight: 0.5}", "{name: buy, kind: binary, after: click}")
+    .replace("    - {name: taste, kind: multiclass, label: genre, item_class: genre, mask: click, "
+             "inputs: [user, context]}\n", "")
+    .replace("taste: 0.5, ", "")
+    .replace("expert_layers: [16]", "expert_layers: [8]")
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shop.log(1500).to_parquet(tmp_path / "log.parquet", index=False)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    return tmp_path
+
+
+@pytest.fixture
+def mtcl(monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder and gives (exit status, what it printed, what it said on stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out = capsys.readouterr()
+        return stopped.value.code or 0, out.out, out.err
+
+    return run
+
+
+def test_every_baseline_from_the_command_line(mtcl, folder):
+    status, shown, error = mtcl("baselines", "run.yaml", "--trials", 1, "--device", "cpu", "-o", "out")
+    assert (status, error.count("mtcl:")) == (0, 0)
+    entries = json.loads((folder / "out" / "baselines.json").read_text())
+    assert list(entries) == list(BASELINES)
+    for name, entry in entries.items():
+        assert entry["seconds"] > 0
+        assert entry["rows"] == 1050
+        tables = {split: read_predictions(folder / f"out/baselines/{name}/predictions/{split}.parquet")
+                  for split in ("val", "test")}  # fmt: skip
+        for split, table in tables.items():
+            # The file and the metrics are of the same predictions, the labels those of the run.
+            of_chain = shop.log(1500)["buy"].iloc[{"val": slice(1050, 1275), "test": slice(1275, 1500)}[split]]
+            assert np.array_equal(table.labels("buy"), of_chain)
+            for task, metrics in entry["metrics"][split]["tasks"].items():
+                if table.task(task).kind == "binary":
+                    assert auc(table.labels(task), table.predicted(task)) == pytest.approx(metrics["auc"], abs=1e-5)
+            fused = entry["metrics"][split]["ranking"]["fused"]
+            assert auc(table.labels("click"), table.score) == pytest.approx(fused["auc click"], abs=1e-5)
+        assert tables["val"].thresholds == tables["test"].thresholds
+        assert set(tables["test"].thresholds) == {"click", "buy"}
+        assert tables["test"].users is not None
+        assert not (folder / "out/baselines" / name / "parts").exists()
+        assert not list((folder / "out/baselines" / name).glob("network-*"))
+    # What has the features knows more than what has not.
+    quality = {name: entry["metrics"]["test"]["tasks"]["click"]["auc"] for name, entry in entries.items()}
+    assert (
+        min(quality["trees"], quality["logistic_regression"]) > max(quality["popularity"], quality["item_knn"]) + 0.05
+    )
+    assert entries["single_task"]["trials"] == 3
+    assert entries["unweighted"]["trials"] == 1
+    assert set(entries["unweighted"]["metrics"]["test"]["tasks"]) == {"click", "buy", "stars"}
+    assert "in the fused score, stars enters as the mean of the training rows" in entries["als"]["notes"]
+    # The table: the best of each column has the star, and only that.
+    rows = {line.split()[0]: line.split()[1:] for line in shown.split("split: quality")[1].splitlines()[3:11]}
+    assert set(rows) == set(BASELINES)
+    for i, task in enumerate(("click", "buy")):
+        column = {name: cells[i] for name, cells in rows.items()}
+        starred = [name for name, cell in column.items() if cell.endswith("*")]
+        values = {name: float(cell.rstrip("*")) for name, cell in column.items()}
+        assert max(values, key=values.get) in starred, task
+        assert {values[name] for name in starred} == {max(values.values())}
+
+
+def test_what_is_done_is_not_done_again(mtcl, folder, monkeypatch):
+    arguments = ("baselines", "run.yaml", "--only", "popularity,logistic_regression", "--trials", 2)
+    assert mtcl(*arguments)[0] == 0
+    where = folder / "runs" / "shop-baselines"
+    before = json.loads((where / "baselines.json").read_text())
+    loaded = []
+    load = baselines_run.load_data
+    monkeypatch.setattr(baselines_run, "load_data", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    status, shown, _ = mtcl(*arguments)
+    assert (status, loaded) == (0, [])
+    assert shown.count("done before") == 2
+    assert json.loads((where / "baselines.json").read_text()) == before
+    status, shown, _ = mtcl("baselines", "run.yaml", "--list")
+    assert re.search(r"popularity +6 +\d", shown)
+    assert re.search(r"trees +– +– +gradient", shown)
+    # Networks hang on all of the run, the others on its data: another trunk leaves them done, other rows do not.
+    (folder / "run.yaml").write_text(SMALL.replace("num_experts: 3", "num_experts: 2"))
+    assert mtcl(*arguments)[1].count("done before") == 2
+    shop.log(1500, seed=1).to_parquet(folder / "log.parquet", index=False)
+    assert "done before" not in mtcl(*arguments)[1]
+    assert "done before" not in mtcl(*arguments[:-1], 3)[1]
+    assert len(loaded) == 2
+
+
+def test_after_an_interruption_the_search_goes_on_with_the_next_task(folder, monkeypatch):
+    run = parse_run(SMALL, folder=folder)
+    usual, called = BASELINES["popularity"], []
+
+    def fit(job, tasks, settings, until=99):
+        if len(called) == until:
+            raise KeyboardInterrupt
+        called.append(tasks[0].name)
+        return usual.fit(job, tasks, settings)
+
+    def go(**changes):
+        monkeypatch.setitem(BASELINES, "popularity", dataclasses.replace(usual, **changes))
+        return run_baselines(run, folder / "out", only=["popularity"], budget=Budget(2), say=lambda line: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(fit=lambda *a: fit(*a, until=3))
+    assert called == ["buy", "buy", "click"]  # buy counts most in the fused score, and is done
+    assert not (folder / "out" / "baselines.json").exists()
+    entry = go(fit=fit)["popularity"]
+    assert called[3:] == ["click", "click", "stars", "stars"]
+    assert entry["trials"] == 6
+    again = run_baselines(run, folder / "again", only=["popularity"], budget=Budget(2), say=lambda line: None)
+    assert again["popularity"]["metrics"] == entry["metrics"]
+
+
+def test_the_seconds_are_shared_among_the_tasks(folder):
+    run = parse_run(SMALL, folder=folder)
+    entry = run_baselines(run, folder / "out", only=["popularity"], budget=Budget(5, 1e-9), say=lambda line: None)
+    assert entry["popularity"]["trials"] == 3  # the first of each task always runs
+    assert entry["popularity"]["budget"] == {"trials": 5, "seconds": 1e-9}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "popularty"), r"no baseline 'popularty' \(did you mean 'popularity'\?\); there are popularity, "),
+        (("--only", "als"), r"als needs schema.user, the column that names the user"),
+        (("nowhere.yaml",), r"no such file: nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_line(mtcl, folder, arguments, message):
+    (folder / "run.yaml").write_text(SMALL.replace("  user: user_id\n", ""))
+    given = arguments if arguments[0].endswith(".yaml") else ("run.yaml", *arguments)
+    status, _, error = mtcl("baselines", *given)
+    assert status == 2
+    assert re.fullmatch(f"mtcl: {message}.*\n", error)
+
+
+def test_without_implicit_the_extra_is_named(mtcl, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "implicit.bpr", None)
+    status, _, error = mtcl("baselines", "run.yaml", "--only", "bpr", "--trials", 1)
+    assert status == 2
+    assert "pip install 'mtcl_torchrec[baselines]'" in error
+    assert error.count("\n") == 1
+
+
+def test_what_cannot_be_run_says_so(folder, monkeypatch):
+    run = parse_run(SMALL, folder=folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        run_baselines(run, folder / "out")
+    monkeypatch.delenv("WORLD_SIZE")
+    (folder / "out").mkdir()
+    (folder / "out" / "baselines.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"baselines.json: cannot be read .*remove it"):
+        run_baselines(run, folder / "out", only=["popularity"])
+    only_stars = SMALL
+    for part in ("{name: click, kind: binary}", "{name: buy, kind: binary, after: click}"):
+        only_stars = only_stars.replace(f"    - {part}\n", "")
+    only_stars = only_stars.replace("click: 1, buy: 3, ", "")
+    numbers = parse_run(only_stars, folder=folder)
+    with pytest.raises(ConfigError, match="als: no task of the run is one that it predicts"):
+        run_baselines(numbers, folder / "other", only=["als"], say=lambda line: None)
+
+
+def test_beside_a_run_its_own_figures_stand_in_the_table(mtcl, folder):
+    assert mtcl("train", "run.yaml", "-o", "run", "--device", "cpu")[0] == 0
+    status, shown, _ = mtcl("baselines", "run", "--only", "popularity", "--trials", 1)
+    assert status == 0
+    of_run = json.loads((folder / "run" / "metrics.json").read_text())["evaluations"]["test"]["tasks"]["click"]["auc"]
+    assert re.search(rf"this run +{of_run:.4f}", shown)
+    assert (folder / "run" / "baselines" / "popularity" / "predictions" / "test.parquet").is_file()
