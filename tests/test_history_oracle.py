@@ -1,4 +1,4 @@
-"""Histories and next labels of whole logs against pandas, split by split: in memory, prepared, streamed, on two ranks."""
+"""Histories and next labels of whole logs against pandas: in memory, prepared, streamed, cut for two ranks."""
 
 import datetime
 from collections import Counter
