@@ -239,10 +239,20 @@ def test_new_items_join_the_catalogue_and_are_ranked_by_their_content(tmp_path, 
     before = stale.recommend("u3", k=500, seen=True).set_index("item_id")
     np.testing.assert_allclose(ranked.loc[before.index, "click"], before["click"], atol=1e-6)
     assert len(newer.recommend("u3", candidates=new, k=3)) == 3  # nobody has met them
-    # An export has them, too.
-    run = FinishedRun.load(folder, contents=files, items=[tmp_path / "new.csv"])
+
+
+@pytest.mark.full
+def test_an_exported_model_has_new_items(tmp_path, by_content):
+    worded.files(tmp_path, extra=worded.TOPICS)
+    files = {"text": tmp_path / "vectors.parquet", "code": tmp_path / "codes.parquet"}
+    pd.DataFrame({"item_id": [f"p{worded.ITEMS}"]}).to_csv(tmp_path / "new.csv", index=False)
+    run = FinishedRun.load(by_content[0].folder, contents=files, items=[tmp_path / "new.csv"])
     export_run(run, tmp_path / "model.mtcl", compiled="no")
-    served = Recommender.load(tmp_path / "model.mtcl").recommend("u3", k=500, seen=True).set_index("item_id")
+    ranked, served = (
+        r.recommend("u3", k=500, seen=True).set_index("item_id")
+        for r in (Recommender(run), Recommender.load(tmp_path / "model.mtcl"))
+    )
+    assert f"p{worded.ITEMS}" in served.index
     np.testing.assert_allclose(served.loc[ranked.index, "click"], ranked["click"], atol=1e-5)
 
 
