@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,10 @@ import worded
 from ranks import run_ranks
 from rich.console import Console
 
+from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import dump_run, load_run, parse_run
+from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.vectors import read_vectors, write_vectors
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.artefact import Artefact
@@ -218,6 +222,83 @@ def test_new_items_are_scored_by_newer_files(tmp_path, by_content):
     assert scores[liked].mean() > scores[others].mean() + 0.15
     old = pd.DataFrame({"user_id": "u3", "item_id": ["p0", "p5"]})
     np.testing.assert_allclose(recommender.score(old)["click"], stale.score(old)["click"], atol=1e-6)
+
+
+def test_new_items_join_the_catalogue_and_are_ranked_by_their_content(tmp_path, by_content):
+    folder = by_content[0].folder
+    worded.files(tmp_path, extra=worded.TOPICS)
+    files = {"text": tmp_path / "vectors.parquet", "code": tmp_path / "codes.parquet"}
+    new = [f"p{worded.ITEMS + i}" for i in range(worded.TOPICS)]
+    pd.DataFrame({"title": "?", "item_id": ["p3", *new]}).to_csv(tmp_path / "new.csv", index=False)
+    newer = Recommender.load(folder, contents=files, items=[tmp_path / "new.csv"])
+    stale = Recommender.load(folder)
+    ranked = newer.recommend("u3", k=500, seen=True).set_index("item_id")
+    assert len(ranked) == len(stale.catalogue.items) + worded.TOPICS  # p3 was known
+    frame = pd.DataFrame({"user_id": "u3", "item_id": new})
+    np.testing.assert_allclose(ranked.loc[new, "click"], newer.score(frame)["click"], atol=1e-6)
+    before = stale.recommend("u3", k=500, seen=True).set_index("item_id")
+    np.testing.assert_allclose(ranked.loc[before.index, "click"], before["click"], atol=1e-6)
+    assert len(newer.recommend("u3", candidates=new, k=3)) == 3  # nobody has met them
+
+
+@pytest.mark.full
+def test_an_exported_model_has_new_items(tmp_path, by_content):
+    worded.files(tmp_path, extra=worded.TOPICS)
+    files = {"text": tmp_path / "vectors.parquet", "code": tmp_path / "codes.parquet"}
+    pd.DataFrame({"item_id": [f"p{worded.ITEMS}"]}).to_csv(tmp_path / "new.csv", index=False)
+    run = FinishedRun.load(by_content[0].folder, contents=files, items=[tmp_path / "new.csv"])
+    export_run(run, tmp_path / "model.mtcl", compiled="no")
+    ranked, served = (
+        r.recommend("u3", k=500, seen=True).set_index("item_id")
+        for r in (Recommender(run), Recommender.load(tmp_path / "model.mtcl"))
+    )
+    assert f"p{worded.ITEMS}" in served.index
+    np.testing.assert_allclose(served.loc[ranked.index, "click"], ranked["click"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        ({"item": ["x"]}, "new.csv: no column 'item_id'"),
+        ({"item_id": ["x", "x"]}, "new.csv, row 1: item_id = 'x' is there already, in .*new.csv, row 0"),
+        ({"item_id": ["x", None], "more": 1}, "new.csv, row 1: key 'item_id' is missing"),
+    ],
+    ids=["column", "twice", "missing"],
+)
+def test_new_items_that_are_none_are_refused(tmp_path, by_content, frame, said):
+    pd.DataFrame(frame).to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(DataError, match=said):
+        Recommender.load(by_content[0].folder, items=[tmp_path / "new.csv"])
+
+
+def test_a_column_of_new_items_is_what_the_log_has():
+    known = pd.DataFrame({"item": ["a", "b"], "code": ["007", None], "price": [1.5, 2.0], "tags": [["x"], []]})
+    catalogue = Catalogue(pd.DataFrame(), known, {}, pd.DataFrame(), pd.Series(dtype=float))
+    more = pd.DataFrame({"item": [5, 6], "code": [8, None], "price": [None, 3], "tags": [None, ["y"]]})
+    items = catalogue.with_items(Rows(more)).items
+    assert items["item"].tolist() == ["a", "b", "5", "6"]
+    assert items["code"].dropna().tolist() == ["007", "8"]
+    for column, values in {"price": ["cheap", "dear"], "tags": ["x|y", "z"]}.items():
+        with pytest.raises(DataError, match=f"column '{column}' holds text, and (numbers|lists) in the log"):
+            catalogue.with_items(Rows(more.assign(**{column: values})))
+
+
+def test_the_command_line_takes_newer_files(tmp_path, by_content, monkeypatch, capsys):
+    folder = by_content[0].folder
+    worded.files(tmp_path, extra=1)
+    pd.DataFrame({"item_id": [f"p{worded.ITEMS}"]}).to_csv(tmp_path / "new.csv", index=False)
+
+    def mtcl(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mtcl", "recommend", str(folder), "--user", "u3", *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            main()
+        return capsys.readouterr()
+
+    files = ["--contents", f"text={tmp_path}/vectors.parquet", "--contents", f"code={tmp_path}/codes.parquet"]
+    assert f"p{worded.ITEMS} " in mtcl("--top", 500, "--seen", *files, "--items", tmp_path / "new.csv").out
+    assert "--contents takes FEATURE=FILE" in mtcl("--contents", "vectors.parquet").err
+    assert "--contents: 'text' is given twice" in mtcl(*files[:2], *files[:2]).err
+    assert "no vector or semantic_id feature 'txt' (did you mean 'text'?)" in mtcl("--contents", "txt=a.parquet").err
 
 
 def test_a_plan_knows_the_tables_of_contents(data):

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 
 from mtcl_torchrec.cli import main
+from mtcl_torchrec.data.contents import read_contents
 from mtcl_torchrec.data.prefixes import Prefixes
 from mtcl_torchrec.data.vectors import read_codes, read_vectors
+from mtcl_torchrec.schema import ConfigError, Feature
 
 
 @pytest.fixture
@@ -90,7 +92,12 @@ def test_a_second_time_takes_everything_from_the_cache(mtcl, tmp_path):
     [
         (["items.parquet", "--text", "titel"], "no column 'titel' (did you mean 'title'?)"),
         (["items.parquet", "--text", ","], "name at least one column of text"),
-        (["items.parquet", "--text", "title", "--key", "id"], "no column 'id'"),
+        (["items.parquet", "--text", "title", "--key", "id"], "no column 'id', but item_id, title, about, theme"),
+        (["items.parquet", "--text", "title", "--key", "itemid"],
+         "no column 'itemid' (did you mean 'item_id'?); --key names the one that says which item it is"),
+        (["items.parquet", "--text", "title", "--semantic-ids", "c.parquet", "--codes", "97"],
+         "96 items are fewer than 97 codes: take fewer (--codes)"),
+        (["items.parquet", "--text", "title", "--semantic-ids", "no/c.parquet"], "no/c.parquet: there is no folder no"),
         (["absent.parquet", "--text", "title"], "no Parquet or CSV file at absent.parquet"),
         (["items.parquet", "--text", "title", "--encoder", "minlm"], "no encoder 'minlm' (did you mean 'minilm'?)"),
         (["items.parquet", "--text", "title", "--codes", "4"], "belong to --semantic-ids"),
@@ -123,3 +130,45 @@ def test_mistakes_with_codes_are_one_line(mtcl, tmp_path):
         assert (status, error.count("\n")) == (2, 1)
         assert wanted in error
     assert not (tmp_path / "c.parquet").exists()
+
+
+def test_what_another_encoder_or_codebook_made_is_not_mixed(mtcl, tmp_path):
+    """A new tfidf of new items is another space, in which the old codebook says nothing."""
+    assert mtcl("embed", "items.parquet", "--text", "title", "-o", "v.parquet", "--width", 8,
+                "--semantic-ids", "c.parquet", "--codes", 4)[0] == 0  # fmt: skip
+    corpus.items().iloc[:40].assign(item_id=range(40)).to_parquet("new.parquet")
+    assert mtcl("embed", "new.parquet", "--text", "title", "-o", "n.parquet", "--width", 8)[0] == 0
+    status, _, said = mtcl("semantic-ids", "n.parquet", "-o", "d.parquet", "--codebook", "c.codebook.npz")
+    assert status == 2
+    assert "n.parquet: these vectors are of another encoder than those that c.codebook.npz was fitted on" in said
+    assert not (tmp_path / "d.parquet").exists()
+    assert mtcl("embed", "new.parquet", "--text", "title", "-o", "o.parquet", "--encoder", "v.tfidf.npz")[0] == 0
+    assert mtcl("semantic-ids", "o.parquet", "-o", "d.parquet", "--codebook", "c.codebook.npz")[0] == 0
+    assert mtcl("semantic-ids", "n.parquet", "-o", "e.parquet", "--codes", 4)[0] == 0
+
+    def content(kind, name):
+        file = {"vectors" if kind == "vector" else "codes": str(tmp_path / f"{name}.parquet")}
+        return read_contents(Feature(name="x", group="item", kind=kind, column="item_id", embedding_dim=4, **file))
+
+    old, same, other = (content("vector", name) for name in "von")
+    assert len(old.grown(same, "x")) == len(old) + 40
+    with pytest.raises(ConfigError, match=r"feature 'x': vectors were made by tfidf word .* and now by tfidf word"):
+        old.grown(other, "x")
+    old, same, other = (content("semantic_id", name) for name in "cde")
+    assert len(old.grown(same, "x").keys) == len(old.keys) + 40
+    with pytest.raises(ConfigError, match="feature 'x': these codes are of another codebook"):
+        old.grown(other, "x")
+
+
+def test_after_a_stop_the_same_command_goes_on(mtcl, tmp_path):
+    arguments = ["embed", "items.parquet", "--text", "title", "-o", "v.parquet", "--width", 8]
+    assert mtcl(*arguments)[0] == 0
+    whole = read_vectors(tmp_path / "v.parquet").vectors
+    (tmp_path / "v.parquet").unlink()  # as if it had been killed before the end
+    status, said, _ = mtcl(*arguments)
+    assert status == 0
+    assert "96 texts were encoded before" in said
+    assert np.array_equal(read_vectors(tmp_path / "v.parquet").vectors, whole)
+    (tmp_path / "v.parquet").unlink()
+    corpus.items().iloc[:50].to_parquet("items.parquet")
+    assert "v.tfidf.npz exists already" in mtcl(*arguments)[2]  # that of other items is not lost

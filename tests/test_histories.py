@@ -146,6 +146,13 @@ def test_ages_are_seconds_whatever_the_time_is_written_in(times, unit):
     assert lists_of(History(CONFIG.model_copy(update={"time_unit": unit}), schema_of()).fit(Rows(other))) == one
 
 
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf])
+def test_a_time_without_end_is_refused(wrong):
+    frame = log(4).assign(t=[1.0, 2.0, wrong, 3.0])
+    with pytest.raises(DataError, match="row 2: time 't' is infinite"):
+        History(CONFIG, schema_of()).fit(Rows(frame))
+
+
 def test_missing_timestamps_lose_no_nanosecond():
     start = pd.Timestamp("2024-05-01").value
     frame = log(3).assign(user=1, click=1, t=pd.to_datetime([start + 1, start + 2, None]))

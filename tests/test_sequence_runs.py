@@ -260,3 +260,15 @@ def test_a_wrong_configuration_is_refused(data, changes, message):
 def test_what_cannot_be_trained_here_is_said(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         train_run(configured(data, changes), tmp_path / "run", device="cpu", console=quiet())
+
+
+def test_batches_in_which_nobody_has_a_history_train_too(data, tmp_path):
+    """Rows one by one: the first ones have no history, and later ones do."""
+    rows = histories.log(70, seed=3)
+    rows.to_parquet(tmp_path / "log.parquet", index=False)
+    assert (rows["clicked"].map(len) == 0).sum() > 5
+    small = {"epochs": 1, "batch_size": 1, "warmup_steps": 5, "patience": 0}
+    for kind in ("gru", "lstm"):
+        model = {"model": {"sequences": {"clicked": kind}, "trunk": {"kind": "shared_bottom", "expert_layers": [4]}}}
+        _, tasks = trained(tmp_path, tmp_path / kind, {**model, "training": small})
+        assert np.isfinite(tasks["click"]["ne"])

@@ -231,3 +231,14 @@ def test_names_follow_from_contents_and_stamps_from_changes(tmp_path):
         file.write(b"y")
     assert name_of(one) != name
     assert stamp_of(tmp_path / "nothing") == ()
+
+
+def test_a_file_beside_the_model_is_part_of_it(path, tmp_path):
+    beside = tmp_path / "new_items.csv"
+    beside.write_text("item\n1\n")
+    models = Models(path, load, max_candidates=50, beside=[beside])
+    name = models.current.name
+    assert asyncio.run(models.reload()) == "unchanged"
+    beside.write_text("item\n1\n2\n")
+    assert asyncio.run(models.reload()) == "swapped"
+    assert models.current.name != name

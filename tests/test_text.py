@@ -270,6 +270,29 @@ def test_after_a_kill_what_was_done_is_there(tmp_path, moment):
     assert encoder.asked == parts[2:]
 
 
+def test_processes_share_a_cache(tmp_path):
+    parts = [[f"{letter}{i % 7}{j}" for j in range(6)] for i in range(12) for letter in "ab"]
+    children = []
+    for number in range(3):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                cached = CachedEncoder(Letters(), tmp_path)
+                for part in parts[number:] + parts[:number]:
+                    assert np.array_equal(cached(part), Letters()(part))
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    encoder = Letters()
+    cached = CachedEncoder(encoder, tmp_path)
+    assert len(cached) == len({text for part in parts for text in part})
+    assert all(np.array_equal(cached(part), Letters()(part)) for part in parts)
+    assert encoder.asked == []
+
+
 def test_embedding_goes_on_where_it_was_stopped(tmp_path):
     names = [f"{'abcdefgh'[i % 8]} item {i}" for i in range(50)]
     pd.DataFrame({"item_id": range(50), "title": names}).to_parquet(tmp_path / "items.parquet")
@@ -330,8 +353,11 @@ def test_tfidf_of_characters_forgives_spelling_and_needs_no_spaces():
 
 
 def test_what_is_no_tfidf_is_refused(tmp_path):
-    for texts in ([], ["", "!"]):
-        with pytest.raises(DataError, match="no text among"):
+    for texts, said in (
+        ([], "there is no text to learn from: all are empty"),
+        (["", "!"], "no text among 2 has a word"),
+    ):
+        with pytest.raises(DataError, match=said):
             HashedTfidf.fit(texts)
     fitted = HashedTfidf.fit(["red scarf"], width=2)
     np.savez(tmp_path / "a.npz", tfidf="word", buckets=fitted.buckets, idf=fitted.idf, components=fitted.idf)

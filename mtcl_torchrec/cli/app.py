@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import METRICS
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.sharding import Device
@@ -26,6 +27,31 @@ app = typer.Typer(
     ),
 )
 DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where the machine has it; or cpu, cuda.")]
+
+ContentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FEATURE=FILE",
+        help="A newer file of vectors or codes for a vector or semantic_id feature, with new items; may be repeated.",
+    ),
+]
+ItemsOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="New items, with the item's columns of the log: rank them, too.  May be repeated."),
+]
+
+
+def newer_files(contents: list[str] | None, items: list[Path] | None) -> dict[str, Any]:
+    """What the two options say, as `FinishedRun.load` takes it."""
+    files: dict[str, Path] = {}
+    for pair in contents or ():
+        feature, equals, file = (part.strip() for part in pair.partition("="))
+        if not (feature and equals and file):
+            raise ConfigError(f"--contents takes FEATURE=FILE, such as text=newer.parquet, not {pair!r}")
+        if feature in files:
+            raise ConfigError(f"--contents: {feature!r} is given twice")
+        files[feature] = Path(file)
+    return {"contents": files, "items": items or []}
 
 
 def screen() -> Console:

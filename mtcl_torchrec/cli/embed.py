@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
-from mtcl_torchrec.data.vectors import ItemVectors, read_vectors, write_codes
+from mtcl_torchrec.data.vectors import ItemVectors, read_vectors, same_space, write_codes
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.text import (
     CachedEncoder,
@@ -104,19 +105,22 @@ def embed(
     if out.suffix.lower() != ".parquet":
         raise ConfigError(f"--out {out}: the file ends in .parquet")
     state = out.with_suffix(".tfidf.npz")
-    if encoder == "tfidf":
-        _refuse_existing(state, overwrite)
     if semantic_ids is not None:
         _refuse_existing(semantic_ids, overwrite)
         _refuse_existing(_codebook_beside(semantic_ids), overwrite)
         sizes = _sizes(codes, levels)
     console = screen()
     read = ItemTexts.open(items, _columns(text), key, encoding=encoding, prefix=prefix, max_chars=max_chars)
+    if semantic_ids is not None and len(read) < max(sizes):
+        raise ConfigError(f"{len(read)} items are fewer than {max(sizes)} codes: take fewer (--codes)")
     encode = open_encoder(
         encoder, read.sample(), width=width, analyzer=analyzer, pooling=pooling, max_tokens=max_tokens, device=device
     )
     if encoder == "tfidf":
         assert isinstance(encode, HashedTfidf)
+        # What a stopped run of the same command has left is the same.
+        if state.exists() and not overwrite and HashedTfidf.load(state).identity != encode.identity:
+            _refuse_existing(state, overwrite)
         encode.save(state)
     if not no_cache:
         encode = CachedEncoder(encode, cache or out.with_name(out.name + ".cache"))
@@ -181,9 +185,14 @@ def _write_semantic_ids(
     book_path = saved or _codebook_beside(out)
     if sizes is None:
         book = Codebook.load(book_path)
+        if not same_space(book.encoder, read.encoder):
+            raise ConfigError(
+                f"{whence}: these vectors are of another encoder than those that {book_path} was fitted on and have "
+                "no codes in it; encode the items as the first ones were (of tfidf, --encoder takes the .npz)"
+            )
     else:
         _refuse_existing(book_path, overwrite)
-        book = fit_codebook(read.vectors, sizes, seed=seed)
+        book = replace(fit_codebook(read.vectors, sizes, seed=seed), encoder=read.encoder)
         book.save(book_path)
     found = book.encode(read.vectors)
     about: dict[str, Any] = {"codebook": book.identity, "vectors": dict(read.about)}
@@ -237,8 +246,11 @@ def _sizes(codes: str, levels: int | None) -> list[int]:
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
+    """Also where it could not be written: to say so after hours of encoding would be late."""
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists already; --overwrite replaces it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}")
 
 
 def _bar() -> Progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtcl_torchrec.cli.app import app, note_if_unfinished
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.export import Compile, export_run
 from mtcl_torchrec.serving.tables import TablePrecision
@@ -26,6 +26,8 @@ def export(
         Compile, typer.Option(help="Machine code beside the portable graph; auto: where there is a C++ compiler.")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a file that stands at --out.")] = False,
+    contents: ContentsOption = None,
+    items: ItemsOption = None,
 ) -> None:
     """Write a run as one file: tables, trunk, heads, calibration and fused score as one graph, and what fills its
     inputs.
@@ -37,7 +39,8 @@ def export(
     """
     if out.exists() and (out.is_dir() or not overwrite):
         raise ConfigError(f"{out} stands there already; choose another name" + (" or --overwrite" * out.is_file()))
-    run = FinishedRun.load(run_dir[0]) if len(run_dir) == 1 else load_ensemble(run_dir)
+    newer = newer_files(contents, items)
+    run = FinishedRun.load(run_dir[0], **newer) if len(run_dir) == 1 else load_ensemble(run_dir, **newer)
     note_if_unfinished(run, *run_dir)
     if compiled != "no":
         typer.echo("machine code takes a minute or several; --compiled no does without", err=True)

@@ -9,7 +9,7 @@ import pandas as pd
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished, screen
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.network import PART, SPREAD
@@ -30,10 +30,14 @@ def recommend(
     top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
     why: Annotated[bool, typer.Option(help="Show what each task adds to the score, not its prediction.")] = False,
+    contents: ContentsOption = None,
+    items: ItemsOption = None,
 ) -> None:
     """Rank the run's items for one user: the fused score, and each task's prediction or part behind it.
 
     Several runs of the same data rank by the mean of their scores; `score_std` says how far these are apart.
+
+    **New items:** --items new.csv --contents text=new_vectors.parquet ranks items that training never saw.
     """
     given: dict[str, Any] = {}
     for pair in context or []:
@@ -41,7 +45,7 @@ def recommend(
         if not equals or not name:
             raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
         given[name.strip()] = value.strip()
-    recommender = Recommender.load(run_dir)
+    recommender = Recommender.load(run_dir, **newer_files(contents, items))
     if recommender.run is not None:
         note_if_unfinished(recommender.run, *run_dir)
     print_recommendations(recommender, user, given, top, seen, screen(), why=why)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from mtcl_torchrec.cli.app import app
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.recommender import Recommender
 
@@ -34,12 +35,14 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="debug also says which users ask.")
     ] = "info",
+    contents: ContentsOption = None,
+    items: ItemsOption = None,
 ) -> None:
     """Answer POST /recommend and /score over HTTP, by the run's model.
 
-    A newer model in RUN_DIR, or new fusion weights, take over without a request being dropped: found by looking, on
-    SIGHUP, or on POST /reload.  GET /healthz, /metrics (Prometheus), /openapi.json and /docs.  SIGTERM finishes what is
-    in flight.
+    A newer model in RUN_DIR, new fusion weights, or a newer file of --contents or --items take over without a request
+    being dropped: found by looking, on SIGHUP, or on POST /reload.  GET /healthz, /metrics (Prometheus), /openapi.json
+    and /docs.  SIGTERM finishes what is in flight.
     """
     try:
         from mtcl_torchrec.serving.http.app import Limits
@@ -47,7 +50,8 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"mtcl serve needs more packages: pip install 'mtcl_torchrec[serve]' ({error})") from None
     limits = Limits(max_batch=max_batch, gather_ms=gather_ms, max_open=max_open, max_body=int(max_body_mb * 2**20))
+    newer = newer_files(contents, items)
     serve(
-        run_dir, Recommender.load, host=host, port=port, watch=watch, max_candidates=max_candidates, limits=limits,
-        threads=threads, log_level=log_level,
+        run_dir, partial(Recommender.load, **newer), host=host, port=port, watch=watch, max_candidates=max_candidates,
+        beside=[*newer["contents"].values(), *newer["items"]], limits=limits, threads=threads, log_level=log_level,
     )  # fmt: skip

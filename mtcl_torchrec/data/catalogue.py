@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mtcl_torchrec.data.columns import as_text
-from mtcl_torchrec.data.source import time_values
+from mtcl_torchrec.data.columns import as_text, canonical, column_of
+from mtcl_torchrec.data.source import Rows, time_values
+from mtcl_torchrec.data.vectors import checked_keys
 from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema
 
 
@@ -89,6 +90,29 @@ class Catalogue:
             trained_users=train[schema.user].dropna().drop_duplicates().to_numpy(),
         )
 
+    def with_items(self, rows: Rows) -> Catalogue:
+        """With further items after the old ones, which stay as they are; nobody has met them yet.
+
+        Args:
+            rows: every column of `items`, in the kinds that the log has; items that are known already are left out.
+
+        Raises:
+            DataError: a column is missing or holds something else than in the log, or an item's key is missing or
+                there twice.
+
+        Example:
+            >>> items = pd.DataFrame({"item": ["a"], "genre": ["x"]})
+            >>> catalogue = Catalogue(pd.DataFrame(), items, {}, pd.DataFrame(), pd.Series(dtype=float))
+            >>> more = pd.DataFrame({"genre": ["y", "z"], "item": ["a", "b"], "title": ["A", "B"]})
+            >>> catalogue.with_items(Rows(more)).items.to_dict("list")
+            {'item': ['a', 'b'], 'genre': ['x', 'z']}
+        """
+        key, *rest = self.items.columns
+        more = pd.DataFrame({column: _like(rows, column, self.items[column]) for column in (key, *rest)})
+        checked_keys(more[key], key, rows.locate)
+        new = self.item_positions(more[key].tolist()) < 0
+        return replace(self, items=pd.concat([self.items, more[new]], ignore_index=True) if new.any() else self.items)
+
     def known_user(self, text: str) -> object | None:
         """The user whose key reads as `text`, or None."""
         at = int(self.user_positions([text])[0])
@@ -154,6 +178,26 @@ class _Keys:
             if -1 not in found:
                 return np.array(found, np.int64)
         return np.fromiter((self._by_text.get(_text(key), -1) for key in keys), np.int64, len(keys))
+
+
+def _like(rows: Rows, column: str, known: pd.Series) -> pd.Series:
+    """A column in the kind (text, numbers, lists) that the log has it in."""
+    values = column_of(rows, column)
+    was, now = _kind(known), _kind(values)
+    if was == "text" and now == "numbers":
+        return as_text(canonical(values))  # text of digits, which CSV shows as numbers
+    if was != now and "nothing" not in (was, now):
+        raise DataError(f"{rows.name}: column {column!r} holds {now}, and {was} in the log")
+    return values
+
+
+def _kind(values: pd.Series) -> str:
+    there = values.dropna()
+    if there.empty:
+        return "nothing"
+    if pd.api.types.is_numeric_dtype(canonical(there)):
+        return "numbers"
+    return "text" if isinstance(there.iloc[0], str) else "lists" if hasattr(there.iloc[0], "__len__") else "times"
 
 
 def _text(key: Any) -> str:

@@ -19,7 +19,15 @@ import pandas as pd
 from mtcl_torchrec.data.columns import as_text
 from mtcl_torchrec.data.prefixes import Prefixes
 from mtcl_torchrec.data.source import column_names
-from mtcl_torchrec.data.vectors import ItemCodes, ItemVectors, read_codes, read_vectors, write_codes, write_vectors
+from mtcl_torchrec.data.vectors import (
+    ItemCodes,
+    ItemVectors,
+    read_codes,
+    read_vectors,
+    same_space,
+    write_codes,
+    write_vectors,
+)
 from mtcl_torchrec.data.vocabulary import table_rows
 from mtcl_torchrec.schema import ConfigError, DataError, Feature
 
@@ -35,10 +43,12 @@ class VectorRows:
     Args:
         keys: (V,) integers or text.
         vectors: (V + 1, d) float32 or float16, row 0 zero; None where they are part of a network that serves.
+        encoder: identity of what made them, where that is known.
     """
 
     keys: pd.Index
     vectors: np.ndarray | None
+    encoder: str | None = None
 
     @classmethod
     def read(cls, feature: Feature) -> VectorRows:
@@ -73,7 +83,7 @@ class VectorRows:
             wide *= np.sqrt(read.width) / np.linalg.norm(wide, axis=1, keepdims=True)
             vectors[at : at + len(wide)] = wide
             at += len(wide)
-        return cls(pd.Index(read.keys[kept]), vectors)
+        return cls(pd.Index(read.keys[kept]), vectors, read.encoder)
 
     def __len__(self) -> int:
         """V."""
@@ -91,7 +101,7 @@ class VectorRows:
             name: of the feature, for a message.
 
         Raises:
-            ConfigError: vectors of another width, or of an old item another vector.
+            ConfigError: vectors of another width or encoder, or of an old item another vector.
         """
         if self.vectors is None or newer.vectors is None:
             raise ConfigError(f"feature {name!r}: its vectors are part of an exported model; export the run again")
@@ -100,6 +110,11 @@ class VectorRows:
             raise ConfigError(
                 f"feature {name!r}: vectors had {width} numbers and now have {now}; begin a new run, or keep "
                 "the encoder"
+            )
+        if not same_space(self.encoder, newer.encoder):
+            raise ConfigError(
+                f"feature {name!r}: vectors were made by {_short(self.encoder)} and now by {_short(newer.encoder)}, "
+                "whose numbers mean something else; begin a new run, or keep the encoder (tfidf: --encoder FITTED.npz)"
             )
         keys, at = _together(self.keys, newer.keys)
         for start in range(0, len(newer), ROWS_AT_ONCE):
@@ -114,7 +129,8 @@ class VectorRows:
                     "a new run, or keep the encoder"
                 )
         fresh = newer.vectors[1:][at > len(self)].astype(newer.vectors.dtype)
-        return VectorRows(keys, np.concatenate([self.vectors.astype(newer.vectors.dtype), fresh]))
+        vectors = np.concatenate([self.vectors.astype(newer.vectors.dtype), fresh])
+        return VectorRows(keys, vectors, self.encoder or newer.encoder)
 
     def digest(self) -> str:
         """Tells these keys and vectors from any others."""
@@ -128,7 +144,7 @@ class VectorRows:
         if keys_only or self.vectors is None:
             pd.DataFrame({_KEY: self.keys}).to_parquet(path, index=False)
         else:
-            write_vectors(path, pd.Series(self.keys), self.vectors[1:], key=_KEY)
+            write_vectors(path, pd.Series(self.keys), self.vectors[1:], key=_KEY, about={"encoder": self.encoder})
 
     @classmethod
     def load(cls, path: Path) -> VectorRows:
@@ -136,7 +152,8 @@ class VectorRows:
         if "vector" not in column_names(path):
             return cls(pd.Index(pd.read_parquet(path)[_KEY]), None)
         read = read_vectors(path, _KEY)
-        return cls(pd.Index(read.keys), np.concatenate([np.zeros_like(read.vectors[:1]), read.vectors]))
+        vectors = np.concatenate([np.zeros_like(read.vectors[:1]), read.vectors])
+        return cls(pd.Index(read.keys), vectors, read.encoder)
 
 
 @dataclass(frozen=True)
@@ -147,11 +164,13 @@ class CodeRows:
         keys: (V,) integers or text.
         codes: (V, L) int64.
         prefixes: those that have a row in the table.
+        codebook: identity of what made them, where that is known.
     """
 
     keys: pd.Index
     codes: np.ndarray
     prefixes: Prefixes
+    codebook: str | None = None
 
     @classmethod
     def read(cls, feature: Feature) -> CodeRows:
@@ -163,7 +182,7 @@ class CodeRows:
         """
         path = _there(feature, "codes", feature.codes)
         read: ItemCodes = _naming(feature, lambda: read_codes(path, _key(path, feature)))
-        return cls(pd.Index(read.keys), read.codes, Prefixes.of(read.codes, read.sizes))
+        return cls(pd.Index(read.keys), read.codes, Prefixes.of(read.codes, read.sizes), read.codebook)
 
     def __len__(self) -> int:
         """P, how many prefixes there are."""
@@ -193,12 +212,17 @@ class CodeRows:
             new_prefixes: False where the table cannot grow: an item then has the longest prefix that is known.
 
         Raises:
-            ConfigError: another number or size of levels, or of an old item another code: a codebook made anew.
+            ConfigError: another number or size of levels, another codebook, or of an old item another code.
         """
         if self.prefixes.sizes != newer.prefixes.sizes:
             raise ConfigError(
                 f"feature {name!r}: levels had {list(self.prefixes.sizes)} codes and now have "
                 f"{list(newer.prefixes.sizes)}; begin a new run, or keep the codebook"
+            )
+        if None not in (self.codebook, newer.codebook) and self.codebook != newer.codebook:
+            raise ConfigError(
+                f"feature {name!r}: these codes are of another codebook than the run's and mean something else; begin "
+                "a new run, or keep the codebook (mtcl semantic-ids --codebook)"
             )
         keys, at = _together(self.keys, newer.keys)
         old = at <= len(self.keys)
@@ -221,7 +245,8 @@ class CodeRows:
 
     def save(self, path: Path) -> None:
         """Write a codes file, and the prefixes beside it."""
-        write_codes(path, pd.Series(self.keys), self.codes, self.prefixes.sizes, key=_KEY)
+        about = {"codebook": self.codebook}
+        write_codes(path, pd.Series(self.keys), self.codes, self.prefixes.sizes, key=_KEY, about=about)
         pd.DataFrame({"prefix": self.prefixes.keys}).to_parquet(_prefixes_beside(path), index=False)
 
     @classmethod
@@ -229,7 +254,7 @@ class CodeRows:
         """Read what `save` wrote."""
         read = read_codes(path, _KEY)
         known = pd.read_parquet(_prefixes_beside(path))["prefix"].to_numpy(dtype=np.int64)
-        return cls(pd.Index(read.keys), read.codes, Prefixes(read.sizes, known))
+        return cls(pd.Index(read.keys), read.codes, Prefixes(read.sizes, known), read.codebook)
 
 
 Contents = VectorRows | CodeRows
@@ -272,6 +297,11 @@ def _together(old: pd.Index, new: pd.Index) -> tuple[pd.Index, np.ndarray]:
 
 def _as_bytes(keys: pd.Index) -> bytes:
     return "\0".join(as_text(pd.Series(keys)).tolist()).encode()
+
+
+def _short(identity: str | None) -> str:
+    """An identity with its digest cut."""
+    return " ".join(word[:12] for word in str(identity).split())
 
 
 def _prefixes_beside(path: Path) -> Path:

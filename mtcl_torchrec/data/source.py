@@ -238,14 +238,18 @@ def time_values(frame: pd.DataFrame, column: str, rows: Rows | None = None) -> n
         rows: what the frame belongs to, so that an error can name the file.
 
     Raises:
-        DataError: the column holds a missing value or no time.
+        DataError: the column holds a missing or infinite value, or no time.
     """
     times = frame[column]
     if times.isna().any():
         where = (rows or Rows(frame)).locate(int(np.argmax(times.isna().to_numpy())))
         raise DataError(f"{where}: time {column!r} is missing")
     if pd.api.types.is_numeric_dtype(times):
-        return times.to_numpy(dtype=np.int64 if pd.api.types.is_integer_dtype(times) else np.float64)
+        found = times.to_numpy(dtype=np.int64 if pd.api.types.is_integer_dtype(times) else np.float64)
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            where = (rows or Rows(frame)).locate(int(np.argmin(np.isfinite(found))))
+            raise DataError(f"{where}: time {column!r} is infinite")
+        return found
     try:
         return pd.to_datetime(times, utc=True).astype("datetime64[ns, UTC]").astype("int64").to_numpy()
     except (ValueError, TypeError):

@@ -8,6 +8,7 @@ metadata (under ``mtcl_torchrec``, as JSON).  Any tool may write them; what is r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ METADATA = b"mtcl_torchrec"
 VECTOR = "vector"
 CODES = "codes"
 ROWS_AT_ONCE = 65_536
+_TOKENS = re.compile(r" \d+ tokens .*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class ItemVectors:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def encoder(self) -> str | None:
+        """The identity of what made them, where that is known."""
+        return _text_of(self.about, "encoder")
 
     @property
     def width(self) -> int:
@@ -73,6 +80,26 @@ class ItemCodes:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def codebook(self) -> str | None:
+        """The identity of what made them, where that is known."""
+        return _text_of(self.about, "codebook")
+
+
+def same_space(one: str | None, other: str | None) -> bool:
+    """Whether vectors of two encoders can be compared, as far as their identities tell (None tells nothing).
+
+    A language model's vectors hardly depend on how many tokens it reads, its numbers' precision and the library's
+    version, which an identity names at its end.
+
+    Example:
+        >>> same_space("model 5f mean 256 tokens torch.float32", "model 5f mean 512 tokens torch.bfloat16")
+        True
+        >>> same_space("tfidf word (8, 99) 5f", "tfidf word (8, 99) 77"), same_space(None, "wordllama 0.3 64")
+        (False, True)
+    """
+    return one is None or other is None or _TOKENS.sub("", one) == _TOKENS.sub("", other)
 
 
 def write_vectors(
@@ -266,6 +293,11 @@ def checked_keys(keys: pd.Series, key: str, locate: Callable[[int], str]) -> pd.
         first = int(np.argmax((keys == keys[row]).to_numpy()))
         raise DataError(f"{locate(row)}: {key} = {_shown(keys, row)} is there already, in {locate(first)}")
     return keys
+
+
+def _text_of(about: Any, name: str) -> str | None:
+    said = about.get(name) if isinstance(about, Mapping) else None
+    return said if isinstance(said, str) else None
 
 
 def _all_text(keys: pd.Series) -> bool:

@@ -67,7 +67,11 @@ class Recommender:
 
     @classmethod
     def load(
-        cls, path: str | Path | Sequence[str | Path], *, contents: Mapping[str, str | Path] | None = None
+        cls,
+        path: str | Path | Sequence[str | Path],
+        *,
+        contents: Mapping[str, str | Path] | None = None,
+        items: Sequence[str | Path] = (),
     ) -> Recommender:
         """Read a run directory, an exported model, or several run directories as a deep ensemble.
 
@@ -75,19 +79,20 @@ class Recommender:
             path: of it.
             contents: of a run, newer files of vectors or codes by feature, with items that it did not know; see
                 `FinishedRun.load`.
+            items: of a run, files of new items, which are then recommended, too.
 
         A run's trunk may be imported by name, and an exported model is a program: load either from where you take code.
         """
         if not isinstance(path, (str, Path)):
             if len(path) > 1:
-                if contents:
-                    raise ConfigError("newer files of an ensemble's vectors or codes: load its members one by one")
-                return cls(load_ensemble(path))
+                return cls(load_ensemble(path, contents=contents, items=items))
             (path,) = path
         if Path(path).is_dir():
-            return cls(FinishedRun.load(path, contents=contents))
-        if contents:
-            raise ConfigError(f"{path}: an exported model holds its vectors; export the run again with newer files")
+            return cls(FinishedRun.load(path, contents=contents, items=items))
+        if contents or items:
+            raise ConfigError(
+                f"{path}: an exported model holds its items and vectors; export the run again with newer files"
+            )
         return cls(Artefact.load(path))
 
     def recommend(

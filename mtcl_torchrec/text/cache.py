@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -56,8 +57,10 @@ class CachedEncoder:
         for path in sorted(self.folder.iterdir()):
             if path.suffix == ".npy":
                 self._open(path)
-            elif path.suffix == ".writing" and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink(missing_ok=True)  # of a process that was killed
+            elif path.suffix == ".writing":
+                with suppress(FileNotFoundError):  # another process has just finished it
+                    if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                        path.unlink()  # of a process that was killed
 
     def __len__(self) -> int:
         return len(self._index)

@@ -23,6 +23,7 @@ class Codebook:
 
     Args:
         centroids: L arrays (K_l, d) float32.
+        encoder: identity of what made the vectors that it was fitted on, where that is known.
 
     Example:
         >>> book = Codebook((np.float32([[0, 0], [10, 10]]), np.float32([[0, 1], [1, 0]])))
@@ -32,6 +33,7 @@ class Codebook:
     """
 
     centroids: tuple[np.ndarray, ...]
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         shapes = [part.shape for part in self.centroids]
@@ -85,7 +87,8 @@ class Codebook:
         """Write it as .npz; it appears under its name when it is whole."""
         unfinished = path.with_name(path.name + ".unfinished")
         with unfinished.open("wb") as file:
-            np.savez(file, **{f"level_{i}": part for i, part in enumerate(self.centroids)})  # type: ignore[arg-type]
+            parts = {f"level_{i}": part for i, part in enumerate(self.centroids)}
+            np.savez(file, encoder=np.array(self.encoder or ""), **parts)  # type: ignore[arg-type]
         unfinished.replace(path)
 
     @classmethod
@@ -97,7 +100,9 @@ class Codebook:
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return cls(tuple(stored[f"level_{i}"] for i in range(len(stored.files))))
+                levels = len([name for name in stored.files if name != "encoder"])
+                encoder = str(stored["encoder"]) if "encoder" in stored.files else ""
+                return cls(tuple(stored[f"level_{i}"] for i in range(levels)), encoder or None)
         except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
             raise DataError(f"{path}: no codebook ({error})") from None
 
@@ -129,7 +134,7 @@ def fit_codebook(vectors: np.ndarray, sizes: Sequence[int], *, seed: int = 0, st
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"a codebook has at least one level, of at least one code, not {list(sizes)}")
     if len(vectors) < max(sizes):
-        raise DataError(f"{len(vectors)} vectors are fewer than {max(sizes)} codes: take fewer codes")
+        raise DataError(f"{len(vectors)} vectors are fewer than {max(sizes)} codes: take fewer (--codes)")
     rows = np.arange(len(vectors))
     if len(rows) > ROWS_PER_CODE * max(sizes):
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), ROWS_PER_CODE * max(sizes), replace=False))

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from mtcl_torchrec.data.columns import as_text
 from mtcl_torchrec.data.source import UNREADABLE, Rows, check_columns, find_files
 from mtcl_torchrec.data.vectors import checked_keys
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.schema import ConfigError, DataError, nearest
 
 MAX_CHARS = 8192
 MAX_FIT = 200_000
@@ -190,12 +190,12 @@ def _keys(path: Path, key: str, columns: Sequence[str], encoding: str) -> pd.Ser
     try:
         if path.suffix.lower() == ".parquet":
             file = pa.parquet.ParquetFile(path)
-            check_columns(path, file.schema_arrow.names, [key, *columns])
+            _check_names(path, file.schema_arrow.names, key, columns)
             column = file.read([key])[key]
         else:
             # Inferred from the whole column, as it is where a log is read: 7 is a number in both, or in neither.
             with _open_csv(path, encoding, None) as reader:
-                check_columns(path, reader.schema.names, [key, *columns])
+                _check_names(path, reader.schema.names, key, columns)
             convert = pa.csv.ConvertOptions(
                 include_columns=[key], strings_can_be_null=True, quoted_strings_can_be_null=False
             )
@@ -208,6 +208,13 @@ def _keys(path: Path, key: str, columns: Sequence[str], encoding: str) -> pd.Ser
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     return pd.Series(column.to_pylist(), dtype=object)
+
+
+def _check_names(path: Path, there: list[str], key: str, columns: Sequence[str]) -> None:
+    if key not in there:
+        hint = nearest(key, there) or f", but {', '.join(there)}"
+        raise DataError(f"{path}: no column {key!r}{hint}; --key names the one that says which item it is")
+    check_columns(path, there, [key, *columns])
 
 
 def _of_one_kind(found: list[pd.Series]) -> list[pd.Series]:

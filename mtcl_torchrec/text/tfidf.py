@@ -67,8 +67,10 @@ class HashedTfidf:
         if width < 1:
             raise DataError(f"vectors have at least 1 number, not {width}")
         texts = list(texts)
-        counts = _counts(texts, analyzer) if texts else None
-        if counts is None or not counts.nnz:
+        if not texts:
+            raise DataError("there is no text to learn from: all are empty")
+        counts = _counts(texts, analyzer)
+        if not counts.nnz:
             raise DataError(f"no text among {len(texts)} has a {analyzer} of two letters that could be learnt from")
         frequency = np.bincount(counts.indices, minlength=BUCKETS)
         often = np.argsort(-frequency, kind="stable")[: min(max_buckets, np.count_nonzero(frequency))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,12 @@ from mtcl_torchrec.training.directory import PREPROCESSING, readable_folder
 from mtcl_torchrec.training.finished import FinishedRun
 
 
-def load_ensemble(folders: Sequence[str | Path]) -> FinishedRun:
+def load_ensemble(
+    folders: Sequence[str | Path],
+    *,
+    contents: Mapping[str, str | Path] | None = None,
+    items: Sequence[str | Path] = (),
+) -> FinishedRun:
     """Several run directories as one finished run, whose model is a `DeepEnsemble` of theirs.
 
     Its predictions and its score are the means over the runs, and ``"score_std"`` says how far their scores are apart.
@@ -24,6 +29,7 @@ def load_ensemble(folders: Sequence[str | Path]) -> FinishedRun:
 
     Args:
         folders: runs that were trained on the same data with the same schema, of other seeds or other models.
+        contents, items: newer files for all of them; see `FinishedRun.load`.
 
     Raises:
         ConfigError: there is none, or one is given twice.
@@ -39,7 +45,7 @@ def load_ensemble(folders: Sequence[str | Path]) -> FinishedRun:
             f"{exported} is a file: an ensemble is made of run directories; export them together "
             "(mtcl export RUN_A RUN_B --out ensemble.mtcl)"
         )
-    runs = [FinishedRun.load(folder) for folder in folders]
+    runs = [FinishedRun.load(folder, contents=contents, items=items) for folder in folders]
     learnt = [_learnt(Path(folder)) for folder in folders]
     for folder, run, of in zip(folders, runs, learnt, strict=True):
         if run.config.data_schema.features != runs[0].config.data_schema.features or of != learnt[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mtcl_torchrec.config import FusionConfig, RunConfig, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.source import Rows, read_rows
 from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import ConfigError, DataError
@@ -61,6 +61,14 @@ def _edited_after_learning(folder: Path, fusion: FusionConfig | None, checkpoint
     )
 
 
+def _with_items(catalogue: Catalogue | None, preprocessor: Preprocessor, items: Sequence[str | Path]) -> Catalogue:
+    """The catalogue with the items of files."""
+    if catalogue is None:
+        raise ConfigError("this run has no catalogue that new items could join: score them as rows")
+    rows = read_rows([str(path) for path in items], [str(column) for column in catalogue.items.columns])
+    return catalogue.with_items(preprocessor.conform(rows))
+
+
 @dataclass
 class FinishedRun:
     """A run read back: the whole model in this process, without a process group.
@@ -82,7 +90,13 @@ class FinishedRun:
     fusion: FusionConfig | None = None
 
     @classmethod
-    def load(cls, folder: str | Path, *, contents: Mapping[str, str | Path] | None = None) -> FinishedRun:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        contents: Mapping[str, str | Path] | None = None,
+        items: Sequence[str | Path] = (),
+    ) -> FinishedRun:
         """Read a run directory, also one whose training was interrupted after an epoch was kept.
 
         Its run.yaml may name a trunk or a fused score by its import path, which is then imported: trust the directory
@@ -95,9 +109,11 @@ class FinishedRun:
             folder: the run directory.
             contents: vector or semantic_id feature -> a newer file, with items that the run did not know; see
                 `FeatureEncoder.with_contents`.
+            items: Parquet or CSV files of items that the log does not have, with the item's columns: they join the
+                catalogue, and are ranked by what is known of them.
 
         Raises:
-            ConfigError: `contents` does not fit the run.
+            ConfigError: `contents` does not fit the run, or there is no catalogue that `items` could join.
             DataError: the folder holds no run that has kept an epoch, or one without the calibration that it says.
         """
         folder = Path(folder)
@@ -121,6 +137,8 @@ class FinishedRun:
             raise DataError(f"{folder}: the run directory is damaged ({error})") from None
         if contents:
             preprocessor.encoder = preprocessor.encoder.with_contents(contents)
+        if items:
+            catalogue = _with_items(catalogue, preprocessor, items)
         model = build_model(
             config.model,
             preprocessor.encoder,

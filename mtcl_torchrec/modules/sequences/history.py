@@ -218,8 +218,10 @@ class JaggedHistory(History):
     def _final_states(self, rnn: nn.RNNBase) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the last layer; the cell state of a GRU is its hidden one."""
         if self.values.shape[0] == 0:
-            none = self.values.new_zeros(self.lengths.shape[0], rnn.hidden_size)
-            return none, none
+            # A step whose result nobody takes: every batch, and every rank's, has to reach every parameter.
+            hidden, cell = run_packed(rnn, F.pad(self.values, (0, 0, 0, 1)), [1])
+            nobody = (0, 0, 0, self.lengths.shape[0])
+            return F.pad(hidden[:0], nobody), F.pad(cell[:0], nobody)
         order = torch.argsort(self.lengths, descending=True)
         lengths = self.lengths[order]
         places = torch.arange(self._longest).unsqueeze(1)

@@ -33,6 +33,7 @@ def serve(
     port: int = 8000,
     watch: float = 5.0,
     max_candidates: int = 5000,
+    beside: Sequence[Path] = (),
     limits: Limits | None = None,
     threads: int | None = None,
     log_level: str = "info",
@@ -46,6 +47,7 @@ def serve(
         port: 0 takes a free one; the log says which.
         watch: seconds between two looks at whether there is a newer model; 0: none.
         max_candidates: largest number of candidates, items wanted, or rows in one request.
+        beside: files that `load` reads besides the path; a change of theirs is a newer model, too.
         limits: what else is taken on.
         threads: of torch in a forward; None leaves one core to the network, where OMP_NUM_THREADS does not say.
         log_level: such as "info" (one line for a request) or "debug" (and who asked).
@@ -64,7 +66,7 @@ def serve(
         torch.set_num_threads(threads)
     if not _is_loopback(listening):
         log.warning("%s is open to the network, and there is no authentication: see to who can reach it", host)
-    models = Models(path, load, max_candidates=max_candidates)
+    models = Models(path, load, max_candidates=max_candidates, beside=beside)
     if models.in_training():
         log.warning("training of %s is not finished: this is its best epoch so far", models.shown)
     app = create_app(models, limits, watch=watch)

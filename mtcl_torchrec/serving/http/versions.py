@@ -62,6 +62,7 @@ class Models:
             are one model: a deep ensemble.
         load: makes a ranker of the path, or of all of them.
         max_candidates: see `Bodies`.
+        beside: files that `load` reads besides: another one of them is another model.
         told: is called with the result of each reload, and with the version that is served.
 
     Raises:
@@ -75,9 +76,11 @@ class Models:
         load: Callable[[Any], Ranker],
         *,
         max_candidates: int,
+        beside: Sequence[Path] = (),
         told: Callable[[Reload, Version], None] = lambda result, version: None,
     ) -> None:
         self.paths, self.told = (path,) if isinstance(path, Path) else tuple(path), told
+        self._files = (*self.paths, *beside)
         self._load, self._max_candidates = load, max_candidates
         self._lock = asyncio.Lock()
         self._refused: Stamp | None = None
@@ -90,7 +93,7 @@ class Models:
         return ", ".join(map(str, self.paths))
 
     def _stamp(self) -> Stamp:
-        return tuple(file for path in self.paths for file in stamp_of(path))
+        return tuple(file for path in self._files for file in stamp_of(path))
 
     async def reload(self, *, only_at: Stamp | None = None) -> Reload:
         """Load what the path holds now, if that has changed, and let it take over; else everything stays.
@@ -142,7 +145,7 @@ class Models:
 
     def _loaded(self, stamp: Stamp) -> Version:
         ranker = self._load(self.paths[0] if len(self.paths) == 1 else self.paths)
-        name = name_of(*self.paths)
+        name = name_of(*self._files)
         bodies = Bodies(ranker.schema, ranker.catalogue, max_candidates=self._max_candidates)
         return Version(ranker, bodies, name, stamp, _tried(ranker, bodies, self.shown))
 
