@@ -133,7 +133,7 @@ class PredictionsTable:
 
     @cached_property
     def users(self) -> np.ndarray | None:
-        """(N,) float64: a number for each user, NaN where the user is not known; None where none is."""
+        """(N,) float64: a number from 0 on for each user, NaN where the user is not known; None where none is."""
         return self._codes("user")
 
     @cached_property
