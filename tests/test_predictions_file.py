@@ -19,7 +19,6 @@ from mtcl_torchrec.evaluation.predictions_file import (
     PredictionsTable,
     predictions_table,
     read_predictions,
-    read_thresholds,
     write_predictions,
 )
 from mtcl_torchrec.schema import DataError
@@ -69,8 +68,6 @@ def test_what_is_written_is_read_back(tmp_path):
     np.testing.assert_array_equal(again.score, table.score)
     clicked = again.labels("click") == 1
     np.testing.assert_array_equal(np.isnan(again.labels("buy|click")), ~clicked)
-    assert read_thresholds(tmp_path / "a/val.parquet") == {"click": 0.1}
-    assert read_thresholds(tmp_path / "none.parquet") == {}
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["val.parquet"]
     part = read_predictions(tmp_path / "a/val.parquet", columns=["score"])
     assert set(part.frame) == {"score", *(f"label.{t.name}" for t in TASKS)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau  # type: ignore[import-untyped]
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from mtcl_torchrec.schema import Task
@@ -63,7 +63,7 @@ def _entropy(shares: np.ndarray) -> float:
 
 def xauc(labels: np.ndarray, predicted: np.ndarray) -> float:
     """The share of pairs of rows with different labels that are predicted in the right order; equal predictions count
-    half (Zhan et al., KDD 2022, section 4.1.3).  In O(n log n): it is (1 + Somers' D) / 2, and D follows from
+    half (Zhan et al., KDD 2022).  In O(n log n): it is (1 + Somers' D) / 2, and D follows from
     Kendall's τ_b.
 
     Args:
@@ -126,7 +126,8 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
 
     Returns:
         binary: auc, gauc, log_loss, ne (log-loss over that of always predicting the base rate), calibration (Σ
-            predicted / Σ labels), base_rate.  multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
+            predicted / Σ labels), base_rate.
+        multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
         regression: mse, mae, base_rate (mean label), r2.  Always: count.
     """
     present = ~np.isnan(labels)
@@ -196,7 +197,8 @@ def whole_task_metrics(
     if len(y) == 0:
         return metrics
     if task.kind == "regression":
-        return metrics | {"xauc": xauc(y, p), "calibration": float(p.sum() / y.sum()) if y.sum() else float("nan")}
+        ratio = float(p.sum() / y.sum()) if y.sum() else float("nan")
+        return metrics | {"xauc": xauc(y, p), "calibration": ratio}
     if task.kind == "multiclass":
         y, p = (p.argmax(1) == y).astype(np.float64), p.max(1)
         return metrics | {"ece": expected_calibration_error(y, p, np.ones(len(y)), mass_edges(p))}
