@@ -129,9 +129,7 @@ def compare_tables(
     """
     check_same_rows(a, b, names)
     values = dict(a.values) if values is None else values
-    # What groups the rows is the same for both, also where one of the files does not say it.
-    keys = {key: of.frame[key] for key in (*KEYS, "popularity") for of in (b, a) if key in of.frame}
-    a, b = (replace(of, frame=of.frame.assign(**keys)) for of in (a, b))
+    a, b = _completed(a, b), _completed(b, a)
     clusters = clusters_of(a)
     parts = [resampled_metrics(of, clusters, k=k, values=values, only=only) for of in (a, b)]
     named = [{name: part for part in of for name in part.names} for of in parts]
@@ -149,6 +147,14 @@ def compare_tables(
         found.append(Difference(of, metric, x, y, y - x, y - x - half, y - x + half, p))
     adjusted = holm([difference.p for difference in found])
     return [replace(difference, p_holm=p) for difference, p in zip(found, adjusted, strict=True)]
+
+
+def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
+    """A table with what another says of the same rows: a ranking can be judged by an event that it does not predict."""
+    more = [task for task in other.tasks if task.name not in {own.name for own in table.tasks}]
+    columns = [*KEYS, "popularity", *(f"label.{task.name}" for task in more)]
+    known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
+    return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
 
 
 def _measured(

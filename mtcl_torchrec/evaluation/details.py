@@ -52,7 +52,7 @@ def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
     first = evaluation.ranking[rules[0]]
     requests, more = int(first["requests"]), first[f"choice@{k}"]
     title = f"Shown: the first {k} of each of {requests:,} requests, of which {more:.0%} have more"
-    headers = [f"{name} {rule}" for name in _SHOWN for rule in rules]
+    headers = [name if rule == rules[0] else rule for name in _SHOWN for rule in rules]
     table = plain_table(title, ["event", *headers])
     for name in (n.removeprefix(f"rate@{k} ") for n in first if n.startswith(f"rate@{k} ")):
         cells = [evaluation.ranking[rule][f"{m}@{k} {name}"] for m in _SHOWN.values() for rule in rules]
