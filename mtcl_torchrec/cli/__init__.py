@@ -9,6 +9,7 @@ import typer
 
 from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
     baselines,
+    compare,
     embed,
     export,
     fuse,

@@ -9,11 +9,9 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.metrics import Metrics
+from mtcl_torchrec.evaluation.metrics import BINS, Metrics, expected_calibration_error, mass_edges
 from mtcl_torchrec.evaluation.report import plain_table, user_groups
 from mtcl_torchrec.schema import Schema, Task, chain_links
-
-BINS = 15  # of the expected calibration errors
 
 
 @dataclass
@@ -33,26 +31,6 @@ class CalibrationReport:
     shown: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     k: int = 10
     rows: int = 0
-
-
-def expected_calibration_error(
-    labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray, edges: np.ndarray
-) -> float:
-    """Σ over bins of (its share of the weight) · |mean predicted - mean label| (Naeini et al., AAAI 2015; Guo et al.,
-    ICML 2017, eq. 3).
-
-    Args:
-        labels, predicted, weights: (N,) float.
-        edges: inner edges of the bins, rising; equal predictions share a bin.
-
-    Example:
-        >>> labels, predicted = np.array([0.0, 1.0, 1.0, 1.0]), np.array([0.1, 0.3, 0.8, 0.8])
-        >>> round(expected_calibration_error(labels, predicted, np.ones(4), np.array([0.5])), 6)
-        0.25
-    """
-    bins = np.searchsorted(edges, predicted, side="right")
-    gap = np.bincount(bins, weights * (predicted - labels), len(edges) + 1)
-    return float(np.abs(gap).sum() / weights.sum())
 
 
 def calibration_numbers(
@@ -81,10 +59,9 @@ def calibration_numbers(
         return numbers
     happened = float((weights * y).sum())
     numbers["ratio"] = float((weights * p).sum()) / happened if happened else np.nan
-    inner = np.arange(1, BINS) / BINS
-    numbers["ece_mass"] = expected_calibration_error(y, p, weights, np.quantile(p, inner))
+    numbers["ece_mass"] = expected_calibration_error(y, p, weights, mass_edges(p))
     if task.kind != "regression":
-        numbers["ece_width"] = expected_calibration_error(y, p, weights, inner)
+        numbers["ece_width"] = expected_calibration_error(y, p, weights, np.arange(1, BINS) / BINS)
     return numbers
 
 
@@ -166,10 +143,10 @@ def print_calibration(report: CalibrationReport, title: str, console: Console | 
         columns = ["ratio", "after", "ECE mass", "after", "ECE width", "after", "labels"]
         table = plain_table(heading, ["task", *columns])
         for name, of in numbers.items():
-            cells = [_cell(of[when][key]) for key in ("ratio", "ece_mass", "ece_width") for when in ("before", "after")]
+            cells = [cell(of[when][key]) for key in ("ratio", "ece_mass", "ece_width") for when in ("before", "after")]
             table.add_row(name, *cells, f"{int(of['after']['labels']):,}")
         console.print(table, "")
 
 
-def _cell(value: float) -> str:
+def cell(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.4f}"

@@ -1,14 +1,16 @@
-"""Final metrics of predictions: scikit-learn's where it has them, grouped AUC here."""
+"""Metrics of a task's predictions: scikit-learn's where it has them, grouped AUC and XAUC here."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
+from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.schema import Task
 
 Metrics = dict[str, float]
+BINS = 15  # of the expected calibration errors
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -59,6 +61,49 @@ def _entropy(shares: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def xauc(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """The share of pairs of rows with different labels that are predicted in the right order; equal predictions count
+    half (Zhan et al., KDD 2022): (1 + Somers' D) / 2, in O(n log n).
+
+    Args:
+        labels, predicted: (N,) numbers.
+
+    Returns:
+        NaN where all labels are equal.
+
+    Example:
+        >>> xauc(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.3, 0.2])).__round__(4)
+        0.6667
+    """
+    right, pairs = pairs_in_order(labels, predicted)
+    return float(right.sum() / pairs.sum()) if pairs.any() else float("nan")
+
+
+def expected_calibration_error(
+    labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray, edges: np.ndarray
+) -> float:
+    """Σ over bins of (its share of the weight) · |mean predicted - mean label| (Naeini et al., AAAI 2015; Guo et al.,
+    ICML 2017, eq. 3).
+
+    Args:
+        labels, predicted, weights: (N,) float.
+        edges: inner edges of the bins, rising; equal predictions share a bin.
+
+    Example:
+        >>> labels, predicted = np.array([0.0, 1.0, 1.0, 1.0]), np.array([0.1, 0.3, 0.8, 0.8])
+        >>> round(expected_calibration_error(labels, predicted, np.ones(4), np.array([0.5])), 6)
+        0.25
+    """
+    bins = np.searchsorted(edges, predicted, side="right")
+    gap = np.bincount(bins, weights * (predicted - labels), len(edges) + 1)
+    return float(np.abs(gap).sum() / weights.sum())
+
+
+def mass_edges(predicted: np.ndarray) -> np.ndarray:
+    """(BINS - 1,) inner edges of bins that hold equally many rows."""
+    return np.quantile(predicted, np.arange(1, BINS) / BINS)
+
+
 def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None = None) -> Metrics:
     """Metrics of one task over the rows whose label is present.
 
@@ -69,8 +114,8 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
 
     Returns:
         binary: auc, gauc, log_loss, ne (log-loss over that of always predicting the base rate), calibration (Σ
-            predicted /
-        Σ labels), base_rate.  multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
+            predicted / Σ labels), base_rate.
+        multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
         regression: mse, mae, base_rate (mean label), r2.  Always: count.
     """
     present = ~np.isnan(labels)
@@ -113,6 +158,74 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
             "base_rate": float(y.mean()),
         }
     return metrics
+
+
+def whole_task_metrics(
+    task: Task,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    groups: np.ndarray | None = None,
+    threshold: float | None = None,
+) -> Metrics:
+    """`task_metrics`, and what takes longer and is not needed after every epoch.
+
+    Args:
+        threshold: from which probability of a binary task a yes is said, chosen on other rows.
+
+    Returns:
+        binary: pr_auc (average precision), brier, ece (in 15 bins of equally many rows); at the threshold, accuracy,
+            precision, recall, f1, and what they are worth: majority (the accuracy of always saying what is more
+            frequent), f1_all_yes (the F1 of always saying yes).  Precision is NaN where no yes is said.
+        multiclass: ece, of the probability of the most probable class.
+        regression: xauc, calibration.
+    """
+    metrics = task_metrics(task, labels, predicted, groups)
+    present = ~np.isnan(labels)
+    y, p = labels[present], predicted[present].astype(np.float64)
+    if len(y) == 0:
+        return metrics
+    if task.kind == "regression":
+        ratio = float(p.sum() / y.sum()) if y.sum() else float("nan")
+        return metrics | {"xauc": xauc(y, p), "calibration": ratio}
+    if task.kind == "multiclass":
+        y, p = (p.argmax(1) == y).astype(np.float64), p.max(1)
+        return metrics | {"ece": expected_calibration_error(y, p, np.ones(len(y)), mass_edges(p))}
+    metrics |= {
+        "pr_auc": float(average_precision_score(y, p)) if y.any() else float("nan"),
+        "brier": float(((p - y) ** 2).mean()),
+        "ece": expected_calibration_error(y, p, np.ones(len(y)), mass_edges(p)),
+    }
+    return metrics if threshold is None else metrics | decision_metrics(y, p, threshold)
+
+
+def decision_metrics(labels: np.ndarray, predicted: np.ndarray, threshold: float) -> Metrics:
+    """What saying yes from a probability on comes to.
+
+    Args:
+        labels: (N,) 0 or 1.
+        predicted: (N,) probabilities; at least `threshold` is a yes.
+
+    Returns:
+        See `whole_task_metrics`.
+
+    Example:
+        >>> got = decision_metrics(np.array([0.0, 0.0, 1.0, 1.0]), np.array([0.1, 0.6, 0.7, 0.2]), 0.5)
+        >>> got["accuracy"], got["precision"], got["f1_all_yes"].__round__(4)
+        (0.5, 0.5, 0.6667)
+    """
+    yes = predicted >= threshold
+    said, hits, positives, rows = float(yes.sum()), float(labels[yes].sum()), float(labels.sum()), float(len(labels))
+    base = positives / rows
+    return {
+        "threshold": threshold,
+        "accuracy": (rows - positives - said + 2 * hits) / rows,
+        "majority": max(base, 1 - base),
+        "precision": hits / said if said else float("nan"),
+        "recall": hits / positives if positives else float("nan"),
+        "f1": 2 * hits / (said + positives) if positives else float("nan"),
+        "f1_all_yes": 2 * base / (1 + base),
+        "said_yes": said / rows,
+    }
 
 
 def task_quality(task: Task, metrics: Metrics) -> float:

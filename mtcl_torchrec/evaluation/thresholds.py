@@ -9,6 +9,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 ThresholdRule = Literal["f1", "accuracy", "youden"]
+NEVER = 2.0  # no probability reaches it
 
 
 def best_threshold(labels: np.ndarray, predicted: np.ndarray, rule: ThresholdRule = "f1") -> float:
@@ -21,13 +22,14 @@ def best_threshold(labels: np.ndarray, predicted: np.ndarray, rule: ThresholdRul
             specificity - 1 (Youden, Cancer 1950).  Of equally good ones, the highest.
 
     Returns:
-        One of the probabilities; NaN where no label, or no positive one, is there.
+        One of the probabilities, or a number above 1 where nothing beats saying no to all; NaN where no label, or no
+        positive one, is there.
 
     Example:
         >>> best_threshold(np.array([0.0, 1.0, 0.0, 1.0]), np.array([0.1, 0.2, 0.3, 0.4]))
         0.2
-        >>> best_threshold(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.1, 0.5, 0.3, 0.4]), "accuracy")
-        inf
+        >>> best_threshold(np.array([0.0, 0.0, 0.0, 1.0]), np.array([0.1, 0.5, 0.3, 0.4]), "accuracy") == NEVER
+        True
     """
     present = ~np.isnan(labels)
     y, p = labels[present], np.asarray(predicted, np.float64)[present]
@@ -44,7 +46,7 @@ def best_threshold(labels: np.ndarray, predicted: np.ndarray, rule: ThresholdRul
     # Of accuracy, saying no to all is an answer too.
     right = hits - false if rule == "accuracy" else hits / positives - false / max(negatives, 1)
     best = int(np.argmax(right))
-    return float("inf") if rule == "accuracy" and right[best] <= 0 else float(p[last][best])
+    return NEVER if rule == "accuracy" and right[best] <= 0 else float(p[last][best])
 
 
 def chosen_thresholds(validation: PredictionsTable, rule: ThresholdRule = "f1") -> dict[str, float]:

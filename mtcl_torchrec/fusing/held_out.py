@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mtcl_torchrec.fusing.objectives import rows_by_request
+from mtcl_torchrec.evaluation.ranking import rows_by_request
 from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, fuse
 from mtcl_torchrec.modules.fusion.value import LARGEST
 from mtcl_torchrec.schema import ConfigError, DataError, nearest
