@@ -5,7 +5,7 @@ from mtcl_torchrec.config.calibration import CalibrationConfig, CalibratorConfig
 from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig, SyntheticConfig
 from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
 from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
-from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
+from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run, with_paths_from
 from mtcl_torchrec.config.sequences import SequenceConfig, TowerConfig
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
 from mtcl_torchrec.config.training import (
@@ -15,6 +15,7 @@ from mtcl_torchrec.config.training import (
     RegularisersConfig,
     TableOptimizerConfig,
     TrainingConfig,
+    TrainingMetricsConfig,
 )
 
 __all__ = [
@@ -43,8 +44,10 @@ __all__ = [
     "TableShardingConfig",
     "TowerConfig",
     "TrainingConfig",
+    "TrainingMetricsConfig",
     "TrunkConfig",
     "dump_run",
     "load_run",
     "parse_run",
+    "with_paths_from",
 ]

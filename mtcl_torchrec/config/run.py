@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -66,6 +67,7 @@ class RunConfig(Part):
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
+        self.training.metrics.check(self.data_schema)
         if self.model.trunk.kind in ("shared_bottom", "single_task"):
             for name in ("expert_orthogonality", "gate_balance"):
                 if getattr(self.training.regularisers, name):
@@ -190,6 +192,21 @@ def dump_run(run: RunConfig) -> str:
     _mark_changed(run)
     raw = run.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110)
+
+
+def with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
+    """The run with its paths written as seen from `folder`, where its YAML will stand: `load_run` undoes it."""
+    seen = run.model_copy(deep=True)
+    for split in ("train", "val", "test", "log"):
+        paths = getattr(seen.data, split)
+        if paths is not None:
+            setattr(seen.data, split, [os.path.relpath(path, folder) for path in paths])
+    made: list[StatisticsConfig | HistoryConfig] = [*seen.statistics, *seen.histories]
+    for block in made:
+        if block.prepared is not None:
+            block.prepared = os.path.relpath(block.prepared, folder)
+    seen.data_schema = seen.data_schema.with_files(lambda path: os.path.relpath(path, folder))
+    return seen
 
 
 def _mark_changed(part: BaseModel) -> bool:
