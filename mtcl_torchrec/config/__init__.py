@@ -5,7 +5,15 @@ from mtcl_torchrec.config.calibration import CalibrationConfig, CalibratorConfig
 from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig, SyntheticConfig
 from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
 from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
-from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run, with_paths_from
+from mtcl_torchrec.config.run import (
+    RunConfig,
+    dump_run,
+    load_run,
+    parse_run,
+    run_as_data,
+    run_from_data,
+    with_paths_from,
+)
 from mtcl_torchrec.config.sequences import SequenceConfig, TowerConfig
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
 from mtcl_torchrec.config.training import (
@@ -49,5 +57,7 @@ __all__ = [
     "dump_run",
     "load_run",
     "parse_run",
+    "run_as_data",
+    "run_from_data",
     "with_paths_from",
 ]
