@@ -18,6 +18,7 @@ from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
     recommend,
     serve,
     train,
+    tune,
 )
 from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.schema import ConfigError, DataError

@@ -6,7 +6,15 @@ from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig
 from mtcl_torchrec.config.evaluation import EvaluationConfig
 from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
 from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
-from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
+from mtcl_torchrec.config.run import (
+    RunConfig,
+    dump_run,
+    load_run,
+    parse_run,
+    run_as_data,
+    run_from_data,
+    with_paths_from,
+)
 from mtcl_torchrec.config.sequences import SequenceConfig, TowerConfig
 from mtcl_torchrec.config.sharding import ShardingConfig, TableShardingConfig
 from mtcl_torchrec.config.training import (
@@ -16,6 +24,7 @@ from mtcl_torchrec.config.training import (
     RegularisersConfig,
     TableOptimizerConfig,
     TrainingConfig,
+    TrainingMetricsConfig,
 )
 
 __all__ = [
@@ -45,8 +54,12 @@ __all__ = [
     "TableShardingConfig",
     "TowerConfig",
     "TrainingConfig",
+    "TrainingMetricsConfig",
     "TrunkConfig",
     "dump_run",
     "load_run",
     "parse_run",
+    "run_as_data",
+    "run_from_data",
+    "with_paths_from",
 ]

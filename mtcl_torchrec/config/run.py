@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,6 +19,7 @@ from mtcl_torchrec.config.fusion import FusionConfig
 from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
 from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
+from mtcl_torchrec.config.tuning import SpaceConfig
 from mtcl_torchrec.schema import ConfigError, Schema, check_unique, nearest
 
 
@@ -58,6 +60,7 @@ class RunConfig(Part):
     fusion: FusionConfig | None = None
     calibration: CalibrationConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tuning: SpaceConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -69,6 +72,7 @@ class RunConfig(Part):
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
         self._check_id_dropout()
+        self.training.metrics.check(self.data_schema)
         if self.model.trunk.kind in ("shared_bottom", "single_task"):
             for name in ("expert_orthogonality", "gate_balance"):
                 if getattr(self.training.regularisers, name):
@@ -183,10 +187,7 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
         raise ConfigError(f"{where}no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}expected keys such as data, schema, model; found {type(raw).__name__}")
-    try:
-        run = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(where + line for line in _explain(error))) from None
+    run = run_from_data(raw, name=name)
     if folder is not None:
         for split in ("train", "val", "test", "log"):
             paths = getattr(run.data, split)
@@ -200,11 +201,43 @@ def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunCo
     return run
 
 
+def run_from_data(raw: dict[str, Any], *, name: str = "") -> RunConfig:
+    """The run of plain data, as YAML holds it; paths are taken as they are.
+
+    Raises:
+        ConfigError: one line for each mistake, as `load_run` says them.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        where = f"{name}: " if name else ""
+        raise ConfigError("\n".join(where + line for line in _explain(error))) from None
+
+
+def run_as_data(run: RunConfig) -> dict[str, Any]:
+    """The run as plain data that `run_from_data` reads back to the same run: what was said, defaults left out."""
+    _mark_changed(run)
+    return run.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
 def dump_run(run: RunConfig) -> str:
     """The run as YAML that `parse_run` reads back to the same run."""
-    _mark_changed(run)
-    raw = run.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(run_as_data(run), sort_keys=False, allow_unicode=True, width=110)
+
+
+def with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
+    """The run with its paths written as seen from `folder`, where its YAML will stand: `load_run` undoes it."""
+    seen = run.model_copy(deep=True)
+    for split in ("train", "val", "test", "log"):
+        paths = getattr(seen.data, split)
+        if paths is not None:
+            setattr(seen.data, split, [os.path.relpath(path, folder) for path in paths])
+    made: list[StatisticsConfig | HistoryConfig] = [*seen.statistics, *seen.histories]
+    for block in made:
+        if block.prepared is not None:
+            block.prepared = os.path.relpath(block.prepared, folder)
+    seen.data_schema = seen.data_schema.with_files(lambda path: os.path.relpath(path, folder))
+    return seen
 
 
 def _mark_changed(part: BaseModel) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mtcl_torchrec.config.base import Fraction, Part
+from mtcl_torchrec.schema import Schema, check_unique
 
 
 class TableOptimizerConfig(Part):
@@ -89,6 +90,61 @@ class RegularisersConfig(Part):
     gate_balance: NonNegativeFloat = 0.0
 
 
+MetricKind = Literal["ne", "auc", "gauc", "calibration", "mse", "top1"]
+METRIC_KINDS: tuple[MetricKind, ...] = get_args(MetricKind)
+# The kinds of task that each metric is of.
+METRICS_OF: dict[MetricKind, tuple[str, ...]] = {
+    "ne": ("binary", "multiclass"),
+    "auc": ("binary",),
+    "gauc": ("binary",),
+    "calibration": ("binary",),
+    "mse": ("regression",),
+    "top1": ("multiclass",),
+}
+
+
+class TrainingMetricsConfig(Part):
+    """Metrics of what the training steps predict; see `mtcl_torchrec.training.rec_metrics`.
+
+    Args:
+        every: steps between two readings; 0 is off.  A reading waits for the device and is a collective of all ranks.
+        window: the newest rows of the epoch, of all ranks, that count.
+        ranked_window: the same for ``auc`` and ``gauc``, which keep each row and sort them all in every reading.
+        kinds: what is told, each of the tasks that it fits; ``gauc`` needs the schema's user as an id feature.
+    """
+
+    every: NonNegativeInt = 100
+    window: PositiveInt = 10_000_000
+    ranked_window: PositiveInt = 50_000
+    kinds: Annotated[list[MetricKind], Field(min_length=1)] = Field(default_factory=lambda: list(METRIC_KINDS))
+
+    @model_validator(mode="after")
+    def _fitting(self) -> TrainingMetricsConfig:
+        check_unique("metric", self.kinds)
+        if self.every == 0 and (given := self.model_fields_set - {"every"}):
+            raise ValueError(f"{min(given)} does nothing: every is 0, which is off")
+        if "ranked_window" in self.model_fields_set and not {"auc", "gauc"} & set(self.kinds):
+            raise ValueError("ranked_window belongs to auc and gauc")
+        return self
+
+    def check(self, schema: Schema) -> None:
+        """See that what was asked for can be told of some task.
+
+        Raises:
+            ValueError: naming the metric.
+        """
+        if "kinds" not in self.model_fields_set:
+            return
+        there = {task.kind for task in schema.tasks}
+        for kind in self.kinds:
+            if not there & set(METRICS_OF[kind]):
+                of = " or ".join(METRICS_OF[kind])
+                raise ValueError(f"training.metrics.kinds: {kind} is of a {of} task, and there is none")
+        users = [f.name for f in schema.features if f.kind == "id" and f.rows_from == schema.user]
+        if "gauc" in self.kinds and not users:
+            raise ValueError("training.metrics.kinds: gauc needs schema.user, and an id feature of that column")
+
+
 class TrainingConfig(Part):
     """How long and in which steps.
 
@@ -110,6 +166,7 @@ class TrainingConfig(Part):
         pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
         precision: ``bf16`` computes the dense part (everything after the embeddings, up to the losses) under autocast.
         log_every: steps between two readings of the losses and of how the tasks get along, which wait for the device.
+        metrics: what is told of the predictions of the training steps, and how often.
         max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
             stops.
         gradient_accumulation: always 1, since a fused table steps in every backward pass.
@@ -131,6 +188,7 @@ class TrainingConfig(Part):
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: PositiveInt = 20
+    metrics: TrainingMetricsConfig = Field(default_factory=TrainingMetricsConfig)
     max_skipped_steps: NonNegativeInt = 10
     gradient_accumulation: PositiveInt = 1
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

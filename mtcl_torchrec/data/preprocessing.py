@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -196,6 +197,14 @@ class Preprocessor:
             if history.config.prepared is None:
                 earlier |= history.fit(rows)
         return replace(rows, frame=pd.concat([rows.frame, *computed], axis=1), earlier=earlier)
+
+    def redeclared(self, schema: Schema) -> Preprocessor:
+        """The same, fitted as this is, for a schema that differs only in what no encoded row shows: widths of
+        embeddings, weights of tasks and the like."""
+        other = copy.copy(self)
+        other.declared, other.encoder = schema, copy.copy(self.encoder)
+        other.encoder.schema = other._whole_schema()
+        return other
 
     def _keys(self) -> list[str]:
         """The columns whose values are compared with those of the training split."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from mtcl_torchrec.training.freezing import all_frozen, freeze_stalled
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.progress import TrainingProgress
+from mtcl_torchrec.training.rec_metrics import TrainingMetrics
 from mtcl_torchrec.training.sharding import Ranks, shard
 
 
@@ -85,6 +86,9 @@ class SaveState(Protocol):
         """Write it; on the way through an epoch, where training may go on if that fails, or at its end."""
 
 
+AfterEpoch = Callable[[TrainingHistory], None]
+
+
 @dataclass(frozen=True)
 class Validation:
     """What an epoch is judged by: the same on every rank.
@@ -124,6 +128,8 @@ def fit(
     *,
     save: SaveState,
     progress: TrainingProgress,
+    metrics: TrainingMetrics | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> TrainingHistory:
     """Train from where `state` stands to the last epoch, or until no epoch has been better for a while or all tasks
     are frozen.
@@ -133,6 +139,9 @@ def fit(
         rows: the training split.
         save: called after each epoch, before training goes on, and on the way as `TrainingConfig.checkpoint` says.
         progress: reports, and knows the number of steps of the whole schedule.
+        metrics: of the predictions of the training steps; begun anew in each epoch.
+        after_epoch: called with the history after each epoch, when its checkpoint is written; what it raises ends the
+            training.  It must do the same on every rank.
 
     Raises:
         FloatingPointError: the loss was not finite in too many batches.
@@ -147,7 +156,7 @@ def fit(
         and not all_frozen(state.history, tasks)
     ):
         started = time.perf_counter()
-        _train_epoch(pipeline, state, rows, config, where, clock=clock, save=save, progress=progress)
+        _train_epoch(pipeline, state, rows, config, where, clock=clock, save=save, progress=progress, metrics=metrics)
         state.history.seconds.append(time.perf_counter() - started)
         _let_go(pipeline)
         line, scalars = _judge_epoch(state, validation, config, where)
@@ -156,6 +165,8 @@ def fit(
         save(state, on_the_way=False)
         clock.saved_at = time.monotonic()
         progress.epoch(step=state.step, scalars=scalars, line="\n".join([line, *said]))
+        if after_epoch is not None:
+            after_epoch(state.history)
     history = state.history
     history.stopped_early = len(history.epochs) < config.epochs
     if history.stopped_early:
@@ -182,6 +193,7 @@ def _train_epoch(
     clock: _Clock,
     save: SaveState,
     progress: TrainingProgress,
+    metrics: TrainingMetrics | None,
 ) -> None:
     """From the state's position to the end of its epoch."""
     epoch, cut = state.position.epoch, {"world_size": where.world_size, "batch_size": config.batch_size}
@@ -191,10 +203,13 @@ def _train_epoch(
         torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank + stretch)
     state.random_restored = False
     batches = rows.batches(state.position, rank=where.rank, **cut)
+    if metrics is not None:
+        metrics.reset()
+        batches = metrics.watched(batches)
     rows_left, steps = rows.rows_left(state.position), rows.steps(state.position, **cut)
     train_module = train_module_of(state.model)
     for left in range(steps - 1, -1, -1):
-        loss, *_ = pipeline.progress(batches)
+        loss, logits, labels = pipeline.progress(batches)
         state.step += 1
         state.position = state.position.after(1, **cut)
         state.schedule.step()
@@ -208,8 +223,12 @@ def _train_epoch(
             _count_skipped(train_module, state, config, progress)
         if read:
             losses, overdue = read_step(train_module, loss, where, state.history.balance, overdue=clock.overdue)
+        readings = None
+        if metrics is not None:
+            metrics.add(logits, labels, train_module.loss.found_inf)
+            readings = metrics.read() if metrics.due(state.step) or left == 0 else None
         scalars = state.history.balance.scalars() if read else None
-        progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses, scalars=scalars)
+        progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses, scalars=scalars, metrics=readings)
         if left > 0 and clock.due(state.step, overdue):  # the end of an epoch has a checkpoint of its own
             save(state, on_the_way=True)
             clock.saved_at = time.monotonic()

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 LINE_EVERY_S = 15.0
+_SHOWN = {"auc": "AUC", "ne": "NE", "r2": "R²"}
 
 
 class _BarAndLosses(Progress):
@@ -55,6 +56,7 @@ class TrainingProgress:
             )
         self._started = self._last_line = time.perf_counter()
         self._rows, self._done = 0, done
+        self._metrics: dict[str, dict[str, float]] = {}
         self._bar: _BarAndLosses | None = None
         self._bar_task: TaskID | None = None
         if active and self.console.is_terminal:
@@ -81,6 +83,7 @@ class TrainingProgress:
         rows: int,
         losses: dict[str, float] | None,
         scalars: dict[str, float] | None = None,
+        metrics: dict[str, dict[str, float]] | None = None,
     ) -> None:
         """One step is done.
 
@@ -90,10 +93,16 @@ class TrainingProgress:
             rows: of the global batch.
             losses: by task and ``"total"``, or None in steps that read none.
             scalars: what else was read, for TensorBoard.
+            metrics: task -> metric -> value of what the training steps predicted, or None in steps that read none.
         """
         if not self.active:
             return
         self._rows += rows
+        if metrics is not None:
+            self._metrics = metrics
+            if self.writer is not None:
+                for name, value in metric_scalars(metrics).items():
+                    self.writer.add_scalar(name, value, step)
         if self.writer is not None and losses is not None:
             for name, value in ({f"loss/{n}": v for n, v in losses.items()} | (scalars or {})).items():
                 self.writer.add_scalar(name, value, step)
@@ -109,8 +118,14 @@ class TrainingProgress:
 
     def _info(self, losses: dict[str, float] | None) -> str:
         speed = self._rows / max(time.perf_counter() - self._started, 1e-9)
-        parts = " ".join(f"{name} {value:.4f}" for name, value in (losses or {}).items())
+        parts = " ".join(f"{name} {value:.4f}{self._metric_of(name)}" for name, value in (losses or {}).items())
         return f"{speed:,.0f} samples/s {parts}"
+
+    def _metric_of(self, task: str) -> str:
+        """The one that says most, in brackets behind the task's loss."""
+        of = self._metrics.get(task, {})
+        shown = next((name for name in ("auc", "ne", "r2") if name in of), None)
+        return "" if shown is None else f" ({_SHOWN[shown]} {of[shown]:.4f})"
 
     def epoch(self, *, step: int, scalars: dict[str, float], line: str) -> None:
         """An epoch was evaluated."""
@@ -125,6 +140,16 @@ class TrainingProgress:
         """Print one line above the bar."""
         if self.active:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def metric_scalars(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """By name, as TensorBoard groups them.
+
+    Example:
+        >>> metric_scalars({"click": {"count": 300.0, "auc": 0.7}})
+        {'train/auc/click': 0.7}
+    """
+    return {f"train/{name}/{task}": v for task, of in metrics.items() for name, v in of.items() if name != "count"}
 
 
 def _summary_writer(log_dir: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,13 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from mtcl_torchrec.config import HistoryConfig, RunConfig, StatisticsConfig, dump_run
+from mtcl_torchrec.config import RunConfig, dump_run, with_paths_from
 from mtcl_torchrec.data.catalogue import Catalogue
-from mtcl_torchrec.data.contents import said_of_coverage
-from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.splits import Splits, load_splits
+from mtcl_torchrec.data.splits import Splits
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.balance.surgery import LEAN_ON_SMALL
@@ -44,7 +41,6 @@ from mtcl_torchrec.training.directory import (
     PREPROCESSING,
     Existing,
     claim_run_directory,
-    readable_folder,
     replace_file,
     replace_folder,
     sign_run_directory,
@@ -53,10 +49,12 @@ from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory, finite
 from mtcl_torchrec.training.judging import judge
-from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
+from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.progress import TrainingProgress
+from mtcl_torchrec.training.rec_metrics import build_training_metrics
+from mtcl_torchrec.training.run_data import RunData, earlier_encoder, load_data
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 from mtcl_torchrec.training.start import Start, begins_anew, start_of
 
@@ -89,6 +87,8 @@ def train_run(
     existing: Existing = "refuse",
     device: Device = "auto",
     console: Console | None = None,
+    data: RunData | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> RunResult:
     """Train what a configuration describes and write the run directory.
 
@@ -102,6 +102,8 @@ def train_run(
         existing: what to do with an earlier run in `folder`: refuse to touch it, overwrite it, or resume it.  A run
             that is resumed on as many ranks and with the same configuration ends as if it had never been interrupted.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        data: what `load_data` read for this configuration, to read it once for several runs; None reads it.
+        after_epoch: called with the history after each epoch, on every rank; what it raises ends the run.
 
     Raises:
         DataError: the data does not fit the schema, or the checkpoint does not fit the model.
@@ -114,24 +116,29 @@ def train_run(
         if existing == "resume" and not resume and where.first:
             console.print(f"nothing to go on with in {folder}: beginning", highlight=False, markup=False)
         try:
-            return _train(run, folder, where, console, resume)
+            return _train(run, folder, where, console, resume, data, after_epoch)
         except BaseException:
             if where.first and folder.is_dir() and [p.name for p in folder.iterdir()] == [MARKER]:
                 shutil.rmtree(folder)  # nothing came of it
             raise
 
 
-def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume: bool) -> RunResult:
+def _train(
+    run: RunConfig,
+    folder: Path,
+    where: Ranks,
+    console: Console,
+    resume: bool,
+    data: RunData | None,
+    after_epoch: AfterEpoch | None,
+) -> RunResult:
     def say(text: str) -> None:
         if where.first:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
-    splits = load_splits(run, preprocessor, grown_from=_earlier_encoder(folder) if resume else None, say=say)
-    for line in said_of_coverage(preprocessor.encoder.coverage(splits.encoded["val"]), "val"):
-        say(line)
-    if len(set(where.gather(splits.train.fingerprint))) > 1:
-        raise DataError("the ranks do not see the same training files")
+    if data is None:
+        data = load_data(run, where, grown_from=earlier_encoder(folder) if resume else None, say=say)
+    preprocessor, splits = data.preprocessor, data.splits
     model = build_model(
         run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, precision=run.training.precision
     )
@@ -160,7 +167,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
     if is_learned(run.fusion) and run.calibration is not None:
         say("the fused score learns from predictions before calibration, and ranks by those after: see `mtcl fuse`")
     _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
-    history = _fit(run, folder, state, splits, where, console, say)
+    history = _fit(run, folder, state, splits, where, console, say, after_epoch)
     diagnosis = diagnose(history.balance, history.epochs, history.best_epoch)
     say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     best = best_checkpoint(folder / CHECKPOINTS)
@@ -173,14 +180,6 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration)
     where.barrier()
     return RunResult(folder, history, evaluations, diagnosis, calibration)
-
-
-def _earlier_encoder(folder: Path) -> FeatureEncoder:
-    """What the run in the folder has learnt: a known id keeps its row, whatever data comes."""
-    try:
-        return FeatureEncoder.load(readable_folder(folder / PREPROCESSING) / "encoder")
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: the run directory is damaged ({error})") from None
 
 
 def _state_at(start: Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
@@ -244,7 +243,7 @@ def _open_directory(
             for fitted in (folder / part, folder / f"{part}.old"):
                 shutil.rmtree(fitted, ignore_errors=True)
         sign_run_directory(folder)
-        replace_file(folder / "run.yaml", dump_run(_with_paths_from(run, folder)))
+        replace_file(folder / "run.yaml", dump_run(with_paths_from(run, folder)))
         replace_folder(folder / PREPROCESSING, preprocessor.save)
         if catalogue is not None:
             replace_folder(folder / CATALOGUE, catalogue.save)
@@ -252,7 +251,14 @@ def _open_directory(
 
 
 def _fit(
-    run: RunConfig, folder: Path, state: TrainingState, splits: Splits, where: Ranks, console: Console, say: Say
+    run: RunConfig,
+    folder: Path,
+    state: TrainingState,
+    splits: Splits,
+    where: Ranks,
+    console: Console,
+    say: Say,
+    after_epoch: AfterEpoch | None,
 ) -> TrainingHistory:
     store = CheckpointStore(folder / CHECKPOINTS, where, keep=run.training.checkpoint.keep)
 
@@ -271,6 +277,9 @@ def _fit(
             say(f"WARNING: {failure}; training goes on")
 
     users = user_groups(run.data_schema, splits.raw["val"].frame)
+    metrics = build_training_metrics(
+        plain_model(state.model).tasks, run.data_schema, run.training.metrics, where, batch_size=run.training.batch_size
+    )
     total = state.step + _steps_left(state.position, splits, run, where)
     try:
         with TrainingProgress(
@@ -284,6 +293,8 @@ def _fit(
                 where,
                 save=save,
                 progress=progress,
+                metrics=metrics,
+                after_epoch=after_epoch,
             )
         complain(store.failure(wait=True))
     finally:
@@ -313,21 +324,6 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _with_paths_from(run: RunConfig, folder: Path) -> RunConfig:
-    """The run with its paths written as seen from `folder`, where its YAML will stand."""
-    seen = run.model_copy(deep=True)
-    for split in ("train", "val", "test", "log"):
-        paths = getattr(seen.data, split)
-        if paths is not None:
-            setattr(seen.data, split, [os.path.relpath(path, folder) for path in paths])
-    made: list[StatisticsConfig | HistoryConfig] = [*seen.statistics, *seen.histories]
-    for block in made:
-        if block.prepared is not None:
-            block.prepared = os.path.relpath(block.prepared, folder)
-    seen.data_schema = seen.data_schema.with_files(lambda path: os.path.relpath(path, folder))
-    return seen
 
 
 def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:

@@ -1,0 +1,239 @@
+"""`mtcl tune` as a whole: what is searched, kept, gone on with, and written out."""
+
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import shop
+from ranks import run_ranks
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mtcl_torchrec.cli.app import app
+from mtcl_torchrec.config import load_run, parse_run
+from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.tuning import print_tuning, tune_run
+from mtcl_torchrec.training.tuning import run as tuning_run
+from mtcl_torchrec.training.tuning.study import Study
+
+# Trial 0 is the run; under SGD and the largest rates, the loss is soon not finite.
+RUN = shop.RUN.replace("epochs: 4", "epochs: 2, max_skipped_steps: 0").replace(
+    "dense: {lr: 0.01}", "dense: {lr: 0.003}"
+)
+SPACE = """
+tuning:
+  optimizers.dense.lr: {log: [1e-3, 3e-2]}
+  optimizers.dense.kind: [adamw, sgd]
+  optimizers.dense.clip_norm: {choices: [0.0], when: {optimizers.dense.kind: sgd}}
+  schema.features.*.embedding_dim: {times: [1, 2]}
+  schema.tasks.stars.weight: {choices: [0.2, 1.0e+30], when: {optimizers.dense.kind: sgd}}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuning")
+    shop.log(500).to_parquet(folder / "log.parquet", index=False)
+    return folder
+
+
+def tuned(data, name, console=None, **options):
+    run = parse_run(RUN + SPACE, folder=data)
+    console = console or Console(file=io.StringIO(), width=200)
+    return tune_run(run, data / name, device="cpu", console=console, **{"trials": 6, "pruner": "none", **options})
+
+
+def numbers(result):
+    return [(t.number, t.state, t.values, t.value) for t in result.trials]
+
+
+@pytest.fixture(scope="module")
+def found(data):
+    """A search that nobody interrupts, what it said, and how often it read the data."""
+    read, load, judged = [], tuning_run.load_data, []
+    train, said = tuning_run.train_run, io.StringIO()
+
+    def loading(run, where, **options):
+        read.append(run)
+        return load(run, where, **options)
+
+    def training(run, folder, **options):
+        result = train(run, folder, **options)
+        judged.append(set(result.evaluations))
+        return result
+
+    tuning_run.load_data, tuning_run.train_run = loading, training
+    try:
+        result = tuned(data, "whole", Console(file=said, width=200))
+    finally:
+        tuning_run.load_data, tuning_run.train_run = load, train
+    return result, said.getvalue(), read, judged
+
+
+def test_the_first_trial_is_the_run_as_it_is(data, found):
+    result, _, _, _ = found
+    assert result.own is result.trials[0]
+    assert result.own.values["optimizers.dense.lr"] == 0.003
+    plain = train_run(parse_run(RUN, folder=data), data / "plain", device="cpu", console=Console(quiet=True))
+    assert result.own.value == plain.history.best_auc
+    assert result.best.value >= result.own.value
+
+
+def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(found):
+    result, said, _, _ = found
+    failed = [t for t in result.trials if t.state == "failed"]
+    assert failed
+    assert all("the loss of" in t.error and "not finite" in t.error for t in failed)
+    assert f"failed: {failed[0].error}" in said
+    assert len(result.trials) == 6
+    assert result.trials[-1].state == "complete" or len(failed) < 5
+
+
+def test_the_test_split_is_not_looked_at_and_the_data_is_read_once(found):
+    _, _, read, judged = found
+    assert len(read) == 1
+    assert all(splits == {"val"} for splits in judged)
+
+
+def test_the_best_run_is_written_and_trains_to_the_same_number(data, found):
+    result, _, _, _ = found
+    assert len({t.value for t in result.trials}) > 2
+    run = load_run(result.best_yaml)
+    assert run.tuning is None
+    head = result.best_yaml.read_text().splitlines()[0]
+    assert head.startswith(f"# Found by mtcl tune: mean_auc {result.best.value:.5f} on the validation split")
+    again = train_run(run, data / "again", device="cpu", console=Console(quiet=True))
+    assert again.history.best_auc == result.best.value
+    assert "test" in again.evaluations
+    shutil_moved = data / "elsewhere"
+    shutil_moved.mkdir()
+    (shutil_moved / "x.yaml").write_text(result.best_yaml.read_text())
+    assert load_run(shutil_moved / "x.yaml").data.log != run.data.log  # as seen from the folder of the YAML
+    assert os.path.samefile(run.data.log[0], data / "log.parquet")
+
+
+def test_what_is_found_is_kept_for_others(data, found):
+    result, _, _, _ = found
+    told = json.loads((result.folder / "tuning.json").read_text())
+    assert told["best"] == result.best.number
+    assert [t["value"] for t in told["trials"]] == [t.value for t in result.trials]
+    assert (result.folder / "parallel.png").stat().st_size > 10_000
+    trial = result.folder / "trials/0000"
+    assert {p.name for p in trial.iterdir()} >= {"run.yaml", "metrics.json"}
+    assert not (trial / "checkpoints").exists()
+    assert "epoch 2/2" in (result.folder / "logs/0000.txt").read_text()
+    out = io.StringIO()
+    print_tuning(result, Console(file=out, width=120))
+    for part in ("6 trials:", "click auc", f"mtcl train {result.best_yaml}"[:40]):
+        assert part in out.getvalue()
+
+
+def killed(folder):
+    """Dies after the first epoch of the third trial."""
+    prune = Study.should_prune
+
+    def dying(self, epoch, value):
+        if self._trial.number == 2 and epoch == 1:
+            prune(self, epoch, value)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prune(self, epoch, value)
+
+    Study.should_prune = dying
+    tuned(folder, "killed")
+
+
+def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(data, found):
+    whole, _, _, _ = found
+    third = whole.trials[2]
+    if third.state == "failed":
+        pytest.fail("the third trial is to come to its first epoch: choose another seed")
+    with pytest.raises(AssertionError, match="rank 0 died with exit code -9"):
+        run_ranks(killed, 1, data)
+    said = io.StringIO()
+    result = tuned(data, "killed", Console(file=said, width=200))
+    assert "going on in" in said.getvalue()
+    assert "2 trials are over" in said.getvalue()
+    assert "going on after step" in (result.folder / "logs/0002.txt").read_text()
+    assert numbers(result) == numbers(whole)
+
+
+def test_a_folder_is_of_one_search(data, found):
+    result, _, _, _ = found
+    run = parse_run(RUN, folder=data)
+    with pytest.raises(ConfigError, match="holds a search of another run, space or objective: --overwrite it"):
+        tune_run(run, result.folder, trials=1, device="cpu", console=Console(quiet=True))
+    with pytest.raises(FileExistsError, match="no folder of mtcl tune"):
+        tune_run(run, data, trials=1, device="cpu", console=Console(quiet=True))
+    again = tuned(data, "whole")  # nothing is left to do
+    assert numbers(again) == numbers(result)
+    late = tuned(data, "whole", trials=9, timeout=0.0)
+    assert numbers(late) == numbers(result)
+
+
+def on_ranks(folder):
+    with_ranks = parse_run(RUN.replace("batch_size: 32", "batch_size: 16") + SPACE, folder=folder)
+    pruned, prune = [], Study.should_prune
+
+    def pruning(self, epoch, value):
+        prune(self, epoch, value)
+        pruned.append(self._trial.number == 2)
+        return pruned[-1]
+
+    Study.should_prune = pruning
+    result = tune_run(with_ranks, folder / "ranks", trials=4, device="cpu", console=Console(file=io.StringIO()))
+    return numbers(result), result.best.number
+
+
+def test_two_ranks_search_together(data, found):
+    whole, _, _, _ = found
+    here, there = run_ranks(on_ranks, 2, data)
+    assert here == there
+    assert [state for _, state, _, _ in here[0]][2] == "pruned"
+    # Half the batch on twice the ranks is the same run.
+    assert [t[2] for t in here[0][:3]] == [t.values for t in whole.trials[:3]]
+    np.testing.assert_allclose(here[0][0][3], whole.trials[0].value, atol=2e-3)
+
+
+def test_a_trial_that_is_interrupted_again_and_again_is_given_up(data):
+    class NoMemoryError(BaseException):
+        pass
+
+    def dying(run, folder, **options):
+        raise NoMemoryError
+
+    train, tuning_run.train_run = tuning_run.train_run, dying
+    try:
+        for _ in range(3):
+            with pytest.raises(NoMemoryError):
+                tuned(data, "dying", trials=1)
+        with pytest.raises(ConfigError, match="no trial came to its end: interrupted twice without a new epoch"):
+            tuned(data, "dying", trials=1)
+    finally:
+        tuning_run.train_run = train
+
+
+def test_memory_that_is_not_there_fails_a_trial(data):
+    def too_large(run, folder, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    train, tuning_run.train_run = tuning_run.train_run, too_large
+    try:
+        with pytest.raises(ConfigError, match="no trial came to its end: out of memory"):
+            tuned(data, "large", trials=2)
+    finally:
+        tuning_run.train_run = train
+
+
+def test_the_command_shows_what_would_be_searched(data):
+    (data / "run.yaml").write_text(RUN)
+    shown = CliRunner().invoke(app, ["tune", str(data / "run.yaml"), "--show-space"]).output
+    run = parse_run(RUN + shown, folder=data)
+    assert set(run.tuning) >= {"optimizers.dense.lr", "model.trunk.kind", "schema.tasks.buy.weight"}
+    (data / "space.yaml").write_text("optimizers.dense.lrr: {log: [1e-3, 1e-1]}")
+    command = ["tune", str(data / "run.yaml"), "--space", str(data / "space.yaml"), "--show-space"]
+    error = CliRunner().invoke(app, command).exception
+    assert "no key 'lrr' in optimizers.dense (did you mean 'lr'?)" in str(error)
