@@ -6,7 +6,8 @@ from pathlib import Path
 import mtcl_torchrec
 
 ORDER = (
-    "schema", "config", "data", "text", "modules", "models", "evaluation", "fusing", "training", "serving", "cli",
+    "schema", "config", "data", "text", "modules", "models", "evaluation", "fusing", "training", "report", "serving",
+    "cli",
 )  # fmt: skip
 
 
