@@ -24,10 +24,11 @@ from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.trunks import ExpertLevel
 from mtcl_torchrec.training.build import build_trunk, for_modules
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.judging import evaluate_rows
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.planning.offline import plan_offline
 from mtcl_torchrec.training.planning.planner import plan_as_json
-from mtcl_torchrec.training.run import evaluate_rows, train_run
+from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import ranks
 
 SMALL = {"expert_layers": [16, 8]}

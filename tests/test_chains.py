@@ -35,8 +35,9 @@ from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.schema import ConfigError, chain_links
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.judging import evaluate_rows
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
-from mtcl_torchrec.training.run import evaluate_rows, train_run
+from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import ranks
 
 NAN = float("nan")

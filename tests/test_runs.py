@@ -87,7 +87,7 @@ def test_metrics_are_stored_as_plain_json(finished):
 def test_a_run_read_back_predicts_the_same(data, finished):
     run = FinishedRun.load(finished.folder)
     raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.15, 0.15)["test"]
-    from mtcl_torchrec.training.run import evaluate_rows
+    from mtcl_torchrec.training.judging import evaluate_rows
 
     again = evaluate_rows(run.model, run.preprocessor, raw, run.preprocessor.encode(raw), run.catalogue)
     for task, metrics in finished.evaluations["test"].tasks.items():

@@ -12,14 +12,17 @@ from mtcl_torchrec.cli.app import DeviceOption, app, note_if_unfinished, screen
 from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
-from mtcl_torchrec.data.source import read_rows
+from mtcl_torchrec.data.source import column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
+from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.evaluation.predictions_file import read_thresholds, write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.run import RunResult, evaluate_rows, train_run
+from mtcl_torchrec.training.judging import evaluate_rows, predictions_path, rows_predicted, uncalibrated
+from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
 
 
@@ -104,15 +107,30 @@ def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
     data: Annotated[list[str], typer.Option(help="Parquet or CSV with inputs and labels; may be repeated.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 8192,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Write the predictions to this Parquet file, for `mtcl compare`.")
+    ] = None,
 ) -> None:
     """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
     run = FinishedRun.load(run_dir)
     columns = run.preprocessor.columns(statistics=False)
+    time = run.preprocessor.declared.time
+    if time is not None and all(time in column_names(file) for file in find_files(data)):
+        columns = list(dict.fromkeys([*columns, time]))
     raw = run.preprocessor.conform(read_rows(data, columns))
     note_if_unfinished(run, run_dir)
     rows = run.preprocessor.encode(raw)
-    result = evaluate_rows(run.model, run.preprocessor, raw, rows, run.catalogue, batch_size=batch_size)
+    predictions = predict(run.model, rows, batch_size=batch_size)
+    result = evaluate_rows(run.model, run.preprocessor, raw, rows, run.catalogue, predictions=predictions)
     print_evaluation(result, ", ".join(data), screen())
+    if save is not None:
+        thresholds = read_thresholds(predictions_path(run_dir, "val"))
+        before = uncalibrated(run.model, rows, batch_size=batch_size)
+        table = rows_predicted(
+            run.model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before,
+            split=", ".join(data), thresholds=thresholds,
+        )  # fmt: skip
+        write_predictions(save, table)
 
 
 def show(result: RunResult, console: Console) -> None:

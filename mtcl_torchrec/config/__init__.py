@@ -3,6 +3,7 @@
 from mtcl_torchrec.config.balance import BalanceConfig, LossWeightingConfig, SurgeryConfig
 from mtcl_torchrec.config.calibration import CalibrationConfig, CalibratorConfig
 from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig, SyntheticConfig
+from mtcl_torchrec.config.evaluation import EvaluationConfig
 from mtcl_torchrec.config.fusion import FusedLossConfig, FusionConfig
 from mtcl_torchrec.config.model import GateConfig, ModelConfig, TrunkConfig
 from mtcl_torchrec.config.run import RunConfig, dump_run, load_run, parse_run
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DenseOptimizerConfig",
+    "EvaluationConfig",
     "FusedLossConfig",
     "FusionConfig",
     "GateConfig",

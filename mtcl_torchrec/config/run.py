@@ -13,6 +13,7 @@ from mtcl_torchrec.config.balance import BalanceConfig
 from mtcl_torchrec.config.base import Part
 from mtcl_torchrec.config.calibration import CalibrationConfig
 from mtcl_torchrec.config.data import DataConfig, HistoryConfig, NextLabelConfig, StatisticsConfig
+from mtcl_torchrec.config.evaluation import EvaluationConfig
 from mtcl_torchrec.config.fusion import FusionConfig
 from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
@@ -56,6 +57,7 @@ class RunConfig(Part):
     sharding: ShardingConfig = Field(default_factory=ShardingConfig)
     fusion: FusionConfig | None = None
     calibration: CalibrationConfig | None = None
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

@@ -32,6 +32,7 @@ class Catalogue:
         seen: user and item columns, one row per pair in the log.
         popularity: item -> positive labels of the first binary task in the training split.
         end: time of the log's last row, which the ages in histories are reckoned from; None where there are none.
+        trained_users: users of the training split, (U,); None where that was not kept.
     """
 
     users: pd.DataFrame
@@ -40,6 +41,7 @@ class Catalogue:
     seen: pd.DataFrame
     popularity: pd.Series
     end: int | float | str | None = None
+    trained_users: np.ndarray | None = None
 
     @classmethod
     def build(cls, schema: Schema, groups: dict[str, Group], train: pd.DataFrame, later: pd.DataFrame) -> Catalogue:
@@ -84,6 +86,7 @@ class Catalogue:
             context=context,
             seen=log[[schema.user, schema.item]].dropna().drop_duplicates().reset_index(drop=True),
             popularity=popularity.astype("float64").rename("popularity"),
+            trained_users=train[schema.user].dropna().drop_duplicates().to_numpy(),
         )
 
     def known_user(self, text: str) -> object | None:
@@ -115,6 +118,8 @@ class Catalogue:
         self.seen.to_parquet(folder / "seen.parquet", index=False)
         self.popularity.reset_index().to_parquet(folder / "popularity.parquet", index=False)
         (folder / "context.json").write_text(json.dumps(self.context, indent=1))
+        if self.trained_users is not None:
+            pd.DataFrame({"user": self.trained_users}).to_parquet(folder / "trained_users.parquet", index=False)
         if self.end is not None:
             (folder / "end.json").write_text(json.dumps(self.end))
 
@@ -122,6 +127,7 @@ class Catalogue:
     def load(cls, folder: Path) -> Catalogue:
         """Read what `save` wrote."""
         popularity, end = pd.read_parquet(folder / "popularity.parquet"), folder / "end.json"
+        trained = folder / "trained_users.parquet"
         return cls(
             users=pd.read_parquet(folder / "users.parquet"),
             items=pd.read_parquet(folder / "items.parquet"),
@@ -129,6 +135,7 @@ class Catalogue:
             seen=pd.read_parquet(folder / "seen.parquet"),
             popularity=popularity.set_index(popularity.columns[0])["popularity"],
             end=json.loads(end.read_text()) if end.is_file() else None,
+            trained_users=pd.read_parquet(trained)["user"].to_numpy() if trained.is_file() else None,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ class Evaluation:
 
 def evaluate_predictions(
     tasks: tuple[Task, ...],
-    predictions: dict[str, np.ndarray],
+    predictions: Mapping[str, np.ndarray],
     labels: np.ndarray,
     users: np.ndarray | None,
     popularity: np.ndarray | None,

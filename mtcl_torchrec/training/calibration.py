@@ -86,14 +86,16 @@ class CalibrationResult:
     Args:
         notes: tasks that were left as they are and why, and values of segments that have parameters of their own.
         splits: split -> its report.
+        before: split -> predictions before calibration, as `predict` returned them.
     """
 
     notes: list[str] = field(default_factory=list)
     splits: dict[str, CalibrationReport] = field(default_factory=dict)
+    before: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it; what is not defined is null."""
-        return finite(asdict(self))
+        return finite({"notes": self.notes, "splits": {name: asdict(report) for name, report in self.splits.items()}})
 
 
 def calibrate_run(
@@ -123,7 +125,7 @@ def calibrate_run(
     after = predicted()
     for note in notes:
         say(note)
-    result = CalibrationResult(notes)
+    result = CalibrationResult(notes, before=before)
     for name, rows in splits.encoded.items():
         result.splits[name] = report_calibration(
             model.tasks,

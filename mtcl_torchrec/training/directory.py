@@ -20,6 +20,7 @@ PREPROCESSING = "preprocessing"
 CATALOGUE = "catalogue"
 CALIBRATION = "calibration"  # what training ends with, on the validation split
 METRICS = "metrics.json"  # written last
+PREDICTIONS = "predictions"  # for the rows of val and test
 FUSION = "fusion"  # what `mtcl fuse` found
 
 Existing = Literal["refuse", "overwrite", "resume"]

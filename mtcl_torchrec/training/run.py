@@ -11,20 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from mtcl_torchrec.config import HistoryConfig, RunConfig, StatisticsConfig, dump_run
-from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.contents import said_of_coverage
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import Splits, load_splits
-from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
+from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.modules.balance.surgery import LEAN_ON_SMALL
 from mtcl_torchrec.modules.rare import uncalibrated_lines
@@ -44,6 +40,7 @@ from mtcl_torchrec.training.directory import (
     CHECKPOINTS,
     FUSION,
     MARKER,
+    PREDICTIONS,
     PREPROCESSING,
     Existing,
     claim_run_directory,
@@ -55,6 +52,7 @@ from mtcl_torchrec.training.directory import (
 from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory, finite
+from mtcl_torchrec.training.judging import judge
 from mtcl_torchrec.training.loop import Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
@@ -170,13 +168,7 @@ def _train(run: RunConfig, folder: Path, where: Ranks, console: Console, resume:
         raise DataError(f"{folder}: the best epoch's checkpoint is gone, and no epoch is left to train: raise epochs")
     load_weights(state.model, best)
     calibration = calibrate_run(run, folder, plain_model(state.model), preprocessor, splits, where, say)
-    evaluations = {
-        name: evaluate_rows(
-            plain_model(state.model), preprocessor, splits.raw[name], splits.encoded[name], splits.catalogue, where,
-            run.training.eval_batch_size,
-        )
-        for name in splits.encoded
-    }  # fmt: skip
+    evaluations = judge(run, folder, plain_model(state.model), preprocessor, splits, calibration, where)
     if where.first:
         write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration)
     where.barrier()
@@ -245,6 +237,7 @@ def _open_directory(
         for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
         if keep:
             reset_fusion(folder)  # fitted for weights that are going to change
         for part in (CALIBRATION,) if keep else (CALIBRATION, FUSION):
@@ -354,32 +347,6 @@ def _note_declared_weights(run: RunConfig, state: TrainingState, say: Say) -> No
     weights = {task.weight for task in run.data_schema.tasks} - {0.0}
     if weighting is not None and weighting.scale_free and len(weights) > 1:
         say(f"balance.weighting.kind {run.balance.weighting.kind}: the weights of the tasks cancel out under it")
-
-
-def evaluate_rows(
-    model: MTCL,
-    preprocessor: Preprocessor,
-    raw: Rows,
-    rows: EncodedRows,
-    catalogue: Catalogue | None,
-    where: Ranks | None = None,
-    batch_size: int = 8192,
-) -> Evaluation:
-    """Evaluate a model on encoded rows; on several ranks, all of them take part and get the result.
-
-    Args:
-        raw: the same rows with the user and item columns.
-        catalogue: for the popularity baseline, or None.
-    """
-    predictions = predict(model, rows, batch_size=batch_size, device=where.device if where else None)
-    schema = preprocessor.declared
-    popularity = None
-    if catalogue is not None and schema.item is not None:
-        popularity = raw.frame[schema.item].map(catalogue.popularity).fillna(0.0).to_numpy(dtype=np.float64)
-    fused = getattr(model.output.fused_score, "tasks", ())
-    return evaluate_predictions(
-        model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity, fused
-    )
 
 
 def write_metrics(

@@ -1,0 +1,329 @@
+"""What a run, or a baseline, predicts for the rows of a split, as one Parquet file: whatever compares, judges or draws
+reads this, and nothing else of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+from pydantic import ValidationError
+
+from mtcl_torchrec.schema import DataError, Task, nearest
+
+FORMAT = 1
+METADATA = b"mtcl_torchrec"  # key of what stands beside the columns
+ROWS_AT_ONCE = 262_144  # of a row group
+KEYS = ("user", "item", "request")
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+
+
+@dataclass(frozen=True)
+class PredictionsTable:
+    """Predictions, labels and keys of N rows.
+
+    Args:
+        frame: a row a row of the split, in its order, with columns
+
+            - ``user``, ``item``, ``request``: keys as in the data, missing where not known; each where there is one,
+            - ``time``: likewise,
+            - ``label.TASK``: float32, NaN where missing or masked out,
+            - ``p.TASK``: float32 probability or value, and ``p.buy|click`` of a chain; not of multiclass tasks,
+            - ``uncalibrated.TASK``: the same before calibration, where that changes it,
+            - ``score``: float32, the fused score, or whatever else ranks,
+            - ``popularity``: float32, clicks of the item in the training split, NaN where it is not in it,
+            - ``item_seen``, ``user_seen``: bool, whether it is in the training split,
+            - ``segment.COLUMN``: further columns of the data that rows can be told apart by.
+
+            Only labels are always there.
+        tasks: with labels; of a multiclass task, with `num_classes`.
+        split: such as ``"test"``.
+        classes: ``p.TASK`` and ``uncalibrated.TASK`` of multiclass tasks -> (N, C) float32.
+        thresholds: binary task, or conditional prediction -> what its probability must reach to count as a yes,
+            chosen on the validation split.
+
+    Raises:
+        DataError: no labels of a task, or columns of another length or of no known kind.
+
+    Example:
+        >>> table = PredictionsTable(
+        ...     pd.DataFrame({"user": ["a", "a", "b"], "label.click": [1.0, 0.0, np.nan], "p.click": [0.7, 0.2, 0.1]}),
+        ...     (Task.binary("click"),),
+        ... )
+        >>> table.labels("click"), table.users, table.score is None
+        (array([ 1.,  0., nan]), array([0., 0., 1.]), True)
+    """
+
+    frame: pd.DataFrame
+    tasks: tuple[Task, ...]
+    split: str = "test"
+    classes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if f"label.{task.name}" not in self.frame:
+                raise DataError(f"predictions: no column label.{task.name}")
+        for name, values in self.classes.items():
+            if len(values) != len(self.frame) or values.ndim != 2:
+                raise DataError(f"predictions: {name} has the shape {values.shape}, and there are {len(self):,} rows")
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def predicted_names(self) -> tuple[str, ...]:
+        """The tasks, and conditional predictions of chains, that there are predictions of."""
+        names = [name for task in self.tasks for name in (task.name, task.conditional_name) if name is not None]
+        return tuple(name for name in names if f"p.{name}" in self.frame or f"p.{name}" in self.classes)
+
+    def task(self, name: str) -> Task:
+        """The task of a name; of ``"buy|click"``, that of ``buy``.
+
+        Raises:
+            DataError: there is none.
+        """
+        names = {n: task for task in self.tasks for n in (task.conditional_name, task.name) if n is not None}
+        if name not in names:
+            raise DataError(f"predictions: no task {name!r}{nearest(name, names)}")
+        return names[name]
+
+    def labels(self, name: str) -> np.ndarray:
+        """(N,) float64, NaN where missing; of ``"buy|click"``, the labels of ``buy`` where ``click`` happened."""
+        task = self.task(name)
+        labels = self.frame[f"label.{task.name}"].to_numpy(np.float64)
+        if name == task.conditional_name:
+            labels = np.where(self.labels(str(task.after)) == 1, labels, np.nan)
+        return labels
+
+    def predicted(self, name: str, *, calibrated: bool = True) -> np.ndarray:
+        """(N,) float64, or (N, C) float32 class probabilities.
+
+        Args:
+            calibrated: False: as it was before calibration, where that changed it.
+
+        Raises:
+            DataError: there is no such prediction.
+        """
+        columns = [] if calibrated else [f"uncalibrated.{name}"]
+        for column in (*columns, f"p.{name}"):
+            if column in self.classes:
+                return self.classes[column]
+            if column in self.frame:
+                return self.frame[column].to_numpy(np.float64)
+        raise DataError(f"predictions: none of {name!r}{nearest(name, self.predicted_names)}")
+
+    @property
+    def score(self) -> np.ndarray | None:
+        """(N,) float64: what the rows are ranked by."""
+        return self._numbers("score")
+
+    @property
+    def popularity(self) -> np.ndarray | None:
+        """(N,) float64: training clicks of each row's item, NaN where it was not in the training split."""
+        return self._numbers("popularity")
+
+    @cached_property
+    def users(self) -> np.ndarray | None:
+        """(N,) float64: a number for each user, NaN where the user is not known; None where none is."""
+        return self._codes("user")
+
+    @cached_property
+    def items(self) -> np.ndarray | None:
+        """(N,) float64: a number for each item, as `users`."""
+        return self._codes("item")
+
+    @cached_property
+    def requests(self) -> np.ndarray | None:
+        """(N,) float64: a number for each request, the rows that are ranked against each other; the user's, where no
+        request is named."""
+        return self._codes("request") if "request" in self.frame else self.users
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the rows: keys and labels, in their order.  Equal for two runs on the same rows."""
+        columns = [c for c in KEYS if c in self.frame] + sorted(f"label.{task.name}" for task in self.tasks)
+        of = hashlib.blake2b(digest_size=16)
+        for column in columns:
+            of.update(column.encode())
+            values = self.frame[column]
+            values = values.astype(np.float32) if column.startswith("label.") else _as_text(values)
+            of.update(pd.util.hash_array(values.to_numpy()).tobytes())
+        return of.hexdigest()
+
+    def _numbers(self, column: str) -> np.ndarray | None:
+        return self.frame[column].to_numpy(np.float64) if column in self.frame else None
+
+    def _codes(self, column: str) -> np.ndarray | None:
+        if column not in self.frame:
+            return None
+        codes = pd.factorize(self.frame[column])[0].astype(np.float64)
+        codes[codes < 0] = np.nan
+        return codes
+
+
+def _as_text(values: pd.Series) -> pd.Series:
+    """Keys as text, the same for 5, 5.0 and "5", as a file of another kind may hold them."""
+    codes, once = pd.factorize(values)
+    texts = np.array([_text(value) for value in once] + [""], dtype=object)
+    return pd.Series(texts[codes])
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def predictions_table(
+    tasks: Sequence[Task],
+    predictions: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    *,
+    keys: Mapping[str, pd.Series | np.ndarray],
+    uncalibrated: Mapping[str, np.ndarray] | None = None,
+    split: str = "test",
+    thresholds: Mapping[str, float] | None = None,
+) -> PredictionsTable:
+    """A table of what `mtcl_torchrec.evaluation.predict.predict` returned.
+
+    Args:
+        tasks: in the order of the labels.
+        predictions: by task and by conditional name, and ``"score"``.
+        labels: (N, T).
+        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``segment.hour``, ...
+        uncalibrated: as `predictions`; those that calibration did not change are left out.
+
+    Example:
+        >>> table = predictions_table(
+        ...     [Task.binary("click")], {"click": np.array([0.5])}, np.array([[1.0]]), keys={"user": np.array(["a"])}
+        ... )
+        >>> list(table.frame)
+        ['user', 'label.click', 'p.click']
+    """
+    columns: dict[str, Any] = {
+        name: values.reset_index(drop=True) if isinstance(values, pd.Series) else values
+        for name, values in keys.items()
+    }
+    columns |= {f"label.{task.name}": labels[:, i].astype(np.float32) for i, task in enumerate(tasks)}
+    classes: dict[str, np.ndarray] = {}
+
+    def add(column: str, values: np.ndarray) -> None:
+        (classes if values.ndim == 2 else columns)[column] = values.astype(np.float32, copy=False)
+
+    names = [name for task in tasks for name in (task.name, task.conditional_name) if name in predictions]
+    for name in names:
+        add(f"p.{name}", predictions[str(name)])
+    for name in names if uncalibrated is not None else ():
+        before = uncalibrated[str(name)]  # type: ignore[index]
+        if not np.array_equal(before, predictions[str(name)], equal_nan=True):
+            add(f"uncalibrated.{name}", before)
+    if "score" in predictions:
+        add("score", predictions["score"])
+    sized = [
+        task.model_copy(update={"num_classes": classes[f"p.{task.name}"].shape[1]})
+        if f"p.{task.name}" in classes
+        else task
+        for task in tasks
+    ]
+    return PredictionsTable(pd.DataFrame(columns), tuple(sized), split, classes, dict(thresholds or {}))
+
+
+def write_predictions(path: str | Path, table: PredictionsTable) -> None:
+    """Write a table, whole or not at all; a folder that is missing is made.
+
+    Example:
+        >>> import tempfile
+        >>> frame = pd.DataFrame({"label.click": [1.0], "p.click": [0.5]}, dtype="float32")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_predictions(f"{folder}/test.parquet", PredictionsTable(frame, (Task.binary("click"),)))
+        ...     read_predictions(f"{folder}/test.parquet").predicted("click")
+        array([0.5])
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "format": FORMAT,
+        "split": table.split,
+        "tasks": [task.model_dump(mode="json", exclude_defaults=True) for task in table.tasks],
+        "fingerprint": table.fingerprint,
+        "thresholds": dict(table.thresholds),
+    }
+    schema = _arrow(table, slice(0, 0)).schema.with_metadata({METADATA: json.dumps(about).encode()})
+    fresh = path.with_name(path.name + ".writing")
+    with pa.parquet.ParquetWriter(fresh, schema, compression="zstd") as writer:
+        for start in range(0, max(len(table), 1), ROWS_AT_ONCE):
+            rows = _arrow(table, slice(start, start + ROWS_AT_ONCE))
+            writer.write_table(rows.cast(schema), row_group_size=ROWS_AT_ONCE)
+    fresh.replace(path)
+
+
+def _arrow(table: PredictionsTable, rows: slice) -> pa.Table:
+    """Some rows, with the class probabilities as lists of one length."""
+    kinds = pa.Schema.from_pandas(table.frame, preserve_index=False)
+    arrow = pa.Table.from_pandas(table.frame.iloc[rows], schema=kinds, preserve_index=False)
+    for column, values in table.classes.items():
+        flat = pa.array(np.ascontiguousarray(values[rows], dtype=np.float32).reshape(-1))
+        arrow = arrow.append_column(column, pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
+    return arrow.replace_schema_metadata(None)
+
+
+def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) -> PredictionsTable:
+    """Read what `write_predictions` wrote.
+
+    Args:
+        columns: only these, beside the labels.
+
+    Raises:
+        DataError: there is no such file, or it is none of predictions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of predictions")
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            about = _about(path, file.schema_arrow.metadata)
+            names = file.schema_arrow.names
+            wanted = None if columns is None else [n for n in names if n.startswith("label.") or n in columns]
+            arrow = file.read(wanted)
+        lists = [f.name for f in arrow.schema if pa.types.is_fixed_size_list(f.type)]
+        classes = {
+            name: arrow[name].combine_chunks().flatten().to_numpy().reshape(arrow.num_rows, -1) for name in lists
+        }
+        frame = arrow.drop_columns(lists).to_pandas(ignore_metadata=True)
+        tasks = tuple(Task(**task) for task in about["tasks"])
+        return PredictionsTable(frame, tasks, about["split"], classes, about["thresholds"])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (*_UNREADABLE, ValidationError) as error:
+        raise DataError(f"{path}: no file of predictions, or a damaged one ({error})") from None
+
+
+def read_thresholds(path: str | Path) -> dict[str, float]:
+    """The thresholds in a file of predictions, without reading its rows; none where there is no such file.
+
+    Raises:
+        DataError: it is no file of predictions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        return dict(_about(path, pa.parquet.read_schema(path).metadata)["thresholds"])
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: no file of predictions, or a damaged one ({error})") from None
+
+
+def _about(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    if not metadata or METADATA not in metadata:
+        raise ValueError("it says nothing of tasks")
+    about = json.loads(metadata[METADATA])
+    if about["format"] > FORMAT:
+        raise ValueError(f"of format {about['format']}, and this version reads up to {FORMAT}")
+    return about

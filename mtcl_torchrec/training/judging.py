@@ -1,0 +1,198 @@
+"""A run is judged: its predictions for the rows of a split, kept in its directory, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.columns import as_text, canonical
+from mtcl_torchrec.data.preprocessing import Preprocessor
+from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.splits import Splits
+from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table, write_predictions
+from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
+from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
+from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.schema import DataError, Task, nearest
+from mtcl_torchrec.training.calibration import CalibrationResult
+from mtcl_torchrec.training.directory import PREDICTIONS
+from mtcl_torchrec.training.sharding import Ranks
+
+
+def predictions_path(folder: Path, split: str) -> Path:
+    """Where a run directory, or a baseline's, keeps the predictions for a split."""
+    return folder / PREDICTIONS / f"{split}.parquet"
+
+
+def judge(
+    run: RunConfig,
+    folder: Path,
+    model: MTCL,
+    preprocessor: Preprocessor,
+    splits: Splits,
+    calibration: CalibrationResult | None,
+    where: Ranks,
+) -> dict[str, Evaluation]:
+    """Evaluate the model that training has ended with on each split, and keep its predictions.
+
+    Every rank takes part and gets the result; the first writes.
+
+    Args:
+        folder: the run directory, without predictions of an earlier run.
+        calibration: what it came to, of a run that has one.
+    """
+    evaluations, thresholds = {}, {}
+    for name, encoded in splits.encoded.items():
+        predictions = predict(model, encoded, batch_size=run.training.eval_batch_size, device=where.device)
+        evaluations[name] = evaluate_rows(
+            model, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions=predictions
+        )
+        if not (where.first and run.evaluation.save_predictions):
+            continue
+        table = rows_predicted(
+            model.tasks, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions,
+            uncalibrated=None if calibration is None else calibration.before[name], split=name,
+        )  # fmt: skip
+        if name == "val":
+            thresholds = chosen_thresholds(table)
+        write_predictions(predictions_path(folder, name), replace(table, thresholds=thresholds))
+    return evaluations
+
+
+def evaluate_rows(
+    model: MTCL,
+    preprocessor: Preprocessor,
+    raw: Rows,
+    rows: EncodedRows,
+    catalogue: Catalogue | None,
+    where: Ranks | None = None,
+    batch_size: int = 8192,
+    predictions: Mapping[str, np.ndarray] | None = None,
+) -> Evaluation:
+    """Evaluate a model on encoded rows; on several ranks, all of them take part and get the result.
+
+    Args:
+        raw: the same rows with the user and item columns.
+        catalogue: for the popularity baseline, or None.
+        predictions: for these rows, where they are known already.
+    """
+    if predictions is None:
+        predictions = predict(model, rows, batch_size=batch_size, device=where.device if where else None)
+    schema = preprocessor.declared
+    popularity = None
+    if catalogue is not None and schema.item is not None:
+        popularity = raw.frame[schema.item].map(catalogue.popularity).fillna(0.0).to_numpy(dtype=np.float64)
+    fused = getattr(model.output.fused_score, "tasks", ())
+    return evaluate_predictions(
+        model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity, fused
+    )
+
+
+def uncalibrated(model: MTCL, rows: EncodedRows, *, batch_size: int = 8192) -> dict[str, np.ndarray] | None:
+    """Predictions before calibration, as `predict` returns them; None of a model without one."""
+    calibration = model.output.calibration
+    if calibration is None:
+        return None
+    model.output.calibration = None
+    try:
+        return predict(model, rows, batch_size=batch_size)
+    finally:
+        model.output.calibration = calibration
+
+
+def rows_predicted(
+    tasks: Sequence[Task],
+    preprocessor: Preprocessor,
+    raw: Rows,
+    encoded: EncodedRows,
+    catalogue: Catalogue | None,
+    predictions: Mapping[str, np.ndarray],
+    *,
+    uncalibrated: Mapping[str, np.ndarray] | None = None,
+    split: str = "test",
+    segments: Sequence[str] = (),
+    thresholds: Mapping[str, float] | None = None,
+) -> PredictionsTable:
+    """Predictions beside the labels, the keys and whatever else of the rows they are judged by.
+
+    Args:
+        tasks: of the model.
+        raw, encoded: the same rows, raw ones as they conform to the training split.
+        predictions: what `mtcl_torchrec.evaluation.predict.predict` returned.
+        uncalibrated: the same before calibration.
+        segments: columns of the data to be kept.
+
+    Raises:
+        DataError: the rows have no column that is asked for as a segment.
+    """
+    keys = _keys(preprocessor, raw, encoded, catalogue)
+    for column in segments:
+        if f"segment.{column}" in keys or column in keys:
+            continue
+        if column not in raw.frame:
+            raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")
+        values = canonical(raw.frame[column])
+        lists = values.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
+        if lists.any():
+            raise DataError(f"{raw.name}: segments: column {column!r} holds lists; a row is in one segment")
+        keys[f"segment.{column}"] = as_text(values) if values.dtype == object else values
+    return predictions_table(
+        tasks,
+        predictions,
+        encoded.labels.numpy(),
+        keys=keys,
+        uncalibrated=uncalibrated,
+        split=split,
+        thresholds=thresholds,
+    )
+
+
+def _keys(
+    preprocessor: Preprocessor, raw: Rows, encoded: EncodedRows, catalogue: Catalogue | None
+) -> dict[str, pd.Series | np.ndarray]:
+    schema, frame = preprocessor.declared, raw.frame
+    keys: dict[str, Any] = {}
+    if schema.user is not None:
+        known = ~np.isnan(user_groups(schema, frame))  # type: ignore[arg-type]
+        users = canonical(frame[schema.user])
+        keys["user"] = users if known.all() else users.astype(object).where(known, None).infer_objects()
+        keys["user"] = canonical(keys["user"])
+    if schema.item is not None:
+        keys["item"] = canonical(frame[schema.item])
+    if schema.request not in (None, schema.user) and schema.request in frame:
+        keys["request"] = canonical(frame[schema.request])
+    if schema.time is not None and schema.time in frame:
+        keys["time"] = frame[schema.time]
+    if catalogue is not None and schema.item is not None:
+        popularity = frame[schema.item].map(catalogue.popularity)
+        keys["popularity"] = popularity.to_numpy(dtype=np.float32, na_value=np.nan)
+    seen = {"item": schema.item, "user": schema.user}
+    of_catalogue = {
+        "item": None if catalogue is None else catalogue.popularity.index,
+        "user": None if catalogue is None else catalogue.trained_users,
+    }
+    for what, column in seen.items():
+        trained = of_catalogue[what]
+        if column is not None and trained is not None:
+            keys[f"{what}_seen"] = frame[column].isin(trained).to_numpy(dtype=bool, na_value=False)
+        elif column is not None and (rows := _table_rows(preprocessor, encoded, column)) is not None:
+            keys[f"{what}_seen"] = rows > 0  # of a stream there is no catalogue
+    return keys
+
+
+def _table_rows(preprocessor: Preprocessor, encoded: EncodedRows, column: str) -> np.ndarray | None:
+    """(N,) rows of the vocabulary of a column, 0 where a value is not in it; None where there is no vocabulary."""
+    for feature in preprocessor.declared.sparse_features:
+        if feature.kind == "id" and feature.rows_from == column and feature.encoding == "vocabulary":
+            ids = [key for key in encoded.keys if key not in encoded.bags]
+            return encoded.ids[:, ids.index(feature.name)].numpy()
+    return None

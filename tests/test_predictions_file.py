@@ -1,0 +1,164 @@
+"""Predictions as a file: what is written is what was predicted, of every kind of task, on one rank and on two."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+import pytest
+import shop
+from ranks import run_ranks
+from rich.console import Console
+
+from mtcl_torchrec import Task
+from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.data.source import read_rows, split_by_time
+from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.evaluation.predictions_file import (
+    METADATA,
+    PredictionsTable,
+    predictions_table,
+    read_predictions,
+    read_thresholds,
+    write_predictions,
+)
+from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.run import train_run
+
+NAN = float("nan")
+TASKS = [Task.binary("click"), Task.binary("buy", after="click"), Task.multiclass("taste", 3), Task.regression("stars")]
+
+
+def made(rows=10, seed=0):
+    draw = np.random.default_rng(seed)
+    click, given = draw.random(rows).astype("f"), draw.random(rows).astype("f")
+    predictions = {
+        "click": click, "buy": click * given, "buy|click": given, "stars": draw.normal(size=rows).astype("f"),
+        "taste": draw.dirichlet(np.ones(3), rows).astype("f"), "score": draw.random(rows).astype("f"),
+    }  # fmt: skip
+    labels = np.stack([(draw.random(rows) < 0.5), np.zeros(rows), draw.integers(0, 3, rows), draw.random(rows)], 1)
+    labels = labels.astype("f")
+    labels[0, 2:] = NAN
+    before = predictions | {"click": click / 2, "taste": predictions["taste"][:, ::-1]}
+    users = pd.Series(["a", "b", None, "a", "c"] * (rows // 5), index=np.arange(rows) + 7)
+    keys = {"user": users, "item": np.arange(rows) % 4, "popularity": np.arange(rows, dtype="f")}
+    return predictions_table(
+        TASKS, predictions, labels, keys=keys, uncalibrated=before, split="val", thresholds={"click": 0.1}
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    table = made()
+    write_predictions(tmp_path / "a/val.parquet", table)
+    again = read_predictions(tmp_path / "a/val.parquet")
+    pd.testing.assert_frame_equal(again.frame, table.frame)
+    assert (again.tasks, again.split, again.thresholds) == (table.tasks, "val", {"click": 0.1})
+    assert set(again.classes) == {"p.taste", "uncalibrated.taste"}
+    for name in (*again.predicted_names, "click"):
+        for calibrated in (True, False):
+            np.testing.assert_array_equal(
+                again.predicted(name, calibrated=calibrated), table.predicted(name, calibrated=calibrated)
+            )
+    assert again.predicted_names == ("click", "buy", "buy|click", "taste", "stars")
+    assert "uncalibrated.stars" not in again.frame
+    assert not np.array_equal(again.predicted("click"), again.predicted("click", calibrated=False))
+    assert again.users[:5].tolist()[:2] == [0, 1]
+    assert np.isnan(again.users[2])
+    assert again.requests is again.users
+    np.testing.assert_array_equal(again.score, table.score)
+    clicked = again.labels("click") == 1
+    np.testing.assert_array_equal(np.isnan(again.labels("buy|click")), ~clicked)
+    assert read_thresholds(tmp_path / "a/val.parquet") == {"click": 0.1}
+    assert read_thresholds(tmp_path / "none.parquet") == {}
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["val.parquet"]
+    part = read_predictions(tmp_path / "a/val.parquet", columns=["score"])
+    assert set(part.frame) == {"score", *(f"label.{t.name}" for t in TASKS)}
+    assert part.users is None
+
+
+def test_class_probabilities_are_lists_of_one_length_over_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtcl_torchrec.evaluation.predictions_file.ROWS_AT_ONCE", 4)
+    table = made()
+    write_predictions(tmp_path / "val.parquet", table)
+    with pyarrow.parquet.ParquetFile(tmp_path / "val.parquet") as file:
+        assert file.num_row_groups == 3
+        assert file.schema_arrow.field("p.taste").type == pyarrow.list_(pyarrow.float32(), 3)
+    np.testing.assert_array_equal(
+        read_predictions(tmp_path / "val.parquet").predicted("taste"), table.classes["p.taste"]
+    )
+
+
+def test_the_fingerprint_names_rows_and_not_predictions():
+    table = made()
+    other = table.frame.assign(score=0.0)
+    assert PredictionsTable(other, table.tasks, classes=table.classes).fingerprint == table.fingerprint
+    as_text = table.frame.assign(item=table.frame["item"].astype(str))
+    assert PredictionsTable(as_text, table.tasks).fingerprint == table.fingerprint
+    for changed in (table.frame[::-1], table.frame.assign(**{"label.stars": 0}), table.frame.assign(item=0)):
+        assert PredictionsTable(changed, table.tasks).fingerprint != table.fingerprint
+
+
+def test_what_is_no_file_of_predictions_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+        read_predictions(tmp_path / "none.parquet")
+    shop.log(5).to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match=r"log\.parquet: no file of predictions"):
+        read_predictions(tmp_path / "log.parquet")
+    table = made()
+    with pytest.raises(DataError, match=r"no task 'clik' \(did you mean 'click'\?\)"):
+        table.labels("clik")
+    with pytest.raises(DataError, match="none of 'clik'"):
+        table.predicted("clik")
+    with pytest.raises(DataError, match=r"no column label\.like"):
+        PredictionsTable(table.frame, (Task.binary("like"),))
+    newer = table.frame.drop(columns=["user"])
+    write_predictions(tmp_path / "new.parquet", PredictionsTable(newer, table.tasks))
+    arrow = pyarrow.parquet.read_table(tmp_path / "new.parquet")
+    about = json.loads(arrow.schema.metadata[METADATA]) | {"format": 99}
+    pyarrow.parquet.write_table(arrow.replace_schema_metadata({METADATA: json.dumps(about)}), tmp_path / "new.parquet")
+    with pytest.raises(DataError, match="of format 99"):
+        read_predictions(tmp_path / "new.parquet")
+
+
+def trained(text, data, folder, existing="refuse"):
+    run = parse_run(text, folder=data)
+    train_run(run, folder, existing=existing, device="cpu", console=Console(quiet=True))
+
+
+RUN = shop.RUN.replace("epochs: 4", "epochs: 1") + "calibration: {buy: platt, taste: temperature}\n"
+
+
+def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
+    log = shop.log()
+    log.to_parquet(tmp_path / "log.parquet", index=False)
+    run_ranks(trained, 2, RUN, tmp_path, tmp_path / "run")
+    run = FinishedRun.load(tmp_path / "run")
+    parts = split_by_time(read_rows([str(tmp_path / "log.parquet")]), "time", 0.15, 0.15)
+    thresholds = {}
+    for split in ("val", "test"):
+        raw = parts[split]
+        table = read_predictions(tmp_path / f"run/predictions/{split}.parquet")
+        assert table.split == split
+        assert table.frame["user"].tolist() == raw.frame["user_id"].tolist()
+        assert table.frame["item"].tolist() == raw.frame["product_id"].tolist()
+        assert table.frame["time"].tolist() == raw.frame["time"].tolist()
+        rows = run.preprocessor.encode(raw)
+        for name, values in predict(run.model, rows).items():
+            found = table.score if name == "score" else table.predicted(name)
+            np.testing.assert_allclose(found, values, atol=2e-6)
+        for i, task in enumerate(run.model.tasks):
+            np.testing.assert_array_equal(table.labels(task.name), rows.labels[:, i].numpy())
+        assert {c for c in table.frame if c.startswith("uncalibrated")} == {"uncalibrated.buy"}
+        assert set(table.classes) == {"p.taste", "uncalibrated.taste"}
+        train = parts["train"].frame
+        clicks = train.groupby("product_id")["click"].sum()
+        np.testing.assert_array_equal(table.popularity, raw.frame["product_id"].map(clicks))
+        assert table.frame["user_seen"].tolist() == raw.frame["user_id"].isin(train["user_id"]).tolist()
+        assert set(table.thresholds) == {"click", "buy"}
+        thresholds[split] = table.thresholds
+    assert thresholds["val"] == thresholds["test"]
+
+    # What an earlier run has left there goes, and nothing is written where nothing is wanted.
+    trained(RUN + "evaluation: {save_predictions: false}\n", tmp_path, tmp_path / "run", "overwrite")
+    assert not (tmp_path / "run/predictions").exists()
