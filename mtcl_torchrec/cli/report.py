@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.report import write_report
@@ -35,3 +36,12 @@ def report(
     typer.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)" + (f"; pictures in {png}" if png else ""))
     if open_:
         typer.launch(str(path))
+
+
+def report_of_demo(folder: Path, console: Console) -> None:
+    """Write the report and say where it is; without what it is drawn with, say what to install."""
+    try:
+        said = f"\nThe report, to be opened in a browser: {write_report(folder)}"
+    except ConfigError as error:
+        said = f"\nNo report was written: {error}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents, read_contents
-from mtcl_torchrec.report.errors import SURE, auc_estimate, clusters_of
+from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.report.facts import same_rows
 from mtcl_torchrec.report.fusion_pictures import dots
 from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.pictures import followed
 from mtcl_torchrec.report.sections import Section
-from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio
+from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
 from mtcl_torchrec.report.tables import Table, cost_tables, number
 from mtcl_torchrec.report.verdict import Answer, listed
 from mtcl_torchrec.schema import ConfigError
@@ -39,7 +40,7 @@ class Compared:
         name: what it is of: a task, or ``"ranking"``.
         metric: such as ``"AUC"`` or ``"NDCG@10"``.
         values: (R,) NaN where a run has none.
-        differences: (R - 1,) difference to the first run, and the ends of its 95 % interval (NaN: not known); None
+        differences: (R - 1,) difference to the first run, and the ends of its 95% interval (NaN: not known); None
             where there is none.
         more_is_better: whether a positive difference is a gain.
     """
@@ -70,25 +71,24 @@ def compared_aucs(runs: Sequence[RunContents]) -> list[Compared]:
     for task in [t for t, kind in runs[0].kinds.items() if kind == "binary"]:
         if tables[0] is None or task not in tables[0].predicted_names:
             continue
-        estimates, paired = [], []
-        for table in tables:
+        first = _task_auc(tables[0], task)
+        values: list[float] = [first.value]
+        differences: list[tuple[float, float, float] | None] = []
+        for table in tables[1:]:
             if table is None or task not in table.predicted_names:
-                estimates.append(None)
-            else:
-                clusters = clusters_of(table.users, len(table))
-                estimates.append(auc_estimate(table.labels(task), table.predicted(task), clusters))
-            paired.append(table is not None and estimates[-1] is not None and same_rows(tables[0], table, task))
-        first, differences = estimates[0], []
-        assert first is not None
-        for other, alike in zip(estimates[1:], paired[1:], strict=True):
-            if other is None:
+                values.append(math.nan)
                 differences.append(None)
                 continue
-            gained, error = other.minus(first, paired=alike)
+            other = _task_auc(table, task)
+            gained, error = other.minus(first, paired=same_rows(tables[0], table, task))
+            values.append(other.value)
             differences.append((gained, gained - SURE * error, gained + SURE * error))
-        values = [math.nan if e is None else e.value for e in estimates]
         found.append(Compared(task, "AUC", values, differences))
     return found
+
+
+def _task_auc(table: PredictionsTable, task: str) -> Estimate:
+    return auc_estimate(table.labels(task), table.predicted(task), clusters_of(table.users, len(table)))
 
 
 def compare_html(
@@ -175,13 +175,15 @@ def _sections(
     if found:
         compared.tables.append(_compared_table(names, found))
         for c in found:
-            rows = {n: {c.metric: (float(v), _error(c, r))} for r, (n, v) in enumerate(zip(names, c.values, strict=True))
-                    if math.isfinite(v)}  # fmt: skip
+            values = list(enumerate(zip(names, c.values, strict=True)))
+            rows = {n: {c.metric: (float(v), _error(c, r))} for r, (n, v) in values if math.isfinite(v)}
             if rows and c.metric == "AUC":
-                compared.pictures.append(dots(studio, f"compared {c.name}", c.name, f"AUC of {c.name}", rows, guess=0.5))
+                compared.pictures.append(
+                    dots(studio, f"compared {c.name}", f"AUC of {c.name}", f"AUC of {c.name}", rows, guess=0.5)
+                )
         if compared.pictures:
             compared.text.append(
-                f"Bars, of the runs after {names[0]}, are 95 % intervals of their difference to it, drawn around them."
+                f"Bars, of the runs after {names[0]}, are 95% intervals of their difference to it, drawn around them."
             )
     else:
         compared.missing.append("There are no predictions of the same task in these runs: nothing was compared.")
@@ -213,9 +215,9 @@ def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
             if sign := c.sign(run):
                 tones[r, 1 + len(names) + run] = "good" if sign > 0 else "bad"
         rows.append([c.name, c.metric, *cells])
-    gains = [f"{name} − {names[0]} (95 %)" for name in names[1:]]
+    gains = [f"{name} less {names[0]}" for name in names[1:]]
     return Table("Compared", ["of", "metric", *names, *gains], rows,
-                 "▲ is better than the first run, ▼ worse; the rest is too close to call.", tones)  # fmt: skip
+                 "With 95% intervals. ▲ is better than the first run, ▼ worse; the rest is too close to call.", tones)  # fmt: skip
 
 
 def _metric_tables(runs: Sequence[RunContents], names: Sequence[str]) -> list[Table]:
@@ -251,7 +253,7 @@ def _curves(runs: Sequence[RunContents], names: Sequence[str], studio: Studio) -
                 )  # fmt: skip
             axes.set(xlabel="epoch", ylabel=f"{label} on validation")
             axes.legend()
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)  # type: ignore[attr-defined]
+            ticks(axes.xaxis, 6, integer=True)
 
         said = "; ".join(f"{n} ends at {v[-1]:.4f}" for n, v in lines.items())
         alt = f"{label} of {task} on validation by epoch: {said}."
@@ -262,7 +264,9 @@ def _curves(runs: Sequence[RunContents], names: Sequence[str], studio: Studio) -
 def _settings_table(runs: Sequence[RunContents], names: Sequence[str]) -> Table:
     flat = [_flat(run.config) for run in runs]
     keys = list(dict.fromkeys(k for of in flat for k in of))
-    rows = [[key, *(str(of.get(key, "–")) for of in flat)] for key in keys if len({str(of.get(key)) for of in flat}) > 1]
+    rows = [
+        [key, *(str(of.get(key, "–")) for of in flat)] for key in keys if len({str(of.get(key)) for of in flat}) > 1
+    ]
     return Table("Keys of the YAML whose values differ", ["key", *names], rows)
 
 

@@ -16,11 +16,11 @@ from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_pre
 from mtcl_torchrec.report.errors import clusters_of
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
-from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, readable_folder
+from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, PREDICTIONS, readable_folder
 from mtcl_torchrec.training.fitted import REPORT
 from mtcl_torchrec.training.fitted_fusion import DECLARED
 
-PREDICTIONS, BASELINES = "predictions", "baselines"
+BASELINES = "baselines"
 _Read = TypeVar("_Read")
 
 
@@ -37,6 +37,8 @@ class RunContents:
         predictions: split -> its rows.
         fusion: fusion/fusion.yaml, or else the ``fusion`` of run.yaml; empty without a fused score.
         fitted: fusion/report.json; empty where nothing was fitted.
+        fused_anew: whether the fused score is one that was fitted or set after training, which metrics.json and the
+            predictions know nothing of.
         baselines: name -> what baselines.json says.
         of_baselines: name -> split -> its predictions.
         missing: sentences about what was not found.
@@ -50,6 +52,7 @@ class RunContents:
     predictions: dict[str, PredictionsTable] = field(default_factory=dict)
     fusion: dict[str, Any] = field(default_factory=dict)
     fitted: dict[str, Any] = field(default_factory=dict)
+    fused_anew: bool = False
     baselines: dict[str, Any] = field(default_factory=dict)
     of_baselines: dict[str, dict[str, PredictionsTable]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -175,7 +178,8 @@ def _read_fusion(found: RunContents) -> None:
     there = readable_folder(found.folder / FUSION)
     declared = found.config.get("fusion")
     found.fusion = declared if isinstance(declared, dict) else {}
-    if (there / DECLARED).is_file():
+    found.fused_anew = (there / DECLARED).is_file()
+    if found.fused_anew:
         found.fusion = (_whole(there / DECLARED, _yaml) or {}).get("fusion") or found.fusion
         if (there / REPORT).is_file():
             found.fitted = _whole(there / REPORT, _json)

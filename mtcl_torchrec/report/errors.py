@@ -1,4 +1,4 @@
-"""How sure a ranking metric is: AUC and GAUC with standard errors over users, and the difference of two on one split."""
+"""How sure a ranking metric is: AUC and GAUC with standard errors over users, and differences on the same rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
-SURE = 1.96  # standard errors on either side of a 95 % interval
+SURE = 1.96  # standard errors on either side of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,16 @@ def auc_estimate(labels: np.ndarray, scores: np.ndarray, clusters: np.ndarray, c
     positives, negatives = int(y.sum()), int((~y).sum())
     if not positives or not negatives:
         return Estimate(math.nan, np.full(count, math.nan))
-    ranks, beaten = rankdata(s), np.empty(len(y))
-    beaten[y] = (ranks[y] - rankdata(s[y])) / negatives
-    beaten[~y] = 1 - (ranks[~y] - rankdata(s[~y])) / positives
+    ranks, beaten = _ranks(s), np.empty(len(y))
+    beaten[y] = (ranks[y] - _ranks(s[y])) / negatives
+    beaten[~y] = 1 - (ranks[~y] - _ranks(s[~y])) / positives
     value = float(beaten[y].mean())
     influence = (beaten - value) / np.where(y, positives, negatives)
     return Estimate(value, np.bincount(c, influence, count))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return pd.Series(values).rank().to_numpy()  # ties share their mean
 
 
 def gauc_estimate(labels: np.ndarray, scores: np.ndarray, clusters: np.ndarray, count: int | None = None) -> Estimate:

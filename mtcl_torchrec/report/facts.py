@@ -11,7 +11,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import Estimate, auc_estimate, chance_error, gauc_estimate
+from mtcl_torchrec.report.errors import Estimate, auc_estimate, chance_error, clusters_of, gauc_estimate
 from mtcl_torchrec.report.influence import shares_of_ranking
 
 SINGLE = ("single_task", "single-task", "single", "twin")  # in the name of the baseline that trains each task alone
@@ -94,11 +94,10 @@ def _auc(run: RunContents, labels: np.ndarray, scores: np.ndarray) -> Estimate:
 
 
 def negative(run: RunContents, task: str) -> bool:
-    """Whether the event lowers the fused score, as far as its declaration says."""
-    for key in ("weights", "signs", "exponents"):
-        if float((run.fusion.get(key) or {}).get(task, 0.0)) < 0:
-            return True
-    return False
+    """Whether the event lowers the fused score that training ended with, as far as its declaration says."""
+    fusion = run.config.get("fusion") or {}
+    declared = [(fusion.get(key) or {}).get(task, 0.0) for key in ("weights", "signs", "exponents")]
+    return any(float(value) < 0 for value in declared)
 
 
 def events(run: RunContents) -> list[Event]:
@@ -207,9 +206,9 @@ def _labelled(table: PredictionsTable) -> set[str]:
 
 
 def _clusters(run: RunContents, table: PredictionsTable) -> tuple[np.ndarray, int]:
-    from mtcl_torchrec.report.errors import clusters_of
-
-    clusters = run.clusters[0] if table is run.table else clusters_of(table.users, len(table))
+    if table is run.table:
+        return run.clusters
+    clusters = clusters_of(table.users, len(table))
     return clusters, int(clusters.max(initial=-1)) + 1
 
 
@@ -223,12 +222,42 @@ def is_single_task(name: str) -> bool:
     return any(part in name.lower() for part in SINGLE)
 
 
+def tried_gaps(run: RunContents) -> tuple[float, list[Gap]]:
+    """Of a fusion fitted after training: its target on rows left out, and by how much it is better than the best head
+    alone and than popularity; NaN and nothing where none was fitted."""
+    tried = {str(of["name"]): of for of in run.fitted.get("tried") or [] if of.get("target") is not None}
+    chosen = tried.get(chosen_name(run.fitted))
+    if chosen is None:
+        return math.nan, []
+    target, gaps = float(chosen["target"]), []
+    heads = [name for name in tried if name.startswith("head ")]
+    if heads and chosen["name"] not in heads:
+        best = max(heads, key=lambda name: float(tried[name]["target"]))
+        better, error = chosen.get("better"), chosen.get("better_error")
+        gap = target - float(tried[best]["target"]) if better is None else float(better)
+        gaps.append(Gap(best.removeprefix("head "), best, gap, math.nan if error is None else float(error)))
+    if "popularity" in tried:
+        of = tried["popularity"]
+        errors = [
+            math.nan if line.get("better_error") is None else float(line["better_error"]) for line in (chosen, of)
+        ]
+        gap = target - float(of["target"])
+        gaps.append(Gap("", "popularity", gap, math.hypot(*errors)))
+    return target, gaps
+
+
+def chosen_name(fitted: Mapping[str, Any]) -> str:
+    """The name under which report.json lists what was chosen among what was tried."""
+    method = str(fitted.get("method", ""))
+    return method if method.startswith("head ") else f"{fitted.get('combiner', '')}, {method}"
+
+
 def influence(run: RunContents) -> tuple[dict[str, float], str]:
     """Task -> its share of the ranking, and where that is known from; empty where it is not."""
     if run.fitted.get("influence"):
-        return {task: float(v) for task, v in run.fitted["influence"].items()}, "measured when the fusion was fitted"
+        return {task: float(v) for task, v in run.fitted["influence"].items()}, "as measured when the fusion was fitted"
     table = run.table
-    if table is None or table.score is None:
+    if table is None or table.score is None or run.fused_anew:
         return {}, ""
     names = [n for n in (run.fused_tasks or run.tasks) if n in table.predicted_names and f"p.{n}" in table.frame]
     requests = table.requests
@@ -237,4 +266,4 @@ def influence(run: RunContents) -> tuple[dict[str, float], str]:
     left = 1 - sum(shares.values())
     if shares and abs(left) >= 0.005:
         shares["the rest"] = left
-    return shares, f"told from the predictions on the {run.split} split"
+    return shares, f"as told from the predictions on the {run.split} split"

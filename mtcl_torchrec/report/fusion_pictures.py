@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtcl_torchrec.report.errors import SURE
-from mtcl_torchrec.report.studio import MARKERS, Colours, Picture, Studio
+from mtcl_torchrec.report.facts import chosen_name
+from mtcl_torchrec.report.studio import MARKERS, Colours, Picture, Studio, roles_of, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +18,16 @@ _LETTER = 0.078  # inches, of a name beside an axis
 Dots = Mapping[str, tuple[float, float]]  # name -> value and its standard error, NaN where it is not known
 
 
+def share(value: float) -> str:
+    """A share in words.
+
+    Example:
+        >>> share(0.374), share(-0.002), share(-0.05)
+        ('37%', '0%', '−5%')
+    """
+    return f"{round(100 * value)}%".replace("-", "−")
+
+
 def bars(studio: Studio, name: str, title: str, values: Mapping[str, float], label: str, *, percent: bool) -> Picture:
     """A bar for each task, negative ones to the left.
 
@@ -24,7 +35,7 @@ def bars(studio: Studio, name: str, title: str, values: Mapping[str, float], lab
         label: of the axis.
         percent: whether values are shares.
     """
-    texts = {task: f"{v:.0%}" if percent else f"{v:.4g}" for task, v in values.items()}
+    texts = {task: share(v) if percent else f"{v:.4g}".replace("-", "−") for task, v in values.items()}
     left = 0.2 + _LETTER * max(map(len, values))
     size = (left + 2.7, 0.62 + 0.27 * len(values))
 
@@ -41,16 +52,16 @@ def bars(studio: Studio, name: str, title: str, values: Mapping[str, float], lab
         axes.axvline(0, color=c["muted"], linewidth=0.8)
         axes.set(xlim=(least - room * (least < 0), most + room), ylim=(len(values) - 0.5, -0.5), xlabel=label)
         axes.set_yticks(range(len(values)), list(values))
-        axes.xaxis.get_major_locator().set_params(nbins=5)  # type: ignore[attr-defined]
+        ticks(axes.xaxis, 5)
         if percent:
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.xaxis.set_major_formatter(lambda value, _: share(value))
 
     said = ", ".join(f"{task} {text}" for task, text in texts.items())
     return studio.draw(name, title, f"{title}: {said}.", paint, size=size, margins=(left, 0.12, 0.44, 0.06))
 
 
 def dots(studio: Studio, name: str, title: str, label: str, rows: Mapping[str, Dots], *, guess: float) -> Picture:
-    """A line for each event or model, a mark with its 95 % interval for each way to rank.
+    """A line for each event or model, a mark with its 95% interval for each way to rank.
 
     Args:
         rows: what stands at the left -> way to rank -> value and standard error; the first row that has a way decides
@@ -64,8 +75,10 @@ def dots(studio: Studio, name: str, title: str, label: str, rows: Mapping[str, D
 
     def paint(axes: Axes, c: Colours) -> None:
         axes.axvline(guess, color=c["muted"], linewidth=0.8)
-        for role, way in zip("abcd", ways, strict=False):
-            shift = 0.0 if len(ways) == 1 else 0.26 * (2 * ways.index(way) / (len(ways) - 1) - 1)
+        for line in range(1, len(rows)):
+            axes.axhline(line - 0.5, color=c["grid"], linewidth=0.8)
+        for way, role in roles_of(ways).items():
+            shift = 0.0 if len(ways) == 1 else 0.22 * (2 * ways.index(way) / (len(ways) - 1) - 1)
             there = [(y + shift, *of[way]) for y, of in enumerate(rows.values()) if way in of]
             axes.errorbar(
                 [v for _, v, _ in there], [y for y, _, _ in there],
@@ -75,13 +88,11 @@ def dots(studio: Studio, name: str, title: str, label: str, rows: Mapping[str, D
         axes.grid(visible=False, axis="y")
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
         axes.set_yticks(range(len(rows)), list(rows))
-        axes.xaxis.get_major_locator().set_params(nbins=5)  # type: ignore[attr-defined]
+        ticks(axes.xaxis, 5)
         if len(ways) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handletextpad=0.3, columnspacing=1.0)
 
-    said = "; ".join(
-        f"{row}: " + ", ".join(f"{way} {v:.4f}" for way, (v, _) in of.items()) for row, of in rows.items()
-    )
+    said = "; ".join(f"{row}: " + ", ".join(f"{way} {v:.4f}" for way, (v, _) in of.items()) for row, of in rows.items())
     return studio.draw(name, title, f"{label}. {said}.", paint, size=size, margins=(left, 0.12, 0.44, above))
 
 
@@ -94,9 +105,7 @@ def pareto_pictures(studio: Studio, fitted: Mapping[str, Any]) -> list[Picture]:
     front: Sequence[Mapping[str, Any]] = fitted.get("front") or []
     if not front:
         return []
-    method, combiner = str(fitted.get("method", "")), str(fitted.get("combiner", ""))
-    chosen = method if method.startswith("head ") else f"{combiner}, {method}"
-    pictures = []
+    chosen, pictures = chosen_name(fitted), []
     for task in [key.removeprefix("loss ") for key in front[0] if key.startswith("loss ")]:
         lines = [of for of in front if of.get(f"loss {task}") is not None and of.get("target") is not None]
         if lines:
@@ -128,11 +137,13 @@ def _pareto(studio: Studio, task: str, lines: Sequence[Mapping[str, Any]], chose
                 )  # fmt: skip
         axes.set(xlabel=f"GAUC of {task} lost against its own head", ylabel=target)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(nbins=5)  # type: ignore[attr-defined]
+            ticks(axis, 5)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.2, 1.0), ncols=2, handletextpad=0.1, columnspacing=0.8)
 
     at = "".join(f" Chosen: {value:.4f} at a loss of {loss:.4f}." for loss, value, _ in groups["chosen"])
     return studio.draw(
-        f"pareto {task}", task, f"{target} against what the ranking of {task} loses under many weights.{at}", paint,
+        f"pareto {task}",
+        f"Pareto front: {task}",
+        f"{target} against what the ranking of {task} loses under many weights.{at}", paint,
         size=(3.3, 3.0), margins=(0.66, 0.12, 0.44, 0.46),
     )  # fmt: skip

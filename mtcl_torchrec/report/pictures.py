@@ -14,7 +14,8 @@ from mtcl_torchrec.report.curves import (
     reliability,
     roc_points,
 )
-from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio
+from mtcl_torchrec.report.errors import SURE
+from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, roles_of, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,8 +58,8 @@ def learning_curves(studio: Studio, history: Mapping[str, Any], tasks: Sequence[
             axes.set_xlabel("epoch")
             axes.set_ylabel(f"{label} on validation")
             axes.margins(x=0.08, y=0.15)
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)  # type: ignore[attr-defined]
-            axes.yaxis.get_major_locator().set_params(nbins=5)  # type: ignore[attr-defined]
+            ticks(axes.xaxis, 6, integer=True)
+            ticks(axes.yaxis, 5)
             axes.ticklabel_format(axis="y", useOffset=False)
 
         pictures.append(studio.draw(f"learning {task}", task, alt, paint, margins=(0.66, 0.12, 0.44, 0.1)))
@@ -117,8 +118,9 @@ def ranking_curves(
 
 
 def _curves(axes: Axes, c: Colours, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    for role, (name, (x, y)) in zip("abcd", curves.items(), strict=False):
-        axes.plot(x, y, color=c[role], linestyle=DASHES[role], label=name)
+    roles = roles_of(curves)
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, color=c[roles[name]], linestyle=DASHES[roles[name]], label=name)
 
 
 def reliability_diagram(
@@ -138,22 +140,22 @@ def reliability_diagram(
         "multiclass": ("probability of the top class", "share that was right"),
         "regression": ("predicted", "mean label"),
     }[kind]
-    every = np.concatenate([np.r_[r.predicted, r.happened] for r in found.values()])
-    low, high = (min(0.0, float(every.min())), float(every.max())) if kind != "regression" else (every.min(), every.max())
+    ends = [np.r_[r.predicted, r.happened - SURE * r.error, r.happened + SURE * r.error] for r in found.values()]
+    low, high = float(np.concatenate(ends).min()), float(np.concatenate(ends).max())
     room = 0.06 * max(high - low, 1e-6)
+    if kind == "binary":
+        low = 0.0
 
     def paint(axes: Axes, c: Colours) -> None:
         axes.plot([low, high], [low, high], color=c["muted"], linewidth=0.8)
-        # Where nothing was calibrated, the only line looks like the one after it elsewhere.
-        roles = "ba" if len(found) > 1 else "a"
-        for role, (name, r) in zip(roles, found.items(), strict=False):
+        for (name, r), role in zip(found.items(), roles_of(found).values(), strict=True):
             axes.errorbar(
-                r.predicted, r.happened, 1.96 * r.error, color=c[role], linestyle=DASHES[role], marker=MARKERS[role],
+                r.predicted, r.happened, SURE * r.error, color=c[role], linestyle=DASHES[role], marker=MARKERS[role],
                 markersize=3.5, elinewidth=0.9, linewidth=1.2, label=name,
             )  # fmt: skip
         axes.set(xlabel=names[0], ylabel=names[1], xlim=(low - room, high + room), ylim=(low - room, high + room))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(nbins=5)  # type: ignore[attr-defined]
+            ticks(axis, 5)
         if len(found) > 1:
             axes.legend(loc="upper left")
 

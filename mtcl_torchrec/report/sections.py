@@ -18,6 +18,7 @@ from mtcl_torchrec.report.facts import (
     events,
     influence,
     task_facts,
+    tried_gaps,
 )
 from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
 from mtcl_torchrec.report.studio import Picture, Studio
@@ -29,6 +30,7 @@ from mtcl_torchrec.report.tables import (
     origin_table,
     segment_tables,
     task_tables,
+    tried_table,
 )
 from mtcl_torchrec.report.verdict import Answer, do_tasks_help, is_it_good, what_does_fusion
 
@@ -89,10 +91,11 @@ def build_report(run: RunContents, studio: Studio) -> Report:
     gates, gradients = balance.get("gates") or [], balance.get("gradients") or []
     shares, whence = influence(run)
     has_fusion = bool(run.fusion) or bool(of_events)
+    ranked = [] if run.fused_anew else of_events  # by the score that counts
     answers = [
-        is_it_good(facts, gaps, of_events),
+        is_it_good(facts, gaps, ranked),
         do_tasks_help(gaps, gradients, gates, len(run.tasks or facts)),
-        what_does_fusion(shares, of_events, has_fusion),
+        what_does_fusion(shares, ranked, has_fusion, tried_gaps(run)[1], str(run.fitted.get("target") or "")),
     ]
     return Report(
         run.name,
@@ -142,7 +145,9 @@ def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
         )
     empty = [fact.task for fact in facts if not fact.metrics.get("count")]
     section.missing += [f"{task} has no label in these rows: there is nothing to judge it by." for task in empty]
-    one_class = [f.task for f in facts if f.kind == "binary" and f.metrics.get("count") and f.metrics.get("auc") is None]
+    one_class = [
+        f.task for f in facts if f.kind == "binary" and f.metrics.get("count") and f.metrics.get("auc") is None
+    ]
     section.missing += [f"Of {task}, only one kind of label is in these rows: it has no AUC." for task in one_class]
     if not section.tables:
         section.missing.append("Nothing was evaluated: no epoch of this run has ended.")
@@ -150,7 +155,9 @@ def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
 
 
 def _learning(run: RunContents, studio: Studio) -> Section:
-    section = Section("learning", "How training went", pictures=pictures.learning_curves(studio, run.history, _drawn(run)))
+    section = Section(
+        "learning", "How training went", pictures=pictures.learning_curves(studio, run.history, _drawn(run))
+    )
     if section.pictures:
         section.text.append("Each task on the validation split after each epoch; the ring is the epoch that is kept.")
     epochs = run.history.get("epochs") or []
@@ -208,8 +215,7 @@ def _calibration(run: RunContents, studio: Studio) -> Section:
         if f"uncalibrated.{task}" in table.frame or f"uncalibrated.{task}" in table.classes:
             changed = True
             predicted = {"before": table.predicted(task, calibrated=False), "after": table.predicted(task)}
-        kind = "binary" if task not in run.kinds else run.kinds[task]
-        picture = pictures.reliability_diagram(studio, task, kind, table.labels(task), predicted)
+        picture = pictures.reliability_diagram(studio, task, run.kinds[task], table.labels(task), predicted)
         if picture is None:
             section.missing.append(f"{task} has no label in these rows: no reliability diagram.")
         else:
@@ -217,7 +223,7 @@ def _calibration(run: RunContents, studio: Studio) -> Section:
     if section.pictures:
         section.text.append(
             "Rows sorted by prediction, in bins of equally many: on the diagonal, what was predicted is what happened. "
-            "Bars are 95 % intervals."
+            "Bars are 95% intervals."
         )
     if not changed:
         section.missing.append(
@@ -258,9 +264,7 @@ def _fusion(
     how = f", found by {run.fitted['method']} for {run.fitted.get('target')}" if run.fitted.get("target") else ""
     section.text.append(f"The fused score is of the kind {kind}{how}.")
     if weights:
-        section.pictures.append(
-            bars(studio, "fusion weights", "Weight of each task", weights, "weight", percent=False)
-        )
+        section.pictures.append(bars(studio, "fusion weights", "Weight of each task", weights, "weight", percent=False))
     if shares:
         title = "Who decides the ranking"
         section.pictures.append(
@@ -268,6 +272,13 @@ def _fusion(
         )
         section.text.append(
             f"A weight is not an influence: a head whose predictions hardly differ decides little. Shares are {whence}."
+        )
+    if (tried := tried_table(run.fitted)) is not None:
+        section.tables.append(tried)
+    if run.fused_anew and of_events:
+        section.missing.append(
+            "The fusion was changed after training. Rankings by event, and curves of the fused score, are of the score "
+            "that training ended with; weights, shares and what was tried are of the new one."
         )
     for metric in dict.fromkeys(e.metric for e in of_events):
         rows = {e.task: e.rankings for e in of_events if e.metric == metric}
@@ -311,7 +322,7 @@ def _baselines(run: RunContents, studio: Studio, gaps: list[Gap]) -> Section:
     section.tables = baseline_tables(run, estimates, gaps)
     for task, of in estimates.items():
         rows = {name: {"AUC": value} for name, value in of.items()}
-        section.pictures.append(dots(studio, f"baselines {task}", task, f"AUC of {task}", rows, guess=0.5))
+        section.pictures.append(dots(studio, f"baselines {task}", f"AUC of {task}", f"AUC of {task}", rows, guess=0.5))
     if not estimates:
         section.missing.append("The baselines' predictions for this split are missing: no confidence intervals.")
     return section

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.errors import auc_estimate, clusters_of
 
 FEWEST = 50  # rows of a segment that is shown
+EVENTS = 10  # and as many others: of fewer, an AUC and its error say nothing
 MOST = 24  # values of a column that are shown, the most frequent ones
 
 
@@ -20,7 +20,8 @@ def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
     Items by clicks in training and users by whether they were in it, where the table knows; and every ``segment.``
     column.
     """
-    frame, found = table.frame, {}
+    frame = table.frame
+    found: dict[str, dict[str, np.ndarray]] = {}
     if table.popularity is not None:
         clicks = table.popularity
         masks = {"not in training": np.isnan(clicks)} if "item_seen" in frame else {}
@@ -41,11 +42,13 @@ def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
             found.setdefault(heading, {})[words] = ~seen
             if heading == "users":
                 found[heading]["in training"] = seen
-    for column in [c for c in frame if str(c).startswith("segment.")]:
+    for column in [c for c in map(str, frame) if c.startswith("segment.")]:
         values = frame[column]
         counts = values.value_counts()
         kept = sorted(counts.index[:MOST], key=lambda v: (isinstance(v, str), v))
-        found[str(column).removeprefix("segment.")] = {_said(v): (values == v).to_numpy(bool) for v in kept}
+        found[column.removeprefix("segment.")] = {
+            _said(value): (values == value).to_numpy(bool, na_value=False) for value in kept
+        }
     shown = {h: {v: m for v, m in masks.items() if m.sum() >= FEWEST} for h, masks in found.items()}
     return {heading: masks for heading, masks in shown.items() if len(masks) > 1}
 
@@ -53,14 +56,18 @@ def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
 def _said(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value) if not pd.isna(value) else "unknown"
+    return str(value)
 
 
 def segment_aucs(table: PredictionsTable, tasks: list[str], mask: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Binary task -> AUC and standard error on some rows; NaN where only one class is there."""
+    """Binary task -> AUC and standard error on some rows; NaN where there are too few events."""
     clusters = clusters_of(None if table.users is None else table.users[mask], int(mask.sum()))
     found = {}
     for task in tasks:
-        e = auc_estimate(table.labels(task)[mask], table.predicted(task)[mask], clusters)
-        found[task] = (e.value, e.error if not math.isnan(e.value) else math.nan)
+        labels = table.labels(task)[mask]
+        if min((labels > 0).sum(), (labels == 0).sum()) < EVENTS:
+            found[task] = (math.nan, math.nan)
+            continue
+        e = auc_estimate(labels, table.predicted(task)[mask], clusters)
+        found[task] = (e.value, e.error)
     return found

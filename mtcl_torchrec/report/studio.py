@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtcl_torchrec.schema import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's hues (Color Universal Design, 2008), darker on white and lighter on black: every pair is told apart
@@ -27,6 +28,8 @@ DARK = {
     "a": "#6cb8f0", "b": "#f59b5b", "c": "#46c99b", "d": "#e093d6",
     "warm": "#1f5f92", "cold": "#8a4413", "good": "#5fd3a8", "bad": "#ffa37a", "link": "#85c5f5",
 }  # fmt: skip
+# The same thing looks the same in every picture.
+ROLES = {"own head": "a", "fused": "b", "fused score": "b", "popularity": "c", "before": "b", "after": "a"}
 DASHES = {"a": "-", "b": (0, (5, 2)), "c": (0, (1.5, 1.5)), "d": (0, (6, 2, 1, 2))}
 MARKERS = {"a": "o", "b": "s", "c": "^", "d": "D"}
 
@@ -35,12 +38,31 @@ Margins = tuple[float, float, float, float]
 Paint = Callable[["Axes", Colours], None]
 _STAND_INS = {role: f"#fe{number:02x}a5" for number, role in enumerate(LIGHT, 1)}
 _TITLE = 0.24  # inches, above a PNG
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9.5,
     "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 1.7, "legend.frameon": False,
-    "axes.unicode_minus": True,
+    "axes.unicode_minus": True, "text.parse_math": False,
 }  # fmt: skip
+
+
+def roles_of(names: Collection[str]) -> dict[str, str]:
+    """Name -> the colour (dash, marker) it is drawn in: its own, or the next that is free.
+
+    Example:
+        >>> roles_of(["popularity", "other"])
+        {'popularity': 'c', 'other': 'a'}
+    """
+    found = {name: ROLES[name] for name in names if name in ROLES}
+    free = [role for role in "abcd" if role not in found.values()]
+    return {name: found[name] if name in found else free.pop(0) for name in names}
+
+
+def ticks(axis: Axis, most: int, *, integer: bool = False) -> None:
+    """At most so many of them, on whole numbers if that is asked."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=integer))
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,9 @@ class Studio:
         self.names.add(name)
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
             out = io.StringIO()
-            _figure(size, margins, paint, _STAND_INS).savefig(out, format="svg", transparent=True, metadata={"Date": None})
+            _figure(size, margins, paint, _STAND_INS).savefig(
+                out, format="svg", transparent=True, metadata={"Date": None}
+            )
             if self.png is not None:
                 self.png.mkdir(parents=True, exist_ok=True)
                 left, right, below, above = margins
@@ -148,7 +172,8 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
+    # Its style would hold for the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg)

@@ -10,8 +10,8 @@ from typing import Any
 from mtcl_torchrec.evaluation.report import BASE
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.errors import SURE
-from mtcl_torchrec.report.facts import Event, Gap, TaskFact
-from mtcl_torchrec.report.segments import segment_aucs, segment_masks
+from mtcl_torchrec.report.facts import Event, Gap, TaskFact, chosen_name
+from mtcl_torchrec.report.segments import EVENTS, segment_aucs, segment_masks
 from mtcl_torchrec.report.verdict import sign_of
 
 SHOWN = {  # key of metrics.json -> heading, by kind of task
@@ -23,6 +23,7 @@ SHOWN = {  # key of metrics.json -> heading, by kind of task
     "multiclass": {"top1": "top-1", "top5": "top-5", "log_loss": "log-loss", "ne": "NE"},
     "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC"},
 }  # fmt: skip
+_TABLES = 10  # of a run that are named
 MARKS = {1: "better", -1: "worse", 0: "too close to call"}
 
 
@@ -57,7 +58,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def with_error(value: float, error: float, digits: int = 4) -> str:
-    """A number and its 95 % interval's half.
+    """A number and its 95% interval's half.
 
     Example:
         >>> with_error(0.7, 0.01), with_error(0.7, float("nan"))
@@ -93,7 +94,8 @@ def event_table(events: Sequence[Event]) -> Table | None:
     if not events:
         return None
     ways = list(dict.fromkeys(way for e in events for way in e.rankings))
-    rows, tones = [], {}
+    rows: list[list[str]] = []
+    tones: dict[tuple[int, int], str] = {}
     for r, e in enumerate(events):
         name = f"{e.task} (lowers the score)" if e.unwanted else e.task
         cells = [with_error(*e.rankings[way]) if way in e.rankings else "–" for way in ways]
@@ -106,7 +108,27 @@ def event_table(events: Sequence[Event]) -> Table | None:
         rows.append([name, e.metric, *cells])
     columns = ["event", "metric", *ways, "fused against own head", "fused against popularity"]
     return Table("The same rows in the order of the fused score, of the event's own head, and by popularity",
-                 columns, rows, "± is half of a 95 % interval over users.", tones)  # fmt: skip
+                 columns, rows, "± is half of a 95% interval over users.", tones)  # fmt: skip
+
+
+def tried_table(fitted: Mapping[str, Any]) -> Table | None:
+    """What a fusion fitted after training was chosen from, on folds left out; None where none was fitted."""
+    tried = [of for of in fitted.get("tried") or [] if isinstance(of, dict)]
+    if not tried:
+        return None
+    target, chosen = str(fitted.get("target", "target")), chosen_name(fitted)
+
+    def cell(value: Any, error: Any) -> str:
+        mean, spread = (math.nan if v is None else float(v) for v in (value, error))
+        return with_error(mean, spread)
+
+    rows = [
+        [f"{of['name']} (chosen)" if of["name"] == chosen else str(of["name"]), cell(of.get("target"), of.get("error")),
+         cell(of.get("better"), of.get("better_error")), str(of.get("broken") or "")]
+        for of in tried
+    ]  # fmt: skip
+    return Table(f"What was tried for {target}", ["ranked by", target, "better than the best head", "breaks"], rows,
+                 "On folds left out; ± is half of a 95% interval.")  # fmt: skip
 
 
 def baseline_tables(
@@ -117,7 +139,8 @@ def baseline_tables(
     tables = []
     if estimates:
         signs = {(gap.task, gap.against): sign_of(gap) for gap in gaps}
-        rows, tones = [], {}
+        rows: list[list[str]] = []
+        tones: dict[tuple[int, int], str] = {}
         for name in ["this run", *names]:
             if not any(name in of for of in estimates.values()):
                 continue
@@ -126,7 +149,7 @@ def baseline_tables(
                     tones[len(rows), c] = "bad" if sign < 0 else "good"
             rows.append([name, *(with_error(*of[name]) if name in of else "–" for of in estimates.values())])
         note = (
-            "AUC ± half of a 95 % interval over users. Marked where the difference to this run counts (paired, two "
+            "AUC ± half of a 95% interval over users. Marked where the difference to this run counts (paired, two "
             "standard errors): ▲ this run is better, ▼ this run is worse."
         )
         tables.append(Table(f"AUC on the {run.split} split", ["ranked by", *estimates], rows, note, tones))
@@ -153,7 +176,8 @@ def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
         for value, mask in masks.items():
             found = segment_aucs(run.table, tasks, mask)
             rows.append([value, f"{int(mask.sum()):,}", *(with_error(*found[task], 3) for task in tasks)])
-        tables.append(Table(f"By {heading}: AUC", [heading, "rows", *tasks], rows))
+        note = f"AUC ± half of a 95% interval over users; – where there are fewer than {EVENTS} events or others."
+        tables.append(Table(f"AUC by {heading}", [heading, "rows", *tasks], rows, note))
     return tables
 
 
@@ -183,8 +207,8 @@ def cost_tables(run: RunContents) -> list[Table]:
     tables = [Table("Cost", ["what", "how much"], rows)] if rows else []
     if sizes:
         largest = sorted(sizes.items(), key=lambda of: -of[1][0] * of[1][1])
-        body = [[name, f"{r:,}", str(d), f"{r * d:,}"] for name, (r, d) in largest[:20]]
-        note = f"and {len(largest) - 20} smaller ones" if len(largest) > 20 else ""
+        body = [[name, f"{r:,}", str(d), f"{r * d:,}"] for name, (r, d) in largest[:_TABLES]]
+        note = f"and {len(largest) - _TABLES} smaller ones" if len(largest) > _TABLES else ""
         tables.append(Table("The largest tables", ["table", "rows", "dimensions", "parameters"], body, note))
     return tables
 

@@ -175,7 +175,7 @@ def _calibration(facts: Sequence[TaskFact]) -> list[str]:
     off = {t: r for t, r in ratios.items() if not math.isnan(r) and not RATIO[0] <= r <= RATIO[1]}
     if not off:
         known = [r for r in ratios.values() if not math.isnan(r)]
-        return ["Predicted and observed events agree within 10 %."] if known else []
+        return ["Predicted and observed events agree within 10%."] if known else []
     said = [f"{t} is predicted {abs(r - 1):.0%} too {'often' if r > 1 else 'seldom'}" for t, r in off.items()]
     return [f"Probabilities are off: {listed(said)}."]
 
@@ -207,7 +207,7 @@ def do_tasks_help(
     sentences = []
     for names, word in ((helped, "better"), (hurt, "worse")):
         if names:
-            said = listed([f"{t} ({by[t]:+.3f} AUC)".replace("-", "−") for t in names])
+            said = listed([f"{t} ({_signed(by[t], 3)} AUC)" for t in names])
             sentences.append(f"{said} {'is' if len(names) == 1 else 'are'} {word} than trained alone.")
     if close:
         sentences.append(f"Too close to call: {listed(close)}.")
@@ -234,9 +234,11 @@ def _agreement(gradients: Sequence[Mapping[str, Any]]) -> list[str]:
     (low, a, b), (high, x, y) = min(pairs), max(pairs)
     if low <= OPPOSED:
         opposed = sum(value <= OPPOSED for value, _, _ in pairs)
-        return [f"Gradients pull apart for {opposed} of {len(pairs)} pairs of tasks, most {a} and {b} ({low:+.2f})."]
+        return [
+            f"Gradients pull apart for {opposed} of {len(pairs)} pairs of tasks, most {a} and {b} ({_signed(low, 2)})."
+        ]
     if high >= ALIKE:
-        return [f"No two tasks' gradients pull apart; {x} and {y} agree most ({high:+.2f})."]
+        return [f"No two tasks' gradients pull apart; {x} and {y} agree most ({_signed(high, 2)})."]
     return ["The tasks' gradients hardly meet: no pair agrees or pulls apart."]
 
 
@@ -244,21 +246,28 @@ def _sharing(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     """How much of their experts two gates have in common on average: Σ min of their weights."""
     first = [use for use in gates if use["level"] == gates[0]["level"]] if gates else []
     weights = [[w or 0.0 for w in use["weights"]] for use in first]
-    overlaps = [
-        sum(min(a, b) for a, b in zip(weights[i], weights[j], strict=True)) for i in range(len(weights)) for j in range(i)
-    ]
+    pairs = [(one, other) for i, one in enumerate(weights) for other in weights[:i]]
+    overlaps = [sum(min(a, b) for a, b in zip(one, other, strict=True)) for one, other in pairs]
     if not overlaps:
         return []
     return [f"On average, two gates have {sum(overlaps) / len(overlaps):.0%} of their experts' weight in common."]
 
 
-def what_does_fusion(shares: Mapping[str, float], events: Sequence[Event], has_fusion: bool) -> Answer:
+def what_does_fusion(
+    shares: Mapping[str, float],
+    events: Sequence[Event],
+    has_fusion: bool,
+    tried: Sequence[Gap] = (),
+    target: str = "",
+) -> Answer:
     """What the fused score does: who decides, what is won against popularity, what each event's own head would do.
 
     Args:
         shares: task -> share of the ranking; empty where it is not known.
         events: see `mtcl_torchrec.report.facts.events`.
         has_fusion: whether the run declares or fitted one.
+        tried: of one fitted after training, see `mtcl_torchrec.report.facts.tried_gaps`.
+        target: what it was fitted for.
     """
     question = "What does the fusion do?"
     if not has_fusion:
@@ -284,12 +293,22 @@ def what_does_fusion(shares: Mapping[str, float], events: Sequence[Event], has_f
             )
         if ahead:
             sentences.append(f"For {listed(list(dict.fromkeys(ahead)))} it is better than the event's own head.")
+    words = {1: "clearly better than", 0: "not clearly better than", -1: "clearly worse than"}
+    for gap in tried:
+        other = f"the head of {gap.task} alone" if gap.task else gap.against
+        found = f"{words[sign_of(gap)]} {other} on rows left out ({_signed(gap.difference)})"
+        sentences.append(f"Fitted for {target}, it is {found}.")
     signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity"]
+    signs += [sign_of(gap) for gap in tried]
     if not signs:
         return Answer(question, short, "unknown" if not tasks else "mixed", sentences or ["It was not evaluated."])
     won, fell = sum(s > 0 for s in signs), sum(s < 0 for s in signs)
     tone: Tone = "good" if won > len(signs) / 2 and not fell else "bad" if won < fell else "mixed"
     return Answer(question, short, tone, sentences)
+
+
+def _signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def listed(parts: Sequence[str]) -> str:
