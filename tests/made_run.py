@@ -93,8 +93,10 @@ def history_of(tasks=TASKS, epochs=3):
     metrics = [
         {t.name: finite(task_metrics(t, x.labels(t.name), x.predicted(t.name), x.users)) for t in tasks} for x in of
     ]
-    return {"epochs": metrics, "best_epoch": epochs - 1 or epochs, "best_auc": 0.7, "best_step": 40,
-            "seconds": [2.0 + e for e in range(epochs)], "stopped_early": False, "frozen": {}, "skipped_steps": 0}  # fmt: skip
+    return {
+        "epochs": metrics, "best_epoch": epochs - 1 or epochs, "best_auc": 0.7, "best_step": 40,
+        "seconds": [2.0 + e for e in range(epochs)], "stopped_early": False, "frozen": {}, "skipped_steps": 0,
+    }  # fmt: skip
 
 
 def balance_of(tasks=TASKS):
@@ -110,17 +112,20 @@ def balance_of(tasks=TASKS):
 
 
 def fitted_report():
-    draw = np.random.default_rng(1)
-    front = [{"name": "", "target": 0.5 + 0.2 * x, "loss click": 0.1 * x, "loss like": 0.1 - 0.1 * x, "weight click": 1 - x,
-              "weight like": x, "front": False} for x in draw.random(20).tolist()]  # fmt: skip
+    """fusion/report.json as `mtcl fuse` writes it, of two tasks."""
     named = [("weighted_mean, search", 0.72, 0.02, 0.05), ("head click", 0.6, 0.0, 0.12), ("head like", 0.65, 0.1, 0.0)]
-    front += [{"name": n, "target": t, "loss click": a, "loss like": b, "weight click": 0.5, "weight like": 0.5,
-               "front": True} for n, t, a, b in named]  # fmt: skip
-    tried = [{"name": n, "target": t, "std": 0.01, "error": 0.01, "better": t - 0.65, "better_error": 0.005, "broken": ""}
-             for n, t, _, _ in named] + [{"name": "popularity", "target": 0.4, "std": 0.01, "error": 0.01, "better": -0.25,
-                                          "better_error": 0.005, "broken": ""}]  # fmt: skip
-    return {"combiner": "weighted_mean", "method": "search", "target": "value@5", "weights": {"click": 1.0, "like": 4.0},
-            "influence": {"click": 0.3, "like": 0.7}, "tried": tried, "front": front}  # fmt: skip
+    drawn = [("", 0.5 + 0.2 * x, 0.1 * x, 0.1 - 0.1 * x) for x in np.random.default_rng(1).random(20).tolist()]
+    front = [
+        {"name": n, "target": t, "loss click": a, "loss like": b, "front": bool(n)} for n, t, a, b in named + drawn
+    ]
+    tried = [
+        {"name": n, "target": t, "std": 0.01, "error": 0.01, "better": t - 0.65, "better_error": 0.005, "broken": ""}
+        for n, t in [*((n, t) for n, t, _, _ in named), ("popularity", 0.4)]
+    ]
+    return {
+        "combiner": "weighted_mean", "method": "search", "target": "value@5", "weights": {"click": 1.0, "like": 4.0},
+        "influence": {"click": 0.3, "like": 0.7}, "tried": tried, "front": front,
+    }  # fmt: skip
 
 
 def make(folder, *, tasks=TASKS, baselines=True, fitted=True, calibrated=True, name="made"):

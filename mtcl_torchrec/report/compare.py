@@ -205,7 +205,8 @@ def _error(c: Compared, run: int) -> float:
 
 
 def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
-    rows, tones = [], {}
+    rows: list[list[str]] = []
+    tones: dict[tuple[int, int], str] = {}
     for r, c in enumerate(found):
         cells = [number(v) for v in c.values]
         for run in range(1, len(names)):
@@ -216,8 +217,8 @@ def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
                 tones[r, 1 + len(names) + run] = "good" if sign > 0 else "bad"
         rows.append([c.name, c.metric, *cells])
     gains = [f"{name} less {names[0]}" for name in names[1:]]
-    return Table("Compared", ["of", "metric", *names, *gains], rows,
-                 "With 95% intervals. ▲ is better than the first run, ▼ worse; the rest is too close to call.", tones)  # fmt: skip
+    note = "With 95% intervals. ▲ is better than the first run, ▼ worse; the rest is too close to call."
+    return Table("Compared", ["of", "metric", *names, *gains], rows, note, tones)
 
 
 def _metric_tables(runs: Sequence[RunContents], names: Sequence[str]) -> list[Table]:

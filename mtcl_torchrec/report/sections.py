@@ -307,6 +307,8 @@ def _segments(run: RunContents) -> Section:
     section.tables = segment_tables(run, tasks)
     if not section.tables:
         section.missing.append("There are no columns by which rows could be told apart, or no file of predictions.")
+    elif run.table is not None and not any(str(column).startswith("segment.") for column in run.table.frame):
+        section.missing.append("By further columns: `evaluation: {segments: [hour]}` in the run's YAML, and the like.")
     return section
 
 

@@ -17,11 +17,12 @@ from mtcl_torchrec.report.verdict import sign_of
 SHOWN = {  # key of metrics.json -> heading, by kind of task
     "binary": {
         "auc": "AUC", "gauc": "GAUC", "pr_auc": "PR-AUC", "log_loss": "log-loss", "ne": "NE", "brier": "Brier",
-        "calibration": "predicted / observed", "ece": "ECE", "accuracy": "accuracy", "precision": "precision",
-        "recall": "recall", "f1": "F1", "threshold": "threshold",
+        "calibration": "predicted / observed", "ece": "ECE", "threshold": "threshold", "accuracy": "accuracy",
+        "majority": "always the same", "precision": "precision", "recall": "recall", "f1": "F1",
+        "f1_all_yes": "F1 of all yes", "said_yes": "said yes",
     },
-    "multiclass": {"top1": "top-1", "top5": "top-5", "log_loss": "log-loss", "ne": "NE"},
-    "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC"},
+    "multiclass": {"top1": "top-1", "top5": "top-5", "log_loss": "log-loss", "ne": "NE", "ece": "ECE"},
+    "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC", "calibration": "predicted / observed"},
 }  # fmt: skip
 _TABLES = 10  # of a run that are named
 MARKS = {1: "better", -1: "worse", 0: "too close to call"}
@@ -157,13 +158,24 @@ def baseline_tables(
         rows = []
         for name in names:
             of = run.baselines[name] if isinstance(run.baselines[name], dict) else {}
-            settings = of.get("settings") or {}
-            said = ", ".join(f"{k} {v}" for k, v in settings.items()) if isinstance(settings, dict) else str(settings)
+            said = _settings(of.get("settings") or {})
             trials = of.get("trials")
             trials = len(trials) if isinstance(trials, list) else trials
             rows.append([name, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
         tables.append(Table("How the baselines were tuned", ["baseline", "trials", "seconds", "settings"], rows))
     return tables
+
+
+def _settings(settings: Any) -> str:
+    """Settings in a line, those of each task after its name."""
+    if not isinstance(settings, dict):
+        return str(settings)
+    parts = [f"{k}: {_settings(v)}" if isinstance(v, dict) else f"{k} {_short(v)}" for k, v in settings.items()]
+    return ("; " if any(isinstance(v, dict) for v in settings.values()) else ", ").join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
