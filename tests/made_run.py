@@ -113,13 +113,25 @@ def balance_of(tasks=TASKS):
 
 def fitted_report():
     """fusion/report.json as `mtcl fuse` writes it, of two tasks."""
-    named = [("weighted_mean, search", 0.72, 0.02, 0.05), ("head click", 0.6, 0.0, 0.12), ("head like", 0.65, 0.1, 0.0)]
-    drawn = [("", 0.5 + 0.2 * x, 0.1 * x, 0.1 - 0.1 * x) for x in np.random.default_rng(1).random(20).tolist()]
+    named = [
+        ("weighted_mean, search", 0.72, 0.02, 0.05),
+        ("head click", 0.7197, 0, 0.12),
+        ("head like", 0.7198, 0.1, 0),
+    ]
+    drawn = [("", 0.7198 + 0.0002 * x, 0.1 * x, 0.1 - 0.1 * x) for x in np.random.default_rng(1).random(20).tolist()]
     front = [
         {"name": n, "target": t, "loss click": a, "loss like": b, "front": bool(n)} for n, t, a, b in named + drawn
     ]
     tried = [
-        {"name": n, "target": t, "std": 0.01, "error": 0.01, "better": t - 0.65, "better_error": 0.005, "broken": ""}
+        {
+            "name": n,
+            "target": t,
+            "std": 0.01,
+            "error": 0.01,
+            "better": t - 0.7198,
+            "better_error": 0.00005,
+            "broken": "",
+        }
         for n, t in [*((n, t) for n, t, _, _ in named), ("popularity", 0.4)]
     ]
     return {

@@ -44,9 +44,9 @@ def bars(studio: Studio, name: str, title: str, values: Mapping[str, float], lab
         room = 0.22 * ((most - least) or 1.0)
         for y, (task, value) in enumerate(values.items()):
             axes.barh(y, value, height=0.62, color=c["a"] if value >= 0 else c["b"])
-            side = "left" if value >= 0 else "right"
+            side = "right" if texts[task].startswith("−") else "left"
             axes.annotate(
-                texts[task], (value, y), xytext=(3 if value >= 0 else -3, 0), textcoords="offset points", ha=side,
+                texts[task], (value, y), xytext=(3 if side == "left" else -3, 0), textcoords="offset points", ha=side,
                 va="center", color=c["ink"], fontsize=8,
             )  # fmt: skip
         axes.axvline(0, color=c["muted"], linewidth=0.8)

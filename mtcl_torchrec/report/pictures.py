@@ -60,7 +60,6 @@ def learning_curves(studio: Studio, history: Mapping[str, Any], tasks: Sequence[
             axes.margins(x=0.08, y=0.15)
             ticks(axes.xaxis, 6, integer=True)
             ticks(axes.yaxis, 5)
-            axes.ticklabel_format(axis="y", useOffset=False)
 
         pictures.append(studio.draw(f"learning {task}", task, alt, paint, margins=(0.66, 0.12, 0.44, 0.1)))
     return pictures

@@ -38,11 +38,13 @@ Margins = tuple[float, float, float, float]
 Paint = Callable[["Axes", Colours], None]
 _STAND_INS = {role: f"#fe{number:02x}a5" for number, role in enumerate(LIGHT, 1)}
 _TITLE = 0.24  # inches, above a PNG
+_LETTER = 0.075  # inches, of a tick's label
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9.5,
     "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 1.7, "legend.frameon": False,
     "axes.unicode_minus": True, "text.parse_math": False,
+    "axes.formatter.useoffset": False,
 }  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def ticks(axis: Axis, most: int, *, integer: bool = False) -> None:
     """At most so many of them, on whole numbers if that is asked."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=most, integer=integer))
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=integer, steps=[1, 2, 2.5, 5, 10]))
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,10 @@ def _figure(size: tuple[float, float], margins: Margins, paint: Paint, colours: 
     axes.grid(color=colours["grid"], linewidth=0.7)
     axes.set_axisbelow(True)
     paint(axes, colours)
+    if axes.get_ylabel():  # beside it, numbers may need more room than was left
+        numbers = axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))
+        more = max(left, 0.3 + _LETTER * max(map(len, numbers), default=0))
+        axes.set_position((more / width, below / height, 1 - (more + right) / width, 1 - (below + above) / height))
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(colours["ink"])
     if (legend := axes.get_legend()) is not None:

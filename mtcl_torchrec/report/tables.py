@@ -50,12 +50,12 @@ def number(value: Any, digits: int = 4) -> str:
     """A number as the page says it.
 
     Example:
-        >>> number(0.12345), number(None), number(float("nan")), number(-0.5, 1)
-        ('0.1235', '–', '–', '−0.5')
+        >>> number(0.12345), number(None), number(float("nan")), number(-0.5, 1), number(-1e-9, 1)
+        ('0.1235', '–', '–', '−0.5', '0.0')
     """
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:,.{digits}f}".replace("-", "−")
+    return f"{value:z,.{digits}f}".replace("-", "−")
 
 
 def with_error(value: float, error: float, digits: int = 4) -> str:
