@@ -7,7 +7,7 @@ import mtcl_torchrec
 
 ORDER = (
     "schema", "config", "data", "text", "modules", "models", "evaluation", "fusing", "training",
-    "baselines", "serving", "cli",
+    "baselines", "report", "serving", "cli",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
     plan,
     prepare,
     recommend,
+    report,
     serve,
     train,
     tune,

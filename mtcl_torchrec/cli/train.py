@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, note_if_unfinished, screen
 from mtcl_torchrec.cli.recommend import print_recommendations
+from mtcl_torchrec.cli.report import report_of_demo
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.source import column_names, find_files, read_rows
@@ -73,6 +74,7 @@ def demo(
         f"  tensorboard --logdir {folder}/tensorboard",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    report_of_demo(folder, console)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
     best_checkpoint,
 )
+from mtcl_torchrec.training.cost import cost_of, dense_parameters
 from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
     CALIBRATION,
@@ -177,7 +178,8 @@ def _train(
     calibration = calibrate_run(run, folder, plain_model(state.model), preprocessor, splits, where, say)
     evaluations = judge(run, folder, plain_model(state.model), preprocessor, splits, calibration, where)
     if where.first:
-        write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration)
+        cost = cost_of(plain_model(state.model), history, splits.train.rows_per_epoch, where)
+        write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration, cost)
     where.barrier()
     return RunResult(folder, history, evaluations, diagnosis, calibration)
 
@@ -329,7 +331,7 @@ def _version(distribution: str) -> str | None:
 def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ranks) -> str:
     tables = run.model.tables(preprocessor.schema)
     rows = sum(preprocessor.encoder.num_embeddings(features[0].table_name) for features in tables.values())
-    dense = sum(p.numel() for part in (model.tower, model.lookups) for p in part.parameters())
+    dense = dense_parameters(model)
     return (
         f"{len(tables)} embedding tables with {rows:,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
@@ -351,6 +353,7 @@ def write_metrics(
     evaluations: dict[str, Evaluation],
     diagnosis: list[str],
     calibration: CalibrationResult | None = None,
+    cost: dict[str, Any] | None = None,
 ) -> None:
     """Everything measured, as JSON; what is not defined is null."""
     of_history = history.to_json()
@@ -360,6 +363,8 @@ def write_metrics(
         "diagnosis": diagnosis,
         "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()},
     }
+    if cost is not None:
+        content["cost"] = cost
     if calibration is not None:
         content["calibration"] = calibration.to_json()
     replace_file(path, json.dumps(content, indent=1))

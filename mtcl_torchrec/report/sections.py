@@ -1,0 +1,336 @@
+"""The sections of a report: from what a run directory holds to pictures, tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mtcl_torchrec.report import heat, pictures
+from mtcl_torchrec.report.contents import RunContents
+from mtcl_torchrec.report.facts import (
+    Event,
+    Gap,
+    TaskFact,
+    baseline_estimates,
+    baseline_gaps,
+    events,
+    influence,
+    task_facts,
+    tried_gaps,
+)
+from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
+from mtcl_torchrec.report.studio import Picture, Studio
+from mtcl_torchrec.report.tables import (
+    Table,
+    baseline_tables,
+    cost_tables,
+    event_table,
+    origin_table,
+    segment_tables,
+    task_tables,
+    tried_table,
+)
+from mtcl_torchrec.report.verdict import Answer, do_tasks_help, is_it_good, what_does_fusion
+
+MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
+MEASURE = "balance: {surgery: {kind: measure}}"
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Args:
+        key: its anchor.
+        title: its heading.
+        text: sentences before the rest.
+        pictures, tables: what it shows.
+        missing: what it would show, and how to get it.
+        code: shown folded, such as the run's YAML.
+    """
+
+    key: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    code: str = ""
+
+
+@dataclass
+class Report:
+    """A page.
+
+    Args:
+        title: of the run.
+        subtitle: what was judged.
+        answers: the verdict.
+        sections: in the order of the page.
+        notes: what is missing altogether.
+    """
+
+    title: str
+    subtitle: str
+    answers: list[Answer]
+    sections: list[Section]
+    notes: list[str]
+
+
+def build_report(run: RunContents, studio: Studio) -> Report:
+    """All of the page.
+
+    Args:
+        run: see `read_contents`.
+        studio: draws the pictures.
+    """
+    facts, of_events, gaps = task_facts(run), events(run), baseline_gaps(run)
+    balance = run.metrics.get("balance") or {}
+    gates, gradients = balance.get("gates") or [], balance.get("gradients") or []
+    shares, whence = influence(run)
+    has_fusion = bool(run.fusion) or bool(of_events)
+    ranked = [] if run.fused_anew else of_events  # by the score that counts
+    answers = [
+        is_it_good(facts, gaps, ranked),
+        do_tasks_help(gaps, gradients, gates, len(run.tasks or facts)),
+        what_does_fusion(shares, ranked, has_fusion, tried_gaps(run)[1], str(run.fitted.get("target") or "")),
+    ]
+    return Report(
+        run.name,
+        _subtitle(run),
+        answers,
+        [
+            _tasks(run, facts),
+            _learning(run, studio),
+            _ranking(run, studio),
+            _calibration(run, studio),
+            _sharing(gates, gradients, gaps, studio),
+            _fusion(run, studio, of_events, shares, whence, has_fusion),
+            _segments(run),
+            _baselines(run, studio, gaps),
+            Section("cost", "What it cost", tables=cost_tables(run), missing=_cost_missing(run)),
+            Section("run", "The run itself", _diagnosis(run), [], [origin_table(run)], code=run.run_yaml),
+        ],
+        run.missing,
+    )
+
+
+def _subtitle(run: RunContents) -> str:
+    epochs, best = run.history.get("epochs") or [], run.history.get("best_epoch") or 0
+    kept = f"epoch {best} of {len(epochs)} is kept" if best else "no epoch was evaluated"
+    if not run.split:
+        return f"Training did not finish; {kept}; the numbers below are of its validation."
+    return f"Judged by the {run.split} split, {int(run.evaluation.get('rows') or 0):,} rows; {kept}."
+
+
+def _diagnosis(run: RunContents) -> list[str]:
+    lines = [str(line) for line in run.metrics.get("diagnosis") or []]
+    return [f"The diagnosis of its training: {'; '.join(lines)}."] if lines else []
+
+
+def _drawn(run: RunContents) -> list[str]:
+    first = [task for task in run.fused_tasks if task in run.kinds]
+    return [*first, *(task for task in run.kinds if task not in first)][:MOST_TASKS]
+
+
+def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
+    section = Section("tasks", "How well each task is predicted", tables=task_tables(facts))
+    if section.tables:
+        section.text.append(
+            "AUC 0.5 is guessing, 1 is perfect; GAUC is AUC within one user's rows. NE is log-loss relative to always "
+            "predicting the base rate: below 1 is better than that. Predicted / observed is 1 where probabilities are "
+            "right on average."
+        )
+    empty = [fact.task for fact in facts if not fact.metrics.get("count")]
+    section.missing += [f"{task} has no label in these rows: there is nothing to judge it by." for task in empty]
+    one_class = [
+        f.task for f in facts if f.kind == "binary" and f.metrics.get("count") and f.metrics.get("auc") is None
+    ]
+    section.missing += [f"Of {task}, only one kind of label is in these rows: it has no AUC." for task in one_class]
+    if not section.tables:
+        section.missing.append("Nothing was evaluated: no epoch of this run has ended.")
+    return section
+
+
+def _learning(run: RunContents, studio: Studio) -> Section:
+    section = Section(
+        "learning", "How training went", pictures=pictures.learning_curves(studio, run.history, _drawn(run))
+    )
+    if section.pictures:
+        section.text.append("Each task on the validation split after each epoch; the ring is the epoch that is kept.")
+    epochs = run.history.get("epochs") or []
+    if not epochs:
+        section.missing.append("No epoch was evaluated on validation: there are no learning curves.")
+    elif len(epochs) == 1:
+        section.missing.append("There was one epoch: a curve needs two.")
+    return section
+
+
+def _ranking(run: RunContents, studio: Studio) -> Section:
+    section = Section("curves", "ROC and precision-recall")
+    table = run.table
+    if table is None:
+        section.missing.append("There is no file of predictions for this split, so no curves.")
+        return section
+    without = []
+    for task in _drawn(run):
+        if task not in table.predicted_names:
+            continue
+        if run.kinds[task] != "binary":
+            without.append(task)
+            continue
+        rankings = {"own head": table.predicted(task)}
+        if table.score is not None and task in run.fused_tasks:
+            rankings["fused score"] = table.score
+        if table.popularity is not None:
+            rankings["popularity"] = np.nan_to_num(table.popularity)
+        threshold = table.thresholds.get(task)
+        drawn = pictures.ranking_curves(studio, task, table.labels(task), rankings, threshold)
+        section.pictures += drawn
+        if not drawn:
+            section.missing.append(f"{task} has only one kind of label in these rows, or none: it has no curves.")
+    if section.pictures:
+        section.text.append(
+            "Above the diagonal is better than guessing; of precision and recall, above the line of the base rate."
+            + (" The dot is the threshold that was chosen on validation." if table.thresholds else "")
+        )
+    if without:
+        section.missing.append(f"{', '.join(without)}: no event that happens or not, so no such curves.")
+    return section
+
+
+def _calibration(run: RunContents, studio: Studio) -> Section:
+    section = Section("calibration", "Are the probabilities right?")
+    table = run.table
+    if table is None:
+        section.missing.append("There is no file of predictions for this split, so no reliability diagrams.")
+        return section
+    changed = False
+    for task in _drawn(run):
+        if task not in table.predicted_names:
+            continue
+        predicted = {"as predicted": table.predicted(task)}
+        if f"uncalibrated.{task}" in table.frame or f"uncalibrated.{task}" in table.classes:
+            changed = True
+            predicted = {"before": table.predicted(task, calibrated=False), "after": table.predicted(task)}
+        picture = pictures.reliability_diagram(studio, task, run.kinds[task], table.labels(task), predicted)
+        if picture is None:
+            section.missing.append(f"{task} has no label in these rows: no reliability diagram.")
+        else:
+            section.pictures.append(picture)
+    if section.pictures:
+        section.text.append(
+            "Rows sorted by prediction, in bins of equally many: on the diagonal, what was predicted is what happened. "
+            "Bars are 95% intervals."
+        )
+    if not changed:
+        section.missing.append(
+            "Nothing was calibrated after training, so there is no before and after: `calibration` in the run's YAML "
+            "does it."
+        )
+    return section
+
+
+def _sharing(gates: Sequence[dict], gradients: Sequence[dict], gaps: Sequence[Gap], studio: Studio) -> Section:
+    section = Section("sharing", "How the tasks share")
+    section.pictures += heat.expert_use(studio, gates) + heat.task_conflicts(studio, gradients)
+    if gates:
+        section.text.append(
+            "Of each gate, the mean weight of each expert; rows that look alike share what they learn"
+            + (" (+ is added beside the gate)." if any(use.get("native") for use in gates) else ".")
+        )
+    else:
+        section.missing.append(
+            "The trunk has no gates that choose among experts, or none was read: there is no map of their use."
+        )
+    if gradients:
+        section.text.append("Cosines above 0: a step for one task helps the other; below 0: the tasks pull apart.")
+    else:
+        section.missing.append(f"How the tasks' gradients agree was not recorded: `{MEASURE}` in the run's YAML does.")
+    return section
+
+
+def _fusion(
+    run: RunContents, studio: Studio, of_events: list[Event], shares: dict[str, float], whence: str, there: bool
+) -> Section:
+    section = Section("fusion", "What the fusion does")
+    if not there:
+        section.missing.append("The run has no fused score: `fusion` in its YAML declares one.")
+        return section
+    kind = str(run.fusion.get("kind") or "weighted_mean")
+    weights = {str(t): float(w) for t, w in (run.fusion.get("weights") or {}).items()}
+    how = f", found by {run.fitted['method']} for {run.fitted.get('target')}" if run.fitted.get("target") else ""
+    section.text.append(f"The fused score is of the kind {kind}{how}.")
+    if weights:
+        section.pictures.append(bars(studio, "fusion weights", "Weight of each task", weights, "weight", percent=False))
+    if shares:
+        title = "Who decides the ranking"
+        section.pictures.append(
+            bars(studio, "fusion influence", title, shares, "share of the ranking within a request", percent=True)
+        )
+        section.text.append(
+            f"A weight is not an influence: a head whose predictions hardly differ decides little. Shares are {whence}."
+        )
+    if (tried := tried_table(run.fitted)) is not None:
+        section.tables.append(tried)
+    if run.fused_anew and of_events:
+        section.missing.append(
+            "The fusion was changed after training. Rankings by event, and curves of the fused score, are of the score "
+            "that training ended with; weights, shares and what was tried are of the new one."
+        )
+    for metric in dict.fromkeys(e.metric for e in of_events):
+        rows = {e.task: e.rankings for e in of_events if e.metric == metric}
+        title = f"{metric} of each event by three rankings"
+        section.pictures.append(dots(studio, f"fusion events {metric}", title, metric, rows, guess=0.5))
+    if (table := event_table(of_events)) is not None:
+        section.tables.append(table)
+    else:
+        section.missing.append("No binary task's event is ranked by the fused score: it was not evaluated.")
+    front = pareto_pictures(studio, run.fitted)
+    section.pictures += front
+    if front:
+        section.text.append(
+            "The last pictures are the Pareto front: what the ranking of each event loses (to the right) for more of "
+            "the target (upwards)."
+        )
+    else:
+        section.missing.append("Weights were not fitted, so there is no Pareto front: `mtcl fuse RUN_DIR` draws it.")
+    return section
+
+
+def _segments(run: RunContents) -> Section:
+    section = Section("segments", "For whom, and for what")
+    first = [t for t in _drawn(run) if run.kinds[t] == "binary"]
+    tasks = [t for t in first if run.table is not None and t in run.table.predicted_names][:6]
+    section.tables = segment_tables(run, tasks)
+    if not section.tables:
+        section.missing.append("There are no columns by which rows could be told apart, or no file of predictions.")
+    elif run.table is not None and not any(str(column).startswith("segment.") for column in run.table.frame):
+        section.missing.append("By further columns: `evaluation: {segments: [hour]}` in the run's YAML, and the like.")
+    return section
+
+
+def _baselines(run: RunContents, studio: Studio, gaps: list[Gap]) -> Section:
+    section = Section("baselines", "Against baselines")
+    if not run.baselines:
+        section.missing.append(
+            "No baselines were trained: `mtcl baselines RUN.yaml` tunes popularity, item-kNN, factorisation, logistic "
+            "regression, trees, single-task twins and more on the same splits."
+        )
+        return section
+    estimates = baseline_estimates(run)
+    section.tables = baseline_tables(run, estimates, gaps)
+    for task, of in estimates.items():
+        rows = {name: {"AUC": value} for name, value in of.items()}
+        section.pictures.append(dots(studio, f"baselines {task}", f"AUC of {task}", f"AUC of {task}", rows, guess=0.5))
+    if not estimates:
+        section.missing.append("The baselines' predictions for this split are missing: no confidence intervals.")
+    return section
+
+
+def _cost_missing(run: RunContents) -> list[str]:
+    if run.metrics.get("cost"):
+        return []
+    return ["Samples per second, memory and parameters were not recorded: runs trained from now on record them."]

@@ -1,0 +1,256 @@
+"""Tables of the page, as text: numbers as metrics.json has them, to four digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtcl_torchrec.evaluation.report import BASE
+from mtcl_torchrec.report.contents import RunContents
+from mtcl_torchrec.report.errors import SURE
+from mtcl_torchrec.report.facts import Event, Gap, TaskFact, chosen_name
+from mtcl_torchrec.report.segments import EVENTS, segment_aucs, segment_masks
+from mtcl_torchrec.report.verdict import sign_of
+
+SHOWN = {  # key of metrics.json -> heading, by kind of task
+    "binary": {
+        "auc": "AUC", "gauc": "GAUC", "pr_auc": "PR-AUC", "log_loss": "log-loss", "ne": "NE", "brier": "Brier",
+        "calibration": "predicted / observed", "ece": "ECE", "threshold": "threshold", "accuracy": "accuracy",
+        "majority": "always the same", "precision": "precision", "recall": "recall", "f1": "F1",
+        "f1_all_yes": "F1 of all yes", "said_yes": "said yes",
+    },
+    "multiclass": {"top1": "top-1", "top5": "top-5", "log_loss": "log-loss", "ne": "NE", "ece": "ECE"},
+    "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC", "calibration": "predicted / observed"},
+}  # fmt: skip
+_TABLES = 10  # of a run that are named
+MARKS = {1: "better", -1: "worse", 0: "too close to call"}
+
+
+@dataclass
+class Table:
+    """Rows of text under headings; the first column is what a row is about.
+
+    Args:
+        caption: above it, also for who hears the page.
+        columns: headings.
+        rows: cells, as many as headings.
+        note: below it.
+    """
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    tones: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number as the page says it.
+
+    Example:
+        >>> number(0.12345), number(None), number(float("nan")), number(-0.5, 1), number(-1e-9, 1)
+        ('0.1235', '–', '–', '−0.5', '0.0')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:z,.{digits}f}".replace("-", "−")
+
+
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    """A number and its 95% interval's half.
+
+    Example:
+        >>> with_error(0.7, 0.01), with_error(0.7, float("nan"))
+        ('0.7000 ± 0.0196', '0.7000')
+    """
+    if math.isnan(error) or math.isnan(value):
+        return number(value, digits)
+    return f"{number(value, digits)} ± {number(SURE * error, digits)}"
+
+
+def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
+    """One for each kind of task; columns that no task has are left out."""
+    tables = []
+    for kind, headings in SHOWN.items():
+        of_kind = [fact for fact in facts if fact.kind == kind]
+        if not of_kind:
+            continue
+        there = {key: name for key, name in headings.items() if any(key in fact.metrics for fact in of_kind)}
+        rows = []
+        for fact in of_kind:
+            count = fact.metrics.get("count")
+            cells = [number(fact.metrics.get(key)) for key in there]
+            rows.append(
+                [fact.task, *cells, number(fact.metrics.get("base_rate")), "–" if count is None else f"{int(count):,}"]
+            )
+        columns = [f"{kind} task", *there.values(), BASE[kind], "labels"]
+        tables.append(Table(f"{kind.capitalize()} tasks", columns, rows))
+    return tables
+
+
+def event_table(events: Sequence[Event]) -> Table | None:
+    """The fused ranking beside each event's own head and popularity."""
+    if not events:
+        return None
+    ways = list(dict.fromkeys(way for e in events for way in e.rankings))
+    rows: list[list[str]] = []
+    tones: dict[tuple[int, int], str] = {}
+    for r, e in enumerate(events):
+        name = f"{e.task} (lowers the score)" if e.unwanted else e.task
+        cells = [with_error(*e.rankings[way]) if way in e.rankings else "–" for way in ways]
+        against = {gap.against: gap for gap in e.gaps}
+        for c, other in enumerate(("own head", "popularity")):
+            sign = sign_of(against[other]) if other in against else None
+            cells.append("–" if sign is None else MARKS[sign])
+            if sign:
+                tones[r, 2 + len(ways) + c] = "good" if sign > 0 else "bad"
+        rows.append([name, e.metric, *cells])
+    columns = ["event", "metric", *ways, "fused against own head", "fused against popularity"]
+    return Table("The same rows in the order of the fused score, of the event's own head, and by popularity",
+                 columns, rows, "± is half of a 95% interval over users.", tones)  # fmt: skip
+
+
+def tried_table(fitted: Mapping[str, Any]) -> Table | None:
+    """What a fusion fitted after training was chosen from, on folds left out; None where none was fitted."""
+    tried = [of for of in fitted.get("tried") or [] if isinstance(of, dict)]
+    if not tried:
+        return None
+    target, chosen = str(fitted.get("target", "target")), chosen_name(fitted)
+
+    def cell(value: Any, error: Any) -> str:
+        mean, spread = (math.nan if v is None else float(v) for v in (value, error))
+        return with_error(mean, spread)
+
+    rows = [
+        [f"{of['name']} (chosen)" if of["name"] == chosen else str(of["name"]), cell(of.get("target"), of.get("error")),
+         cell(of.get("better"), of.get("better_error")), str(of.get("broken") or "")]
+        for of in tried
+    ]  # fmt: skip
+    return Table(f"What was tried for {target}", ["ranked by", target, "better than the best head", "breaks"], rows,
+                 "On folds left out; ± is half of a 95% interval.")  # fmt: skip
+
+
+def baseline_tables(
+    run: RunContents, estimates: Mapping[str, Mapping[str, tuple[float, float]]], gaps: Sequence[Gap]
+) -> list[Table]:
+    """AUC of this run and of each baseline; and what each baseline cost."""
+    names = list(run.baselines)
+    tables = []
+    if estimates:
+        signs = {(gap.task, gap.against): sign_of(gap) for gap in gaps}
+        rows: list[list[str]] = []
+        tones: dict[tuple[int, int], str] = {}
+        for name in ["this run", *names]:
+            if not any(name in of for of in estimates.values()):
+                continue
+            for c, task in enumerate(estimates, 1):
+                if sign := signs.get((task, name), 0):
+                    tones[len(rows), c] = "bad" if sign < 0 else "good"
+            rows.append([name, *(with_error(*of[name]) if name in of else "–" for of in estimates.values())])
+        note = (
+            "AUC ± half of a 95% interval over users. Marked where the difference to this run counts (paired, two "
+            "standard errors): ▲ this run is better, ▼ this run is worse."
+        )
+        tables.append(Table(f"AUC on the {run.split} split", ["ranked by", *estimates], rows, note, tones))
+    if names:
+        rows = []
+        for name in names:
+            of = run.baselines[name] if isinstance(run.baselines[name], dict) else {}
+            said = _settings(of.get("settings") or {})
+            trials = of.get("trials")
+            trials = len(trials) if isinstance(trials, list) else trials
+            rows.append([name, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
+        tables.append(Table("How the baselines were tuned", ["baseline", "trials", "seconds", "settings"], rows))
+    return tables
+
+
+def _settings(settings: Any) -> str:
+    """Settings in a line, those of each task after its name."""
+    if not isinstance(settings, dict):
+        return str(settings)
+    parts = [f"{k}: {_settings(v)}" if isinstance(v, dict) else f"{k} {_short(v)}" for k, v in settings.items()]
+    return ("; " if any(isinstance(v, dict) for v in settings.values()) else ", ").join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
+    """AUC of binary tasks on parts of the rows, a table for each way to part them."""
+    if run.table is None or not tasks:
+        return []
+    tables = []
+    for heading, masks in segment_masks(run.table).items():
+        rows = []
+        for value, mask in masks.items():
+            found = segment_aucs(run.table, tasks, mask)
+            rows.append([value, f"{int(mask.sum()):,}", *(with_error(*found[task], 3) for task in tasks)])
+        note = f"AUC ± half of a 95% interval over users; – where there are fewer than {EVENTS} events or others."
+        tables.append(Table(f"AUC by {heading}", [heading, "rows", *tasks], rows, note))
+    return tables
+
+
+def cost_tables(run: RunContents) -> list[Table]:
+    """Speed, memory and size of a run, and its largest tables."""
+    cost, seconds = run.metrics.get("cost") or {}, [s for s in run.history.get("seconds") or [] if s is not None]
+    sizes = table_sizes(run)
+    rows = []
+    if seconds:
+        rows.append(["training", f"{sum(seconds):,.1f} s in {len(seconds)} epochs"])
+        rows.append(["seconds per epoch", ", ".join(number(s, 1) for s in _some(seconds))])
+    for key, label, digits, unit in (
+        ("samples_per_second", "samples per second", 0, ""),
+        ("peak_memory_gb", "peak memory of a rank", 2, " GB"),
+        ("peak_device_memory_gb", "peak memory of its GPU", 2, " GB"),
+        ("dense_parameters", "dense parameters", 0, ""),
+    ):
+        if cost.get(key) is not None:
+            rows.append([label, number(cost[key], digits) + unit])
+    if cost.get("device"):
+        ranks = int(cost.get("ranks") or 1)
+        rows.append(["ran on", f"{ranks} rank{'s' * (ranks > 1)} on {cost['device']}"])
+    if sizes:
+        total = sum(r * d for r, d in sizes.values())
+        rows.append(["embedding tables", f"{len(sizes)} with {sum(r for r, _ in sizes.values()):,} rows"])
+        rows.append(["parameters in tables", f"{total:,} ({total * 4 / 1e6:,.1f} MB as float32)"])
+    tables = [Table("Cost", ["what", "how much"], rows)] if rows else []
+    if sizes:
+        largest = sorted(sizes.items(), key=lambda of: -of[1][0] * of[1][1])
+        body = [[name, f"{r:,}", str(d), f"{r * d:,}"] for name, (r, d) in largest[:_TABLES]]
+        note = f"and {len(largest) - _TABLES} smaller ones" if len(largest) > _TABLES else ""
+        tables.append(Table("The largest tables", ["table", "rows", "dimensions", "parameters"], body, note))
+    return tables
+
+
+def _some(seconds: list[float], most: int = 12) -> list[float]:
+    return seconds[:most]
+
+
+def table_sizes(run: RunContents) -> dict[str, tuple[int, int]]:
+    """Table -> rows and dimensions, of the sharding plan in the checkpoint; a shard of two ranks counts once."""
+    sizes = {}
+    for name, of in (run.about.get("plan") or {}).items():
+        shards = of.get("shards") or [] if isinstance(of, dict) else []
+        if shards:
+            rows = max(int(s["row"]) + int(s["rows"]) for s in shards)
+            sizes[str(name)] = (rows, max(int(s["column"]) + int(s["columns"]) for s in shards))
+    return sizes
+
+
+def origin_table(run: RunContents) -> Table:
+    """What the run was made of and with."""
+    about = run.about
+    rows = [[name, str(v)] for name, v in (about.get("versions") or {}).items() if v is not None]
+    if about.get("rows"):
+        rows.append(["training data", str(about["rows"])])
+    for split, table in run.predictions.items():
+        rows.append([f"{split} split", f"{len(table):,} rows, {table.fingerprint}"])
+    for key, label in (("ranks", "ranks"), ("batch_size", "batch size, rows a rank"), ("step", "steps")):
+        if about.get(key) is not None:
+            rows.append([label, f"{about[key]:,}"])
+    if run.history.get("skipped_steps"):
+        rows.append(["batches that trained nothing", f"{run.history['skipped_steps']:,}"])
+    return Table("Versions and data", ["what", "which"], rows)

@@ -1,0 +1,416 @@
+"""A run's report: its numbers, what it says of what is missing, names from data, the same file for the same run."""
+
+import io
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import made_run
+import numpy as np
+import pytest
+import shop
+import yaml
+from made_run import TASKS, WEIGHTS, make
+from ranks import run_ranks
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mtcl_torchrec.cli import app
+from mtcl_torchrec.config import dump_run, parse_run
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.report import Compared, compare_html, write_report
+from mtcl_torchrec.report import studio as studio_module
+from mtcl_torchrec.report.tables import number
+from mtcl_torchrec.schema import ConfigError, DataError, Task
+from mtcl_torchrec.training.run import train_run
+
+
+class Page(HTMLParser):
+    """What a browser would make of it: elements, text, tables as lists of rows of text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.tables, self._cell = [], [], [], {}, None
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+        self.text = re.sub(r"\s+", " ", "".join(self.texts))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag == "table":
+            self._table = []
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th", "caption"):
+            self._cell = ""
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._table[-1].append(self._cell)
+            self._cell = None
+        elif tag == "caption":
+            self.tables[self._cell] = self._table
+            self._cell = None
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self._cell is not None:
+            self._cell += data
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="session")
+def page(made, tmp_path_factory):
+    return Page(write_report(made, tmp_path_factory.mktemp("page") / "report.html"))
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Pictures that are drawn as nothing, for tests of what is around them; names of those that were asked for."""
+    asked = []
+
+    def draw(self, name, title, alt, paint, **kwargs):
+        asked.append(name)
+        return studio_module.Picture(re.sub(r"\W", "-", name), title, alt, "<svg></svg>", 300)
+
+    monkeypatch.setattr(studio_module.Studio, "draw", draw)
+    return asked
+
+
+def copied(made, folder):
+    shutil.copytree(made, folder)
+    return folder
+
+
+def edited(folder, change):
+    """With metrics.json changed."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    change(metrics)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def read(folder):
+    return Page(write_report(folder))
+
+
+def test_numbers_are_those_of_metrics_json(made, page):
+    metrics = json.loads((made / "metrics.json").read_text())
+    tasks = metrics["evaluations"]["test"]["tasks"]
+    headings = {"AUC": "auc", "GAUC": "gauc", "log-loss": "log_loss", "NE": "ne", "predicted / observed": "calibration",
+                "base rate": "base_rate", "top-1": "top1", "top-5": "top5", "top class": "base_rate", "MSE": "mse",
+                "MAE": "mae", "R²": "r2", "mean label": "base_rate"}  # fmt: skip
+    seen = 0
+    for kind in ("Binary", "Multiclass", "Regression"):
+        columns, *rows = page.tables[f"{kind} tasks"]
+        for task, *cells in rows:
+            for heading, cell in zip(columns[1:], cells, strict=True):
+                if heading == "labels":
+                    assert cell == f"{int(tasks[task]['count']):,}"
+                else:
+                    assert cell == number(tasks[task][headings[heading]]), (task, heading)
+                seen += 1
+    assert seen == 3 * 7 + 6 + 5
+    ranking = metrics["evaluations"]["test"]["ranking"]
+    columns, *rows = page.tables[
+        "The same rows in the order of the fused score, of the event's own head, and by popularity"
+    ]
+    assert [row[0] for row in rows] == ["click", "like", "report (lowers the score)"]
+    for row, task in zip(rows, WEIGHTS, strict=True):
+        shown = dict(zip(columns, row, strict=True))
+        assert shown["fused"].split(" ±")[0] == number(ranking["fused"][f"gauc {task}"])
+        assert shown["popularity"].split(" ±")[0] == number(ranking["popular"][f"gauc {task}"])
+        assert shown["own head"].split(" ±")[0] == number(tasks[task]["gauc"])
+
+
+def test_tables_say_cost_versions_and_data(made, page):
+    cost = dict(page.tables["Cost"][1:])
+    assert cost["samples per second"] == "4,321"
+    assert cost["peak memory of a rank"] == "1.50 GB"
+    assert cost["dense parameters"] == "12,345"
+    assert cost["seconds per epoch"] == "2.0, 3.0, 4.0"
+    # Both shards of the user's table, and one copy of the item's, which two ranks hold.
+    assert page.tables["The largest tables"][1:] == [
+        ["table_user", "151", "8", "1,208"],
+        ["table_item", "80", "4", "320"],
+    ]
+    origin = dict(page.tables["Versions and data"][1:])
+    assert origin["torch"] == "2.13.0"
+    assert "fbgemm-gpu" not in origin
+    assert origin["training data"] == "memory, 9000 rows, seed 0, 0123abcd"
+    assert origin["test split"].endswith(read_predictions(made / "predictions/test.parquet").fingerprint)
+    assert "kind: multiclass" in page.text
+
+
+def test_baselines_have_intervals_and_are_marked(page):
+    columns, *rows = page.tables["AUC on the test split"]
+    assert columns == ["ranked by", "click", "like", "report"]
+    assert [row[0] for row in rows] == ["this run", "popularity", "logistic", "single_task", "trees"]
+    assert all(re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", cell) for cell in rows[0][1:])
+    assert all("▲" in cell for cell in rows[1][1:])
+    assert page.tables["How the baselines were tuned"][-1] == ["trees", "10", "3.0", "c 1"]
+
+
+def test_every_picture_is_there_with_words_for_it(page):
+    drawn = {value for tag, name, value in page.attributes if (tag, name) == ("div", "id")}
+    tasks = [task.name for task in TASKS]
+    expected = {f"{kind}-{t}" for kind in ("learning", "reliability") for t in tasks}
+    expected |= {f"{kind}-{t}" for kind in ("roc", "precision-recall", "baselines") for t in WEIGHTS}
+    expected |= {"experts-level-1", "conflicts-trunk", "fusion-weights", "fusion-influence", "fusion-events-gauc",
+                 "pareto-click", "pareto-like"}  # fmt: skip
+    assert drawn == expected
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("div", "aria-label")]
+    assert sum(len(label) > 20 for label in labels) >= len(expected)
+    assert page.tags.count("svg") == len(expected)
+    assert set(re.findall(r"#[0-9a-f]{6}", re.sub(r"<style>.*?</style>", "", page.html, flags=re.S))) == set()
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    assert "script" not in page.tags
+    targets = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert all(target.startswith(("#", "data:,")) for target in targets)
+    assert not re.search(r"url\((?!#)", page.html)
+    assert "@import" not in page.html
+
+
+def test_the_same_run_gives_the_same_file(made, page, tmp_path):
+    again = write_report(copied(made, tmp_path / "elsewhere"), tmp_path / "again.html")
+    assert again.read_text(encoding="utf-8") == page.html
+    assert len(page.html) < 1_000_000
+
+
+NAME = """<script>alert("1")</script>"><img src=x onerror='a()'>{{7*7}}$x_1$ `code`"""
+
+
+def test_names_from_data_are_text(tmp_path, monkeypatch):
+    tasks = [Task.binary(NAME), Task.binary("like")]
+    monkeypatch.setattr(made_run, "WEIGHTS", {NAME: 1.0})
+    folder = make(tmp_path / "run", tasks=tasks, fitted=False, name=NAME)
+    baselines = json.loads((folder / "baselines.json").read_text())
+    baselines[NAME] = {"settings": {NAME: NAME}, "trials": 1, "seconds": None}
+    (folder / "baselines.json").write_text(json.dumps(baselines))
+    found = edited(folder, lambda m: m["balance"]["gates"][0].update(gate=NAME) or m.update(diagnosis=[NAME]))
+    for path in (write_report(found), compare_html([found, found], None, tmp_path / "compare.html")):
+        of = Page(path)
+        assert not {"script", "img"} & set(of.tags)
+        assert not [name for _, name, _ in of.attributes if name.startswith("on")]
+        assert "{{7*7}}" in of.text
+        assert "49" not in re.findall(r"\}?49\$", of.text)
+        assert NAME.replace("`", "") in of.text.replace("`", "")
+
+
+# Each takes something away, and says what the page must then say.
+def _no_epochs(metrics):
+    metrics["history"]["epochs"], metrics["history"]["best_epoch"] = [], 0
+
+
+def _one_epoch(metrics):
+    metrics["history"]["epochs"], metrics["history"]["best_epoch"] = metrics["history"]["epochs"][:1], 1
+
+
+def _not_a_number(metrics):
+    for of in [metrics["evaluations"]["test"]["tasks"], *metrics["history"]["epochs"]]:
+        of["click"] |= dict.fromkeys(("auc", "gauc", "ne", "calibration"))
+    metrics["evaluations"]["test"]["ranking"]["fused"] |= {"auc click": None, "gauc click": None}
+
+
+def _no_labels(metrics):
+    metrics["evaluations"]["test"]["tasks"]["like"] = {"count": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_no_epochs, "No epoch was evaluated on validation"),
+        (_one_epoch, "There was one epoch: a curve needs two"),
+        (_not_a_number, "Of click, only one kind of label is in these rows"),
+        (_no_labels, "like has no label in these rows"),
+        (lambda m: m["balance"].update(gradients=[]), "balance: {surgery: {kind: measure}}"),
+        (lambda m: m["balance"].update(gates=[]), "no gates that choose among experts"),
+        (lambda m: m.update(balance={}), "no gates that choose among experts"),
+        (lambda m: m.pop("cost"), "were not recorded"),
+        (lambda m: m["evaluations"]["test"].update(ranking={}), "it was not evaluated"),
+        (lambda m: m.update(evaluations={}), "Training did not finish"),
+        (lambda m: m["history"].update(seconds=[None, 1.0]), "What it cost"),
+    ],
+)
+def test_what_the_metrics_lack_is_said(made, tmp_path, fast, change, expected):
+    assert expected in read(edited(copied(made, tmp_path / "run"), change)).text
+
+
+@pytest.mark.parametrize(
+    ("gone", "expected"),
+    [
+        ("predictions", "predictions/test.parquet is not there"),
+        ("fusion", "Weights were not fitted, so there is no Pareto front"),
+        ("baselines", "The baselines' predictions for this split are missing"),
+        ("baselines.json", "No baselines were trained"),
+        ("checkpoints", "There is no complete checkpoint"),
+        ("metrics.json", "Training did not finish (no metrics.json)"),
+    ],
+)
+def test_what_the_directory_lacks_is_said(made, tmp_path, fast, gone, expected):
+    path = copied(made, tmp_path / "run") / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found = read(tmp_path / "run")
+    assert expected in found.text
+    if gone == "metrics.json":
+        assert "learning click" in fast  # what the checkpoint knows
+        assert "of its validation" in found.text
+    if gone == "predictions":
+        assert found.tables["Binary tasks"][1][0] == "click"
+
+
+def test_an_empty_run_and_one_with_nothing_but_a_yaml(tmp_path, fast):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match="no run here"):
+        write_report(tmp_path / "run")
+    (tmp_path / "run/run.yaml").write_text("name: bare\n")
+    found = read(tmp_path / "run")
+    assert "Nothing was evaluated" in found.text
+    assert "No task has labels by which it could be judged" in found.text
+    assert fast == []
+
+
+def test_one_task_without_calibration(tmp_path, fast):
+    folder = make(tmp_path / "run", tasks=TASKS[:1], calibrated=False, fitted=False, baselines=False)
+    text = read(folder).text
+    assert "There is one task" in text
+    assert "Nothing was calibrated after training" in text
+    assert "reliability click" in fast
+
+
+def test_a_run_without_a_fused_score(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    shutil.rmtree(folder / "fusion")
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in run.items() if k != "fusion"}))
+    of = read_predictions(folder / "predictions/test.parquet")
+    bare = PredictionsTable(of.frame.drop(columns=["score", "popularity", "user"]), of.tasks, of.split, of.classes)
+    write_predictions(folder / "predictions/test.parquet", bare)
+    edited(folder, lambda m: m["evaluations"]["test"].update(ranking={}))
+    assert "The run has no fused score" in read(folder).text
+    assert "roc click" in fast
+
+
+def test_a_task_without_labels_in_the_predictions(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    of = read_predictions(folder / "predictions/test.parquet")
+    of.frame["label.like"] = np.float32(np.nan)
+    write_predictions(folder / "predictions/test.parquet", of)
+    edited(folder, _no_labels)
+    text = read(folder).text
+    assert "like has only one kind of label in these rows, or none" in text
+    assert "roc like" not in fast
+    assert "roc click" in fast
+
+
+def test_a_damaged_file_is_named(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(DataError, match=r"metrics\.json: damaged"):
+        write_report(folder)
+
+
+def test_the_command(made, tmp_path, fast):
+    done = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path / "new/page.html")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "new/page.html").is_file()
+    assert "page.html" in done.output
+    refused = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path)])
+    assert isinstance(refused.exception, ConfigError)
+    elsewhere = copied(made, tmp_path / "run")
+    (elsewhere / "baselines.json").rename(tmp_path / "baselines.json")
+    shutil.move(elsewhere / "baselines", tmp_path / "baselines")
+    done = CliRunner().invoke(app, ["report", str(elsewhere), "--baselines", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "baselines click" in fast
+    with pytest.raises(DataError, match=r"no baselines\.json here"):
+        write_report(elsewhere, baselines=tmp_path / "new")
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_without_a_library_the_extra_is_named(made, tmp_path, fast, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=r"mtcl_torchrec\[plots\]"):
+        write_report(made, tmp_path / "page.html")
+    from mtcl_torchrec.cli.report import report_of_demo
+
+    console = Console(record=True, width=200, file=io.StringIO())
+    report_of_demo(made, console)
+    assert "No report was written: a report needs" in console.export_text()
+
+
+def test_pictures_go_into_a_folder_too(tmp_path):
+    draws = studio_module.Studio(tmp_path / "png")
+    names = [
+        draws.draw("the <same> name", "T", "a", lambda axes, c: axes.plot([0, 1], color=c["a"])).name for _ in "ab"
+    ]
+    assert names == ["the-same-name", "the-same-name-2"]
+    files = sorted((tmp_path / "png").iterdir())
+    assert [f.name for f in files] == ["the-same-name-2.png", "the-same-name.png"]
+    assert all(f.read_bytes().startswith(b"\x89PNG") and f.stat().st_size > 2000 for f in files)
+
+
+def test_runs_side_by_side(made, tmp_path, fast):
+    other = make(tmp_path / "other", baselines=False, fitted=False)
+    worse = made_run.table(noise=2.0)
+    write_predictions(other / "predictions/test.parquet", worse)
+    run = yaml.safe_load((other / "run.yaml").read_text())
+    run["training"] = {"epochs": 7}
+    (other / "run.yaml").write_text(yaml.safe_dump(run))
+    found = Page(compare_html([made, other], None, tmp_path / "compare.html"))
+    assert "Is other better than run?" in found.text
+    assert "No, worse on 3 of 3" in found.text
+    assert "Yes, on 3 of 3" in Page(compare_html([other, made], None, tmp_path / "compare.html")).text
+    assert "No difference that counts" in Page(compare_html([made, made], None, tmp_path / "compare.html")).text
+    assert found.tables["Keys of the YAML whose values differ"][1:] == [["training.epochs", "–", "7"]]
+    given = [Compared("ranking", "NDCG@10", [0.4, 0.5], [(0.1, 0.05, 0.15)]),
+             Compared("click", "log-loss", [0.4, 0.5], [(0.1, 0.05, 0.15)], more_is_better=False)]  # fmt: skip
+    text = Page(compare_html([made, other], given, tmp_path / "compare.html")).text
+    assert "Better on 1, worse on 1" in text
+    assert "Better: ranking (NDCG@10)." in text
+    with pytest.raises(ConfigError, match="two runs or more"):
+        compare_html([made], None, tmp_path / "compare.html")
+
+
+def train(data, folder):
+    run = parse_run(shop.RUN, folder=data)
+    run.training.epochs = 1
+    changed = yaml.safe_load(dump_run(run)) | {
+        "calibration": {"click": "platt"},
+        "balance": {"surgery": {"kind": "measure"}},
+    }
+    return train_run(parse_run(yaml.safe_dump(changed)), folder, device="cpu", console=Console(quiet=True)).evaluations
+
+
+def test_a_run_of_two_ranks_is_reported(tmp_path):
+    shop.log(1200).to_parquet(tmp_path / "log.parquet", index=False)
+    run_ranks(train, 2, tmp_path, tmp_path / "run")
+    stored = json.loads((tmp_path / "run/metrics.json").read_text())
+    cost = stored["cost"]
+    assert cost["samples_per_second"] == pytest.approx(840 / stored["history"]["seconds"][0], rel=0.01)
+    assert cost["ranks"] == 2
+    assert cost["device"] == "cpu"
+    assert cost["peak_device_memory_gb"] is None
+    assert 0.05 < cost["peak_memory_gb"] < 10
+    assert cost["dense_parameters"] > 100
+    found = Page(write_report(tmp_path / "run"))
+    drawn = {value for tag, name, value in found.attributes if (tag, name) == ("div", "id")}
+    assert {
+        "roc-click",
+        "roc-buy",
+        "conflicts-trunk",
+        "experts-level-1",
+        "reliability-taste",
+        "fusion-weights",
+    } <= drawn
+    assert found.tables["Binary tasks"][1][1] == number(stored["evaluations"]["test"]["tasks"]["click"]["auc"])
+    assert "before" in next(v for t, n, v in found.attributes if n == "aria-label" and "Reliability of click" in v)

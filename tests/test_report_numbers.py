@@ -1,0 +1,266 @@
+"""What a report computes itself: standard errors, curves, shares of the ranking, and the verdict's rules."""
+
+import math
+
+import numpy as np
+import pytest
+from made_run import table
+from sklearn.metrics import auc as area
+from sklearn.metrics import roc_auc_score
+
+from mtcl_torchrec.evaluation.metrics import gauc
+from mtcl_torchrec.fusing.held_out import HeldOut
+from mtcl_torchrec.fusing.weights import influence_of
+from mtcl_torchrec.report.curves import precision_recall_points, reliability, roc_points
+from mtcl_torchrec.report.errors import auc_estimate, clusters_of, gauc_estimate
+from mtcl_torchrec.report.facts import Event, Gap, TaskFact
+from mtcl_torchrec.report.influence import shares_of_ranking
+from mtcl_torchrec.report.verdict import do_tasks_help, is_it_good, learnt, sign_of, what_does_fusion
+
+NAN = math.nan
+
+
+def rows(count=400, users=60, seed=0):
+    """Labels, two scores (with ties) and users that matter for both."""
+    draw = np.random.default_rng(seed)
+    user = draw.integers(0, users, count)
+    taste = draw.normal(size=users)[user]
+    x = draw.normal(size=count)
+    labels = (draw.random(count) < 1 / (1 + np.exp(-x - taste))).astype(float)
+    labels[draw.random(count) < 0.1] = np.nan
+    return labels, np.round(x + 0.7 * draw.normal(size=count), 1), np.round(x + taste, 1), user
+
+
+def resampled_auc(labels, scores, of_user):
+    def auc(taken):
+        index = np.concatenate([of_user[u] for u in taken])
+        return roc_auc_score(labels[index], scores[index])
+
+    return auc
+
+
+def resampled_gauc(labels, scores, of_user):
+    both = [len(set(labels[rows])) == 2 for rows in of_user]
+    aucs = [roc_auc_score(labels[rows], scores[rows]) if ok else 0.0 for rows, ok in zip(of_user, both, strict=True)]
+    sizes = np.array([len(rows) * ok for rows, ok in zip(of_user, both, strict=True)])
+    return lambda taken: np.average(np.array(aucs)[taken], weights=sizes[taken])
+
+
+@pytest.mark.parametrize(("estimate", "again"), [(auc_estimate, resampled_auc), (gauc_estimate, resampled_gauc)])
+def test_standard_errors_are_those_of_a_bootstrap_over_users(estimate, again):
+    labels, *scores, users = rows(900, 120)
+    known = ~np.isnan(labels)
+    of_user = [np.flatnonzero((users == u) & known) for u in np.unique(users)]
+    metrics = [again(labels, s, of_user) for s in scores]
+    draws = np.random.default_rng(1).integers(0, len(of_user), (200, len(of_user)))
+    x, y = np.array([[metric(taken) for metric in metrics] for taken in draws]).T
+    a, b = (estimate(labels, s, clusters_of(users.astype(float), len(users))) for s in scores)
+    assert [a.error, b.error, a.minus(b)[1]] == pytest.approx([x.std(), y.std(), (x - y).std()], rel=0.25)
+    assert a.minus(b)[0] == pytest.approx(a.value - b.value)
+    assert a.minus(b)[1] < 0.9 * a.minus(b, paired=False)[1]
+
+
+def test_estimates_are_the_metrics_of_metrics_json():
+    labels, one, _, users = rows()
+    known = ~np.isnan(labels)
+    clusters = clusters_of(users.astype(float), len(users))
+    assert auc_estimate(labels, one, clusters).value == pytest.approx(roc_auc_score(labels[known], one[known]))
+    expected = gauc(labels[known], one[known], users[known].astype(float))
+    assert gauc_estimate(labels, one, clusters).value == pytest.approx(expected)
+
+
+def test_without_users_the_error_is_that_of_delong():
+    labels, scores, _, _ = rows(200)
+    known = ~np.isnan(labels)
+    x, y = scores[known][labels[known] == 1], scores[known][labels[known] == 0]
+    wins = (x[:, None] > y).astype(float) + 0.5 * (x[:, None] == y)
+    expected = math.sqrt(wins.mean(1).var(ddof=1) / len(x) + wins.mean(0).var(ddof=1) / len(y))
+    found = auc_estimate(labels, scores, clusters_of(None, len(labels)))
+    assert found.error == pytest.approx(expected, rel=0.02)
+
+
+def test_one_class_has_no_auc_and_no_error():
+    for estimate in (auc_estimate, gauc_estimate):
+        found = estimate(np.array([1.0, 1.0, np.nan]), np.arange(3.0), np.arange(3))
+        assert math.isnan(found.value)
+        assert math.isnan(found.error)
+
+
+def test_thinned_curves_keep_their_area():
+    labels, scores, _, _ = rows(20_000)
+    known = ~np.isnan(labels)
+    x, y = roc_points(labels, scores)
+    assert len(x) <= 120
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    assert area(x, y) == pytest.approx(roc_auc_score(labels[known], scores[known]), abs=1e-3)
+    recall, precision = precision_recall_points(labels, scores)
+    assert len(recall) <= 120
+    assert (np.diff(recall) >= 0).all()
+    assert precision[-1] == pytest.approx(np.nanmean(labels))
+    assert roc_points(np.ones(3), np.arange(3.0)) is None
+
+
+def test_reliability_is_that_of_a_loop():
+    labels, _, _, _ = rows()
+    p = np.random.default_rng(3).random(len(labels))
+    found = reliability(labels, p, bins=5)
+    known = ~np.isnan(labels)
+    edges = np.quantile(p[known], [0.2, 0.4, 0.6, 0.8])
+    for b in range(5):
+        inside = known & (np.searchsorted(edges, p, side="right") == b)
+        assert found.predicted[b] == pytest.approx(p[inside].mean())
+        assert found.happened[b] == pytest.approx(labels[inside].mean())
+        rate = labels[inside].mean()
+        assert found.error[b] == pytest.approx(math.sqrt(rate * (1 - rate) / inside.sum()))
+    classes = np.array([[0.9, 0.1], [0.6, 0.4]])
+    top = reliability(np.array([0.0, 1.0]), classes, bins=2)
+    assert top.happened.tolist() == [0.0, 1.0]
+    assert reliability(np.full(3, np.nan), np.zeros(3)) is None
+    assert len(reliability(np.array([0.0, 1.0]), np.full(2, 0.5)).predicted) == 1
+
+
+def test_shares_of_a_weighted_mean_are_its_influences():
+    of = table(300)
+    parts = {task: of.predicted(task) for task in ("click", "like", "report")}
+    weights = {"click": 1.0, "like": 2.0, "report": -1.5}
+    score = sum(w * parts[t] for t, w in weights.items())
+    held_out = HeldOut(parts, {}, request=of.users.astype(int))
+    expected = influence_of(held_out, weights, lambda part: part)
+    assert shares_of_ranking(parts, score, of.users) == pytest.approx(expected)
+    part_of = {t: p for t, p in parts.items() if t != "like"}
+    assert sum(shares_of_ranking(part_of, score, of.users).values()) < 0.9
+    assert shares_of_ranking(parts, np.ones(300)) == {}
+
+
+def fact(kind="binary", task="click", error=0.01, **metrics):
+    return TaskFact(task, kind, metrics, error)
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (fact(auc=0.6, ne=0.9), True),
+        (fact(auc=0.6, ne=1.1), False),  # worse than always the base rate
+        (fact(auc=0.515, ne=0.99), False),  # less than two standard errors above a half
+        (fact(auc=0.525, ne=0.99), True),
+        (fact(auc=None, ne=None), None),
+        (fact("multiclass", ne=0.99), True),
+        (fact("multiclass", ne=1.01), False),
+        (fact("regression", r2=0.1), True),
+        (fact("regression", r2=-0.1), False),
+        (fact("regression"), None),
+    ],
+)
+def test_what_counts_as_learnt(of, expected):
+    assert learnt(of) is expected
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "expected"),
+    [(0.03, 0.01, 1), (0.015, 0.01, 0), (-0.03, 0.01, -1), (0.006, NAN, 1), (0.004, NAN, 0), (-0.006, NAN, -1),
+     (NAN, 0.1, 0)],
+)  # fmt: skip
+def test_what_counts_as_a_difference(difference, error, expected):
+    assert sign_of(Gap("click", "popularity", difference, error)) == expected
+
+
+GOOD, POOR = fact(auc=0.82, ne=0.8, calibration=1.02), fact(task="like", auc=0.5, ne=1.0, calibration=1.3)
+
+
+def said(answer):
+    return " ".join([answer.short, *answer.sentences])
+
+
+def test_a_good_model_and_a_bad_one():
+    assert is_it_good([GOOD], [], []).tone == "good"
+    assert is_it_good([GOOD, POOR], [], []).tone == "mixed"
+    bad = is_it_good([GOOD, POOR, fact(task="x", auc=0.5, ne=1.2)], [], [])
+    assert (bad.tone, bad.short) == ("bad", "No: 1 of 3 tasks learnt")
+    unknown = is_it_good([fact(auc=None, ne=None)], [], [])
+    assert (unknown.tone, unknown.short) == ("unknown", "Not known")
+    assert "cannot be judged" in said(is_it_good([GOOD, fact(task="like")], [], []))
+
+
+def test_baselines_decide_too():
+    ahead, behind = Gap("click", "trees", 0.05, 0.01), Gap("click", "als", -0.05, 0.01)
+    assert is_it_good([GOOD], [ahead], []).short == "Yes: no baseline is better"
+    assert is_it_good([GOOD], [], []).short == "Better than guessing"
+    beaten = is_it_good([GOOD], [ahead, behind], [])
+    assert beaten.tone == "bad"
+    assert "als is better by 0.050 AUC" in said(beaten)
+    others = [Gap(f"t{n}", "trees", 0.05, 0.01) for n in range(3)]
+    assert is_it_good([GOOD], [behind, *others], []).tone == "mixed"
+    close = Gap("click", "als", -0.01, 0.01)
+    assert is_it_good([GOOD], [ahead, close], []).tone == "good"
+    assert "clearly the best on 0 of 1 tasks" in said(is_it_good([GOOD], [ahead, close], []))
+    # A twin that was trained alone is no rival; the second question is about it.
+    assert "no tuned baselines" in said(is_it_good([GOOD], [Gap("click", "single_task", -0.1, 0.01)], []))
+
+
+def test_words_for_separation_and_calibration():
+    sentences = said(is_it_good([GOOD, POOR], [], []))
+    assert "click are separated well (AUC 0.820), those of like hardly (0.500)" in sentences
+    assert "like is predicted 30% too often" in sentences
+    assert "too seldom" in said(is_it_good([fact(auc=0.7, ne=0.9, calibration=0.8)], [], []))
+    assert "agree within 10%" in said(is_it_good([GOOD], [], []))
+
+
+def test_twins_tell_whether_tasks_help():
+    up, down, level = (Gap(t, "single_task", d, 0.01) for t, d in (("a", 0.05), ("b", -0.05), ("c", 0.01)))
+    assert do_tasks_help([up, level], [], [], 3).tone == "good"
+    assert do_tasks_help([down, level], [], [], 3).tone == "bad"
+    assert do_tasks_help([up, down], [], [], 3).short == "1 gain, 1 lose"
+    assert do_tasks_help([level], [], [], 3).short == "No difference that counts"
+    assert do_tasks_help([Gap("a", "trees", 0.5, 0.01)], [], [], 3).short == "Not measured"
+    assert do_tasks_help([], [], [], 1).short == "There is one task"
+    assert "b (−0.050 AUC) is worse than trained alone" in said(do_tasks_help([down], [], [], 3))
+
+
+@pytest.mark.parametrize(
+    ("cosine", "expected"),
+    [(-0.06, "pull apart for 1 of 1 pairs of tasks, most a and b (−0.06)"), (0.06, "agree most (+0.06)"),
+     (0.01, "hardly meet"), (None, "")],
+)  # fmt: skip
+def test_gradients_are_a_hint(cosine, expected):
+    gradients = [{"cut": "trunk", "tasks": ["a", "b"], "cosine": [[1.0, cosine], [cosine, 1.0]]}]
+    sentences = said(do_tasks_help([], gradients, [], 2))
+    assert expected in sentences
+    assert ("radients" in sentences) == bool(expected)
+
+
+def test_gates_that_share_and_gates_that_do_not():
+    def gates(other):
+        return [{"level": 1, "gate": g, "weights": w} for g, w in (("a", [1.0, 0.0]), ("b", other))]
+
+    assert "100% of their experts' weight" in said(do_tasks_help([], [], gates([1.0, 0.0]), 2))
+    assert "0% of their experts' weight" in said(do_tasks_help([], [], gates([None, 1.0]), 2))
+
+
+def event(task, against_head, against_popularity, error=0.01):
+    gaps = (Gap(task, "own head", against_head, error), Gap(task, "popularity", against_popularity, error))
+    return Event(task, "GAUC", {"fused": (0.6, error)}, False, gaps)
+
+
+def test_what_the_fusion_does():
+    shares = {"click": 0.7, "like": 0.28, "report": 0.02}
+    won = what_does_fusion(shares, [event("click", -0.02, 0.1), event("like", 0.05, 0.1)], True)
+    assert (won.tone, won.short) == ("good", "Ranks mostly by click")
+    assert "decided by click (70%) and like (28%)" in said(won)
+    assert "2 of 2 events come out better than by popularity" in said(won)
+    assert "at most 0.020 GAUC against its own head (most for click)" in said(won)
+    assert "For like it is better than the event's own head" in said(won)
+    lost = what_does_fusion({"click": 0.4, "like": 0.35}, [event("click", -0.02, -0.1)], True)
+    assert (lost.tone, lost.short) == ("bad", "Led by click and like")
+    assert "0 of 1 events come out better than by popularity, click worse" in said(lost)
+    level = what_does_fusion({}, [event("click", -0.02, 0.001)], True)
+    assert (level.tone, level.short) == ("mixed", "Ranks by all heads together")
+    assert what_does_fusion({}, [], False).short == "There is none"
+    assert what_does_fusion({}, [], True).tone == "unknown"
+
+
+def test_a_fusion_fitted_after_training_is_held_against_the_best_head():
+    better, worse = (Gap("like", "head like", d, 0.01) for d in (0.05, -0.05))
+    fitted = what_does_fusion({"like": 1.0}, [], True, [better], "value@5")
+    assert fitted.tone == "good"
+    assert "Fitted for value@5, it is clearly better than the head of like alone" in said(fitted)
+    assert what_does_fusion({"like": 1.0}, [], True, [worse], "value@5").tone == "bad"
