@@ -61,7 +61,7 @@ def demo(
         raise ConfigError(f"{'--encoder' if folder is None else '--folder'} belongs to --text")
     if text and folder is None:
         raise ConfigError(
-            f"--text needs --folder: MovieLens-1M, unpacked; {movielens.SOURCE} has it, and the package ships none of it"
+            f"--text needs --folder: MovieLens-1M, unpacked; {movielens.SOURCE} has it, the package ships none of it"
         )
     console = screen()
     existing: Existing = "overwrite" if overwrite else "refuse"

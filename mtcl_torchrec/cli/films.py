@@ -1,4 +1,4 @@
-"""What `mtcl demo --text` does beside training: write MovieLens's films with their texts, and show how they are ranked."""
+"""What `mtcl demo --text` does beside training: write films with what their texts say, and show how they are ranked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mtcl_torchrec.training.sharding import Device
 
 LEVELS, CODES = 3, 64  # of the semantic ids
 TOP = 10
+LATER, ALIKE = "rated in the test split", "its text is like"
 TITLE_WIDTH = 42
 
 
@@ -62,11 +63,13 @@ def show_films(run_dir: Path, data: Path, console: Console) -> None:
     predicted = predict(run.model, run.encode(test))
     popular = test["item_id"].map(smoothed_popularity(train["item_id"], train["liked"])).fillna(train["liked"].mean())
     rankings = {
-        "popularity": popular.to_numpy(), "liked (towers)": predicted["liked"], "taste (dot product)": predicted["taste"],
+        "popularity": popular.to_numpy(),
+        "liked (towers)": predicted["liked"],
+        "taste (dot product)": predicted["taste"],
         "fused score": predicted["score"],
-    }  # fmt: skip
+    }
     console.print()
-    title = "AUC of a rating of 4 or 5: known users and how well the film is known; new users"
+    title = "AUC of liked, by what training knew of film and user"
     print_segments(title, test["liked"].to_numpy(), rankings, segment_masks(test), console)
     films = pd.read_parquet(data / "items.parquet")
     _show_lists(run, films, train, test, data / "vectors.parquet", console)
@@ -87,12 +90,10 @@ def _show_lists(
     own = train[(train["user_id"] == known) & (train["liked"] == 1)].sort_values("position")
     titles = films.set_index("item_id")["title"]
     lately = "; ".join(_short(titles[film]) for film in own["item_id"].tail(3)[::-1])
-    stars = test[test["user_id"] == known].set_index("item_id")["rating"]
     console.print()
     console.print(f"User {known} has liked {len(own)} films in training, last: {lately}", highlight=False, markup=False)
-    ranked = recommender.recommend(known, k=TOP).merge(films, on="item_id")
-    ranked["later rated"] = ranked["item_id"].map(stars).map(lambda v: "" if pd.isna(v) else f"{v:.0f}")
-    _print_films(f"Top {TOP} for user {known}", ranked, console, "later rated")
+    ranked = _with_stars(recommender.recommend(known, k=TOP), films, test, known)
+    _print_films(f"Top {TOP} for user {known}", ranked, console, LATER)
 
     someone = recommender.catalogue.users
     unmet = films[~films["item_id"].isin(train["item_id"])].reset_index(drop=True)
@@ -100,12 +101,19 @@ def _show_lists(
         asked = unmet.merge(someone[someone["user_id"] == known], how="cross")
         scored = unmet.join(recommender.score(asked)[["score", "liked", "taste", "next_genre"]])
         scored = scored.nlargest(TOP // 2, "score")
-        scored["its text is like"] = _alike(scored, films[films["item_id"].isin(train["item_id"])], vectors)
-        _print_films(f"Of the {len(unmet):,} films that training never saw", scored, console, "its text is like")
+        scored[ALIKE] = _alike(scored, films[films["item_id"].isin(train["item_id"])], vectors)
+        _print_films(f"Of the {len(unmet):,} films that training never saw", scored, console, ALIKE)
 
-    new = int(someone["user_id"].max()) + 1
-    ranked = recommender.recommend(new, k=TOP).merge(films, on="item_id")
-    _print_films(f"Top {TOP} for user {new}, who is new: no history, nothing known", ranked, console)
+    strangers = test.loc[test["new_user"], "user_id"]
+    new = int(max(someone["user_id"].max(), test["user_id"].max()) + 1 if strangers.empty else strangers.mode()[0])
+    ranked = _with_stars(recommender.recommend(new, k=TOP), films, test, new)
+    _print_films(f"Top {TOP} for user {new}, of whom training knew nothing", ranked, console, LATER)
+
+
+def _with_stars(ranked: pd.DataFrame, films: pd.DataFrame, test: pd.DataFrame, user: int) -> pd.DataFrame:
+    """The list with what is known of the films, and how the user has rated them in the test split."""
+    stars = test[test["user_id"] == user].set_index("item_id")["rating"].astype(str)
+    return ranked.merge(films, on="item_id").assign(**{LATER: ranked["item_id"].map(stars).fillna("").to_numpy()})
 
 
 def _someone(train: pd.DataFrame, test: pd.DataFrame) -> int:
@@ -129,7 +137,7 @@ def _alike(films: pd.DataFrame, known: pd.DataFrame, vectors: Path) -> list[str]
     return found
 
 
-def _print_films(title: str, ranked: pd.DataFrame, console: Console, beside: str | None = None) -> None:
+def _print_films(title: str, ranked: pd.DataFrame, console: Console, beside: str) -> None:
     """A table of films with the predictions behind their score.
 
     Args:
@@ -137,13 +145,13 @@ def _print_films(title: str, ranked: pd.DataFrame, console: Console, beside: str
         beside: a further column of text.
     """
     numbers = ["score", "liked", "taste", "next_genre"]
-    table = plain_table(title, ["film", "genre", *(name.replace("_", "\n") for name in numbers), *([beside] * bool(beside))])
-    for column in table.columns[1:2] + table.columns[6:]:
+    table = plain_table(title, ["film", "genre", *(name.replace("_", "\n") for name in numbers), beside])
+    for column in (table.columns[1], table.columns[-1]):
         column.justify = "left"
     for place, film in enumerate(ranked.to_dict("records"), start=1):
-        more = [str(film[beside])] if beside else []
         figures = (f"{film[name]:.3f}" for name in numbers)
-        table.add_row(f"{place:2d}  {_short(film['title'])}", str(film["genre"] or ""), *figures, *more)
+        genre = film["genre"] if isinstance(film["genre"], str) else ""
+        table.add_row(f"{place:2d}  {_short(film['title'])}", genre, *figures, film[beside])
     console.print()
     console.print(table)
 

@@ -322,8 +322,8 @@ def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor], *, last: int = 1
     """The batches of `indices`.
 
     Args:
-        last: rows of the last batch, at least: on a rank that has fewer of them, blank ones fill it up, so that all
-            ranks stay in step.  In training, see `last_batch`: gloo's collectives want equal batches of row-wise tables.
+        last: rows of the last batch, at least: on a rank that has fewer, blank ones fill it up, so that all ranks stay
+            in step.  In training, see `last_batch`: gloo's collectives want equal batches of row-wise tables.
     """
     for step, index in enumerate(indices, start=1):
         batch = rows.batch(index)

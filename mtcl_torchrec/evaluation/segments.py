@@ -43,12 +43,16 @@ def segment_masks(rows: pd.DataFrame) -> dict[str, np.ndarray]:
         {'head': 1, 'tail': 0, 'never seen': 1, 'new users': 1}
     """
     new, segment = rows["new_user"].to_numpy(dtype=bool), rows["item_segment"].to_numpy()
-    masks = {name: ~new & (segment == name) for name in SEGMENTS}
+    masks: dict[str, np.ndarray] = {name: ~new & (segment == name) for name in SEGMENTS}
     return {**masks, NEW_USERS: new & (segment != SEGMENTS[-1])}
 
 
 def print_segments(
-    title: str, labels: np.ndarray, rankings: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], console: Console
+    title: str,
+    labels: np.ndarray,
+    rankings: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
+    console: Console,
 ) -> None:
     """Print the AUC of each ranking on the rows of each segment.
 
