@@ -1,10 +1,10 @@
-"""Final metrics of predictions: scikit-learn's where it has them, grouped AUC here."""
+"""Final metrics of predictions: scikit-learn's where it has them; AUC of all rows and within groups here."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss
 
 from mtcl_torchrec.schema import Task
 
@@ -20,7 +20,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """
     if len(labels) == 0 or labels.min() == labels.max():
         return float("nan")
-    return float(roc_auc_score(labels, scores))
+    return float(_areas(labels, scores, np.zeros(len(labels)))[0][0])
 
 
 def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
@@ -40,18 +40,35 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
         >>> gauc(np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.2, 0.1, 0.9, 0.8]), np.array([1, 1, 2, 3, 3]))
         0.5
     """
-    frame = pd.DataFrame({"group": groups, "label": labels, "score": scores}).dropna(subset="group")
-    frame["rank"] = frame.groupby("group")["score"].rank()
-    frame["positive_rank"] = frame["rank"] * frame["label"]
-    by_group = frame.groupby("group")
-    rows = by_group.size().to_numpy(dtype=np.float64)
-    positives = by_group["label"].sum().to_numpy(dtype=np.float64)
-    negatives = rows - positives
-    both = (positives > 0) & (negatives > 0)
-    if not both.any():
-        return float("nan")
-    u = by_group["positive_rank"].sum().to_numpy() - positives * (positives + 1) / 2
-    return float(np.average((u / np.where(both, positives * negatives, 1))[both], weights=rows[both]))
+    known = ~pd.isna(groups)
+    areas, rows = _areas(labels[known], scores[known], groups[known])
+    both = ~np.isnan(areas)
+    return float(np.average(areas[both], weights=rows[both])) if both.any() else float("nan")
+
+
+def _areas(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(G,) AUC of each group, by the sum of the positives' ranks; NaN where it has one class; and (G,) its rows.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    if np.isnan(scores).any():
+        raise ValueError("a score is NaN")
+    groups = pd.factorize(groups)[0]
+    order = np.lexsort((scores, groups))
+    positive, score, group = labels[order].astype(np.float64), scores[order], groups[order]
+    first = np.flatnonzero(np.diff(group, prepend=-1))  # row of each group
+    same = (group[1:] == group[:-1]) & (score[1:] == score[:-1])
+    ties = np.flatnonzero(np.r_[True, ~same][: len(order)])  # row where each block of equal scores starts
+    size = np.diff(ties, append=len(order))
+    rank = np.repeat(ties + (size + 1) / 2, size) - first[group]  # of equal scores the mean, from 1 within the group
+    rows = np.diff(first, append=len(order)).astype(np.float64)
+    if not len(first):
+        return rows, rows
+    positives = np.add.reduceat(positive, first)
+    above = np.add.reduceat(rank * positive, first) - positives * (positives + 1) / 2
+    with np.errstate(invalid="ignore"):
+        return above / (positives * (rows - positives)), rows
 
 
 def _entropy(shares: np.ndarray) -> float:
