@@ -18,7 +18,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from mtcl_torchrec import MTCL, PLE, MMoE, MTCLTrain, SharedBottom, SingleTask, Task, WeightedMean
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, ShardingConfig, TableOptimizerConfig
 from mtcl_torchrec.config.sharding import CommunicationConfig
-from mtcl_torchrec.data.batch import Bag, EncodedRows, global_batches, iterate
+from mtcl_torchrec.data.batch import Bag, EncodedRows, global_batches, iterate, last_batch
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, plain_model
@@ -26,7 +26,7 @@ from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.sharding import fill_tables, local_shards, ranks, tables_of
 
-ROWS, STEPS, GLOBAL_BATCH = 90, 12, 8  # the last global batch has 2 rows: some ranks of 4 get none
+ROWS, STEPS, GLOBAL_BATCH = 91, 12, 8  # the last global batch has 3 rows: 2 and 1 for 2 ranks, and none for one of 4
 TASKS = [Task.binary("click"), Task.binary("rare", weight=3.0), Task.regression("seconds")]
 
 
@@ -153,7 +153,8 @@ def train(where, sharding, kind, pipeline, trunk="shared_bottom", own_batch=True
     data, losses = rows(), []
     batch = GLOBAL_BATCH // where.world_size
     indices = global_batches(ROWS, batch, rank=where.rank, world_size=where.world_size, seed=(1, 2))
-    batches = iterate(data, indices) if own_batch else torchrec_batches(iterate(data, indices))
+    batches = iterate(data, indices, last=last_batch(ROWS, batch, where.world_size))
+    batches = batches if own_batch else torchrec_batches(batches)
     average = WeightAverage(model, averaging) if averaging else None
     for _ in range(STEPS):
         loss, *_ = pipe.progress(batches)

@@ -51,6 +51,21 @@ def test_gauc_is_the_weighted_mean_of_the_groups_auc(rows):
     assert gauc(labels, scores, groups) == pytest.approx(expected, nan_ok=True)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.sampled_from([-np.inf, -1e300, 0.0, 1e-300, 1e300, np.inf])), max_size=30)
+)
+def test_auc_is_scikit_learns(rows):
+    labels, scores = np.array(rows, dtype=float).reshape(-1, 2).T
+    one_class = len(set(labels)) < 2
+    # scikit-learn takes no infinite scores: their order is all that counts.
+    expected = NAN if one_class else roc_auc_score(labels, np.unique(scores, return_inverse=True)[1])
+    assert auc(labels, scores) == pytest.approx(expected, nan_ok=True, abs=1e-12)
+    if not one_class:
+        with pytest.raises(ValueError, match="a score is NaN"):
+            auc(labels, np.full(len(labels), NAN))
+
+
 def test_binary_metrics_are_scikit_learns_over_the_present_labels():
     draw = np.random.default_rng(0)
     p, y = draw.random(200), (draw.random(200) < 0.3).astype(float)

@@ -10,6 +10,7 @@ import typer
 from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
     baselines,
     compare,
+    demo,
     embed,
     export,
     fuse,

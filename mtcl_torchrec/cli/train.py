@@ -1,4 +1,4 @@
-"""`mtcl demo`, `train`, `evaluate`: from a YAML to a run directory and its metrics."""
+"""`mtcl train`, `evaluate`: from a YAML to a run directory and its metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import typer
 from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, note_if_unfinished, screen
-from mtcl_torchrec.cli.recommend import print_recommendations
-from mtcl_torchrec.cli.report import report_of_demo
-from mtcl_torchrec.config import load_run, parse_run
-from mtcl_torchrec.data import kuairand
+from mtcl_torchrec.config import load_run
 from mtcl_torchrec.data.source import column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
@@ -22,59 +19,12 @@ from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predictions_file import write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory, replace_file
+from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by, thresholds_of
 from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
-
-
-@app.command()
-def demo(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Run directory; a fresh one under runs/ by default.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that stands in --out.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Fewer or more epochs than the demo's own.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another random seed.")] = None,
-    device: DeviceOption = "auto",
-) -> None:
-    """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
-
-    Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same
-    impressions, and the top 10 videos of one user.  Takes a few minutes on two cores.
-    """
-    console = screen()
-    with ranks(device) as where:
-        folder = out or fresh_run_directory("kuairand", where)
-        claim_run_directory(folder, where, existing="overwrite" if overwrite else "refuse")
-        if where.first:
-            kuairand.write(folder / "data")
-        where.barrier()
-        run = parse_run(kuairand.example_run(), name="the demo's run", folder=folder)
-        if epochs is not None:
-            run.training.epochs = epochs
-        if seed is not None:
-            run.training.seed = seed
-        existing: Existing = "overwrite" if overwrite else "refuse"
-        result = train_run(run, folder, existing=existing, device=device, console=console)
-    if not where.first:
-        return
-    show(result, console)
-    recommender = Recommender.load(folder)
-    seen = recommender.catalogue.seen
-    user = int(seen.loc[seen["user_id"] != 0, "user_id"].value_counts().index[0])
-    print_recommendations(recommender, user, {}, 10, False, console)
-    console.print(
-        f"\nThe run is in {folder}.  Next:\n"
-        f"  mtcl recommend {folder} --user 42 --context hour=20 --top 10\n"
-        f"  mtcl evaluate {folder} --data {folder}/data/test.parquet\n"
-        f"  tensorboard --logdir {folder}/tensorboard",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    report_of_demo(folder, console)
 
 
 @app.command()

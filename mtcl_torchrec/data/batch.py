@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
@@ -42,6 +43,31 @@ class MTBatch(Pipelineable):
         if self.requests is not None and self.largest_request is None and self.requests.device.type == "cpu":
             known = self.requests[self.requests >= 0]
             self.largest_request = int(known.unique(return_counts=True)[1].max()) if len(known) else 0
+
+    def filled_up(self, size: int) -> MTBatch:
+        """The batch with blank rows behind its own, so that there are `size`, where there are fewer.
+
+        A blank row looks up nothing, has no label and therefore trains nothing.
+        """
+        rows = len(self.labels)
+        more = size - rows
+        if more <= 0:
+            return self
+
+        def longer(t: torch.Tensor | None, value: float) -> torch.Tensor | None:
+            return None if t is None else torch.cat([t, t.new_full((more, *t.shape[1:]), value)])
+
+        keys, sparse = self.sparse_features.keys(), self.sparse_features
+        lengths = F.pad(sparse.lengths().view(len(keys), rows), (0, more)).reshape(-1)
+        return MTBatch(
+            dense_features=F.pad(self.dense_features, (0, 0, 0, more)),
+            sparse_features=KeyedJaggedTensor(keys=keys, values=sparse.values(), lengths=lengths),
+            labels=F.pad(self.labels, (0, 0, 0, more), value=float("nan")),
+            weights=longer(self.weights, 1.0),
+            mask=longer(self.mask, False),
+            requests=longer(self.requests, -1),
+            reward=longer(self.reward, float("nan")),
+        )
 
     def to(
         self, device: torch.device, non_blocking: bool = False, data_copy_stream: torch.Stream | None = None
@@ -253,18 +279,7 @@ class EncodedRows:
 
     def blank(self) -> MTBatch:
         """One row that looks up nothing, has no label and therefore trains nothing."""
-        return MTBatch(
-            dense_features=torch.zeros(1, self.dense.shape[1]),
-            sparse_features=KeyedJaggedTensor(
-                keys=list(self.keys),
-                values=torch.empty(0, dtype=torch.int64),
-                lengths=torch.zeros(len(self.keys), dtype=torch.int64),
-            ),
-            labels=torch.full((1, self.labels.shape[1]), float("nan")),
-            weights=None if self.weights is None else torch.ones(1, self.weights.shape[1]),
-            requests=None if self.requests is None else torch.full((1,), -1),
-            reward=None if self.rewards is None else torch.full((1,), float("nan")),
-        )
+        return self.batch(torch.empty(0, dtype=torch.int64)).filled_up(1)
 
 
 def _cat(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -303,8 +318,23 @@ def global_batches(
     return [order[at : at + step][rank::world_size] for at in range(start, num_rows, step)]
 
 
-def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor]) -> Iterator[MTBatch]:
-    """The batches of `indices`.  A rank with no row left gets one without ids and labels, so that all ranks stay in
-    step."""
-    for index in indices:
-        yield rows.batch(index) if len(index) else rows.blank()
+def iterate(rows: EncodedRows, indices: Sequence[torch.Tensor], *, last: int = 1) -> Iterator[MTBatch]:
+    """The batches of `indices`.
+
+    Args:
+        last: rows of the last batch, at least: on a rank that has fewer, blank ones fill it up, so that all ranks stay
+            in step.  In training, see `last_batch`: gloo's collectives want equal batches of row-wise tables.
+    """
+    for step, index in enumerate(indices, start=1):
+        batch = rows.batch(index)
+        yield batch.filled_up(last if step == len(indices) else 1)
+
+
+def last_batch(num_rows: int, batch_size: int, world_size: int) -> int:
+    """Rows of the largest batch of all ranks in the last step of `global_batches` over so many rows.
+
+    Example:
+        >>> last_batch(11, 2, 2), [len(global_batches(11, 2, rank=rank, world_size=2)[-1]) for rank in (0, 1)]
+        (2, [2, 1])
+    """
+    return -(-(num_rows - (num_rows - 1) // (batch_size * world_size) * batch_size * world_size) // world_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def users(folder: str | Path) -> pd.DataFrame:
 def write(folder: str | Path, target: str | Path, **split: Any) -> None:
     """Write ``train.parquet``, ``val.parquet``, ``test.parquet`` and ``items.parquet`` for runs on this machine.
 
-    What is written is MovieLens's data and not to be passed on.
+    All have a further column ``genre``, the first that is listed, missing where none is.  What is written is
+    MovieLens's data and not to be passed on.
 
     Args:
         folder: see the module.
@@ -99,9 +101,13 @@ def write(folder: str | Path, target: str | Path, **split: Any) -> None:
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    for name, rows in cold_split(load(folder), **split).items():
-        rows.to_parquet(target / f"{name}.parquet", index=False)
-    items(folder).to_parquet(target / "items.parquet", index=False)
+    for name, rows in (*cold_split(load(folder), **split).items(), ("items", items(folder))):
+        rows.assign(genre=rows.genres.str[0]).to_parquet(target / f"{name}.parquet", index=False)
+
+
+def example_run() -> str:
+    """The YAML of ``mtcl demo --text``, for files that `write` and ``mtcl embed`` wrote beside it."""
+    return (resources.files("mtcl_torchrec.data") / "movielens.yaml").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- ratings

@@ -123,7 +123,8 @@ class StreamRows:
         """
         windows = self._windows(position)
         shares = cut(self._left(windows, position), world_size)
-        steps = -(-max(map(count, shares)) // batch_size)
+        largest = max(map(count, shares))
+        steps = -(-largest // batch_size)
         loads = (
             partial(self._load, windows[number], (self.seed, position.epoch, number), list(pieces))
             for number, pieces in groupby(shares[rank], key=lambda piece: piece[0])
@@ -131,7 +132,7 @@ class StreamRows:
         taken = 0
         with closing(in_order(loads, self.workers)) as encoded:
             for rows in in_batches(encoded, batch_size):
-                yield rows.batch()
+                yield rows.batch().filled_up(min(batch_size, largest - taken * batch_size))
                 taken += 1
         if taken < steps:
             blank = self.encode(self.source.empty())

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mtcl_torchrec.data.batch import EncodedRows, MTBatch, global_batches, iterate
+from mtcl_torchrec.data.batch import EncodedRows, MTBatch, global_batches, iterate, last_batch
 from mtcl_torchrec.data.id_dropout import drop_ids
 from mtcl_torchrec.data.position import Position, rows_taken
 
@@ -18,7 +18,8 @@ class TrainingRows(Protocol):
     """The training split as batches, one epoch after another, each in an order of its own.
 
     Whatever happened before `position`, the batches of all ranks from there to the end of the epoch hold each row that
-    is left exactly once, and every rank gets the same number of them; a rank with no row left gets blank ones.
+    is left exactly once, and every rank gets the same number of them, of the same sizes: where a rank has a row fewer,
+    a blank one stands in for it.
     """
 
     @property
@@ -106,4 +107,4 @@ class MemoryRows:
             start=rows_taken(len(self.rows), position.taken),
         )
         rows = drop_ids(self.rows, self.id_dropout, np.arange(len(self.rows)), (self.seed, position.epoch))
-        return iterate(rows, indices)
+        return iterate(rows, indices, last=last_batch(self.rows_left(position), batch_size, world_size))

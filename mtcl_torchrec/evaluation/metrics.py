@@ -1,12 +1,14 @@
-"""Metrics of a task's predictions: scikit-learn's where it has them, grouped AUC and XAUC here."""
+"""Metrics of a task's predictions: scikit-learn's where it has them; AUC by ranks, of all rows and within groups, and XAUC
+here."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss
 
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
+from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of
 from mtcl_torchrec.schema import Task
 
 Metrics = dict[str, float]
@@ -22,7 +24,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """
     if len(labels) == 0 or labels.min() == labels.max():
         return float("nan")
-    return float(roc_auc_score(labels, scores))
+    return auc_of(_numbers(scores), labels)
 
 
 def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
@@ -42,18 +44,17 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
         >>> gauc(np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.2, 0.1, 0.9, 0.8]), np.array([1, 1, 2, 3, 3]))
         0.5
     """
-    frame = pd.DataFrame({"group": groups, "label": labels, "score": scores}).dropna(subset="group")
-    frame["rank"] = frame.groupby("group")["score"].rank()
-    frame["positive_rank"] = frame["rank"] * frame["label"]
-    by_group = frame.groupby("group")
-    rows = by_group.size().to_numpy(dtype=np.float64)
-    positives = by_group["label"].sum().to_numpy(dtype=np.float64)
-    negatives = rows - positives
-    both = (positives > 0) & (negatives > 0)
-    if not both.any():
-        return float("nan")
-    u = by_group["positive_rank"].sum().to_numpy() - positives * (positives + 1) / 2
-    return float(np.average((u / np.where(both, positives * negatives, 1))[both], weights=rows[both]))
+    known = ~pd.isna(groups)
+    codes = pd.factorize(groups[known])[0]
+    areas, rows = auc_by_request(codes, _numbers(scores)[known], labels[known])
+    both = ~np.isnan(areas)
+    return float(np.average(areas[both], weights=rows[both])) if both.any() else float("nan")
+
+
+def _numbers(scores: np.ndarray) -> np.ndarray:
+    if np.isnan(scores).any():
+        raise ValueError("a score is NaN")
+    return scores
 
 
 def _entropy(shares: np.ndarray) -> float:
