@@ -108,6 +108,16 @@ def test_two_ranks_tell_the_same(data):
     check(here, expected)
 
 
+def test_a_run_learns_the_same_with_them_and_without(data):
+    text = shop.RUN.replace("epochs: 4", "epochs: 1")
+    histories = []
+    for every in (0, 3):
+        run = parse_run(text.replace("patience: 0", f"patience: 0, metrics: {{every: {every}}}"), folder=data)
+        result = train_run(run, data / f"every{every}", device="cpu", console=Console(quiet=True))
+        histories.append(result.history.epochs)
+    assert histories[0] == histories[1]
+
+
 # ---------------------------------------------------------------- alone
 
 

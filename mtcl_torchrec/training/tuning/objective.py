@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.metrics import mean_auc
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.history import TrainingHistory
 
+Direction = Literal["maximize", "minimize"]
 MEAN = "mean_auc"
 _LOWER = ("log_loss", "ne", "mse", "mae")  # the lower, the better
 _OF_KIND = {
@@ -67,8 +69,8 @@ class Objective:
         return cls(name, (found,), metric)
 
     @property
-    def direction(self) -> str:
-        """``"maximize"`` or ``"minimize"``."""
+    def direction(self) -> Direction:
+        """What is done to the number."""
         return "minimize" if self.metric in _LOWER else "maximize"
 
     def of_epoch(self, history: TrainingHistory, epoch: int) -> float:

@@ -117,16 +117,17 @@ class _Search:
 
     def of_first(self, ask: Callable[[], T]) -> T:
         """The first rank's answer, or its error, on every rank: one that waited for it would wait for ever."""
-        answer: tuple[Any, Exception | None] = (None, None)
+        value: Any = None
+        failure: Exception | None = None
         if self.where.first:
             try:
-                answer = (ask(), None)
+                value = ask()
             except (ConfigError, DataError, OSError) as error:
-                answer = (None, error)
-        value, failure = self.where.broadcast(answer)  # type: ignore[misc]
-        if failure is not None:
-            raise failure
-        return value
+                failure = error
+        told: Any = self.where.broadcast((value, failure))
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
 
     def open(self, pruner: Pruner, overwrite: bool) -> None:
         """Open the study, or begin one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.tuning.objective import Objective
+from mtcl_torchrec.training.tuning.objective import Direction, Objective
 from mtcl_torchrec.training.tuning.space import Space, Value
 
 Pruner = Literal["median", "hyperband", "none"]
@@ -74,7 +74,7 @@ class Study:
         folder: Path,
         lock: IO[str],
         space: Space,
-        direction: str,
+        direction: Direction,
         about: str,
         *,
         pruner: Pruner,
