@@ -1,4 +1,4 @@
-"""Collaborative filtering, one task, several tasks, and several tasks with a fused score, beside what is claimed of them.
+"""Collaborative filtering, one task, several tasks, and several tasks with a fused score, beside what is claimed.
 
     python benchmarks/article_claims.py --data kuairand --out results/article_claims.jsonl
     python benchmarks/article_claims.py --data movielens --folder ml-1m --out results/article_claims.jsonl
@@ -39,20 +39,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from rich.console import Console
+
 from mtcl_torchrec.baselines.networks import single_task
 from mtcl_torchrec.baselines.run import run_baselines
 from mtcl_torchrec.baselines.search import Budget
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
-from mtcl_torchrec.evaluation.ranked import RankedRows
-from mtcl_torchrec.evaluation.thresholds import best_threshold
-from mtcl_torchrec.training.judging import predictions_path, rows_predicted_by
-from rich.console import Console
-
 from mtcl_torchrec.config import RunConfig, dump_run, parse_run
 from mtcl_torchrec.evaluation.metrics import auc, decision_metrics, gauc
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.ranked import RankedRows
 from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.thresholds import best_threshold
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.held_out import columns_needed, rows_of_split
+from mtcl_torchrec.training.judging import predictions_path, rows_predicted_by
 from mtcl_torchrec.training.run import train_run
 
 FILTERING = ("item_knn", "als", "bpr")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import t as student  # type: ignore[import-untyped]
+from scipy.stats import t as student
 
 from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable

@@ -1,5 +1,5 @@
-"""Metrics of a task's predictions: scikit-learn's where it has them; AUC by ranks, of all rows and within groups, and XAUC
-here."""
+"""Metrics of a task's predictions: scikit-learn's where it has them; AUC by ranks, of all rows and within groups, and
+XAUC here."""
 
 from __future__ import annotations
 
