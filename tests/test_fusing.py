@@ -407,7 +407,7 @@ def test_what_finds_no_weights_is_left_out_and_the_rest_is_fitted(rows, options,
     options = {"values": WORTH, "target": "value@2", "folds": 3, "search": "none", "front_points": 3} | options
     fitted = fit_fusion(random_rows(**rows), **options)
     assert np.isfinite(list(fitted.weights.values())).all()
-    json.dumps(fitted.report(), allow_nan=False)
+    assert json.loads(json.dumps(fitted.report(), allow_nan=False))["influence"] == fitted.influence
     names = {one.name for one in fitted.tried}
     assert not names & set(fitted.about["left_out"])
     if "labels" in rows and "target" not in options:

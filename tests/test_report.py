@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import made_run
 import numpy as np
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from mtcl_torchrec.cli import app
 from mtcl_torchrec.config import dump_run, parse_run
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
-from mtcl_torchrec.report import Compared, compare_html, write_report
+from mtcl_torchrec.report import Compared, compare_html, from_differences, write_report
 from mtcl_torchrec.report import studio as studio_module
 from mtcl_torchrec.report.tables import number
 from mtcl_torchrec.schema import ConfigError, DataError, Task
@@ -180,9 +181,10 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert "@import" not in page.html
 
 
-def test_the_same_run_gives_the_same_file(made, page, tmp_path):
-    again = write_report(copied(made, tmp_path / "elsewhere"), tmp_path / "again.html")
-    assert again.read_text(encoding="utf-8") == page.html
+def test_the_same_run_gives_the_same_file(page, tmp_path):
+    one = make(tmp_path / "one", tasks=TASKS[:1], baselines=False)
+    first = write_report(one, tmp_path / "first.html").read_bytes()
+    assert write_report(copied(one, tmp_path / "other"), tmp_path / "other.html").read_bytes() == first
     assert len(page.html) < 1_000_000
 
 
@@ -312,6 +314,25 @@ def test_a_task_without_labels_in_the_predictions(made, tmp_path, fast):
     assert "roc click" in fast
 
 
+def test_rankings_within_requests_and_segments_of_metrics_json(made, tmp_path, fast):
+    def more(metrics):
+        of = metrics["evaluations"]["test"]
+        of["ranking"]["fused"] |= {"requests": 9.0, "choice@5": 0.25, "value@5": 0.5, "value@5 error": 0.01,
+                                   "ndcg@5 click": 0.75, "mrr click": None}  # fmt: skip
+        of["ranking"]["popular"] |= {"choice@5": 0.25, "value@5": 0.4}
+        of["segments"] = {"hour": {"9 <am>": {"rows": 1234, "tasks": {"click": {"auc": 0.7}}, "ranking": {}}}}
+
+    found = read(edited(copied(made, tmp_path / "run"), more))
+    assert found.tables["What the first 5 of each request bring"] == [
+        ["measure", "fused", "popular"], ["value", "0.5000 ± 0.0196", "0.4000"], ["NDCG of click", "0.7500", "–"],
+    ]  # fmt: skip
+    assert found.tables["Where in a request the events are"][1] == ["MRR of click", "–", "–"]
+    assert "25% of the requests have more than 5 rows" in found.text
+    assert found.tables["AUC by hour"][0] == ["hour", "rows", "click", "like", "report"]
+    assert found.tables["AUC by hour"][1:] == [["9 <am>", "1,234", "0.7000", "–", "–"]]
+    assert "AUC by items" in found.tables
+
+
 def test_a_damaged_file_is_named(made, tmp_path, fast):
     folder = copied(made, tmp_path / "run")
     (folder / "metrics.json").write_text("{")
@@ -377,6 +398,14 @@ def test_runs_side_by_side(made, tmp_path, fast):
     text = Page(compare_html([made, other], given, tmp_path / "compare.html")).text
     assert "Better on 1, worse on 1" in text
     assert "Better: ranking (NDCG@10)." in text
+    numbers = {"a": 0.5, "b": 0.4, "difference": -0.1, "low": -0.2, "high": -0.01}
+    pair = [SimpleNamespace(of=of, metric=metric, better=better, **numbers)
+            for of, metric, better in (("click", "ne", "b"), ("ranking", "novelty", None))]  # fmt: skip
+    assert [c.sign(1) for c in from_differences([pair, pair[:1]])] == [1, 0]
+    assert [c.sign(2) for c in from_differences([pair, pair[:1]])] == [1, 0]
+    found = Page(compare_html([made, other], from_differences([pair]), tmp_path / "compare.html"))
+    assert "Better: click (ne). Too close to call: ranking (novelty)." in found.text.replace(".Too", ". Too")
+    assert found.tables["Compared"][1] == ["click", "ne", "0.5000", "0.4000", "−0.1000 (−0.2000 to −0.0100) ▲"]
     with pytest.raises(ConfigError, match="two runs or more"):
         compare_html([made], None, tmp_path / "compare.html")
 

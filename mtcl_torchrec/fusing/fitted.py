@@ -160,8 +160,9 @@ class FittedFusion:
         return _plain(
             {
                 "combiner": self.combiner.name, "method": self.method, "target": self.target.name,
+                **self.about, "influence_asked": self.about.get("influence"),
                 "weights": self.weights, "weights_std": self.weights_std, "influence": self.influence,
-                "options": self.options, "values": self.values, "seed": self.seed, "folds": self.folds, **self.about,
+                "options": self.options, "values": self.values, "seed": self.seed, "folds": self.folds,
                 "tried": self.table().to_dict("records"),
                 "constraints_kept": self.chosen.kept,
                 "front": None if self.front is None else self.front.to_dict("records"),

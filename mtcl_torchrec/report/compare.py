@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from mtcl_torchrec.training.directory import replace_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LOWER = ("log_loss", "log-loss", "ne", "brier", "ece", "mse", "mae")
 _COUNTS = ("count", "base_rate")
 _CURVES = 4  # runs that are told apart in one picture
 
@@ -43,6 +42,8 @@ class Compared:
         differences: (R - 1,) difference to the first run, and the ends of its 95% interval (NaN: not known); None
             where there is none.
         more_is_better: whether a positive difference is a gain.
+        signs: (R - 1,) 1 where a run is clearly better than the first, -1 worse, 0 too close to call; by default, what
+            the intervals say.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Compared:
     values: Sequence[float]
     differences: Sequence[tuple[float, float, float] | None] = ()
     more_is_better: bool = True
+    signs: Sequence[int] | None = None
 
     def sign(self, run: int) -> int:
         """1 where the run (counted from 1) is clearly better than the first, -1 worse, 0 too close to call.
@@ -58,10 +60,51 @@ class Compared:
             >>> Compared("click", "AUC", [0.7, 0.72], [(0.02, 0.01, 0.03)]).sign(1)
             1
         """
+        if self.signs is not None:
+            return self.signs[run - 1]
         found = self.differences[run - 1] if run <= len(self.differences) else None
         if found is None or not (found[1] > 0 or found[2] < 0):
             return 0
         return 1 if (found[0] > 0) == self.more_is_better else -1
+
+
+class Measured(Protocol):
+    """The difference of two runs in one metric, as `mtcl compare` computes it; ``better`` says ``"a"``, ``"b"`` or None
+    where it is too close to call."""
+
+    of: str
+    metric: str
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def better(self) -> str | None:
+        """The better of the two."""
+
+
+def from_differences(by_run: Sequence[Sequence[Measured]]) -> list[Compared]:
+    """What `compare_html` takes, of the differences of each further run to the first.
+
+    Args:
+        by_run: a list for each run after the first; metrics that some lack are kept.
+    """
+    tables = [{(m.of, m.metric): m for m in found} for found in by_run]
+    compared = []
+    for key in dict.fromkeys(key for of in tables for key in of):
+        met = [of.get(key) for of in tables]
+        first = next(m.a for m in met if m is not None)
+        compared.append(
+            Compared(
+                *key,
+                [first, *(math.nan if m is None else m.b for m in met)],
+                [None if m is None else (m.difference, m.low, m.high) for m in met],
+                signs=[0 if m is None or m.better is None else 1 if m.better == "b" else -1 for m in met],
+            )
+        )
+    return compared
 
 
 def compared_aucs(runs: Sequence[RunContents]) -> list[Compared]:
@@ -177,7 +220,7 @@ def _sections(
         for c in found:
             values = list(enumerate(zip(names, c.values, strict=True)))
             rows = {n: {c.metric: (float(v), _error(c, r))} for r, (n, v) in values if math.isfinite(v)}
-            if rows and c.metric == "AUC":
+            if rows and c.metric.lower() == "auc":
                 compared.pictures.append(
                     dots(studio, f"compared {c.name}", f"AUC of {c.name}", f"AUC of {c.name}", rows, guess=0.5)
                 )

@@ -29,6 +29,7 @@ from mtcl_torchrec.report.tables import (
     event_table,
     origin_table,
     segment_tables,
+    shown_tables,
     task_tables,
     tried_table,
 )
@@ -259,35 +260,20 @@ def _fusion(
     if not there:
         section.missing.append("The run has no fused score: `fusion` in its YAML declares one.")
         return section
-    kind = str(run.fusion.get("kind") or "weighted_mean")
-    weights = {str(t): float(w) for t, w in (run.fusion.get("weights") or {}).items()}
-    how = f", found by {run.fitted['method']} for {run.fitted.get('target')}" if run.fitted.get("target") else ""
-    section.text.append(f"The fused score is of the kind {kind}{how}.")
-    if weights:
-        section.pictures.append(bars(studio, "fusion weights", "Weight of each task", weights, "weight", percent=False))
-    if shares:
-        title = "Who decides the ranking"
-        section.pictures.append(
-            bars(studio, "fusion influence", title, shares, "share of the ranking within a request", percent=True)
-        )
-        section.text.append(
-            f"A weight is not an influence: a head whose predictions hardly differ decides little. Shares are {whence}."
-        )
-    if (tried := tried_table(run.fitted)) is not None:
-        section.tables.append(tried)
-    if run.fused_anew and of_events:
-        section.missing.append(
-            "The fusion was changed after training. Rankings by event, and curves of the fused score, are of the score "
-            "that training ended with; weights, shares and what was tried are of the new one."
-        )
+    _add_weights(section, run, studio, shares, whence)
     for metric in dict.fromkeys(e.metric for e in of_events):
         rows = {e.task: e.rankings for e in of_events if e.metric == metric}
         title = f"{metric} of each event by three rankings"
         section.pictures.append(dots(studio, f"fusion events {metric}", title, metric, rows, guess=0.5))
-    if (table := event_table(of_events)) is not None:
-        section.tables.append(table)
-    else:
+    section.tables = [table for table in (tried_table(run.fitted), event_table(of_events)) if table is not None]
+    section.tables += shown_tables(run)
+    if not of_events:
         section.missing.append("No binary task's event is ranked by the fused score: it was not evaluated.")
+    elif run.fused_anew:
+        section.missing.append(
+            "The fusion was changed after training. Rankings, and curves of the fused score, are of the score that "
+            "training ended with; weights, shares and what was tried are of the new one."
+        )
     front = pareto_pictures(studio, run.fitted)
     section.pictures += front
     if front:
@@ -298,6 +284,21 @@ def _fusion(
     else:
         section.missing.append("Weights were not fitted, so there is no Pareto front: `mtcl fuse RUN_DIR` draws it.")
     return section
+
+
+def _add_weights(section: Section, run: RunContents, studio: Studio, shares: dict[str, float], whence: str) -> None:
+    kind = str(run.fusion.get("kind") or "weighted_mean")
+    how = f", found by {run.fitted['method']} for {run.fitted.get('target')}" if run.fitted.get("target") else ""
+    section.text.append(f"The fused score is of the kind {kind}{how}.")
+    weights = {str(t): float(w) for t, w in (run.fusion.get("weights") or {}).items()}
+    if weights:
+        section.pictures.append(bars(studio, "fusion weights", "Weight of each task", weights, "weight", percent=False))
+    if shares:
+        title, label = "Who decides the ranking", "share of the ranking within a request"
+        section.pictures.append(bars(studio, "fusion influence", title, shares, label, percent=True))
+        section.text.append(
+            f"A weight is not an influence: a head whose predictions hardly differ decides little. Shares are {whence}."
+        )
 
 
 def _segments(run: RunContents) -> Section:

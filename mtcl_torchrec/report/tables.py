@@ -25,6 +25,10 @@ SHOWN = {  # key of metrics.json -> heading, by kind of task
     "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC", "calibration": "predicted / observed"},
 }  # fmt: skip
 _TABLES = 10  # of a run that are named
+WITHIN = {  # of rankings in metrics.json, by request
+    "value": "value", "rate": "rate of", "ndcg": "NDCG of", "recall": "recall of", "hit": "hit rate of",
+    "mrr": "MRR of", "map": "MAP of", "coverage": "items shown", "novelty": "novelty",
+}  # fmt: skip
 MARKS = {1: "better", -1: "worse", 0: "too close to call"}
 
 
@@ -112,22 +116,43 @@ def event_table(events: Sequence[Event]) -> Table | None:
                  columns, rows, "± is half of a 95% interval over users.", tones)  # fmt: skip
 
 
+def shown_tables(run: RunContents) -> list[Table]:
+    """What the first k rows of each request bring, by the fused score and by what it is compared with: a table for
+    each k, and one for what is of no length."""
+    ranking = {rule: of for rule, of in (run.evaluation.get("ranking") or {}).items() if of}
+    measures: dict[str, list[tuple[str, str]]] = {}
+    for key in dict.fromkeys(key for of in ranking.values() for key in of):
+        name, _, task = key.partition(" ")
+        measure, _, k = name.partition("@")
+        if measure in WITHIN and task != "error":
+            measures.setdefault(k, []).append((key, f"{WITHIN[measure]} {task}".strip()))
+    tables = []
+    for k, found in measures.items():
+        title = f"What the first {k} of each request bring" if k else "Where in a request the events are"
+        rows = []
+        for key, label in found:
+            rows.append([label, *(_cell(of.get(key), of.get(f"{key} error")) for of in ranking.values())])
+        choice = next((of.get(f"choice@{k}") for of in ranking.values()), None)
+        note = "" if choice is None else f"{choice:.0%} of the requests have more than {k} rows to choose from."
+        tables.append(Table(title, ["measure", *ranking], rows, note))
+    return tables
+
+
+def _cell(value: float | None, error: float | None) -> str:
+    return with_error(math.nan if value is None else value, math.nan if error is None else error)
+
+
 def tried_table(fitted: Mapping[str, Any]) -> Table | None:
     """What a fusion fitted after training was chosen from, on folds left out; None where none was fitted."""
     tried = [of for of in fitted.get("tried") or [] if isinstance(of, dict)]
     if not tried:
         return None
     target, chosen = str(fitted.get("target", "target")), chosen_name(fitted)
-
-    def cell(value: Any, error: Any) -> str:
-        mean, spread = (math.nan if v is None else float(v) for v in (value, error))
-        return with_error(mean, spread)
-
-    rows = [
-        [f"{of['name']} (chosen)" if of["name"] == chosen else str(of["name"]), cell(of.get("target"), of.get("error")),
-         cell(of.get("better"), of.get("better_error")), str(of.get("broken") or "")]
-        for of in tried
-    ]  # fmt: skip
+    rows = []
+    for of in tried:
+        name = f"{of['name']} (chosen)" if of["name"] == chosen else str(of["name"])
+        numbers = [_cell(of.get("target"), of.get("error")), _cell(of.get("better"), of.get("better_error"))]
+        rows.append([name, *numbers, str(of.get("broken") or "")])
     return Table(f"What was tried for {target}", ["ranked by", target, "better than the best head", "breaks"], rows,
                  "On folds left out; ± is half of a 95% interval.")  # fmt: skip
 
@@ -179,11 +204,25 @@ def _short(value: Any) -> str:
 
 
 def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
-    """AUC of binary tasks on parts of the rows, a table for each way to part them."""
-    if run.table is None or not tasks:
-        return []
+    """AUC of binary tasks on parts of the rows, a table for each way to part them: those of metrics.json, and what
+    else the predictions tell."""
+    judged: Mapping[str, Any] = run.evaluation.get("segments") or {}
     tables = []
+    for heading, parts in judged.items():
+        rows = [
+            [
+                str(value),
+                f"{int(of.get('rows') or 0):,}",
+                *(number((of["tasks"].get(t) or {}).get("auc")) for t in tasks),
+            ]
+            for value, of in parts.items()
+        ]
+        tables.append(Table(f"AUC by {heading}", [heading, "rows", *tasks], rows))
+    if run.table is None or not tasks:
+        return tables
     for heading, masks in segment_masks(run.table).items():
+        if heading in judged:
+            continue
         rows = []
         for value, mask in masks.items():
             found = segment_aucs(run.table, tasks, mask)

@@ -308,7 +308,7 @@ def what_does_fusion(
 
 
 def _signed(value: float, digits: int = 4) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+z.{digits}f}".replace("-", "−")
 
 
 def listed(parts: Sequence[str]) -> str:
