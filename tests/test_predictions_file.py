@@ -123,9 +123,9 @@ def test_what_is_no_file_of_predictions_is_refused(tmp_path):
         read_predictions(tmp_path / "new.parquet")
 
 
-def trained(text, data, folder, existing="refuse"):
+def trained(text, data, folder):
     run = parse_run(text, folder=data)
-    train_run(run, folder, existing=existing, device="cpu", console=Console(quiet=True))
+    train_run(run, folder, device="cpu", console=Console(quiet=True))
 
 
 RUN = (
@@ -184,12 +184,6 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
     assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
     assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
     assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])
-
-    # What an earlier run has left there goes, and nothing is written where nothing is wanted.
-    bare = shop.RUN.replace("epochs: 4", "epochs: 1") + "evaluation: {save_predictions: false}\n"
-    trained(bare, tmp_path, tmp_path / "run", "overwrite")
-    assert not (tmp_path / "run/predictions").exists()
-    assert set(thresholds_of(tmp_path / "run")) == {"click", "buy"}
 
 
 @pytest.mark.parametrize(

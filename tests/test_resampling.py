@@ -20,6 +20,7 @@ from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.segments import rows_of, segment_values
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.judging import thresholds_of
 
 TASKS = (Task.binary("click"), Task.binary("buy", mask="click"), Task.multiclass("taste", 4), Task.regression("stars"))
 VALUES = {"click": 1.0, "buy": 4.0}
@@ -334,3 +335,12 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
     assert "225 and 1,500 rows" in one_line(error)
     status, _, error = mtcl("evaluate", "run", "--data", "log.parquet", "--segments", "agee")
     assert "no column 'agee' (did you mean 'age'?)" in one_line(error)
+
+    # What a run has left there goes when it goes on, and nothing is written where nothing is wanted.
+    assert (tmp_path / "run/predictions/val.parquet").is_file()
+    with (tmp_path / "run.yaml").open("a") as file:
+        file.write("evaluation: {save_predictions: false}\n")
+    assert mtcl("train", "run.yaml", "--out", "run", "--device", "cpu", "--resume")[0] == 0
+    assert not (tmp_path / "run/predictions").exists()
+    assert set(thresholds_of(tmp_path / "run")) == {"click", "buy"}
+    assert "no predictions for test" in one_line(mtcl("compare", "run", "rows.parquet")[2])
