@@ -1,6 +1,7 @@
 """Draws of users against copies of their rows, intervals that cover, and runs compared on the same rows."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -335,6 +336,16 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
     assert "225 and 1,500 rows" in one_line(error)
     status, _, error = mtcl("evaluate", "run", "--data", "log.parquet", "--segments", "agee")
     assert "no column 'agee' (did you mean 'age'?)" in one_line(error)
+
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    status, shown, error = mtcl("compare", "run", "again", "--draws", "20", "--html", "both.html")
+    assert status == 0, error
+    assert "both.html" in shown
+    page = (tmp_path / "both.html").read_text()
+    assert "<svg" in page
+    assert "again" in page
+    status, _, error = mtcl("compare", "run", "rows.parquet", "--html", "both.html")
+    assert "--html shows run directories, and rows.parquet is none" in one_line(error)
 
     # What a run has left there goes when it goes on, and nothing is written where nothing is wanted.
     assert (tmp_path / "run/predictions/val.parquet").is_file()

@@ -15,6 +15,7 @@ from mtcl_torchrec.evaluation.bootstrap import DRAWS
 from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
 from mtcl_torchrec.evaluation.details import print_differences
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.report import compare_html, from_differences
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import replace_file
 from mtcl_torchrec.training.history import finite
@@ -39,6 +40,9 @@ def compare(
     draws: Annotated[int, typer.Option(min=20, help="How many times users are drawn.")] = DRAWS,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same users.")] = 0,
     write: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", help="Write run directories side by side as one HTML file, with pictures.")
+    ] = None,
 ) -> None:
     """Compare runs on the same rows: the difference in each metric, its 95 % interval and its p-value.
 
@@ -49,6 +53,8 @@ def compare(
         raise ConfigError("compare needs two runs at least")
     if again := next((run for n, run in enumerate(runs) if run in runs[:n]), None):
         raise ConfigError(f"{again} is given twice")
+    if page is not None and (file := next((run for run in runs if not run.is_dir()), None)):
+        raise ConfigError(f"--html shows run directories, and {file} is none")
     first, console = _read(runs[0], split), screen()
     values = task_numbers(value, "--value") if value else None
     found: dict[str, list[Difference]] = {}
@@ -63,6 +69,9 @@ def compare(
     if write is not None:
         content = {run: [asdict(difference) for difference in of] for run, of in found.items()}
         replace_file(write, json.dumps(finite({"a": str(runs[0]), "split": split, "against": content}), indent=1))
+    if page is not None:
+        said = f"The runs side by side: {compare_html(runs, from_differences(list(found.values())), page)}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _read(run: Path, split: str) -> PredictionsTable:
