@@ -68,7 +68,6 @@ POPULARITY, AFTERWARDS, ORACLE = "popularity", "known afterwards", "true probabi
 SEGMENTS = ("head", "tail", "never seen", "new users", "all")
 TASKS = ("liked", "loved", "disliked", "taste", "score")
 LABELS = {**{task: task for task in TASKS}, "taste": "liked", "score": "liked"}
-SMOOTHING = 20.0  # rows of the mean rate that are added to each item's own
 SIZES = {"movielens": [64, 64, 64], "synthetic": [16, 16, 16]}  # of the codebook
 
 
@@ -239,7 +238,7 @@ def judge(folder: Path, variant: str, sequences: bool, data: str, seed: int, *, 
         return by_segment(test, {task: test[f"p_{LABELS[task]}"].to_numpy() for task in TASKS})
     train = pd.read_parquet(folder / "train.parquet")
     if variant == POPULARITY:
-        return by_segment(test, {task: popularity(train, LABELS[task])(test) for task in TASKS})
+        return by_segment(test, {task: popularity(train, test, LABELS[task]) for task in TASKS})
     if variant == AFTERWARDS:
         return by_segment(test, {task: known_afterwards(train, test, LABELS[task]) for task in TASKS})
     from mtcl_torchrec.config import parse_run
@@ -258,27 +257,26 @@ def judge(folder: Path, variant: str, sequences: bool, data: str, seed: int, *, 
     return {**epochs, **by_segment(test, {task: predictions[task] for task in TASKS})}
 
 
-def popularity(train: pd.DataFrame, label: str, key: str = "item_id") -> Any:
-    """Rows to the smoothed share of a label among their items' training rows."""
-    mean = train[label].mean()
-    of_item = train.groupby(key)[label].agg(["sum", "size"])
-    share = (of_item["sum"] + SMOOTHING * mean) / (of_item["size"] + SMOOTHING)
-    return lambda rows: rows[key].map(share).fillna(mean).to_numpy()
+def popularity(train: pd.DataFrame, test: pd.DataFrame, label: str, key: str = "item_id") -> np.ndarray:
+    """(N,) for each test row, the smoothed share of a label among the training rows of its item, or user."""
+    from mtcl_torchrec.evaluation.cold import smoothed_popularity
+
+    share = smoothed_popularity(train[key], train[label])
+    return test[key].map(share).fillna(train[label].mean()).to_numpy()
 
 
 def known_afterwards(train: pd.DataFrame, test: pd.DataFrame, label: str) -> np.ndarray:
     """The odds of a user's share in training, times those of the item's share among the test rows, as log."""
-    of_user, of_item = popularity(train, label, "user_id")(test), popularity(test, label)(test)
+    of_user, of_item = popularity(train, test, label, "user_id"), popularity(test, test, label)
     return np.log(of_user / (1 - of_user)) + np.log(of_item / (1 - of_item))
 
 
 def by_segment(test: pd.DataFrame, predictions: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Task -> segment -> AUC, ``"gauc task"`` -> segment -> GAUC; and ``"rows"`` -> segment -> number of rows."""
+    from mtcl_torchrec.evaluation.cold import segment_masks
     from mtcl_torchrec.evaluation.metrics import auc, gauc
 
-    known, segment = ~test.new_user.to_numpy(), test.item_segment.to_numpy()
-    masks = {name: known & (segment == name) for name in ("head", "tail", "never seen")}
-    masks |= {"new users": ~known & (segment != "never seen"), "all": np.ones(len(test), bool)}
+    masks = {**segment_masks(test), "all": np.ones(len(test), bool)}
     figures: dict[str, dict[str, float]] = {"rows": {name: int(mask.sum()) for name, mask in masks.items()}}
     for task, predicted in predictions.items():
         labels, users = test[LABELS[task]].to_numpy(), test.user_id.to_numpy()
