@@ -14,6 +14,7 @@ from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.source import column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
+from mtcl_torchrec.evaluation.knowable import print_knowable
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.predictions_file import read_thresholds, write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
@@ -22,6 +23,7 @@ from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.judging import evaluate_rows, predictions_path, rows_predicted, uncalibrated
+from mtcl_torchrec.training.oracle import knowable_of, truth_columns
 from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
 
@@ -113,16 +115,20 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
     run = FinishedRun.load(run_dir)
-    columns = run.preprocessor.columns(statistics=False)
-    time = run.preprocessor.declared.time
-    if time is not None and all(time in column_names(file) for file in find_files(data)):
-        columns = list(dict.fromkeys([*columns, time]))
+    there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
+    wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
+    columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *wanted]))
     raw = run.preprocessor.conform(read_rows(data, columns))
     note_if_unfinished(run, run_dir)
     rows = run.preprocessor.encode(raw)
     predictions = predict(run.model, rows, batch_size=batch_size)
     result = evaluate_rows(run.model, run.preprocessor, raw, rows, run.catalogue, predictions=predictions)
+    result.knowable = knowable_of(run.config, run.model, raw, rows, predictions)
     print_evaluation(result, ", ".join(data), screen())
+    if result.knowable is not None:
+        print_knowable(result.knowable, screen())
+    elif run.config.data.synthetic is not None:
+        screen().print("\nthe rows are not of the run's world: what is knowable of them is not known", highlight=False)
     if save is not None:
         thresholds = read_thresholds(predictions_path(run_dir, "val"))
         before = uncalibrated(run.model, rows, batch_size=batch_size)
@@ -139,6 +145,8 @@ def show(result: RunResult, console: Console) -> None:
         if split == "test" or len(result.evaluations) == 1:
             console.print()
             print_evaluation(evaluation, f"{split} split, {kept}", console)
+            if evaluation.knowable is not None:
+                print_knowable(evaluation.knowable, console)
             if result.calibration is not None:
                 console.print()
                 print_calibration(result.calibration.splits[split], f"{split} split", console)

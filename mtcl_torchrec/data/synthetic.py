@@ -338,9 +338,14 @@ class World:
         """The columns from which the truth of a row follows."""
         return tuple(self._highest())
 
+    @property
+    def telling_columns(self) -> tuple[str, ...]:
+        """The columns from which `is_of` tells whether rows are of this world."""
+        return (*self.oracle_columns, "segment", self.category)
+
     def is_of(self, frame: pd.DataFrame) -> bool:
         """Whether rows are of this world: what they say of their users and items is so here."""
-        if not {*self.oracle_columns, "segment", self.category} <= set(frame):
+        if not set(self.telling_columns) <= set(frame):
             return False
         try:
             self.oracle_of(frame.head(1))

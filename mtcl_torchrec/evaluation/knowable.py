@@ -1,7 +1,7 @@
 """How much of what can be known is known: predictions beside the true probabilities of a synthetic world.
 
-Where the probability of every label is known, the best that anybody could predict is known, too: the **oracle** predicts
-the truth.  All figures here are expectations over the labels that these rows might have had, not over those they
+Where the probability of every label is known, the best that anybody could predict is known, too: the **oracle**
+predicts the truth.  The figures are expectations over the labels that these rows might have had, not over those they
 happened to get, so that no luck is in them.
 
 - **binary**: the share of (AUC - ½).  The AUC of scores s under true probabilities p is
@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from rich.console import Console
 
 from mtcl_torchrec.evaluation.metrics import Metrics, auc
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
+from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import Task
 
 KS = (1, 5, 10)
@@ -65,9 +67,10 @@ def knowable(task: Task, labels: np.ndarray, predicted: np.ndarray, true: np.nda
 
     Returns:
         ``share`` of what is knowable, see the module: 1 is all, 0 nothing, and below that, worse than the base rate;
-        NaN where there is nothing to know.  ``regret``.  ``count``.  Of binary tasks also ``auc`` and ``oracle_auc``
-        (expected ones), ``auc_of_labels`` and ``oracle_auc_of_labels`` (of the labels that were drawn), and
-        ``information``, the share of it as of a multiclass task.  Of regression, ``r2_of_oracle``, of the labels.
+        NaN where there is nothing to know.  ``regret``.  ``count``.  Of binary and multiclass tasks ``nats`` and
+        ``oracle_nats``, the information; of binary ones ``auc`` and ``oracle_auc`` (expected ones), and
+        ``auc_of_labels`` and ``oracle_auc_of_labels`` (of the labels that were drawn); of regression ``r2`` and
+        ``oracle_r2`` (the oracle's of the labels).
 
     Example:
         >>> true = np.array([0.1, 0.6, 0.9])
@@ -82,19 +85,18 @@ def knowable(task: Task, labels: np.ndarray, predicted: np.ndarray, true: np.nda
     if task.kind == "regression":
         regret, spread, variance = float(((p - m) ** 2).mean()), float(m.var()), float(y.var())
         oracle = 1 - float(((y - m) ** 2).mean()) / variance if variance > 0 else float("nan")
-        return found | {"share": _share(spread - regret, spread), "regret": regret, "r2_of_oracle": oracle}
+        share = _share(spread - regret, spread)
+        return found | {"share": share, "regret": regret, "r2": share * oracle, "oracle_r2": oracle}
     classes, of_classes = (m, p) if task.kind == "multiclass" else (_both(m), _both(p))
     if task.kind == "multiclass":
         of_classes = of_classes / of_classes.sum(1, keepdims=True)
     known, regret = information(classes), divergence(classes, of_classes)
-    informed = _share(known - regret, known)
+    found |= {"regret": regret, "nats": known - regret, "oracle_nats": known}
     if task.kind == "multiclass":
-        return found | {"share": informed, "regret": regret}
+        return found | {"share": _share(known - regret, known)}
     mine, best = expected_auc(m, p), expected_auc(m, m)
     return found | {
         "share": _share(mine - 0.5, best - 0.5),
-        "regret": regret,
-        "information": informed,
         "auc": mine,
         "oracle_auc": best,
         "auc_of_labels": auc(y, p),
@@ -225,3 +227,35 @@ def of_tasks(
             given = np.where(labels[:, number[str(task.after)]] == 1, label, np.nan)
             found[name] = knowable(task, given, predicted[name], true[name])
     return found
+
+
+_MEASURES = {"auc": "AUC", "r2": "R²", "nats": "nats"}
+
+
+def print_knowable(found: Mapping[str, Metrics], console: Console | None = None) -> None:
+    """Print the shares as a table: the tasks, then the fused score.
+
+    Args:
+        found: `of_tasks`, and under ``"score"``, `knowable_score`.
+    """
+    console = console or Console()
+    table = plain_table("Of what is knowable in this world", ["", "share", "measure", "model", "oracle", "regret"])
+    for name, known in found.items():
+        if name == "score" or "share" not in known:
+            continue
+        measure = next(m for m in _MEASURES if m in known)
+        numbers = (known[measure], known[f"oracle_{measure}"], known["regret"])
+        table.add_row(name, _percent(known["share"]), _MEASURES[measure], *(f"{x:.4f}" for x in numbers))
+    score = found.get("score", {})
+    if score:
+        table.add_row("score, all rows", _percent(score["share"]), "gain", "", "", "")
+    for k in KS:
+        if f"share@{k}" in score:
+            numbers = (score[f"value@{k}"], score[f"oracle@{k}"], score[f"regret@{k}"])
+            share = f"{_percent(score[f'share@{k}'])} ± {100 * score[f'share@{k} error']:.1f}"
+            table.add_row(f"score, first {k}", share, f"value@{k}", *(f"{x:.4f}" for x in numbers))
+    console.print("", table)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -26,12 +26,15 @@ class Evaluation:
             parent's event, on the rows where that happened.
         ranking: ranking rule -> {"auc <task>", "gauc <task>"}; the fused score and what it is compared with.
         rows: number of rows.
+        knowable: of rows of a synthetic world, task -> how much of what is knowable is known, and so ``"score"``; see
+            `mtcl_torchrec.evaluation.knowable`.
     """
 
     kinds: dict[str, str]
     tasks: dict[str, Metrics]
     ranking: dict[str, Metrics]
     rows: int
+    knowable: dict[str, Metrics] | None = None
 
 
 def evaluate_predictions(

@@ -25,6 +25,7 @@ from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
 from mtcl_torchrec.training.directory import PREDICTIONS
+from mtcl_torchrec.training.oracle import knowable_of
 from mtcl_torchrec.training.sharding import Ranks
 
 
@@ -56,6 +57,7 @@ def judge(
         evaluations[name] = evaluate_rows(
             model, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions=predictions
         )
+        evaluations[name].knowable = knowable_of(run, model, splits.raw[name], encoded, predictions)
         if not (where.first and run.evaluation.save_predictions):
             continue
         table = rows_predicted(
