@@ -228,9 +228,7 @@ class World:
         Raises:
             DataError: an index is no integer, or out of range, or its row comes after `as_of`.
         """
-        columns = self.columns(index, as_of=as_of)
-        columns[self.tags] = tag_lists()[columns[self.tags]]
-        return pd.DataFrame(columns)
+        return self._frame(self.columns(index, as_of=as_of))
 
     def columns(self, index: np.ndarray, *, as_of: int | None = None) -> dict[str, np.ndarray]:
         """As `rows`, as arrays; the tags as a number that indexes `mtcl_torchrec.data.synthetic_labels.tag_lists`."""
@@ -276,9 +274,12 @@ class World:
         if len(ids) and not (ids.min() >= 1 and ids.max() <= self.num_items):
             raise DataError(f"items are numbered from 1 to {self.num_items:,}")
         one = np.ones_like(ids)
-        columns = item_columns(self, describe(self, one, ids, one, one, one, one, one))
+        return self._frame(item_columns(self, describe(self, one, ids, one, one, one, one, one)))
+
+    def _frame(self, columns: dict[str, np.ndarray]) -> pd.DataFrame:
         columns[self.tags] = tag_lists()[columns[self.tags]]
-        return pd.DataFrame(columns)
+        frame = pd.DataFrame(columns)
+        return frame.astype({self.title: str}) if self.text else frame  # also of no rows
 
     # ------------------------------------------------------------------ the truth
 

@@ -52,12 +52,17 @@ class Draw(NamedTuple):
     items: list[np.ndarray]
 
 
+def who_meets_what(world: World, counter: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """User and item of rows, (N,) each, as `draw_rows` draws them."""
+    rank = zipf_ranks(uniform(stream(world.seed, "user"), counter), world.num_users, world.user_exponent)
+    user = 1 + scatter(rank - 1, world.num_users, _offset(world.seed, "user", world.num_users))
+    return user, _items(world, counter, position)
+
+
 def draw_rows(world: World, counter: np.ndarray, position: np.ndarray) -> Draw:
     """Rows drawn with the randomness of `counter`, at the time of row `position`."""
     seed = world.seed
-    rank = zipf_ranks(uniform(stream(seed, "user"), counter), world.num_users, world.user_exponent)
-    user = 1 + scatter(rank - 1, world.num_users, _offset(seed, "user", world.num_users))
-    item = _items(world, counter, position)
+    user, item = who_meets_what(world, counter, position)
     chance, away, where, _ = sixteenths(stream(seed, "moment"), counter)
     device = 1 + (chance >= _DEVICE_SHARE[0]) + (chance >= _DEVICE_SHARE[0] + _DEVICE_SHARE[1])
     home = below(stream(seed, "home"), user, PLACES)
