@@ -51,7 +51,7 @@ from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import load_splits
-from mtcl_torchrec.data.synthetic import write_parquet
+from mtcl_torchrec.data.synthetic_files import write_parquet
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
 from mtcl_torchrec.data.worlds import READY_WORLDS, ready_world, world_run
 from mtcl_torchrec.evaluation.report import plain_table

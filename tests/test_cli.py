@@ -276,6 +276,21 @@ def test_a_world_is_drafted_and_written(mtcl, tmp_path):
     assert "either files" in one_line(mtcl("init")[2])
 
 
+def test_a_world_is_written_as_of_a_moment_with_its_titles(mtcl, tmp_path):
+    hard = ("--users", 50, "--items", 20, "--set", "delay=4", "--set", "text=0.5", "--set", "position_bias=1")
+    assert mtcl("synth", "all.parquet", "--rows", 300, *hard)[0] == 0
+    status, _, _ = mtcl("synth", "then.parquet", "--rows", 300, *hard, "--as-of", 15, "--catalogue", "items.parquet")
+    assert status == 0
+    whole, then, items = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("all", "then", "items"))
+    assert (len(whole), len(then), len(items)) == (300, 151, 20)
+    pd.testing.assert_frame_equal(then.loc[:, :"position"], whole.loc[:150, :"position"])
+    assert 0 < then["return"].sum() < whole["return"][:151].sum()
+    assert set(then["title"]) <= set(items["title"])
+    assert "items.parquet exists already" in one_line(mtcl("synth", "b.parquet", "--catalogue", "items.parquet")[2])
+    late = mtcl("synth", "b.parquet", "--start", 200, "--rows", 100, *hard, "--as-of", 2)[2]
+    assert "row 200 comes after that" in one_line(late)
+
+
 def test_the_module_is_the_command():
     shown = subprocess.run(
         [sys.executable, "-m", "mtcl_torchrec", "--help"], capture_output=True, text=True, check=True

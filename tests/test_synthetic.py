@@ -20,8 +20,10 @@ from sklearn.metrics import roc_auc_score
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.counter_random import Stream, below, bits, latents, scatter, stream, uniform, zipf_ranks
 from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.outcomes import Outcome
 from mtcl_torchrec.data.source import Rows, read_rows
-from mtcl_torchrec.data.synthetic import MAX_ROWS, Outcome, World, write_parquet
+from mtcl_torchrec.data.synthetic import MAX_ROWS, World
+from mtcl_torchrec.data.synthetic_files import write_parquet
 from mtcl_torchrec.data.worlds import READY_WORLDS, ready_world, world_run
 from mtcl_torchrec.schema import ConfigError, DataError, Schema
 from mtcl_torchrec.training.run import train_run

@@ -14,7 +14,7 @@ from mtcl_torchrec.cli.app import app, screen
 from mtcl_torchrec.config import load_run
 from mtcl_torchrec.data.draft import draft_run
 from mtcl_torchrec.data.prepare import prepare_files
-from mtcl_torchrec.data.synthetic import write_parquet
+from mtcl_torchrec.data.synthetic_files import write_items, write_parquet
 from mtcl_torchrec.data.worlds import ready_world, world_run
 from mtcl_torchrec.schema import ConfigError
 
@@ -71,22 +71,41 @@ def synth(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A dial, such as missing=0.1 or conflict=0.8; may be repeated.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT.")] = False,
+    as_of: Annotated[
+        float | None,
+        typer.Option(min=0, help="The log as of so many days after row 0: no later rows, events yet to come are 0."),
+    ] = None,
+    catalogue: Annotated[
+        Path | None, typer.Option(help="Write all items, with their titles, to this Parquet file, too.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT, and the catalogue.")] = False,
 ) -> None:
     """Write rows of a synthetic world, whose true probabilities are known, to a Parquet file.
 
     Each row follows from the seed and its number alone: `--start` goes on with the same world in another file, when
-    both are given the same `--horizon`.
+    both are given the same `--horizon`.  Titles (`--set text=0.5`), positions (`--set position_bias=1`) and events that
+    arrive late (`--set delay=2`, in days) are dials, too.
     """
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists already; --overwrite replaces it")
+    for file in (out, catalogue):
+        if file is not None and file.exists() and not overwrite:
+            raise ConfigError(f"{file} exists already; --overwrite replaces it")
     dials = dict(_dial(pair) for pair in set_ or [])
     made = ready_world(world, **{"num_users": users, "num_items": items, "seed": seed, **dials},
                        horizon=horizon or start + rows)  # fmt: skip
+    moment = None if as_of is None else made.moment(as_of)
+    if moment is not None:
+        rows = min(rows, made.rows_by(moment) - start)
+        if rows < 1:
+            raise ConfigError(f"--as-of {as_of:g}: row {start:,} comes after that; the horizon spans {made.days} days")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(str(out), total=rows)
-        write_parquet(made, out, rows, start=start, progress=lambda done: bar.update(task, completed=done))
+        write_parquet(
+            made, out, rows, start=start, as_of=moment, progress=lambda done: bar.update(task, completed=done)
+        )
     screen().print(f"wrote {rows:,} rows of world {world!r} to {out}", highlight=False, soft_wrap=True)
+    if catalogue is not None:
+        write_items(made, catalogue)
+        screen().print(f"wrote its {made.num_items:,} items to {catalogue}", highlight=False, soft_wrap=True)
 
 
 def _dial(pair: str) -> tuple[str, Any]:

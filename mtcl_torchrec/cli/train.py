@@ -12,17 +12,20 @@ from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, note_if_unfinished, screen
 from mtcl_torchrec.config import load_run
-from mtcl_torchrec.data.source import column_names, find_files, read_rows
+from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
-from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.knowable import print_knowable
+from mtcl_torchrec.evaluation.metrics import Metrics
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by, thresholds_of
+from mtcl_torchrec.training.oracle import knowable_of, truth_columns
 from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
 
@@ -85,10 +88,9 @@ def evaluate(
     run, console = FinishedRun.load(run_dir), screen()
     apart = list(dict.fromkeys(name.strip() for names in segments or () for name in names.split(",")))
     config = run.config.evaluation.model_copy(update={"segments": apart, "k": k or run.config.evaluation.k})
-    columns = run.preprocessor.columns(statistics=False) + config.columns()
-    time = run.preprocessor.declared.time
-    if time is not None and all(time in column_names(file) for file in find_files(data)):
-        columns.append(time)
+    there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
+    wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
+    columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *config.columns(), *wanted]))
     raw = run.preprocessor.conform(read_rows(data, columns))
     note_if_unfinished(run, run_dir)
     table = rows_predicted_by(run, raw, batch_size=batch_size, split=", ".join(data), segments=config.columns())
@@ -98,6 +100,14 @@ def evaluate(
         seed=run.config.training.seed,
     )  # fmt: skip
     print_evaluation(result, ", ".join(data), console)
+    if run.config.data.synthetic is not None:
+        result.knowable = _knowable(run, raw, table)
+        if result.knowable is None:
+            console.print(
+                "\nthe rows are not of the run's world: what is knowable of them is not known", highlight=False
+            )
+        else:
+            print_knowable(result.knowable, console)
     if every:
         console.print()
         print_details(result, console, config.k)
@@ -112,12 +122,22 @@ def evaluate(
         replace_file(write, json.dumps(finite(asdict(result)), indent=1))
 
 
+def _knowable(run: FinishedRun, raw: Rows, table: PredictionsTable) -> dict[str, Metrics] | None:
+    """How much of what is knowable of a world's rows a run knows; None where they are not of its world."""
+    predictions = {name: table.predicted(name) for name in table.predicted_names}
+    if table.score is not None:
+        predictions["score"] = table.score
+    return knowable_of(run.config, run.model, raw, run.preprocessor.encode(raw), predictions)
+
+
 def show(result: RunResult, console: Console) -> None:
     kept = f"epoch {result.history.best_epoch} of {len(result.history.epochs)}"
     for split, evaluation in result.evaluations.items():
         if split == "test" or len(result.evaluations) == 1:
             console.print()
             print_evaluation(evaluation, f"{split} split, {kept}", console)
+            if evaluation.knowable is not None:
+                print_knowable(evaluation.knowable, console)
             if result.calibration is not None:
                 console.print()
                 print_calibration(result.calibration.splits[split], f"{split} split", console)

@@ -26,6 +26,12 @@ class SyntheticConfig(Part):
         signal, context: how much is knowable at all, and how much of that is context.
         missing: share of labels that are not known.
         cold_items, cold_after: share of items that appear only after that share of all rows.
+        days: that all rows span.
+        text: share of the variance of an item's vector that the words of its title explain; above 0, there are titles.
+        position_bias: how fast the probability that a user looks at a position falls; above 0, rows have a position.
+        positions: how many, from 1.
+        delay: days until an event is recorded, on average: train and val are the log as it was when val ended, where
+            an event yet to come is a 0, and test is what came of it.
     """
 
     world: Literal["shop", "social", "video", "courses", "health"]
@@ -47,6 +53,10 @@ class SyntheticConfig(Part):
     cold_items: Annotated[float, Field(ge=0, le=0.95)] = 0.0
     cold_after: Fraction = 0.9
     days: Annotated[int, Field(ge=1, le=3650)] = 30
+    text: Annotated[float, Field(ge=0, le=1)] = 0.0
+    position_bias: Annotated[float, Field(ge=0, le=5)] = 0.0
+    positions: Annotated[int, Field(ge=2, le=1000)] | None = None
+    delay: Annotated[float, Field(ge=0, le=3650)] = 0.0
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
     imbalance: Annotated[float, Field(ge=1)] = 1.0
 

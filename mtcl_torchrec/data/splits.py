@@ -17,8 +17,7 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_rows, read_splits
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
-from mtcl_torchrec.data.world_windows import WorldWindows
-from mtcl_torchrec.data.worlds import ready_world
+from mtcl_torchrec.data.world_windows import WorldWindows, recorded_by, world_of, world_split
 from mtcl_torchrec.schema import ConfigError
 
 QUIET_SECONDS = 20.0  # what takes longer says how far it is
@@ -130,17 +129,15 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
         raise ConfigError("histories are built in memory: write the world to files with `mtcl synth` for them")
     if run.next_labels:
         raise ConfigError("next_labels are found in memory: write the world to files with `mtcl synth` for them")
-    world = ready_world(config.world, **config.dials())
+    world = world_of(config)
     sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
-    preprocessor.learn(Rows(world.rows(sample)), grown_from=grown_from)
-    ends = np.cumsum([config.rows, config.val_rows, config.test_rows])
-    later = {
-        name: Rows(world.rows(np.arange(start, stop)))
-        for name, start, stop in (("val", ends[0], ends[1]), ("test", ends[1], ends[2]))
-        if stop > start
-    }
+    as_of = recorded_by(config, world)
+    preprocessor.learn(Rows(world.rows(sample, as_of=as_of)), grown_from=grown_from)
+    later = {name: world_split(config, name) for name in ("val", "test") if name == "val" or config.test_rows}
     say(f"world {config.world!r}: {config.rows:,} rows of train, generated on the way")
-    source = WorldWindows(world, config.rows, run.data.window)
+    if as_of is not None:
+        say("train and val are the log as it was when val ended, with events yet to come; test is what came of it")
+    source = WorldWindows(world, config.rows, run.data.window, as_of)
     train = StreamRows(
         source,
         preprocessor.encoder.encode,

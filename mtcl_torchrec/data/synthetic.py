@@ -14,70 +14,51 @@ rank, and `World.oracle` gives the true probability of every label in them.  How
 4. **Labels.**  An event is 1 with probability σ(z).  In a chain (buy after click) the label exists only where the
    parent is 1.  The content task, which category the user turns to next, is a softmax over the user's closeness to the
    categories and the hour; the item at hand plays no part in it.
+
+Three dials, off by default, add what makes real logs hard; a world without them has the same rows to the digit.
+
+- `World.text`: an item has a title, a few words of two topics and some that mean nothing.  That share of the variance
+  of its vector q is the mean topic of these words: who reads titles can know it of an item nobody has met.
+- `World.position_bias`, b: a row stands at a position k of a list, drawn by itself, where a user looks with probability
+  k⁻ᵇ; nothing happens to what is not looked at (the position-based model of Craswell et al., *An Experimental
+  Comparison of Click Position-Bias Models*, WSDM 2008, with the examination of Joachims et al., WSDM 2017).
+- `World.delay`: an event is recorded some time after its row (exponential, as in Chapelle, *Modeling Delayed Feedback
+  in Display Advertising*, KDD 2014), and in the log as of a moment (``rows(..., as_of=...)``) it is a 0 until then.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Literal
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from mtcl_torchrec.data.counter_random import sixteenths, stream, uniform
-from mtcl_torchrec.data.synthetic_truth import BLOCK, DEVICES, HOURS, PLACES, SEGMENTS, draw_rows, truth
+from mtcl_torchrec.data.outcomes import Column, Outcome
+from mtcl_torchrec.data.synthetic_labels import DAY, TAG_DIMS, item_columns, row_columns, tag_lists
+from mtcl_torchrec.data.synthetic_truth import (
+    BLOCK,
+    DEVICES,
+    HOURS,
+    PLACES,
+    SEGMENTS,
+    START,
+    Draw,
+    describe,
+    draw_rows,
+    examination,
+    truth,
+)
 from mtcl_torchrec.schema import DataError, Feature, Group, Schema, Task, check_unique
 
-TAG_DIMS = 6  # an item's tags are the directions, of the first so many, in which its vector stands out
+POSITIONS = 10
 MAX_IDS = 10**12
 MAX_ROWS = 2**41
 
 Share = Annotated[float, Field(ge=0, le=0.95)]
-Column = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-class Outcome(BaseModel):
-    """One task of a world.
-
-    Args:
-        name: of the task and of its label column.
-        kind: ``"event"`` (0 or 1), ``"content"`` (the category turned to next, 1 … categories), ``"stars"`` (1 … 5) or
-            ``"amount"`` (a positive number).
-        mean: of the label wherever there can be one: in a chain, where the parent is 1.  Not of content.
-        after: the event that must be 1 for this one to happen, declared before it.
-        moment: whether the user and the moment alone decide it, whatever the item (a task of context).
-        opposed: whether it is one of the tasks that `World.conflict` turns against the others.
-        number_effect: how much one standard deviation of the item's log number (price, duration) adds to the logit.
-        fused: weight in the fused score; 0 leaves it out.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: Column
-    kind: Literal["event", "content", "stars", "amount"] = "event"
-    mean: Annotated[float, Field(ge=1e-6)] = 0.1
-    after: str | None = None
-    moment: bool = False
-    opposed: bool = False
-    number_effect: float = 0.0
-    fused: float = 0.0
-
-    @model_validator(mode="after")
-    def _possible(self) -> Outcome:
-        if self.kind == "event" and not self.mean < 1:
-            raise ValueError(f"{self.name}: the mean of an event lies between 0 and 1")
-        if self.kind == "stars" and not 1 < self.mean < 5:
-            raise ValueError(f"{self.name}: the mean of stars lies between 1 and 5")
-        if self.kind == "content" and (self.after or self.moment or self.opposed):
-            raise ValueError(f"{self.name}: content comes after nothing, and is neither moment nor opposed")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -102,7 +83,13 @@ class World:
             about; of the rows from there on, the same share is about them.
         cold_after: see `cold_items`.
         days: that the horizon spans.
-        user, item, category, number, tags: names of the columns.
+        text: share of the variance of an item's vector that its title explains; above 0, there are titles.
+        position_bias: b of the probability k⁻ᵇ to look at position k; above 0, there is a column ``position``.  The
+            means are those of what is looked at.
+        positions: of a list; 10 where there is a position bias.
+        delay: days until an event is recorded, on average, times `Outcome.delay`; above 0, each event has a column
+            of the seconds that it took, ``click_delay``, missing where it did not happen.
+        user, item, category, number, tags, title: names of the columns.
         number_median, number_spread: of the item's number, log-normal.
 
     Example:
@@ -131,11 +118,16 @@ class World:
     cold_items: Share = 0.0
     cold_after: Annotated[float, Field(ge=0, lt=1)] = 0.9
     days: Annotated[int, Field(ge=1, le=3650)] = 30
+    text: Annotated[float, Field(ge=0, le=1)] = 0.0
+    position_bias: Annotated[float, Field(ge=0, le=5)] = 0.0
+    positions: Annotated[int, Field(ge=2, le=1000)] | None = None
+    delay: Annotated[float, Field(ge=0, le=3650)] = 0.0
     user: Column = "user_id"
     item: Column = "item_id"
     category: Column = "category"
     number: Column = "price"
     tags: Column = "tags"
+    title: Column = "title"
     number_median: Annotated[float, Field(gt=0)] = 20.0
     number_spread: Annotated[float, Field(ge=0, le=2)] = 0.8
 
@@ -143,7 +135,12 @@ class World:
     def _consistent(self) -> World:
         features = ["segment", "hour", "device", "place", "time"]
         names = [self.user, self.item, self.category, self.number, self.tags, *features]
+        names += [self.title] if self.text else []
+        names += ["position"] if self.position_bias else []
+        names += [f"{o.name}_delay" for o in self.outcomes if o.kind == "event"] if self.delay else []
         check_unique("column", names + [o.name for o in self.outcomes])
+        if self.positions is not None and not self.position_bias:
+            raise ValueError("positions belong to a position_bias above 0")
         events: list[str] = []
         for outcome in self.outcomes:
             if outcome.after is not None and outcome.after not in events:
@@ -161,6 +158,11 @@ class World:
         return min(max(round(self.cold_items * self.num_items), 1), self.num_items - 1) if self.cold_items else 0
 
     @property
+    def num_positions(self) -> int:
+        """Of a list; 1 without position bias."""
+        return (self.positions or POSITIONS) if self.position_bias else 1
+
+    @property
     def cold_from(self) -> int:
         """The first row that may be about a cold item."""
         return int(self.cold_after * self.horizon)
@@ -168,12 +170,12 @@ class World:
     # ------------------------------------------------------------------ what the rest of the package needs to know
 
     def schema(self) -> Schema:
-        """The columns as features and tasks.  Ids are rows of their tables already, so nothing is learnt from data."""
+        """The columns as features and tasks.  Ids are rows of their tables already; only a title's words are not."""
 
         def index(name: str, group: Group, values: int, dim: int) -> Feature:
             return Feature(name=name, group=group, encoding="index", vocabulary_size=values + 1, embedding_dim=dim)
 
-        features = (
+        features: tuple[Feature, ...] = (
             index(self.user, "user", self.num_users, 16),
             index("segment", "user", SEGMENTS, 8),
             index(self.item, "item", self.num_items, 16),
@@ -185,6 +187,11 @@ class World:
             index("device", "context", DEVICES, 4),
             index("place", "context", PLACES, 4),
         )  # fmt: skip
+        if self.text:
+            title = Feature(name=self.title, group="item", kind="bag", separator=" ", embedding_dim=16)
+            features = (*features, title)
+        if self.position_bias:
+            features = (*features, index("position", "context", self.num_positions, 4))
         return Schema(
             user=self.user, item=self.item, time="time", features=features, tasks=tuple(map(self._task, self.outcomes))
         )
@@ -205,51 +212,168 @@ class World:
 
     # ------------------------------------------------------------------ rows and their probabilities
 
-    def rows(self, index: np.ndarray) -> pd.DataFrame:
+    def rows(self, index: np.ndarray, *, as_of: int | None = None) -> pd.DataFrame:
         """The rows of these indices, in this order; a row depends on its own index only.
 
         Args:
             index: (N,) integers from 0 to 2⁴¹ - 1.
+            as_of: a time, see `moment`: labels as they were recorded then, an event yet to come being 0, and what comes
+                after it missing.  None: all has come.
 
         Returns:
             The schema's columns: int64 ids and time, int32 categories, float32 number and labels (NaN where missing,
-            or where the parent in a chain is not 1), a tuple of tags.
+            or where the parent in a chain is not 1), a tuple of tags; with the dials, a title, an int32 position and
+            float32 delays.
 
         Raises:
-            DataError: an index is no integer, or out of range.
+            DataError: an index is no integer, or out of range, or its row comes after `as_of`.
         """
-        columns = self.columns(index)
-        columns[self.tags] = tag_lists()[columns[self.tags]]
-        return pd.DataFrame(columns)
+        return self._frame(self.columns(index, as_of=as_of))
 
-    def columns(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """As `rows`, as arrays; the tags as a number that indexes `tag_lists`."""
-        blocks = [_columns(self, part) for part in _blocks(index)]
+    def columns(self, index: np.ndarray, *, as_of: int | None = None) -> dict[str, np.ndarray]:
+        """As `rows`, as arrays; the tags as a number that indexes `mtcl_torchrec.data.synthetic_labels.tag_lists`."""
+        parts = _blocks(index)
+        if as_of is not None and len(index) and int(index.max()) >= self.rows_by(as_of):
+            raise DataError(f"row {int(index.max()):,} comes after the moment that the log is wanted of")
+        blocks = [row_columns(self, part, as_of) for part in parts]
         return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+
+    def moment(self, days: float) -> int:
+        """The time, as in the column ``time``, so many days after row 0."""
+        return START + int(days * DAY)
+
+    def time_of(self, row: int) -> int:
+        """What stands in the column ``time`` of a row."""
+        return START + int(row * (self.days * DAY / self.horizon))
+
+    def rows_by(self, time: int) -> int:
+        """How many rows there are up to a time.
+
+        Example:
+            >>> world = World(outcomes=(Outcome(name="click"),), horizon=3_000, days=30)
+            >>> world.rows_by(world.moment(0)), world.rows_by(world.moment(10))
+            (1, 1001)
+        """
+        return bisect_right(range(MAX_ROWS), time, key=self.time_of)
 
     def chunks(self, rows: int, *, start: int = 0, size: int = 65_536) -> Iterator[pd.DataFrame]:
         """`rows` rows from `start` on, in frames of `size`."""
         for first in range(start, start + rows, size):
             yield self.rows(np.arange(first, min(first + size, start + rows)))
 
-    def oracle(self, index: np.ndarray, *, joint: bool = False) -> dict[str, np.ndarray]:
-        """The truth about the labels of these rows.
+    def items(self, ids: np.ndarray) -> pd.DataFrame:
+        """What is known of items before anybody meets them: their columns, titles among them, as in `rows`.
+
+        Args:
+            ids: (N,) integers from 1 to `num_items`.
+
+        Raises:
+            DataError: there is no such item.
+        """
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and not (ids.min() >= 1 and ids.max() <= self.num_items):
+            raise DataError(f"items are numbered from 1 to {self.num_items:,}")
+        one = np.ones_like(ids)
+        return self._frame(item_columns(self, describe(self, one, ids, one, one, one, one, one)))
+
+    def _frame(self, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+        columns[self.tags] = tag_lists()[columns[self.tags]]
+        frame = pd.DataFrame(columns)
+        return frame.astype({self.title: str}) if self.text else frame  # also of no rows
+
+    # ------------------------------------------------------------------ the truth
+
+    def oracle(self, index: np.ndarray, *, joint: bool = False, position: int | None = None) -> dict[str, np.ndarray]:
+        """The truth about the labels of these rows, once all has been recorded.
 
         Args:
             index: as for `rows`.
             joint: of an event in a chain, the probability that its parents and it happen, instead of its
                 probability given that its parent did.
+            position: the truth if the row stood there; None: where it does.  At position 1, everybody looks.
 
         Returns:
             Task -> float64: (N,) probability of an event; (N, categories + 1) of each class, column 0 ("unknown")
             being 0; (N,) expected value of stars and amounts, given the parent.
         """
-        blocks = [truth(self, draw_rows(self, part, part)) for part in _blocks(index)]
-        parts = {name: np.concatenate([b[name] for b in blocks], -1).astype(np.float64) for name in blocks[0]}
+        return self._truth((draw_rows(self, part, part) for part in _blocks(index)), joint, position)
+
+    def oracle_of(
+        self, frame: pd.DataFrame, *, joint: bool = False, position: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """The truth about rows as they stand in a frame, also ones that never were: any user, item and moment.
+
+        Args:
+            frame: with the columns of `oracle_columns`.
+            joint, position: as for `oracle`, whose result this has.
+
+        Raises:
+            DataError: a column is missing, or holds what this world has not.
+        """
+        highest = self._highest()
+        columns = {}
+        for name, most in highest.items():
+            if name not in frame:
+                raise DataError(f"the truth of a row follows from {', '.join(highest)}: no column {name!r}")
+            values = frame[name].to_numpy(np.float64, na_value=np.nan)
+            if not bool(((values >= 1) & (values <= most)).all()):
+                raise DataError(f"column {name!r} holds what is not between 1 and {most:,}")
+            columns[name] = values.astype(np.int64)
+        one = np.ones(len(frame), np.int64)
+        user, item, hour, device, place = (columns[n] for n in list(highest)[:5])
+        slot = columns.get("position", one)
+        parts = [slice(i, i + BLOCK) for i in range(0, max(len(frame), 1), BLOCK)]
+        return self._truth(
+            (describe(self, user[p], item[p], one[p], hour[p], device[p], place[p], slot[p]) for p in parts),
+            joint, position,
+        )  # fmt: skip
+
+    def _highest(self) -> dict[str, int]:
+        """The columns from which the truth follows, and their highest values."""
+        ids = {self.user: self.num_users, self.item: self.num_items}
+        slot = {"position": self.num_positions} if self.position_bias else {}
+        return {**ids, "hour": HOURS, "device": DEVICES, "place": PLACES, **slot}
+
+    @property
+    def oracle_columns(self) -> tuple[str, ...]:
+        """The columns from which the truth of a row follows."""
+        return tuple(self._highest())
+
+    @property
+    def telling_columns(self) -> tuple[str, ...]:
+        """The columns from which `is_of` tells whether rows are of this world."""
+        return (*self.oracle_columns, "segment", self.category)
+
+    def is_of(self, frame: pd.DataFrame) -> bool:
+        """Whether rows are of this world: what they say of their users and items is so here."""
+        if not set(self.telling_columns) <= set(frame):
+            return False
+        try:
+            self.oracle_of(frame.head(1))
+            one = np.ones(len(frame), np.int64)
+            user, item = frame[self.user].to_numpy(np.int64), frame[self.item].to_numpy(np.int64)
+        except (DataError, ValueError, TypeError):
+            return False
+        drawn = describe(self, user, item, one, one, one, one, one)
+        said = {"segment": drawn.segment, self.category: drawn.category}
+        return all(bool((frame[name].to_numpy() == values).all()) for name, values in said.items())
+
+    def _truth(self, draws: Iterable[Draw], joint: bool, position: int | None) -> dict[str, np.ndarray]:
+        if position is not None and not 1 <= position <= self.num_positions:
+            raise DataError(f"position {position}: the world has positions 1 to {self.num_positions}")
+        blocks = [self._truth_of(draw, joint, position) for draw in draws]
+        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+
+    def _truth_of(self, draw: Draw, joint: bool, position: int | None) -> dict[str, np.ndarray]:
+        parts = {name: values.astype(np.float64) for name, values in truth(self, draw).items()}
+        slot = draw.position if position is None else np.full_like(draw.position, position)
+        looked = examination(self, slot).astype(np.float64) if self.position_bias else None
         for outcome in self.outcomes:
             if outcome.kind == "content":
                 classes = parts[outcome.name]
                 parts[outcome.name] = np.concatenate([np.zeros_like(classes[:1]), classes / classes.sum(0)]).T
+            elif looked is not None and outcome.needs_a_look and outcome.kind != "stars":
+                parts[outcome.name] = parts[outcome.name] * looked
             elif joint and outcome.kind == "event" and outcome.after:
                 parts[outcome.name] = parts[outcome.name] * parts[outcome.after]
         return parts
@@ -265,123 +389,3 @@ def _blocks(index: np.ndarray) -> list[np.ndarray]:
         raise DataError(f"row indices lie between 0 and {MAX_ROWS - 1:,}, not {index.min():,} to {index.max():,}")
     index = np.ascontiguousarray(index, dtype=np.int64)
     return [index[i : i + BLOCK] for i in range(0, max(len(index), 1), BLOCK)]
-
-
-def _columns(world: World, index: np.ndarray) -> dict[str, np.ndarray]:
-    draw = draw_rows(world, index, index)
-    price = np.float32(world.number_median) * np.exp(draw.number * np.float32(world.number_spread))
-    tags = np.zeros(len(index), np.int64)
-    for d in range(TAG_DIMS):
-        tags = 3 * tags + (draw.items[d] > 1) + 2 * (draw.items[d] < -1)
-    columns = {
-        world.user: draw.user,
-        "segment": draw.segment.astype(np.int32),
-        world.item: draw.item,
-        world.category: draw.category.astype(np.int32),
-        world.tags: tags,
-        world.number: np.round(price, 2),
-        "hour": draw.hour.astype(np.int32),
-        "device": draw.device.astype(np.int32),
-        "place": draw.place.astype(np.int32),
-        "time": draw.time,
-    }
-    true = truth(world, draw)
-    for number, outcome in enumerate(world.outcomes):
-        label = _label(world.seed, outcome, true[outcome.name], index)
-        if outcome.after:
-            label[columns[outcome.after] != 1] = np.nan
-        if world.missing:
-            chance = sixteenths(stream(world.seed, "missing", number // 4), index)[number % 4]
-            label[chance < world.missing] = np.nan
-        columns[outcome.name] = label
-    return columns
-
-
-def _label(seed: int, outcome: Outcome, true: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """(N,) float32, drawn from the truth."""
-    source = stream(seed, "label", outcome.name)
-    if outcome.kind == "stars":  # 1 + Binomial(4, p)
-        p = (true - 1) * np.float32(0.25)
-        return 1 + sum((chance < p for chance in sixteenths(source, index)), np.zeros(len(index), np.float32))
-    u = uniform(source, index)
-    if outcome.kind == "event":
-        return (u < true).astype(np.float32)
-    if outcome.kind == "amount":  # times the sum of two uniform numbers, which has mean 1
-        return (true * (u + uniform(stream(seed, "second", outcome.name), index))).astype(np.float32)
-    below_class = np.zeros(true.shape[1], np.float32)
-    totals = below_class.copy()
-    for odds in true:
-        totals += odds
-    label = np.ones(len(index), np.float32)
-    for odds in true[:-1]:
-        below_class += odds
-        label += u * totals >= below_class
-    return label
-
-
-@lru_cache(maxsize=1)
-def tag_lists() -> np.ndarray:
-    """The tags that each number of `World.columns` stands for: 1 … 2 · TAG_DIMS, object array of tuples."""
-    lists = np.empty(3**TAG_DIMS, object)
-    for code in range(len(lists)):
-        signs = [code // 3 ** (TAG_DIMS - 1 - d) % 3 for d in range(TAG_DIMS)]
-        lists[code] = tuple(d + 1 + TAG_DIMS * (sign - 1) for d, sign in enumerate(signs) if sign)
-    return lists
-
-
-# ---------------------------------------------------------------------- files
-
-
-def write_parquet(
-    world: World,
-    path: str | Path,
-    rows: int,
-    *,
-    start: int = 0,
-    row_group_size: int = 131_072,
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Write rows `start` … `start + rows - 1` of a world to one Parquet file.
-
-    The memory needed is that of one row group, however many rows there are.  The file appears under its name once it is
-    complete; a run that is broken off leaves nothing there.
-
-    Args:
-        path: of the file; its folder must exist, and a file of that name is replaced.
-        row_group_size: rows of a row group.
-        progress: called after each row group with the number of rows written so far.
-
-    Raises:
-        DataError: `rows` or `row_group_size` is below 1, or the folder does not exist.
-    """
-    path = Path(path)
-    if rows < 1 or row_group_size < 1:
-        raise DataError(f"{path}: rows and row_group_size are at least 1, not {rows:,} and {row_group_size:,}")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: no such folder")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    lists = pa.array(map(list, tag_lists()), pa.list_(pa.int32()))
-    writer = None
-    try:
-        for first in range(start, start + rows, row_group_size):
-            last = min(first + row_group_size, start + rows)
-            table = _arrow_table(world, np.arange(first, last), lists)
-            writer = writer or pa.parquet.ParquetWriter(unfinished, table.schema)
-            writer.write_table(table, row_group_size=row_group_size)
-            if progress is not None:
-                progress(last - start)
-        assert writer is not None
-        writer.close()
-        unfinished.replace(path)
-    except BaseException:
-        if writer is not None:
-            writer.close()
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _arrow_table(world: World, index: np.ndarray, lists: pa.Array) -> pa.Table:
-    columns = world.columns(index)
-    arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
-    arrays[world.tags] = lists.take(pa.array(columns[world.tags]))
-    return pa.table(arrays)

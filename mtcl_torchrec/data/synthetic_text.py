@@ -22,8 +22,9 @@ import pandas as pd
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from mtcl_torchrec.data.titles import titles, vocabulary
+
 _AT_LEAST = {2: 2.4, 3: 1.2, 4: 0.0, 5: -1.4}  # cₖ
-_SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mo", "nu", "pi", "ra", "se", "tu", "vo", "za", "chi", "stro")
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -74,16 +75,14 @@ class TextWorld:
     def items(self) -> pd.DataFrame:
         """item_id, title, genres (a list), year: what an encoder of texts may read."""
         mixture, draw = self._mixture(), self._draw("titles")
-        vocabulary = _made_up_words((self.topics + 1) * self.words).reshape(self.topics + 1, self.words)
         shape = (self.num_items, self.title_words)
         # A topic for each word, by inversion; the last row of the vocabulary holds the words that mean nothing.
         topic = (draw.random(shape)[..., None] > mixture.cumsum(1)[:, None, :-1]).sum(-1)
         topic = np.where(draw.random(shape) < self.noise, self.topics, topic)
-        word = (self.words * draw.random(shape) ** 2).astype(np.int64)  # the first words of a topic are the usual ones
         return pd.DataFrame(
             {
                 "item_id": np.arange(1, self.num_items + 1),
-                "title": [" ".join(words) for words in vocabulary[topic, word]],
+                "title": titles(vocabulary(self.topics, self.words), topic, draw.random(shape)),
                 "genres": [[f"topic{t}" for t in np.flatnonzero(row > 0.25)] for row in mixture],
                 "year": 1950 + draw.integers(0, 50, self.num_items),
             }
@@ -135,20 +134,3 @@ class TextWorld:
 
 def _scaled(values: np.ndarray) -> np.ndarray:
     return values / max(float(values.std()), 1e-12)
-
-
-def _made_up_words(count: int) -> np.ndarray:
-    """So many different words, without a meaning in any language.
-
-    Example:
-        >>> _made_up_words(3).tolist()
-        ['babababa', 'babadogu', 'babafimo']
-    """
-    base = len(_SYLLABLES)
-    words = []
-    for number in range(count):
-        first, second, third = number // base**2 % base, number // base % base, number % base
-        check = (7 * first + 5 * second + 3 * third) % base
-        tail = _SYLLABLES[number // base**3 % base] if number >= base**3 else ""
-        words.append(tail + _SYLLABLES[first] + _SYLLABLES[second] + _SYLLABLES[third] + _SYLLABLES[check])
-    return np.array(words)

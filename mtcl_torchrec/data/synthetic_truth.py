@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mtcl_torchrec.data.counter_random import below, bits, latents, scatter, sixteenths, stream, uniform, zipf_ranks
+from mtcl_torchrec.data.titles import titles, vocabulary
 
 if TYPE_CHECKING:
-    from mtcl_torchrec.data.synthetic import Outcome, World
+    from mtcl_torchrec.data.outcomes import Outcome
+    from mtcl_torchrec.data.synthetic import World
 
 SEGMENTS, DEVICES, PLACES, HOURS = 8, 3, 8, 24
 START = 1_767_225_600  # of time: 1 January 2026, UTC
@@ -26,6 +28,8 @@ _TASTE_QUALITY_OPENNESS = (0.5, 0.3, 0.2)  # of what is not the moment
 _DEVICE_SHARE = (0.6, 0.3, 0.1)
 _AT_HOME = 0.85
 _AMOUNT_SCALE = 0.35  # of a logit in the exponent of an amount
+TOPICS, TOPIC_WORDS, TITLE_WORDS = 16, 30, 6  # that titles are of, that each has, and of a title
+_OF_TOPICS = (0.5, 0.3)  # share of a title's words that are of the item's first topic, and of its second
 
 
 # ---------------------------------------------------------------------- who, what, when
@@ -42,33 +46,94 @@ class Draw(NamedTuple):
     hour: np.ndarray
     device: np.ndarray
     place: np.ndarray
+    position: np.ndarray  # from 1; 1 everywhere in a world without position bias
     number: np.ndarray  # float32, mean 0 and variance 1
     users: list[np.ndarray]  # latent_dim vectors
     items: list[np.ndarray]
 
 
+def who_meets_what(world: World, counter: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """User and item of rows, (N,) each, as `draw_rows` draws them."""
+    rank = zipf_ranks(uniform(stream(world.seed, "user"), counter), world.num_users, world.user_exponent)
+    user = 1 + scatter(rank - 1, world.num_users, _offset(world.seed, "user", world.num_users))
+    return user, _items(world, counter, position)
+
+
 def draw_rows(world: World, counter: np.ndarray, position: np.ndarray) -> Draw:
     """Rows drawn with the randomness of `counter`, at the time of row `position`."""
     seed = world.seed
-    rank = zipf_ranks(uniform(stream(seed, "user"), counter), world.num_users, world.user_exponent)
-    user = 1 + scatter(rank - 1, world.num_users, _offset(seed, "user", world.num_users))
-    item = _items(world, counter, position)
+    user, item = who_meets_what(world, counter, position)
     chance, away, where, _ = sixteenths(stream(seed, "moment"), counter)
     device = 1 + (chance >= _DEVICE_SHARE[0]) + (chance >= _DEVICE_SHARE[0] + _DEVICE_SHARE[1])
     home = below(stream(seed, "home"), user, PLACES)
     place = 1 + np.where(away < _AT_HOME, home, (where * PLACES).astype(np.int64))
     time = START + (position * (world.days * 86_400 / world.horizon)).astype(np.int64)
     hour = (time // 3600 + place * (HOURS // PLACES)) % HOURS
+    slot = np.ones(len(counter), np.int64)
+    if world.position_bias:
+        slot += below(stream(seed, "position"), counter, world.num_positions)
+    return describe(world, user, item, time, np.where(hour == 0, HOURS, hour), device, place, slot)
+
+
+def describe(
+    world: World, user: np.ndarray, item: np.ndarray, time: np.ndarray, hour: np.ndarray, device: np.ndarray,
+    place: np.ndarray, position: np.ndarray,
+) -> Draw:  # fmt: skip
+    """All that follows from who meets what, and when and where: (N,) integers each."""
+    seed = world.seed
     segment = 1 + below(stream(seed, "segment"), user, SEGMENTS)
     category = 1 + below(stream(seed, "category"), item, world.categories)
     four = latents(seed, "number", item, 4)
     effects = _fixed(world)
+    items = _near(effects.categories, category, latents(seed, "item vector", item, world.latent_dim))
     return Draw(
-        user, item, time, segment, category, np.where(hour == 0, HOURS, hour), device, place,
+        user, item, time, segment, category, hour, device, place, position,
         (four[0] + four[1] + four[2] + four[3]) * np.float32(0.5),
         _near(effects.segments, segment, latents(seed, "user vector", user, world.latent_dim)),
-        _near(effects.categories, category, latents(seed, "item vector", item, world.latent_dim)),
+        _with_text(world, item, items) if world.text else items,
     )  # fmt: skip
+
+
+def _with_text(world: World, item: np.ndarray, rest: list[np.ndarray]) -> list[np.ndarray]:
+    """Items' vectors, a share `World.text` of whose variance is the mean topic of the title's words."""
+    lines = [line for line, _ in title_words(world, item)]
+    first, second = _topics(world, item)
+    counts = [sum((line == kind).astype(np.float32) for line in lines) for kind in (0, 1)]
+    # The centres have variance 1 over the topics: so has the sum, over its expected square length Σ E[count²].
+    length = sum(TITLE_WORDS * p * (1 - p) + (TITLE_WORDS * p) ** 2 for p in _OF_TOPICS)
+    told, other = np.float32(math.sqrt(world.text / length)), np.float32(math.sqrt(1 - world.text))
+    return [
+        (counts[0] * centre[first] + counts[1] * centre[second]) * told + x * other
+        for centre, x in zip(_fixed(world).topics, rest, strict=True)
+    ]
+
+
+def _topics(world: World, item: np.ndarray) -> list[np.ndarray]:
+    """The two topics of each item, (N,) from 0; they may be the same."""
+    return [below(stream(world.seed, "topic", number), item, TOPICS) for number in (0, 1)]
+
+
+def title_words(world: World, item: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each word of an item's title: whether it is of the first topic, the second or of none (0, 1, 2), and a
+    uniform number that says which word; (N,) each."""
+    drawn = [sixteenths(stream(world.seed, "title", word), item) for word in range(TITLE_WORDS)]
+    return [((u >= _OF_TOPICS[0]).astype(np.int64) + (u >= sum(_OF_TOPICS)), which) for u, which, _, _ in drawn]
+
+
+def item_titles(world: World, item: np.ndarray) -> np.ndarray:
+    """(N,) object: the title of each item."""
+    once, where = np.unique(item, return_inverse=True)
+    words = title_words(world, once)
+    of_item = np.stack([*_topics(world, once), np.full(len(once), TOPICS)])
+    lines = np.stack([of_item[line, np.arange(len(once))] for line, _ in words], 1)
+    made = titles(vocabulary(TOPICS, TOPIC_WORDS), lines, np.stack([which for _, which in words], 1))
+    return np.array(made, dtype=object)[where]
+
+
+def examination(world: World, position: np.ndarray) -> np.ndarray:
+    """(N,) float32: the probability that a user looks at what stands at a position (from 1): position⁻ᵇ for bias b."""
+    of_position = [place ** -float(world.position_bias) for place in range(1, world.num_positions + 1)]
+    return np.array(of_position, np.float32)[position - 1]
 
 
 def _offset(seed: int, name: str, n: int) -> int:
@@ -107,6 +172,7 @@ class _Fixed(NamedTuple):
     direction: np.ndarray  # (T, latent_dim), of length 1
     segments: np.ndarray  # (latent_dim, SEGMENTS) float32
     categories: np.ndarray  # (latent_dim, categories)
+    topics: np.ndarray  # (latent_dim, TOPICS)
     moment: np.ndarray  # (T, SEGMENTS · HOURS · DEVICES · PLACES)
     content_hour: np.ndarray  # (categories, HOURS + 1)
 
@@ -127,6 +193,7 @@ def _fixed(world: World) -> _Fixed:
         np.stack([s * basis[0] + own * basis[1 + t] for t, (s, own) in enumerate(loading)]) if tasks else basis[:0],
         _table(world.seed, "segments", dim, SEGMENTS),
         _table(world.seed, "categories", dim, world.categories),
+        _table(world.seed, "topics", dim, TOPICS),
         np.stack([s * moments[0] + own * moments[1 + t] for t, (s, own) in enumerate(loading)]).astype(np.float32)
         if tasks
         else moments[:0],
@@ -230,7 +297,8 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def truth(world: World, draw: Draw) -> dict[str, np.ndarray]:
-    """Task -> float32: (N,) probability or expected value; (categories, N) odds of content, not normalised."""
+    """Task -> float32: (N,) probability or expected value of what is looked at; (categories, N) odds of content, not
+    normalised."""
     values = {}
     alphas, logits = iter(_intercepts(world)), iter(_logits(world, draw))
     for outcome in world.outcomes:

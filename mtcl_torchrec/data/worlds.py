@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mtcl_torchrec.data.synthetic import Outcome, World
+from mtcl_torchrec.data.outcomes import Outcome
+from mtcl_torchrec.data.synthetic import World
 from mtcl_torchrec.schema import ConfigError, Feature, Task, nearest
 
 
@@ -36,8 +37,8 @@ _READY: dict[str, dict[str, Any]] = {
     "shop": {
         "item": "product_id", "number": "price", "number_median": 20.0, "number_spread": 0.8, "conflict": 0.2,
         "outcomes": (
-            _event("click", 0.2, number_effect=-0.1, fused=1),
-            _event("cart", 0.25, after="click", number_effect=-0.3, fused=2),
+            _event("click", 0.2, number_effect=-0.1, fused=1, delay=0.01),
+            _event("cart", 0.25, after="click", number_effect=-0.3, fused=2, delay=0.1),
             _event("buy", 0.4, after="cart", number_effect=-0.6, opposed=True, fused=4),
             Outcome(name="next_category", kind="content", fused=0.5),
             _RETURN,
@@ -47,8 +48,8 @@ _READY: dict[str, dict[str, Any]] = {
         "item": "post_id", "category": "topic", "tags": "hashtags", "number": "length", "number_median": 40.0,
         "number_spread": 1.0, "conflict": 1.0,
         "outcomes": (
-            _event("like", 0.12, number_effect=-0.2, fused=1),
-            _event("comment", 0.03, number_effect=0.2, fused=8),
+            _event("like", 0.12, number_effect=-0.2, fused=1, delay=0.05),
+            _event("comment", 0.03, number_effect=0.2, fused=8, delay=0.2),
             _event("share", 0.02, fused=10),
             _event("hide", 0.015, opposed=True, number_effect=0.2, fused=-20),
             Outcome(name="next_topic", kind="content", fused=0.5),
@@ -59,8 +60,8 @@ _READY: dict[str, dict[str, Any]] = {
         "item": "video_id", "category": "genre", "number": "length", "number_median": 3.0, "number_spread": 0.7,
         "conflict": 0.3,
         "outcomes": (
-            _event("finish", 0.35, number_effect=-0.8, fused=1),
-            _event("like", 0.05, opposed=True, fused=5),
+            _event("finish", 0.35, number_effect=-0.8, fused=1, delay=0.01),
+            _event("like", 0.05, opposed=True, fused=5, delay=0.05),
             Outcome(name="watch_time", kind="amount", mean=1.8, number_effect=1.2, fused=1),
             Outcome(name="next_genre", kind="content", fused=0.5),
             _RETURN,
@@ -70,7 +71,7 @@ _READY: dict[str, dict[str, Any]] = {
         "item": "course_id", "category": "subject", "tags": "skills", "number": "hours", "number_median": 12.0,
         "number_spread": 0.6, "conflict": 0.4,
         "outcomes": (
-            _event("enrol", 0.08, number_effect=-0.2, fused=1),
+            _event("enrol", 0.08, number_effect=-0.2, fused=1, delay=0.1),
             _event("finish", 0.3, after="enrol", opposed=True, number_effect=-0.6, fused=4),
             Outcome(name="rating", kind="stars", mean=4.1, after="finish", fused=1),
             Outcome(name="next_subject", kind="content", fused=0.5),
@@ -81,7 +82,7 @@ _READY: dict[str, dict[str, Any]] = {
         "item": "service_id", "category": "specialty", "tags": "conditions", "number": "wait_days",
         "number_median": 6.0, "number_spread": 0.9, "conflict": 0.2,
         "outcomes": (
-            _event("view", 0.25, fused=1),
+            _event("view", 0.25, fused=1, delay=0.01),
             _event("book", 0.15, after="view", opposed=True, number_effect=-0.6, fused=6),
             Outcome(name="rating", kind="stars", mean=4.3, after="book", fused=2),
             Outcome(name="next_specialty", kind="content", fused=0.5),
@@ -188,7 +189,8 @@ def world_run(
         f"    test_rows: {test_rows}",
         *(f"    {dial}: {_flow(value)}" for dial, value in dials.items()),
         "    # More dials: rates: {TASK: mean of its label}, imbalance (1 and up), correlation and conflict between",
-        "    # tasks, signal, context, missing, cold_items, user_exponent and item_exponent (Zipf), …",
+        "    # tasks, signal, context, missing, cold_items, user_exponent and item_exponent (Zipf), text (of titles),",
+        "    # position_bias, delay (in days, of events), …",
         "",
         "schema:",
         f"  user: {schema.user}",

@@ -33,6 +33,8 @@ class Evaluation:
         segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"`` and ``"ranking"``, by the
             fused score.
         intervals: task or ``"ranking"`` -> metric -> how sure it is.
+        knowable: of rows of a synthetic world, task -> how much of what is knowable is known, and so ``"score"``; see
+            `mtcl_torchrec.evaluation.knowable`.
     """
 
     kinds: dict[str, str]
@@ -42,6 +44,7 @@ class Evaluation:
     values: dict[str, float] = field(default_factory=dict)
     segments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    knowable: dict[str, Metrics] | None = None
 
 
 def evaluate_predictions(

@@ -12,7 +12,7 @@ from torch import nn
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, read_splits, time_values
-from mtcl_torchrec.data.worlds import ready_world
+from mtcl_torchrec.data.world_windows import world_split
 from mtcl_torchrec.evaluation.calibration import request_groups
 from mtcl_torchrec.evaluation.report import user_groups
 from mtcl_torchrec.evaluation.segments import TIME_UNITS
@@ -41,13 +41,7 @@ def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val")
     """
     data = config.data
     if data.synthetic is not None:
-        world = ready_world(data.synthetic.world, **data.synthetic.dials())
-        start, count = data.synthetic.rows, data.synthetic.val_rows
-        if split == "test":
-            start, count = start + count, data.synthetic.test_rows
-        if count == 0:
-            raise ConfigError(f"the run has no {split} split (data.synthetic.{split}_rows is 0)")
-        return Rows(world.rows(np.arange(start, start + count)))
+        return world_split(data.synthetic, split)
     if data.log is not None:
         parts = read_splits(data, columns, config.data_schema.time)
         if split not in parts:

@@ -28,6 +28,7 @@ from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
 from mtcl_torchrec.training.directory import METRICS, PREDICTIONS
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.oracle import knowable_of
 from mtcl_torchrec.training.sharding import Ranks
 
 
@@ -70,6 +71,7 @@ def judge(
             table, fused_tasks=fused_tasks(model), k=config.k, segments=config.segments, bootstrap=draws,
             seed=run.training.seed,
         )  # fmt: skip
+        evaluations[name].knowable = knowable_of(run, model, splits.raw[name], encoded, predictions)
         if where.first and config.save_predictions:
             write_predictions(predictions_path(folder, name), table)
     return evaluations

@@ -357,14 +357,18 @@ def write_metrics(
 ) -> None:
     """Everything measured, as JSON; what is not defined is null."""
     of_history = history.to_json()
+    measured = {split: finite(asdict(evaluation)) for split, evaluation in evaluations.items()}
+    knowable = {split: known for split, values in measured.items() if (known := values.pop("knowable"))}
     content = {
         "history": of_history,
         "balance": of_history.pop("balance"),
         "diagnosis": diagnosis,
-        "evaluations": {k: finite(asdict(v)) for k, v in evaluations.items()},
+        "evaluations": measured,
     }
     if cost is not None:
         content["cost"] = cost
+    if knowable:
+        content["knowable"] = knowable
     if calibration is not None:
         content["calibration"] = calibration.to_json()
     replace_file(path, json.dumps(content, indent=1))

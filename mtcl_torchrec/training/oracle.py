@@ -1,0 +1,139 @@
+"""What a run on a synthetic world knows, of what can be known: its predictions beside the world's own probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.batch import EncodedRows, global_batches
+from mtcl_torchrec.data.outcomes import Outcome
+from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.data.synthetic import World
+from mtcl_torchrec.data.world_windows import world_of
+from mtcl_torchrec.evaluation.calibration import request_groups
+from mtcl_torchrec.evaluation.knowable import knowable_score, of_tasks
+from mtcl_torchrec.evaluation.metrics import Metrics
+from mtcl_torchrec.evaluation.report import user_groups
+from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.modules.fusion import ExpectedValue, RowContext, fuse
+from mtcl_torchrec.schema import Schema, Task
+
+_KINDS = {"event": "binary", "content": "multiclass", "stars": "regression", "amount": "regression"}
+
+
+def knowable_of(
+    run: RunConfig, model: MTCL, raw: Rows, encoded: EncodedRows, predictions: Mapping[str, np.ndarray]
+) -> dict[str, Metrics] | None:
+    """How much of what is knowable of these rows the predictions know, see `mtcl_torchrec.evaluation.knowable`.
+
+    Args:
+        run: its data may be a world.
+        model: what predicts; an ensemble, too.
+        raw, encoded: the same rows.
+        predictions: for them.
+
+    Returns:
+        Task, or conditional prediction of a chain -> its figures; under ``"score"`` those of the fused score, where
+        that depends on nothing but the predictions of a row.  None where no world is behind the rows.
+    """
+    if run.data.synthetic is None:
+        return None
+    world = world_of(run.data.synthetic)
+    if len(raw) == 0 or not world.is_of(raw.frame):
+        return None
+    schema = run.data_schema
+    true = true_predictions(world, schema, model.tasks, raw.frame)
+    found = of_tasks(model.tasks, encoded.labels.numpy(), predictions, true)
+    score = true_score(model, encoded, true)
+    users = user_groups(schema, raw.frame)
+    request = request_groups(schema, raw.frame)
+    if score is not None and request is not None and "score" in predictions:
+        found["score"] = knowable_score(request, predictions["score"], score, users)
+    return found or None
+
+
+def truth_columns(run: RunConfig) -> tuple[str, ...]:
+    """The columns from which the truth about a row of the run's world follows; none where no world is behind it."""
+    return () if run.data.synthetic is None else world_of(run.data.synthetic).telling_columns
+
+
+def true_predictions(
+    world: World, schema: Schema, tasks: tuple[Task, ...], frame: pd.DataFrame
+) -> dict[str, np.ndarray]:
+    """The truth of what each task predicts, as `mtcl_torchrec.evaluation.predict.predict` names it.
+
+    A task that comes after another (`Task.after`) predicts the probability of both events, any other one that of its
+    event given the one before it, if there is one.  Tasks whose label the world does not draw are left out.
+    """
+    outcomes = {outcome.name: outcome for outcome in world.outcomes}
+    by_name = {task.name: task for task in tasks}
+    oracle = world.oracle_of(frame)
+    true: dict[str, np.ndarray] = {}
+
+    def of(task: Task) -> np.ndarray | None:
+        outcome = outcomes.get(task.label_column)
+        if outcome is None or not _predicts(task, outcome, world, schema):
+            return None
+        given = oracle[outcome.name]
+        if task.after is None:
+            return given
+        parent = by_name[task.after]
+        before = of(parent)
+        if before is None or parent.label_column != outcome.after:
+            return None
+        if task.conditional_name is not None:
+            true[task.conditional_name] = given
+        return given * before
+
+    for task in tasks:
+        found = of(task)
+        if found is not None:
+            true[task.name] = found
+    return true
+
+
+def _predicts(task: Task, outcome: Outcome, world: World, schema: Schema) -> bool:
+    """Whether a task predicts what the world draws, classes in the same order."""
+    if task.kind != _KINDS[outcome.kind]:
+        return False
+    if task.kind != "multiclass":
+        return True
+    classes = {feature.name: feature for feature in schema.sparse_features}.get(task.item_class or "")
+    numbered = task.item_class is None or (classes is not None and classes.encoding == "index")
+    return numbered and task.num_classes == world.categories + 1
+
+
+@torch.no_grad()
+def true_score(model: MTCL, rows: EncodedRows, true: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """(N,) float64: the model's fused score of the true predictions; None where it needs what is not known so.
+
+    Args:
+        true: by task.
+    """
+    output = model.output
+    fused: Any = output.fused_score
+    if hasattr(model, "members") or fused is None or getattr(fused, "within_request", False):
+        return None
+    reads_embeddings = getattr(fused, "needs_context", False) and not isinstance(fused, ExpectedValue)
+    if reads_embeddings or not set(fused.tasks) <= set(true):
+        return None
+    device = next((t.device for t in (*fused.buffers(), *fused.parameters())), torch.device("cpu"))
+    known = {name: torch.from_numpy(values).float() for name, values in true.items()}
+    scores = []
+    for index in global_batches(len(rows), 65_536):
+        batch = rows.batch(index).to(device)
+        # A task that the score does not read needs no truth.
+        predictions = {
+            name: known[name][index].to(device)
+            if name in known
+            else torch.zeros((len(index), task.out_features), device=device).squeeze(1)
+            for name, task in output.tasks.items()
+        }
+        parts = output.parts(predictions, batch.sparse_features)
+        scores.append(fuse(fused, parts, RowContext(batch.dense_features, {})).double().cpu())
+    return torch.cat(scores).numpy()
