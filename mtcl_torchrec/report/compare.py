@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents, read_contents
 from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, clusters_of
@@ -68,24 +69,7 @@ class Compared:
         return 1 if (found[0] > 0) == self.more_is_better else -1
 
 
-class Measured(Protocol):
-    """The difference of two runs in one metric, as `mtcl compare` computes it; ``better`` says ``"a"``, ``"b"`` or None
-    where it is too close to call."""
-
-    of: str
-    metric: str
-    a: float
-    b: float
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def better(self) -> str | None:
-        """The better of the two."""
-
-
-def from_differences(by_run: Sequence[Sequence[Measured]]) -> list[Compared]:
+def from_differences(by_run: Sequence[Sequence[Difference]]) -> list[Compared]:
     """What `compare_html` takes, of the differences of each further run to the first.
 
     Args:
