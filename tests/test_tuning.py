@@ -173,7 +173,9 @@ def on_ranks(folder):
         return pruned[-1]
 
     Study.should_prune = pruning
-    result = tune_run(run, folder / "ranks", trials=2, device="cpu", console=Console(file=io.StringIO()))
+    result = tune_run(
+        run, folder / "ranks", trials=2, pruner="hyperband", device="cpu", console=Console(file=io.StringIO())
+    )
     return numbers(result), result.best.number
 
 

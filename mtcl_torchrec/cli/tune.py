@@ -45,24 +45,16 @@ def tune(
     may be named:
 
         tuning:
-
           optimizers.dense.lr: {log: [1e-4, 1e-2]}
-
           model.tower_dropout: {uniform: [0, 0.4]}
-
           model.trunk.kind: [mmoe, ple]
-
           model.trunk.num_experts: {choices: [2, 4, 8], when: {model.trunk.kind: mmoe}}
-
           model.cross_layers: {integer: [0, 3]}
-
           schema.features.*.embedding_dim: {times: [0.5, 1, 2]}
-
           schema.tasks.like.weight: {log: [0.5, 8]}
 
     A trial whose loss is not finite, or that does not fit into memory, is recorded as failed, and the search goes on.
-    Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec tune run.yaml**.  On more machines, or for more
-    than one trial at once, split the work by hand: one folder is of one search at a time.
+    Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec tune run.yaml**.
     """
     run = load_run(run_yaml)
     values = read_space(space) if space is not None else run.tuning
