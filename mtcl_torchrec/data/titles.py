@@ -15,7 +15,7 @@ def vocabulary(topics: int, words: int) -> np.ndarray:
 
     Example:
         >>> vocabulary(1, 2).tolist()
-        [['babababa', 'babadogu'], ['babafimo', 'babaguse']]
+        [['babababa', 'babadogu'], ['babafimo', 'babagura']]
     """
     return _made_up_words((topics + 1) * words).reshape(topics + 1, words)
 
@@ -40,7 +40,7 @@ def titles(known: np.ndarray, topic: np.ndarray, chance: np.ndarray) -> list[str
 
     Example:
         >>> titles(vocabulary(1, 2), np.array([[0, 1]]), np.array([[0.0, 0.9]]))
-        ['babababa babaguse']
+        ['babababa babagura']
     """
     return [" ".join(words) for words in known[topic, word_numbers(chance, known.shape[1])]]
 
