@@ -513,6 +513,7 @@ def shop_run(folder, batch_size):
     text = text.replace("gate_dropout: 0.1", "gate_dropout: 0.0").replace(
         "epochs: 4, batch_size: 32", "epochs: 2, batch_size: %d"
     )
+    text = text.replace("lr: 0.1}", "lr: 0.2}").replace("lr: 0.01}", "lr: 0.02}")
     return parse_run(text % batch_size, folder=folder)
 
 
@@ -574,8 +575,8 @@ def test_every_kind_trains_from_yaml_and_python_and_two_ranks_are_one(tmp_path):
     log["buy"] = log["buy"].where((log["click"] == 1) | (log["hour"] > 12))  # partly missing where not clicked
     log["keep"] = log["keep"].where(log["buy"] == 1)
     log.to_parquet(tmp_path / "log.parquet", index=False)
-    (losses, weights), evaluations = both_doors(tmp_path, tmp_path / "one", 48)
-    for (of_two, weights_of_two), evaluations_of_two in run_ranks(both_doors, 2, tmp_path, tmp_path / "two", 24):
+    (losses, weights), evaluations = both_doors(tmp_path, tmp_path / "one", 72)
+    for (of_two, weights_of_two), evaluations_of_two in run_ranks(both_doors, 2, tmp_path, tmp_path / "two", 36):
         np.testing.assert_allclose(of_two, losses, rtol=1e-4)
         for name, value in weights.items():
             np.testing.assert_allclose(weights_of_two[name], value, atol=2e-5, err_msg=name)

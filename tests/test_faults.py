@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import shop
 import torch
+from ranks import run_ranks
+from rich.console import Console
 
+from mtcl_torchrec.config import load_run
 from mtcl_torchrec.training.checkpoint.reader import read_tensors, saved_tensors
 from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_about
+from mtcl_torchrec.training.run import train_run
 
 HERE = Path(__file__).parent
 
@@ -20,7 +24,7 @@ HERE = Path(__file__).parent
 FUSION = (
     "fusion: {kind: stacking, train: {reward: {click: 1, buy: 3}, missing: zero, heads: through}}\ncalibration: platt"
 )
-RUN = shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 4, keep: 2}").replace(
+RUN = shop.RUN.replace("epochs: 4", "epochs: 2, averaging: 0.9, checkpoint: {every_steps: 4, keep: 2}").replace(
     "fusion: {weights: {click: 1, buy: 3, taste: 0.5, stars: 0.5}}", FUSION
 )
 
@@ -50,8 +54,12 @@ def torchrun(*arguments, folder, kills=0, seed=0):
 
 @pytest.fixture(scope="module")
 def undisturbed(data):
-    torchrun("train", data / "run.yaml", "--out", data / "undisturbed", folder=data)
+    run_ranks(trained, 2, data / "run.yaml", data / "undisturbed")
     return data / "undisturbed"
+
+
+def trained(run_yaml, folder):
+    train_run(load_run(run_yaml), folder, device="cpu", console=Console(quiet=True))
 
 
 def state_of(folder):
@@ -85,6 +93,7 @@ def kill(times, seed, data, tmp_path, undisturbed, *out, run="run.yaml"):
     deaths = (tmp_path / "deaths.txt").read_text().splitlines()
     assert len(deaths) == times
     assert "going on after step" in said
+    assert "2 ranks on cpu" in said
     folder = next(p for p in tmp_path.rglob(".mtcl-run")).parent
     assert len(list(tmp_path.rglob(".mtcl-run"))) == 1
     assert not list(folder.rglob("*.writing"))
@@ -92,8 +101,14 @@ def kill(times, seed, data, tmp_path, undisturbed, *out, run="run.yaml"):
     return deaths
 
 
-def test_a_job_whose_ranks_are_killed_ends_as_if_nothing_had_happened(data, tmp_path, undisturbed):
+def test_a_job_whose_rank_is_killed_ends_as_if_nothing_had_happened(data, tmp_path, undisturbed):
     """Also without --out: the ranks that are started again find the folder of their job."""
+    (death,) = kill(1, 22, data, tmp_path, undisturbed)
+    assert "training" in death
+
+
+@pytest.mark.full
+def test_a_job_whose_ranks_are_killed_twice_ends_so_too(data, tmp_path, undisturbed):
     deaths = kill(2, 14, data, tmp_path, undisturbed)
     assert "training" in deaths[0]
     assert "writing" in deaths[1]
@@ -101,7 +116,7 @@ def test_a_job_whose_ranks_are_killed_ends_as_if_nothing_had_happened(data, tmp_
 
 @pytest.mark.full
 def test_twenty_deaths_while_training_and_while_writing(data, tmp_path):
-    (data / "long.yaml").write_text(RUN.replace("epochs: 3", "epochs: 12"))  # each life comes some steps further
+    (data / "long.yaml").write_text(RUN.replace("epochs: 2", "epochs: 12"))  # each life comes some steps further
     torchrun("train", data / "long.yaml", "--out", data / "long", folder=data)
     out = ("--out", tmp_path / "run")
     deaths = kill(20, 20, data, tmp_path, data / "long", *out, run="long.yaml")

@@ -65,7 +65,7 @@ KINDS = {
 }
 COMPARING = ("top_k", "borda", "rank")
 # Their training is that of a weighted mean, or of another that is trained: trained by `make test-full` alone.
-SLOW = ("product", "soft", "hard", "rank")
+SLOW = ("product", "soft", "hard", "rank", "top_k", "own")
 QUICK = tuple(kind for kind in KINDS if kind not in SLOW)
 OWN = """
 import torch

@@ -40,7 +40,7 @@ schema:
   tasks: [{name: click, kind: binary}, {name: buy, kind: binary, mask: click}]
 model: {trunk: {kind: mmoe, num_experts: 2, expert_layers: [16], gate_dropout: 0.1}, tower_layers: [8]}
 optimizers: {tables: {lr: 0.1}, dense: {lr: 0.01}}
-training: {epochs: 3, batch_size: 32, warmup_steps: 5, patience: 0, checkpoint: {every_steps: 7}}
+training: {epochs: 2, batch_size: 32, warmup_steps: 5, patience: 0, checkpoint: {every_steps: 7}}
 fusion: {kind: monotone_network, signs: {click: 1, buy: 1}, train: {reward: {click: 1, buy: 3}, missing: zero}}
 """
 # Weights that follow the context, learnt from the order within a user's rows, into the heads.
@@ -65,7 +65,7 @@ def runs(data):
     return {
         "stream": parse_run(STREAM, folder=data),
         "memory": parse_run(
-            shop.RUN.replace("epochs: 4", "epochs: 3, averaging: 0.9, checkpoint: {every_steps: 7}").replace(
+            shop.RUN.replace("epochs: 4", "epochs: 2, averaging: 0.9, checkpoint: {every_steps: 7}").replace(
                 "fusion: {weights: {click: 1, buy: 3, taste: 0.5, stars: 0.5}}", GATED
             ),
             folder=data,
@@ -102,6 +102,14 @@ def train(run_yaml, folder, existing="refuse", stop=None):
     return said.getvalue()
 
 
+def straight_and_stopped(run, folder):
+    """A run without interruption, and one that is stopped twice."""
+    train(run, folder / "straight")
+    for stop in (17, 24):
+        train(run, folder / "stopped", "resume", stop)
+        assert read_about(newest_checkpoint(folder / "stopped/checkpoints"))["step"] < stop
+
+
 @pytest.mark.parametrize(
     ("world_size", "kind"),
     [
@@ -112,10 +120,7 @@ def train(run_yaml, folder, existing="refuse", stop=None):
 )
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(data, tmp_path, kind, world_size):
     run = dump_run(runs(data)[kind])
-    run_ranks(train, world_size, run, tmp_path / "straight")
-    for stop in (17, 24):
-        run_ranks(train, world_size, run, tmp_path / "stopped", "resume", stop)
-        assert read_about(newest_checkpoint(tmp_path / "stopped/checkpoints"))["step"] < stop
+    run_ranks(straight_and_stopped, world_size, run, tmp_path)
     said = run_ranks(train, world_size, run, tmp_path / "stopped", "resume")
     assert "going on after step" in said[0]
     assert said[1:] == [""] * (world_size - 1)
@@ -140,8 +145,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, kind):
     said = run_ranks(train, 2, dump_run(run), tmp_path / "run", "resume")
     assert "going on after step" in said[0]
     about = read_about(newest_checkpoint(tmp_path / "run/checkpoints"))
-    assert about["position"] == {"epoch": 4, "taken": []}
-    assert len(about["history"]["epochs"]) == 3
+    assert about["position"] == {"epoch": 3, "taken": []}
+    assert len(about["history"]["epochs"]) == 2
     assert about["history"]["epochs"][-1]["click"]["auc"] > 0.6
 
 
@@ -284,9 +289,9 @@ def test_what_was_trained_before_an_interruption_recommends(data, tmp_path):
     said = train(dump_run(run), tmp_path / "run", "resume")
     assert FinishedRun.load(tmp_path / "run").finished
     again = train(dump_run(run), tmp_path / "run", "resume")  # nothing is left to do
-    assert "epoch 3/3" in said
-    assert "epoch 3/3" not in again
-    assert "all 3 epochs are done: nothing is trained" in again
+    assert "epoch 2/2" in said
+    assert "epoch 2/2" not in again
+    assert "all 2 epochs are done: nothing is trained" in again
     assert "nothing to go on with" in train(dump_run(run), tmp_path / "other", "resume", stop=1)
 
 
@@ -321,9 +326,9 @@ def test_checkpoints_are_written_by_the_clock_of_the_first_rank(data, tmp_path):
     run_ranks(train, 2, dump_run(run), tmp_path / "run")
     steps = {int(p.name[5:]) for p in (tmp_path / "run/checkpoints").glob("step_*")}
     about = read_about(newest_checkpoint(tmp_path / "run/checkpoints"))
-    last, each = about["step"], about["step"] // 3
+    last, each = about["step"], about["step"] // 2
     # The clock is read together with the losses; the end of an epoch has a checkpoint of its own.
-    assert steps == {each, 2 * each, last} | set(range(20, last, 20))
+    assert steps == {each, last} | set(range(20, last, 20))
     assert about["ranks"] == 2
     assert set(about["plan"]) == {f"table_{name}" for name in run.data_schema.tables()}
     assert all(table["kind"] in ("table_wise", "row_wise") for table in about["plan"].values())

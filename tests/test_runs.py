@@ -53,7 +53,7 @@ def trained(data, folder, changes=()):
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "shop"
-    return trained(data, folder, {"training.epochs": 8})
+    return trained(data, folder, {"training.epochs": 5})
 
 
 def test_a_run_learns_what_the_columns_tell(finished):
@@ -116,8 +116,9 @@ def test_a_run_read_back_predicts_the_same(data, finished):
     ids=lambda c: ",".join(f"{k.split('.')[-1]}={v}" for k, v in c.items()),
 )
 def test_every_option_trains_and_learns(data, tmp_path, changes):
+    changes = {**changes, "training.epochs": 2}
     if "model.trunk.kind" in changes:
-        run = configured(data)
+        run = configured(data, {"training.epochs": 2})
         kind = changes["model.trunk.kind"]
         run.model.trunk = type(run.model.trunk)(kind=kind, expert_layers=[16])
         result = train_run(run, tmp_path / "run", device="cpu", console=quiet())
