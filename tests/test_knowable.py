@@ -488,4 +488,4 @@ def test_the_benchmark_trains_and_shows(tmp_path, capsys):
     assert set(line["share"]) == {"click", "cart", "buy", "next_category", "return", "score"}
     capsys.readouterr()
     benchmark.main(["--show", str(out)])
-    assert "shop, 600, 30 × 30 position_bias=1" in capsys.readouterr().out
+    assert "1: shop, 600 rows, 30 × 30 position_bias=1 dim=8" in capsys.readouterr().out
