@@ -16,10 +16,10 @@ from torch import nn
 from mtcl_torchrec import ConfigError, DataError, WeightedMean
 from mtcl_torchrec.data.impressions import draw_impressions
 from mtcl_torchrec.evaluation.metrics import gauc
+from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of, mean_and_error, ndcg_at_k, value_at_k
 from mtcl_torchrec.fusing import Combiner, HeldOut, fit_fusion
 from mtcl_torchrec.fusing.combiners import combiner_of, log_odds
 from mtcl_torchrec.fusing.held_out import sessions
-from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of, mean_and_error, ndcg_at_k, value_at_k
 from mtcl_torchrec.fusing.search import unit
 from mtcl_torchrec.fusing.targets import parse_target
 from mtcl_torchrec.fusing.weights import influence_of, stacked_weights, weights_of_influence

@@ -6,9 +6,9 @@ import torch
 
 from mtcl_torchrec import ConfigError, DataError
 from mtcl_torchrec.data.impressions import draw_impressions
+from mtcl_torchrec.evaluation.ranking import value_at_k
 from mtcl_torchrec.fusing import HeldOut, fit_fusion
 from mtcl_torchrec.fusing.combiners import combiner_of, context_gated_mean, known_kinds, resolved
-from mtcl_torchrec.evaluation.ranking import value_at_k
 from mtcl_torchrec.modules.fusion import DenseNumber, ExpectedValue
 from mtcl_torchrec.training.fused import build_fused_score
 

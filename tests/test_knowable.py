@@ -23,6 +23,7 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.world_windows import world_of
 from mtcl_torchrec.data.worlds import ready_world, world_run
 from mtcl_torchrec.evaluation.knowable import expected_auc, knowable, knowable_score, print_knowable
+from mtcl_torchrec.evaluation.predictions_file import predictions_table
 from mtcl_torchrec.schema import Schema, Task
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.oracle import knowable_of, true_predictions
@@ -205,12 +206,13 @@ def test_other_rows_of_the_world_are_judged_too_and_strangers_are_not(two_ranks)
         rows = run.preprocessor.encode(raw)
         oracle = {n: p.astype("float32") for n, p in true_predictions(world, run.config.data_schema, run.model.tasks,
                                                                       world.rows(index)).items()}  # fmt: skip
-        return knowable_of(run.config, run.model, raw, rows, oracle)
+        table = predictions_table(run.model.tasks, oracle, rows.labels.numpy(), keys={})
+        return knowable_of(run.config, run.model, raw, rows, table)
 
     index = np.arange(9_000, 9_500)
     found = judged(world.rows(index))
     assert [known["share"] for known in found.values()] == pytest.approx([1.0] * 5, abs=1e-4)
-    assert judged(ready_world("shop", **DIALS | HARD | {"seed": 3}).rows(index)) is None
+    assert judged(ready_world("shop", **DIALS | HARD | {"seed": 3}).rows(index)) == {}
     shown = Console(file=io.StringIO(), width=100)
     print_knowable(found | {"score": knowable_score(np.zeros(20), np.arange(20.0), np.arange(20.0))}, shown)
     text = shown.file.getvalue()

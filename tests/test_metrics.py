@@ -8,11 +8,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from sklearn.metrics import log_loss, mean_absolute_error, r2_score, roc_auc_score, top_k_accuracy_score
+from scipy.stats import kendalltau
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    f1_score,
+    log_loss,
+    mean_absolute_error,
+    precision_recall_fscore_support,
+    r2_score,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
 from mtcl_torchrec import Feature, Schema, Task
-from mtcl_torchrec.evaluation.metrics import auc, gauc, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.metrics import auc, gauc, mean_auc, task_metrics, whole_task_metrics, xauc
+from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.report import evaluate_predictions, print_evaluation, user_groups
+from mtcl_torchrec.evaluation.thresholds import best_threshold
 
 NAN = float("nan")
 
@@ -89,6 +103,81 @@ def test_regression_metrics():
     assert got["mae"] == pytest.approx(mean_absolute_error(y, p))
     assert got["r2"] == pytest.approx(r2_score(y, p))
     assert got["mse"] == pytest.approx(((y - p) ** 2).mean())
+
+
+ROUNDED = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=25)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROUNDED)
+def test_xauc_is_the_share_of_pairs_in_order(rows):
+    y, p = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    right, pairs = np.zeros(len(y)), np.zeros(len(y))
+    for i in range(len(y)):
+        for j in range(len(y)):
+            if y[i] != y[j]:
+                pairs[i] += 1
+                right[i] += 0.5 * (1 + np.sign(p[i] - p[j]) * np.sign(y[i] - y[j]))
+    expected = right.sum() / pairs.sum() if pairs.any() else NAN
+    assert xauc(y, p) == pytest.approx(expected, nan_ok=True)
+    for got, want in zip(pairs_in_order(y, p), (right, pairs), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_xauc_follows_from_kendalls_tau():
+    draw = np.random.default_rng(5)
+    y = draw.normal(size=3000)
+    p = y + draw.normal(size=3000)
+    assert xauc(y, p) == pytest.approx((1 + kendalltau(y, p).statistic) / 2)
+
+
+def test_what_is_measured_at_the_end_is_scikit_learns():
+    draw = np.random.default_rng(4)
+    p, y = draw.random(300).round(2), (draw.random(300) < 0.2).astype(float)
+    y[::7] = NAN
+    there = ~np.isnan(y)
+    got = whole_task_metrics(Task.binary("a"), y, p, None, 0.6)
+    yes = p[there] >= 0.6
+    precision, recall, f1, _ = precision_recall_fscore_support(y[there], yes, average="binary")
+    expected = {
+        "pr_auc": average_precision_score(y[there], p[there]), "brier": brier_score_loss(y[there], p[there]),
+        "accuracy": accuracy_score(y[there], yes), "precision": precision, "recall": recall, "f1": f1,
+        "majority": 1 - y[there].mean(), "f1_all_yes": f1_score(y[there], np.ones(there.sum())),
+        "said_yes": yes.mean(), "threshold": 0.6,
+    }  # fmt: skip
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
+    assert "f1" not in whole_task_metrics(Task.binary("a"), y, p)
+    honest = draw.random(200_000)
+    happened = (draw.random(200_000) < honest).astype(float)
+    assert whole_task_metrics(Task.binary("a"), happened, honest)["ece"] < 0.01
+    assert whole_task_metrics(Task.binary("a"), happened, honest**2)["ece"] > 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1.0, NAN]), st.sampled_from([0.1, 0.2, 0.3, 0.4])), min_size=1),
+    st.sampled_from(["f1", "accuracy", "youden"]),
+)
+def test_no_threshold_is_better_than_the_chosen_one(rows, rule):
+    y, p = (np.array(column) for column in zip(*rows, strict=True))
+    there = ~np.isnan(y)
+
+    def reached(threshold):
+        yes = p[there] >= threshold
+        if rule == "f1":
+            return f1_score(y[there], yes, zero_division=0)
+        return (accuracy_score if rule == "accuracy" else balanced_accuracy)(y[there], yes)
+
+    found = best_threshold(y, p, rule)
+    if not (y[there] == 1).any():
+        assert np.isnan(found)
+        return
+    tried = [reached(t) for t in (0.1, 0.2, 0.3, 0.4, *([2.0] if rule == "accuracy" else []))]
+    assert reached(found) == pytest.approx(max(tried))
+
+
+def balanced_accuracy(y, yes):
+    return yes[y == 1].mean() - (yes[y == 0].mean() if (y == 0).any() else 0)
 
 
 @pytest.mark.parametrize("labels", [[1.0, 1.0], [0.0, 0.0], [NAN, NAN], [NAN, 1.0]])

@@ -1,6 +1,7 @@
 """Predictions as a file: what is written is what was predicted, of every kind of task, on one rank and on two."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -13,17 +14,20 @@ from rich.console import Console
 from mtcl_torchrec import Task
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.source import read_rows, split_by_time
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.predictions_file import (
     METADATA,
     PredictionsTable,
     predictions_table,
     read_predictions,
-    read_thresholds,
     write_predictions,
 )
-from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.judging import thresholds_of
 from mtcl_torchrec.training.run import train_run
 
 NAN = float("nan")
@@ -69,8 +73,6 @@ def test_what_is_written_is_read_back(tmp_path):
     np.testing.assert_array_equal(again.score, table.score)
     clicked = again.labels("click") == 1
     np.testing.assert_array_equal(np.isnan(again.labels("buy|click")), ~clicked)
-    assert read_thresholds(tmp_path / "a/val.parquet") == {"click": 0.1}
-    assert read_thresholds(tmp_path / "none.parquet") == {}
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["val.parquet"]
     part = read_predictions(tmp_path / "a/val.parquet", columns=["score"])
     assert set(part.frame) == {"score", *(f"label.{t.name}" for t in TASKS)}
@@ -121,12 +123,20 @@ def test_what_is_no_file_of_predictions_is_refused(tmp_path):
         read_predictions(tmp_path / "new.parquet")
 
 
-def trained(text, data, folder, existing="refuse"):
+def trained(text, data, folder):
     run = parse_run(text, folder=data)
-    train_run(run, folder, existing=existing, device="cpu", console=Console(quiet=True))
+    train_run(run, folder, device="cpu", console=Console(quiet=True))
 
 
-RUN = shop.RUN.replace("epochs: 4", "epochs: 1") + "calibration: {buy: platt, taste: temperature}\n"
+RUN = (
+    shop.RUN.replace("epochs: 4", "epochs: 1")
+    + """
+calibration: {buy: platt, taste: temperature}
+evaluation:
+  {k: [2, 7], values: {click: 1, stars: 0.5}, threshold: youden, bootstrap: 20,
+   segments: [age, genre, item_seen, user_seen, hour_of_day]}
+"""
+)
 
 
 def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
@@ -155,10 +165,45 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         clicks = train.groupby("product_id")["click"].sum()
         np.testing.assert_array_equal(table.popularity, raw.frame["product_id"].map(clicks))
         assert table.frame["user_seen"].tolist() == raw.frame["user_id"].isin(train["user_id"]).tolist()
-        assert set(table.thresholds) == {"click", "buy"}
+        assert table.frame["segment.age"].tolist() == raw.frame["age"].tolist()
+        assert table.values == {"click": 1, "stars": 0.5}
         thresholds[split] = table.thresholds
-    assert thresholds["val"] == thresholds["test"]
+    val = read_predictions(tmp_path / "run/predictions/val.parquet")
+    assert thresholds["val"] == thresholds["test"] == chosen_thresholds(val, "youden")
+    assert thresholds_of(tmp_path / "run") == thresholds["test"]
+    assert set(thresholds["test"]) == {"click", "buy"}
 
-    # What an earlier run has left there goes, and nothing is written where nothing is wanted.
-    trained(RUN + "evaluation: {save_predictions: false}\n", tmp_path, tmp_path / "run", "overwrite")
-    assert not (tmp_path / "run/predictions").exists()
+    # What metrics.json says is what the file says.
+    stored = json.loads((tmp_path / "run/metrics.json").read_text())["evaluations"]
+    assert stored["val"]["intervals"] == {}
+    again = evaluate_table(
+        table, fused_tasks=run.model.output.fused_score.tasks, k=[2, 7], bootstrap=20,
+        segments=["age", "genre", "item_seen", "user_seen", "hour_of_day"],
+    )  # fmt: skip
+    assert finite(asdict(again)) == stored["test"]
+    assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
+    assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
+    assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("k: [5, 5]", "evaluation.k: 5 stands there twice"),
+        ("k: []", "evaluation.k"),
+        ("bootstrap: 3", "fewer than 20 draws"),
+        ("values: {clik: 1}", r"evaluation.values: no task 'clik' \(did you mean 'click'\?\)"),
+        ("values: {taste: 1}", "task 'taste' is multiclass"),
+        ("threshold: best", "evaluation.threshold"),
+        ("treshold: f1", r"unknown key 'evaluation.treshold' \(did you mean 'threshold'\?\)"),
+    ],
+)
+def test_wrong_settings_are_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_run(shop.RUN + f"evaluation: {{{given}}}\n")
+
+
+def test_segments_that_need_a_column_are_refused_without_it():
+    text = shop.RUN.replace("  item: product_id\n", "") + "evaluation: {segments: [item_seen]}\n"
+    with pytest.raises(ConfigError, match=r"evaluation.segments: item_seen needs schema\.item"):
+        parse_run(text)

@@ -1,7 +1,6 @@
 """Rankings against loops over all orders of equal scores, against ranx and scikit-learn, and at a million rows."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest

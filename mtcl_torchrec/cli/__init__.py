@@ -8,6 +8,7 @@ import warnings
 import typer
 
 from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
+    compare,
     embed,
     export,
     fuse,

@@ -138,7 +138,7 @@ def fuse(
     before = run.model.output.fused_score
     values, whence = _values(run, value, target)
     if set_:
-        _set_weights(run, run_dir, _numbers(set_, "--set"), console, dry_run)
+        _set_weights(run, run_dir, task_numbers(set_, "--set"), console, dry_run)
         if whence and test:
             console.print(whence, highlight=False, soft_wrap=True)
     else:
@@ -156,7 +156,7 @@ def fuse(
             search=search,
             trials=trials,
             constraints=constraint or [],
-            influence=_numbers(influence or [], "--influence") or None,
+            influence=task_numbers(influence or [], "--influence") or None,
             seed=seed,
         )
         run.model.output.fused_score = fitted.fused_score
@@ -180,7 +180,7 @@ def fuse(
 def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dict[str, float], str]:
     """What events are worth, and a line that says so where it was not given."""
     if given:
-        return _numbers(given, "--value"), ""
+        return task_numbers(given, "--value"), ""
     if "@" not in target:
         return {}, ""
     if run.config.fusion is None or not run.config.fusion.weights:
@@ -191,7 +191,7 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
     return values, f"values are the weights of the run's fusion: {shown}  (--value TASK=NUMBER for others)"
 
 
-def _numbers(pairs: list[str], option: str) -> dict[str, float]:
+def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
     """task=number pairs, each option one or several with commas between."""
     numbers: dict[str, float] = {}
     for pair in (p.strip() for text in pairs for p in text.split(",")):

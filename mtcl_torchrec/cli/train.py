@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +16,17 @@ from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.source import column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
+from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.knowable import print_knowable
-from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import read_thresholds, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.recommender import Recommender
-from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory
+from mtcl_torchrec.training.directory import Existing, claim_run_directory, fresh_run_directory, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.judging import evaluate_rows, predictions_path, rows_predicted, uncalibrated
+from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by, thresholds_of
 from mtcl_torchrec.training.oracle import knowable_of, truth_columns
 from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
@@ -109,34 +113,55 @@ def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
     data: Annotated[list[str], typer.Option(help="Parquet or CSV with inputs and labels; may be repeated.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 8192,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Every metric: probabilities, decisions at a threshold, what is shown."),
+    ] = False,
+    segments: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Judge the values of a column apart, or of item_seen, user_seen (whether it was trained on), "
+            "hour_of_day; several with commas between."
+        ),
+    ] = None,
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Lengths of what is shown; may be repeated.")] = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="95 % intervals from so many draws of users, such as 400.")] = 0,
     save: Annotated[
         Path | None, typer.Option("--save", help="Write the predictions to this Parquet file, for `mtcl compare`.")
     ] = None,
+    write: Annotated[Path | None, typer.Option("--json", help="Write every metric to this file.")] = None,
 ) -> None:
     """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
-    run = FinishedRun.load(run_dir)
+    run, console = FinishedRun.load(run_dir), screen()
+    apart = list(dict.fromkeys(name.strip() for names in segments or () for name in names.split(",")))
+    config = run.config.evaluation.model_copy(update={"segments": apart, "k": k or run.config.evaluation.k})
+    columns = run.preprocessor.columns(statistics=False) + config.columns()
     there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
-    wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
-    columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *wanted]))
+    columns += [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
     raw = run.preprocessor.conform(read_rows(data, columns))
     note_if_unfinished(run, run_dir)
-    rows = run.preprocessor.encode(raw)
-    predictions = predict(run.model, rows, batch_size=batch_size)
-    result = evaluate_rows(run.model, run.preprocessor, raw, rows, run.catalogue, predictions=predictions)
-    result.knowable = knowable_of(run.config, run.model, raw, rows, predictions)
-    print_evaluation(result, ", ".join(data), screen())
-    if result.knowable is not None:
-        print_knowable(result.knowable, screen())
-    elif run.config.data.synthetic is not None:
-        screen().print("\nthe rows are not of the run's world: what is knowable of them is not known", highlight=False)
+    table = rows_predicted_by(run, raw, batch_size=batch_size, split=", ".join(data), segments=config.columns())
+    table = replace(table, thresholds=thresholds_of(run_dir))
+    result = evaluate_table(
+        table, fused_tasks=fused_tasks(run.model), k=config.k, segments=apart, bootstrap=bootstrap,
+        seed=run.config.training.seed,
+    )  # fmt: skip
+    print_evaluation(result, ", ".join(data), console)
+    if run.config.data.synthetic is not None:
+        result.knowable = knowable_of(run.config, run.model, raw, run.preprocessor.encode(raw), table)
+        print_knowable(result.knowable, console)
+    if every:
+        console.print()
+        print_details(result, console, config.k)
+    if apart:
+        console.print()
+        print_segments(result, console)
+    if bootstrap:
+        print_intervals(result.intervals, console)
     if save is not None:
-        thresholds = read_thresholds(predictions_path(run_dir, "val"))
-        before = uncalibrated(run.model, rows, batch_size=batch_size)
-        table = rows_predicted(
-            run.model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before,
-            split=", ".join(data), thresholds=thresholds,
-        )  # fmt: skip
         write_predictions(save, table)
+    if write is not None:
+        replace_file(write, json.dumps(finite(asdict(result)), indent=1))
 
 
 def show(result: RunResult, console: Console) -> None:
@@ -145,8 +170,7 @@ def show(result: RunResult, console: Console) -> None:
         if split == "test" or len(result.evaluations) == 1:
             console.print()
             print_evaluation(evaluation, f"{split} split, {kept}", console)
-            if evaluation.knowable is not None:
-                print_knowable(evaluation.knowable, console)
+            print_knowable(evaluation.knowable, console)
             if result.calibration is not None:
                 console.print()
                 print_calibration(result.calibration.splits[split], f"{split} split", console)

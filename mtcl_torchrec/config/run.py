@@ -77,6 +77,7 @@ class RunConfig(Part):
         self.model.check(self.data_schema)
         if self.calibration is not None:
             self.calibration.check(self.data_schema)
+        self.evaluation.check(self.data_schema)
         tables = self.model.tables(self.data_schema)
         for name in self.optimizers.tables.lr_of:
             if name not in tables:

@@ -66,7 +66,8 @@ def load_splits(
 
 
 def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
-    raw = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
+    columns = list(dict.fromkeys([*preprocessor.columns(), *run.evaluation.columns()]))
+    raw = read_splits(run.data, columns, run.data_schema.time)
     raw = {name: preprocessor.with_next_labels(rows) for name, rows in raw.items()}
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in raw.items()))
     keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
@@ -105,10 +106,9 @@ def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEnc
         files, seed=run.training.seed, workers=run.data.workers, grown_from=grown_from, progress=progress
     )
     named = {"val": run.data.val, "test": run.data.test}
+    columns = list(dict.fromkeys([*preprocessor.columns(), *run.evaluation.columns()]))
     later = {
-        name: preprocessor.conform(read_rows(paths, preprocessor.columns()))
-        for name, paths in named.items()
-        if paths is not None
+        name: preprocessor.conform(read_rows(paths, columns)) for name, paths in named.items() if paths is not None
     }
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in later.items()))
     return _with_later(train, later, preprocessor)

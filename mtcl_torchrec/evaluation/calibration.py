@@ -143,10 +143,10 @@ def print_calibration(report: CalibrationReport, title: str, console: Console | 
         columns = ["ratio", "after", "ECE mass", "after", "ECE width", "after", "labels"]
         table = plain_table(heading, ["task", *columns])
         for name, of in numbers.items():
-            cells = [_cell(of[when][key]) for key in ("ratio", "ece_mass", "ece_width") for when in ("before", "after")]
+            cells = [cell(of[when][key]) for key in ("ratio", "ece_mass", "ece_width") for when in ("before", "after")]
             table.add_row(name, *cells, f"{int(of['after']['labels']):,}")
         console.print(table, "")
 
 
-def _cell(value: float) -> str:
+def cell(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:.4f}"

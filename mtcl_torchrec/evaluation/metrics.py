@@ -1,12 +1,12 @@
-"""Metrics of a task's predictions: scikit-learn's and SciPy's where they have them, grouped AUC here."""
+"""Metrics of a task's predictions: scikit-learn's where it has them, grouped AUC and XAUC here."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
+from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.schema import Task
 
 Metrics = dict[str, float]
@@ -63,8 +63,7 @@ def _entropy(shares: np.ndarray) -> float:
 
 def xauc(labels: np.ndarray, predicted: np.ndarray) -> float:
     """The share of pairs of rows with different labels that are predicted in the right order; equal predictions count
-    half (Zhan et al., KDD 2022, section 4.1.3).  In O(n log n): it is (1 + Somers' D) / 2, and D follows from
-    Kendall's τ_b.
+    half (Zhan et al., KDD 2022): (1 + Somers' D) / 2, in O(n log n).
 
     Args:
         labels, predicted: (N,) numbers.
@@ -76,19 +75,8 @@ def xauc(labels: np.ndarray, predicted: np.ndarray) -> float:
         >>> xauc(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.3, 0.2])).__round__(4)
         0.6667
     """
-
-    def pairs_of_equals(values: np.ndarray) -> float:
-        counts = np.unique(values, return_counts=True)[1].astype(np.float64)
-        return float((counts * (counts - 1) / 2).sum())
-
-    pairs = len(labels) * (len(labels) - 1) / 2
-    different, apart = pairs - pairs_of_equals(labels), pairs - pairs_of_equals(predicted)
-    if different == 0:
-        return float("nan")
-    if apart == 0:
-        return 0.5
-    tau = float(kendalltau(labels, predicted, method="asymptotic").statistic)
-    return 0.5 + 0.5 * tau * float(np.sqrt(apart / different))
+    right, pairs = pairs_in_order(labels, predicted)
+    return float(right.sum() / pairs.sum()) if pairs.any() else float("nan")
 
 
 def expected_calibration_error(
@@ -126,7 +114,8 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
 
     Returns:
         binary: auc, gauc, log_loss, ne (log-loss over that of always predicting the base rate), calibration (Σ
-            predicted / Σ labels), base_rate.  multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
+            predicted / Σ labels), base_rate.
+        multiclass: log_loss, ne, top1, top5, base_rate (share of the most frequent class).
         regression: mse, mae, base_rate (mean label), r2.  Always: count.
     """
     present = ~np.isnan(labels)
@@ -196,7 +185,8 @@ def whole_task_metrics(
     if len(y) == 0:
         return metrics
     if task.kind == "regression":
-        return metrics | {"xauc": xauc(y, p), "calibration": float(p.sum() / y.sum()) if y.sum() else float("nan")}
+        ratio = float(p.sum() / y.sum()) if y.sum() else float("nan")
+        return metrics | {"xauc": xauc(y, p), "calibration": ratio}
     if task.kind == "multiclass":
         y, p = (p.argmax(1) == y).astype(np.float64), p.max(1)
         return metrics | {"ece": expected_calibration_error(y, p, np.ones(len(y)), mass_edges(p))}

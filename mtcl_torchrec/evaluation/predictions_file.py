@@ -49,6 +49,7 @@ class PredictionsTable:
         classes: ``p.TASK`` and ``uncalibrated.TASK`` of multiclass tasks -> (N, C) float32.
         thresholds: binary task, or conditional prediction -> what its probability must reach to count as a yes,
             chosen on the validation split.
+        values: task -> what its event is worth, in value@k.
 
     Raises:
         DataError: no labels of a task, or columns of another length or of no known kind.
@@ -67,6 +68,7 @@ class PredictionsTable:
     split: str = "test"
     classes: Mapping[str, np.ndarray] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -154,10 +156,16 @@ class PredictionsTable:
         of = hashlib.blake2b(digest_size=16)
         for column in columns:
             of.update(column.encode())
-            values = self.frame[column]
-            values = values.astype(np.float32) if column.startswith("label.") else _as_text(values)
-            of.update(pd.util.hash_array(values.to_numpy()).tobytes())
+            is_label = column.startswith("label.")
+            values = self.frame[column].to_numpy(np.float32) if is_label else self.key_texts(column)
+            of.update(pd.util.hash_array(values).tobytes())
         return of.hexdigest()
+
+    def key_texts(self, key: str) -> np.ndarray:
+        """(N,) a column of keys as text, ``""`` where missing: the same for 5, 5.0 and "5", as files of several kinds
+        hold one key."""
+        codes, once = pd.factorize(self.frame[key])
+        return np.array([*map(_text, once), ""], dtype=object)[codes]
 
     def _numbers(self, column: str) -> np.ndarray | None:
         return self.frame[column].to_numpy(np.float64) if column in self.frame else None
@@ -168,13 +176,6 @@ class PredictionsTable:
         codes = pd.factorize(self.frame[column])[0].astype(np.float64)
         codes[codes < 0] = np.nan
         return codes
-
-
-def _as_text(values: pd.Series) -> pd.Series:
-    """Keys as text, the same for 5, 5.0 and "5", as a file of another kind may hold them."""
-    codes, once = pd.factorize(values)
-    texts = np.array([_text(value) for value in once] + [""], dtype=object)
-    return pd.Series(texts[codes])
 
 
 def _text(value: Any) -> str:
@@ -190,6 +191,7 @@ def predictions_table(
     uncalibrated: Mapping[str, np.ndarray] | None = None,
     split: str = "test",
     thresholds: Mapping[str, float] | None = None,
+    values: Mapping[str, float] | None = None,
 ) -> PredictionsTable:
     """A table of what `mtcl_torchrec.evaluation.predict.predict` returned.
 
@@ -232,7 +234,9 @@ def predictions_table(
         else task
         for task in tasks
     ]
-    return PredictionsTable(pd.DataFrame(columns), tuple(sized), split, classes, dict(thresholds or {}))
+    return PredictionsTable(
+        pd.DataFrame(columns), tuple(sized), split, classes, dict(thresholds or {}), dict(values or {})
+    )
 
 
 def write_predictions(path: str | Path, table: PredictionsTable) -> None:
@@ -254,6 +258,7 @@ def write_predictions(path: str | Path, table: PredictionsTable) -> None:
         "tasks": [task.model_dump(mode="json", exclude_defaults=True) for task in table.tasks],
         "fingerprint": table.fingerprint,
         "thresholds": dict(table.thresholds),
+        "values": dict(table.values),
     }
     schema = _arrow(table, slice(0, 0)).schema.with_metadata({METADATA: json.dumps(about).encode()})
     fresh = path.with_name(path.name + ".writing")
@@ -298,25 +303,10 @@ def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) 
         }
         frame = arrow.drop_columns(lists).to_pandas(ignore_metadata=True)
         tasks = tuple(Task(**task) for task in about["tasks"])
-        return PredictionsTable(frame, tasks, about["split"], classes, about["thresholds"])
+        return PredictionsTable(frame, tasks, about["split"], classes, about["thresholds"], about["values"])
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (*_UNREADABLE, ValidationError) as error:
-        raise DataError(f"{path}: no file of predictions, or a damaged one ({error})") from None
-
-
-def read_thresholds(path: str | Path) -> dict[str, float]:
-    """The thresholds in a file of predictions, without reading its rows; none where there is no such file.
-
-    Raises:
-        DataError: it is no file of predictions.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return {}
-    try:
-        return dict(_about(path, pa.parquet.read_schema(path).metadata)["thresholds"])
-    except _UNREADABLE as error:
         raise DataError(f"{path}: no file of predictions, or a damaged one ({error})") from None
 
 

@@ -102,17 +102,20 @@ class RankedRows:
             never = np.exp(np.bincount(number, np.log1p(-shown[known])))
         return float((1 - never[there]).mean()) if there.any() else float("nan")
 
-    def novelty(self, shown: np.ndarray, items: np.ndarray, popularity: np.ndarray) -> float:
-        """Mean self-information, -log₂ of an item's share of all training clicks, of what is shown (Zhou et al., PNAS
-        2010); over the items of these rows, each with a click more than it had, so that new ones have a share."""
+    def information(self) -> np.ndarray | None:
+        """(N,) self-information of each row's item, -log₂ of its share of all training clicks (Zhou et al., PNAS 2010),
+        NaN where the item is not known: over the items of these rows, each with a click more than it had, so that new
+        ones have a share.  None where items or their popularity are not known."""
+        if self.table.items is None or self.table.popularity is None:
+            return None
+        items, popularity = self.table.items[self.known], self.table.popularity[self.known]
         known = ~np.isnan(items)
-        if not known.any():
-            return float("nan")
         number = items[known].astype(np.int64)
-        clicks = np.zeros(number.max() + 1)
+        clicks = np.zeros(int(number.max(initial=0)) + 1)
         clicks[number] = np.nan_to_num(popularity[known]) + 1
-        information = -np.log2(clicks / clicks.sum())
-        return float(np.average(information[number], weights=shown[known]))
+        found = np.full(len(items), np.nan)
+        found[known] = -np.log2(clicks / max(clicks.sum(), 1))[number]
+        return found
 
 
 def ranking_metrics(
@@ -146,7 +149,7 @@ def ranking_metrics(
     clusters = rows.users_of_requests()
     reward = reward_of(table, values)[rows.known] if values else None
     items = None if table.items is None else table.items[rows.known]
-    popularity = None if table.popularity is None else table.popularity[rows.known]
+    information = rows.information()
     for n in k:
         shown = rows.ranking.shown(n)
         found[f"choice@{n}"] = float((rows.rows_of_request > n).mean()) if len(shown) else float("nan")
@@ -155,14 +158,20 @@ def ranking_metrics(
             found |= {f"value@{n}": mean, f"value@{n} error": error}
         if items is not None:
             found[f"coverage@{n}"] = rows.coverage(shown, items)
-        if items is not None and popularity is not None:
-            found[f"novelty@{n}"] = rows.novelty(shown, items, popularity)
+        if information is not None:
+            found[f"novelty@{n}"] = _average(information, shown)
         for task in ranked_tasks(table):
-            total = shown.sum()
-            found[f"rate@{n} {task}"] = float((shown * rows.labels(task)).sum() / total) if total else float("nan")
+            found[f"rate@{n} {task}"] = _average(rows.labels(task), shown)
             for measure in PER_REQUEST:
                 found[f"{measure}@{n} {task}"] = mean_and_error(rows.per_request(measure, task, n))[0]
     for task in ranked_tasks(table):
         for measure in ("mrr", "map"):
             found[f"{measure} {task}"] = mean_and_error(rows.per_request(measure, task))[0]
     return found
+
+
+def _average(values: np.ndarray, weights: np.ndarray) -> float:
+    """Weighted mean of those that are known."""
+    known = ~np.isnan(values)
+    total = weights[known].sum()
+    return float((values[known] * weights[known]).sum() / total) if total else float("nan")

@@ -8,7 +8,7 @@ so that a ranking gains nothing from the order in which the rows were stored.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import gammaln
+from scipy.special import gammaln  # type: ignore[import-untyped]
 
 
 def rows_by_request(request: np.ndarray) -> tuple[np.ndarray, int]:

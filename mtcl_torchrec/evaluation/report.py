@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, task_metrics
+from mtcl_torchrec.evaluation.bootstrap import Interval
+from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, whole_task_metrics
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
 BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}
@@ -24,8 +26,13 @@ class Evaluation:
         kinds: task name -> kind of the task.
         tasks: task name -> its metrics; and, in a chain of events, ``"buy|click"`` -> those of the prediction given the
             parent's event, on the rows where that happened.
-        ranking: ranking rule -> {"auc <task>", "gauc <task>"}; the fused score and what it is compared with.
+        ranking: ranking rule -> {"auc <task>", "gauc <task>"}, and what
+            `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; the fused score and what it is compared with.
         rows: number of rows.
+        values: task -> what its event is worth, in value@k.
+        segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"`` and ``"ranking"``, by the
+            fused score.
+        intervals: task or ``"ranking"`` -> metric -> how sure it is.
         knowable: of rows of a synthetic world, task -> how much of what is knowable is known, and so ``"score"``; see
             `mtcl_torchrec.evaluation.knowable`.
     """
@@ -34,33 +41,45 @@ class Evaluation:
     tasks: dict[str, Metrics]
     ranking: dict[str, Metrics]
     rows: int
+    values: dict[str, float] = field(default_factory=dict)
+    segments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
     knowable: dict[str, Metrics] | None = None
 
 
 def evaluate_predictions(
-    tasks: tuple[Task, ...],
+    tasks: Sequence[Task],
     predictions: Mapping[str, np.ndarray],
     labels: np.ndarray,
     users: np.ndarray | None,
     popularity: np.ndarray | None,
     ranked_tasks: Sequence[str],
+    thresholds: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Metrics of each task, and of the fused score beside popularity as rankings of the same impressions.
 
     Args:
-        predictions: what `predict` returned.
+        predictions: what `predict` returned; a task without a prediction is left out.
         labels: (N, T) in the order of `tasks`.
         users: (N,) keys for GAUC, missing (NaN) where the user is not known.
         popularity: (N,) how popular each row's item was in the training split.
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
+        thresholds: binary task -> from which probability on a yes is said.
     """
-    by_task = {t.name: task_metrics(t, labels[:, i], predictions[t.name], users) for i, t in enumerate(tasks)}
-    kinds: dict[str, str] = {t.name: t.kind for t in tasks}
+    by_task: dict[str, Metrics] = {}
+    kinds: dict[str, str] = {}
+
+    def judge(name: str, task: Task, label: np.ndarray) -> None:
+        if name in predictions:
+            threshold = (thresholds or {}).get(name)
+            by_task[name] = whole_task_metrics(task, label, predictions[name], users, threshold)
+            kinds[name] = task.kind
+
+    for i, task in enumerate(tasks):
+        judge(task.name, task, labels[:, i])
     for child, parent in chain_links(tasks):
-        name = tasks[child].conditional_name
-        if name is not None:
-            given = np.where(labels[:, parent] == 1, labels[:, child], np.nan)
-            by_task[name], kinds[name] = task_metrics(tasks[child], given, predictions[name], users), "binary"
+        if (name := tasks[child].conditional_name) is not None:
+            judge(name, tasks[child], np.where(labels[:, parent] == 1, labels[:, child], np.nan))
     rules = {"fused": predictions.get("score"), "popular": popularity}
     ranking: dict[str, Metrics] = {}
     for rule, scores in rules.items():
@@ -91,7 +110,7 @@ def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
     return codes
 
 
-def _cell(value: float | None, digits: int = 4) -> str:
+def cell(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -125,7 +144,7 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
             continue
         table = plain_table(heading, [f"{kind} task", *columns, BASE[kind], "labels"])
         for name, metrics in of_kind.items():
-            cells = [_cell(metrics.get(key)) for key in (*columns.values(), "base_rate")]
+            cells = [cell(metrics.get(key)) for key in (*columns.values(), "base_rate")]
             table.add_row(name, *cells, f"{int(metrics['count']):,}")
         console.print(table, "")
         heading = ""
@@ -136,5 +155,5 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
         table = plain_table(title, ["event", *headers])
         for name in (n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]):
-            table.add_row(name, *(_cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
+            table.add_row(name, *(cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
         console.print(table)

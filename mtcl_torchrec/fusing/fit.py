@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.ranking import mean_and_error
 from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights, resolved
 from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.learned import train_setting
-from mtcl_torchrec.evaluation.ranking import mean_and_error
 from mtcl_torchrec.fusing.pareto import pareto_front
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
 from mtcl_torchrec.fusing.targets import Constraint, OfRows, Target, parse_constraints, parse_target

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of, mean_and_error, ndcg_at_k, value_at_k
+from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.schema import ConfigError, nearest
 
 OfRows = Callable[[HeldOut, np.ndarray], "float | np.ndarray"]

@@ -15,6 +15,7 @@ from mtcl_torchrec.data.source import Rows, read_rows, read_splits, time_values
 from mtcl_torchrec.data.world_windows import world_split
 from mtcl_torchrec.evaluation.calibration import request_groups
 from mtcl_torchrec.evaluation.report import user_groups
+from mtcl_torchrec.evaluation.segments import TIME_UNITS
 from mtcl_torchrec.fusing.combiners import Combiner, context_gated_mean
 from mtcl_torchrec.fusing.held_out import HeldOut, sessions
 from mtcl_torchrec.models import MTCL
@@ -24,8 +25,6 @@ from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import dense_number, read_by_gate
 
 SESSION_MINUTES = 30.0
-# A time column of numbers is taken for seconds, milli-, micro- or nanoseconds since 1970, by its size.
-_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3), (1e8, 1.0))
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -195,7 +194,7 @@ def _per_second(times: np.ndarray, column: str, is_number: bool) -> float:
     if not is_number:
         return 1e9  # timestamps are read as nanoseconds
     size = float(np.median(np.abs(times)))
-    for least, per_second in _UNITS:
+    for least, per_second in TIME_UNITS:
         if size >= least:
             return per_second
     raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from mtcl_torchrec.data.columns import as_text, canonical
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import Splits
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table, write_predictions
-from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
+from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
-from mtcl_torchrec.training.directory import PREDICTIONS
+from mtcl_torchrec.training.directory import METRICS, PREDICTIONS
+from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.oracle import knowable_of
 from mtcl_torchrec.training.sharding import Ranks
 
@@ -51,23 +54,51 @@ def judge(
         folder: the run directory, without predictions of an earlier run.
         calibration: what it came to, of a run that has one.
     """
-    evaluations, thresholds = {}, {}
+    config, evaluations = run.evaluation, {}
+    thresholds: dict[str, float] = {}
     for name, encoded in splits.encoded.items():
         predictions = predict(model, encoded, batch_size=run.training.eval_batch_size, device=where.device)
-        evaluations[name] = evaluate_rows(
-            model, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions=predictions
-        )
-        evaluations[name].knowable = knowable_of(run, model, splits.raw[name], encoded, predictions)
-        if not (where.first and run.evaluation.save_predictions):
-            continue
         table = rows_predicted(
             model.tasks, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions,
             uncalibrated=None if calibration is None else calibration.before[name], split=name,
+            segments=config.columns(), values=worth_of(run),
         )  # fmt: skip
         if name == "val":
-            thresholds = chosen_thresholds(table)
-        write_predictions(predictions_path(folder, name), replace(table, thresholds=thresholds))
+            thresholds = chosen_thresholds(table, config.threshold)
+        table = replace(table, thresholds=thresholds)
+        draws = config.bootstrap if name == "test" else 0
+        evaluations[name] = evaluate_table(
+            table, fused_tasks=fused_tasks(model), k=config.k, segments=config.segments, bootstrap=draws,
+            seed=run.training.seed,
+        )  # fmt: skip
+        evaluations[name].knowable = knowable_of(run, model, splits.raw[name], encoded, table)
+        if where.first and config.save_predictions:
+            write_predictions(predictions_path(folder, name), table)
     return evaluations
+
+
+def worth_of(run: RunConfig) -> dict[str, float]:
+    """Task -> what its event is worth, in value@k: as the run says, or else the weights of its fused score."""
+    if run.evaluation.values is not None:
+        return run.evaluation.values
+    weights = {} if run.fusion is None else run.fusion.weights or {}
+    binary = [task.name for task in run.data_schema.tasks if task.kind == "binary"]
+    return {task: weight for task, weight in weights.items() if task in binary}
+
+
+def fused_tasks(model: MTCL) -> Sequence[str]:
+    """The tasks that the model's fused score is made of."""
+    return getattr(model.output.fused_score, "tasks", ())
+
+
+def thresholds_of(folder: Path) -> dict[str, float]:
+    """From which probability on a finished run says yes, by binary task: chosen on its validation split; none where it
+    has not finished."""
+    path = folder / METRICS
+    if not path.is_file():
+        return {}
+    tasks = json.loads(path.read_text())["evaluations"].get("val", {}).get("tasks", {})
+    return {name: of["threshold"] for name, of in tasks.items() if of.get("threshold") is not None}
 
 
 def evaluate_rows(
@@ -78,37 +109,39 @@ def evaluate_rows(
     catalogue: Catalogue | None,
     where: Ranks | None = None,
     batch_size: int = 8192,
-    predictions: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
     """Evaluate a model on encoded rows; on several ranks, all of them take part and get the result.
 
     Args:
         raw: the same rows with the user and item columns.
         catalogue: for the popularity baseline, or None.
-        predictions: for these rows, where they are known already.
     """
-    if predictions is None:
-        predictions = predict(model, rows, batch_size=batch_size, device=where.device if where else None)
-    schema = preprocessor.declared
-    popularity = None
-    if catalogue is not None and schema.item is not None:
-        popularity = raw.frame[schema.item].map(catalogue.popularity).fillna(0.0).to_numpy(dtype=np.float64)
-    fused = getattr(model.output.fused_score, "tasks", ())
-    return evaluate_predictions(
-        model.tasks, predictions, rows.labels.numpy(), user_groups(schema, raw.frame), popularity, fused
-    )
+    predictions = predict(model, rows, batch_size=batch_size, device=where.device if where else None)
+    table = rows_predicted(model.tasks, preprocessor, raw, rows, catalogue, predictions)
+    return evaluate_table(table, fused_tasks=fused_tasks(model))
 
 
-def uncalibrated(model: MTCL, rows: EncodedRows, *, batch_size: int = 8192) -> dict[str, np.ndarray] | None:
-    """Predictions before calibration, as `predict` returns them; None of a model without one."""
-    calibration = model.output.calibration
-    if calibration is None:
-        return None
-    model.output.calibration = None
-    try:
-        return predict(model, rows, batch_size=batch_size)
-    finally:
-        model.output.calibration = calibration
+def rows_predicted_by(
+    run: FinishedRun, raw: Rows, *, batch_size: int = 8192, split: str = "test", segments: Sequence[str] = ()
+) -> PredictionsTable:
+    """What a finished run predicts for rows with labels; see `rows_predicted`.
+
+    Args:
+        raw: rows as they conform to the training split.
+    """
+    rows, model = run.preprocessor.encode(raw), run.model
+    predictions = predict(model, rows, batch_size=batch_size)
+    before, calibration = None, model.output.calibration
+    if calibration is not None:
+        model.output.calibration = None
+        try:
+            before = predict(model, rows, batch_size=batch_size)
+        finally:
+            model.output.calibration = calibration
+    return rows_predicted(
+        model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before, split=split,
+        segments=segments, values=worth_of(run.config),
+    )  # fmt: skip
 
 
 def rows_predicted(
@@ -123,6 +156,7 @@ def rows_predicted(
     split: str = "test",
     segments: Sequence[str] = (),
     thresholds: Mapping[str, float] | None = None,
+    values: Mapping[str, float] | None = None,
 ) -> PredictionsTable:
     """Predictions beside the labels, the keys and whatever else of the rows they are judged by.
 
@@ -132,6 +166,7 @@ def rows_predicted(
         predictions: what `mtcl_torchrec.evaluation.predict.predict` returned.
         uncalibrated: the same before calibration.
         segments: columns of the data to be kept.
+        thresholds, values: see `PredictionsTable`.
 
     Raises:
         DataError: the rows have no column that is asked for as a segment.
@@ -142,11 +177,11 @@ def rows_predicted(
             continue
         if column not in raw.frame:
             raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")
-        values = canonical(raw.frame[column])
-        lists = values.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
+        of_rows = canonical(raw.frame[column])
+        lists = of_rows.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
         if lists.any():
             raise DataError(f"{raw.name}: segments: column {column!r} holds lists; a row is in one segment")
-        keys[f"segment.{column}"] = as_text(values) if values.dtype == object else values
+        keys[f"segment.{column}"] = as_text(of_rows) if of_rows.dtype == object else of_rows
     return predictions_table(
         tasks,
         predictions,
@@ -155,6 +190,7 @@ def rows_predicted(
         uncalibrated=uncalibrated,
         split=split,
         thresholds=thresholds,
+        values=values,
     )
 
 

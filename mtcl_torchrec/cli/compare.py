@@ -1,0 +1,75 @@
+"""`mtcl compare`: which of several runs is better, and whether that is more than chance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtcl_torchrec.cli.app import app, screen
+from mtcl_torchrec.cli.fuse import task_numbers
+from mtcl_torchrec.evaluation.bootstrap import DRAWS
+from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
+from mtcl_torchrec.evaluation.details import print_differences
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.training.directory import replace_file
+from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.judging import predictions_path
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run directories, or files of `mtcl evaluate --save`; the first is A for all others."),
+    ],
+    split: Annotated[str, typer.Option(help="Of the run directories: test or val.")] = "test",
+    k: Annotated[list[int] | None, typer.Option(min=1, help="Lengths of what is shown; may be repeated.")] = None,
+    value: Annotated[
+        list[str] | None,
+        typer.Option(help="task=number: what its event is worth; may be repeated.  Default: what A says."),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Compare every metric; the more there are, the less a single one says.")
+    ] = False,
+    draws: Annotated[int, typer.Option(min=20, help="How many times users are drawn.")] = DRAWS,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same users.")] = 0,
+    write: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
+) -> None:
+    """Compare runs on the same rows: the difference in each metric, its 95 % interval and its p-value.
+
+    Users are drawn with replacement, the same ones for both runs, so that what is hard for both cancels out.  Runs that
+    were not judged on the same rows are refused: judge them on the same file with `mtcl evaluate --data FILE --save`.
+    """
+    if len(runs) < 2:
+        raise ConfigError("compare needs two runs at least")
+    if again := next((run for n, run in enumerate(runs) if run in runs[:n]), None):
+        raise ConfigError(f"{again} is given twice")
+    first, console = _read(runs[0], split), screen()
+    values = task_numbers(value, "--value") if value else None
+    found: dict[str, list[Difference]] = {}
+    for run in runs[1:]:
+        names = (str(runs[0]), str(run))
+        found[str(run)] = compare_tables(
+            first, _read(run, split), k=k or (5, 10), values=values, draws=draws, seed=seed, names=names,
+            only=(lambda of, metric: True) if every else is_headline,
+        )  # fmt: skip
+        print_differences(found[str(run)], names, console)
+        console.print()
+    if write is not None:
+        content = {run: [asdict(difference) for difference in of] for run, of in found.items()}
+        replace_file(write, json.dumps(finite({"a": str(runs[0]), "split": split, "against": content}), indent=1))
+
+
+def _read(run: Path, split: str) -> PredictionsTable:
+    path = predictions_path(run, split) if run.is_dir() else run
+    if run.is_dir() and not path.is_file():
+        raise DataError(
+            f"{run}: no predictions for {split} ({path.relative_to(run)} is missing); `mtcl evaluate {run} --data ROWS "
+            "--save FILE` writes them for a file of rows"
+        )
+    return read_predictions(path)

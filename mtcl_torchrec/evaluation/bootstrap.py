@@ -1,0 +1,144 @@
+"""How sure a metric is: users are drawn with replacement, and each draw is measured.
+
+Rows of one user are alike, so that users are drawn, not rows (cluster bootstrap; Field & Welsh, JRSS B 2007).  A draw
+is how often each user was drawn, a weight, and every metric is a function of these weights: no row is copied.  The
+interval is the estimate ± t · the standard deviation over the draws, with Student's t of (users - 1) degrees of
+freedom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student  # type: ignore[import-untyped]
+
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+
+DRAWS = 400  # the standard error of a standard error is then 1 / √(2 · 400), 3.5 %
+_NUMBERS_AT_ONCE = 10**7  # of weights
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Metrics as a function of how often each of U users is drawn.
+
+    Args:
+        names: of M metrics, each (task or ``"ranking"``, metric).
+        of: weights (B, U) float64 -> (B, M) float64, NaN where one is not defined.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    of: Callable[[np.ndarray], np.ndarray]
+
+    def estimate(self, users: int) -> np.ndarray:
+        """(M,) float64: of every user once."""
+        return self.of(np.ones((1, users)))[0]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A metric and how sure it is.
+
+    Args:
+        value: of all rows.
+        error: standard error.
+        low, high: what contains the metric of all users there could be, in 95 of 100 such samples.
+    """
+
+    value: float
+    error: float
+    low: float
+    high: float
+
+
+def clusters_of(table: PredictionsTable) -> tuple[np.ndarray, int]:
+    """(N,) int64, which rows are drawn together, and of how many clusters: those of a user, where it is known, else of
+    a request, else the row alone.
+
+    Example:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"user": ["a", None, "a", None]})
+        >>> clusters_of(PredictionsTable(frame, ()))
+        (array([0, 1, 0, 2]), 3)
+    """
+    rows = len(table)
+    keys = np.arange(rows, dtype=np.float64)
+    for known in (table.requests, table.users):
+        if known is not None:
+            # Numbers of one kind of key stay apart from those of the other.
+            keys = np.where(np.isnan(known), keys + np.nanmax(known, initial=0) + 1, known)
+    once, clusters = np.unique(keys, return_inverse=True)
+    return clusters, len(once)
+
+
+def weights(users: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Chunks (b, U) float64 of how often each user was drawn; the same for the same seed."""
+    random = np.random.default_rng(seed)
+    at_once = max(1, _NUMBERS_AT_ONCE // max(users, 1))
+    for start in range(0, draws, at_once):
+        count = min(at_once, draws - start)
+        drawn = [np.bincount(random.integers(0, users, users), minlength=users) for _ in range(count)]
+        yield np.stack(drawn).astype(np.float64)
+
+
+def draw(parts: Sequence[Resampled], users: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """(draws, M) float64: the metrics of all parts, one after the other, in each draw.
+
+    Args:
+        users: U.
+    """
+    found = [np.concatenate([part.of(chunk) for part in parts], axis=1) for chunk in weights(users, draws, seed)]
+    return np.concatenate(found)
+
+
+def spread(found: np.ndarray) -> np.ndarray:
+    """(M,) standard deviation over the draws in which a metric is defined; NaN where that are fewer than two.
+
+    Args:
+        found: (draws, M).
+    """
+    known = ~np.isnan(found)
+    count = known.sum(0)
+    mean = np.where(known, found, 0).sum(0) / np.maximum(count, 1)
+    squares = (np.where(known, found - mean, 0) ** 2).sum(0)
+    return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
+
+
+def quantile_of(users: int) -> float:
+    """What the standard error is multiplied by, of a 95 % interval; NaN of fewer than two users.
+
+    Example:
+        >>> round(quantile_of(1000), 2)
+        1.96
+    """
+    return float(student.ppf(0.975, users - 1)) if users > 1 else float("nan")
+
+
+def intervals(
+    parts: Sequence[Resampled], users: int, *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """Task or ``"ranking"`` -> metric -> its interval.
+
+    Args:
+        parts: see `mtcl_torchrec.evaluation.resampled`.
+        users: U.
+        draws: how many times users are drawn.
+        seed: the same seed draws the same users.
+
+    Example:
+        >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
+        >>> mean = Resampled((("height", "mean"),), lambda w: (w @ heights / w.sum(1))[:, None])
+        >>> found = intervals([mean], 4, draws=1000)["height"]["mean"]
+        >>> found.value, 0.5 < found.error < 0.6
+        (2.5, True)
+    """
+    errors = spread(draw(parts, users, draws=draws, seed=seed))
+    values = np.concatenate([part.estimate(users) for part in parts])
+    names = [name for part in parts for name in part.names]
+    half = quantile_of(users) * errors
+    found: dict[str, dict[str, Interval]] = {}
+    for (of, metric), value, error, h in zip(names, values, errors, half, strict=True):
+        found.setdefault(of, {})[metric] = Interval(*(float(x) for x in (value, error, value - h, value + h)))
+    return found

@@ -1,0 +1,197 @@
+"""Which of two runs is better, and whether that is more than chance: paired, on the same rows.
+
+Both runs are measured in the same draws of users, so that what is hard for both cancels out of the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import t as student  # type: ignore[import-untyped]
+
+from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread
+from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable
+from mtcl_torchrec.evaluation.resampled import resampled_metrics
+from mtcl_torchrec.schema import DataError
+
+LOWER_IS_BETTER = ("log_loss", "ne", "brier", "ece", "mse", "mae")
+NO_BETTER = ("calibration", "precision", "recall", "novelty")  # what is better depends on something else
+HEADLINES = ("auc", "gauc", "ne", "f1", "top1", "r2", "mae", "value", "rate", "ndcg")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two runs.
+
+    Args:
+        of: a task, a conditional prediction, or ``"ranking"``.
+        metric: such as ``"auc"``, or ``"ndcg@10 click"`` of the ranking.
+        a, b: of the two.
+        difference: b - a.
+        low, high: of its 95 % interval.
+        p: of no difference, two-sided.
+        p_holm: the same, where one of many such comparisons would be significant by chance (Holm, Scand. J. Stat.
+            1979).
+    """
+
+    of: str
+    metric: str
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float = float("nan")
+
+    @property
+    def better(self) -> str | None:
+        """``"a"`` or ``"b"`` where the difference is significant at 5 % after Holm's correction and a direction is
+        better, else None.
+
+        Example:
+            >>> Difference("click", "ne", 0.9, 0.8, -0.1, -0.2, -0.01, 0.001, 0.01).better
+            'b'
+        """
+        kind = self.metric.split("@")[0].split(" ")[0]
+        if not self.p_holm < 0.05 or kind in NO_BETTER:
+            return None
+        return "b" if (self.difference < 0) == (kind in LOWER_IS_BETTER) else "a"
+
+
+def is_headline(of: str, metric: str) -> bool:
+    """Whether a metric is among the few that are compared unless all are asked for: the more are, the less a single
+    difference says."""
+    return metric.split("@")[0].split(" ")[0] in HEADLINES
+
+
+def check_same_rows(a: PredictionsTable, b: PredictionsTable, names: Sequence[str] = ("A", "B")) -> None:
+    """See that two tables are of the same rows, in the same order, with the same labels of the tasks that both have.
+
+    Args:
+        names: of the two, for the message.
+
+    Raises:
+        DataError: naming what differs.
+    """
+    what = f"{names[0]} and {names[1]} were not judged on the same rows"
+    if len(a) != len(b):
+        raise DataError(f"{what}: {len(a):,} and {len(b):,} rows")
+    for key in KEYS:
+        if key in a.frame and key in b.frame:
+            differ = a.key_texts(key) != b.key_texts(key)
+            if differ.any():
+                at = int(differ.argmax())
+                raise DataError(f"{what}: {int(differ.sum()):,} rows differ in {key}, the first is row {at:,}")
+    common = [task.name for task in a.tasks if task.name in {other.name for other in b.tasks}]
+    if not common:
+        raise DataError(f"{names[0]} and {names[1]} have no task in common")
+    for task in common:
+        kinds = a.task(task).kind, b.task(task).kind
+        if kinds[0] != kinds[1]:
+            raise DataError(f"{what}: task {task!r} is {kinds[0]} in one and {kinds[1]} in the other")
+        x, y = a.labels(task), b.labels(task)
+        differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+        if differ.any():
+            at = int(differ.argmax())
+            raise DataError(f"{what}: {int(differ.sum()):,} labels of task {task!r} differ, the first is row {at:,}")
+
+
+def compare_tables(
+    a: PredictionsTable,
+    b: PredictionsTable,
+    *,
+    k: Sequence[int] = (5, 10),
+    values: Mapping[str, float] | None = None,
+    only: Callable[[str, str], bool] = is_headline,
+    draws: int = DRAWS,
+    seed: int = 0,
+    names: Sequence[str] = ("A", "B"),
+) -> list[Difference]:
+    """Every metric that both have, with the difference, its interval and its p-value.
+
+    A metric's difference over draws of users (see `mtcl_torchrec.evaluation.bootstrap`) gives its standard error; t =
+    difference / error is compared with Student's t of (users - 1) degrees of freedom, so that the interval leaves out 0
+    exactly where p < 0.05.
+
+    Args:
+        a, b: on the same rows.
+        k, values: of the ranking; see `mtcl_torchrec.evaluation.ranked.ranking_metrics`.  Values of A by default.
+        only: (task or ``"ranking"``, metric) -> whether it is compared; all that are share one correction by Holm.
+        draws: of users.
+        seed: of the draws.
+        names: of the two, for a message.
+
+    Raises:
+        DataError: the rows differ, or no metric is in both.
+    """
+    check_same_rows(a, b, names)
+    values = dict(a.values) if values is None else values
+    a, b = _completed(a, b), _completed(b, a)
+    clusters = clusters_of(a)
+    parts = [resampled_metrics(of, clusters, k=k, values=values, only=only) for of in (a, b)]
+    named = [{name: part for part in of for name in part.names} for of in parts]
+    shared = [name for name in named[0] if name in named[1]]
+    if not shared:
+        raise DataError(f"{names[0]} and {names[1]} have no metric in common")
+    users = clusters[1]
+    values_of, draws_of = zip(*(_measured(of, shared, users, draws, seed) for of in parts), strict=True)
+    errors = spread(draws_of[1] - draws_of[0])
+    found = []
+    for i, (of, metric) in enumerate(shared):
+        x, y = float(values_of[0][i]), float(values_of[1][i])
+        half = quantile_of(users) * float(errors[i])
+        p = two_sided(y - x, float(errors[i]), users)
+        found.append(Difference(of, metric, x, y, y - x, y - x - half, y - x + half, p))
+    adjusted = holm([difference.p for difference in found])
+    return [replace(difference, p_holm=p) for difference, p in zip(found, adjusted, strict=True)]
+
+
+def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
+    """A table with what another says of the same rows: a ranking can be judged by an event that it does not predict."""
+    more = [task for task in other.tasks if task.name not in {own.name for own in table.tasks}]
+    columns = [*KEYS, "popularity", *(f"label.{task.name}" for task in more)]
+    known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
+    return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
+
+
+def _measured(
+    parts: Sequence[Resampled], names: Sequence[tuple[str, str]], users: int, draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) estimates and (draws, M), of some metrics in their order."""
+    place = {name: i for i, name in enumerate(name for part in parts for name in part.names)}
+    at = [place[name] for name in names]
+    values = np.concatenate([part.estimate(users) for part in parts])
+    return values[at], draw(parts, users, draws=draws, seed=seed)[:, at]
+
+
+def two_sided(difference: float, error: float, users: int) -> float:
+    """p-value of a difference with a standard error, by Student's t of (users - 1) degrees of freedom.
+
+    Example:
+        >>> round(two_sided(1.96, 1.0, 10**6), 3), two_sided(0.0, 0.0, 100)
+        (0.05, 1.0)
+    """
+    if users < 2 or np.isnan(difference) or np.isnan(error):
+        return float("nan")
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(2 * student.sf(abs(difference) / error, users - 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of m tests, such that the chance of a single wrong rejection among all stays at the level (Holm, 1979):
+    the i-th smallest, from 0, times (m - i), and none below one that was smaller.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03, float("nan")])
+        [0.03, 0.06, 0.06, nan]
+    """
+    known = [i for i, value in enumerate(p) if not np.isnan(value)]
+    adjusted, largest = [float("nan")] * len(p), 0.0
+    for rank, i in enumerate(sorted(known, key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(known) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -1,0 +1,78 @@
+"""A table of predictions judged as a whole: tasks, ranking, segments, confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.ranked import ranking_metrics
+from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions
+from mtcl_torchrec.evaluation.resampled import resampled_metrics
+from mtcl_torchrec.evaluation.segments import split_by_segment
+
+
+def evaluate_table(
+    table: PredictionsTable,
+    *,
+    fused_tasks: Sequence[str] | None = None,
+    k: Sequence[int] = (5, 10),
+    segments: Sequence[str] = (),
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> Evaluation:
+    """Everything there is to know of the predictions of a run, or of a baseline.
+
+    Args:
+        table: with the thresholds of the validation split, and what events are worth.
+        fused_tasks: the tasks whose events AUC and GAUC of the score are measured by; the default is all binary ones.
+        k: lengths of what is shown.
+        segments: names as of `mtcl_torchrec.evaluation.segments.segment_values`.
+        bootstrap: draws of users for the intervals; 0 is none.
+        seed: of the draws.
+
+    Raises:
+        DataError: a segment, or a task of `table.values`, that is not there.
+
+    Example:
+        >>> import pandas as pd
+        >>> from mtcl_torchrec.schema import Task
+        >>> rows = {"user": [1, 1, 2, 2], "label.click": [0.0, 1.0, 1.0, 0.0], "score": [0.1, 0.9, 0.8, 0.3]}
+        >>> table = PredictionsTable(pd.DataFrame(rows), (Task.binary("click"),), values={"click": 1.0})
+        >>> found = evaluate_table(table, k=[1], segments=["user"])
+        >>> found.ranking["fused"]["value@1"], list(found.segments["user"])
+        (1.0, ['1', '2'])
+    """
+    predictions = {name: table.predicted(name) for name in table.predicted_names}
+    if table.score is not None:
+        predictions["score"] = table.score
+    popularity = None if table.popularity is None else np.nan_to_num(table.popularity)
+    labels = [table.labels(task.name) for task in table.tasks]
+    found = evaluate_predictions(
+        table.tasks,
+        predictions,
+        np.stack(labels, 1) if labels else np.empty((len(table), 0)),
+        table.users,
+        popularity,
+        [task.name for task in table.tasks] if fused_tasks is None else fused_tasks,
+        table.thresholds,
+    )
+    if table.requests is not None and not np.isnan(table.requests).all():
+        rules = {"fused": table.score, "popular": popularity}
+        for rule in found.ranking:
+            found.ranking[rule] |= ranking_metrics(table, rules[rule], k=k, values=table.values)
+    apart = {name: {value: _of_segment(rows, k) for value, rows in split_by_segment(table, name)} for name in segments}
+    sure = {}
+    if bootstrap:
+        clusters = clusters_of(table)
+        parts = resampled_metrics(table, clusters, k=k, values=table.values)
+        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed)
+    return replace(found, values=dict(table.values), segments=apart, intervals=sure)
+
+
+def _of_segment(rows: PredictionsTable, k: Sequence[int]) -> dict:
+    found = evaluate_table(rows, k=k)
+    return {"rows": found.rows, "tasks": found.tasks, "ranking": found.ranking.get("fused", {})}

@@ -1,0 +1,123 @@
+"""Rows told apart by a column: cold items, new users, hours, whatever the data has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mtcl_torchrec.data.columns import as_text, canonical
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.schema import DataError, nearest
+
+MOST_VALUES = 24  # of a segment; more are cut at quantiles, or the rarer ones taken together
+QUANTILES = 5
+OTHER, MISSING = "(other)", "(missing)"
+# A time column of numbers is taken for seconds, milli-, micro- or nanoseconds since 1970, by its size.
+TIME_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3), (1e8, 1.0))  # from which size on, units in a second
+
+
+def segment_values(table: PredictionsTable, name: str) -> pd.Series:
+    """(N,) the segment of each row, as text.
+
+    Args:
+        name: a column that the table was made with (``segment.NAME``, or a key), or one that is derived:
+            ``item_seen`` and ``user_seen`` (whether it is in the training split: cold items, new users) and
+            ``hour_of_day`` (of the time column, UTC).
+
+    Returns:
+        An ordered categorical.  Numbers of more than 24 different values are cut at quintiles; of other values, the
+        23 most frequent stay, and the rest is ``"(other)"``.  Missing values are ``"(missing)"``.
+
+    Raises:
+        DataError: the table has no such column.
+
+    Example:
+        >>> frame = pd.DataFrame({"label.a": np.zeros(100), "segment.price": np.arange(100.0)})
+        >>> table = PredictionsTable(frame, ())
+        >>> segment_values(table, "price").value_counts(sort=False).to_dict()
+        {'0 to 19': 20, '20 to 39': 20, '40 to 59': 20, '60 to 79': 20, '80 to 99': 20}
+    """
+    frame = table.frame
+    column = next((c for c in (f"segment.{name}", name) if c in frame), None)
+    if column is None and name == "hour_of_day" and "time" in frame:
+        return _named(hours_of_day(frame["time"]))
+    if column is None or column.startswith(("label.", "p.", "uncalibrated.")):
+        kept = [str(c).removeprefix("segment.") for c in frame if "." not in str(c) or str(c).startswith("segment.")]
+        kept += ["hour_of_day"] if "time" in frame else []
+        raise DataError(f"segments: no column {name!r} beside the predictions{nearest(name, kept)}")
+    values = canonical(frame[column])
+    is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    if values.nunique() <= MOST_VALUES:
+        return _named(values)
+    return _quantiles(values) if is_number else _frequent(values)
+
+
+def hours_of_day(times: pd.Series) -> pd.Series:
+    """(N,) the hour, 0 to 23, in UTC; of numbers, which are seconds to nanoseconds since 1970 by their size.
+
+    Raises:
+        DataError: the numbers are too small to be times.
+
+    Example:
+        >>> hours_of_day(pd.Series([1_700_000_000, 1_700_003_600])).tolist()
+        [22, 23]
+    """
+    if not pd.api.types.is_numeric_dtype(times):
+        return pd.to_datetime(times, utc=True).dt.hour
+    size = float(times.abs().median())
+    per_second = next((units for least, units in TIME_UNITS if size >= least), None)
+    if per_second is None:
+        raise DataError("segments: hour_of_day: the time column holds numbers too small to be seconds since 1970")
+    return (times // (3600 * per_second) % 24).astype("Int64")
+
+
+def split_by_segment(table: PredictionsTable, name: str) -> Iterator[tuple[str, PredictionsTable]]:
+    """The values of a segment, in their order, and the rows of each; see `segment_values`."""
+    values = segment_values(table, name)
+    codes = values.cat.codes.to_numpy()
+    for i, value in enumerate(values.cat.categories):
+        rows = codes == i
+        if rows.any():
+            yield str(value), rows_of(table, rows)
+
+
+def rows_of(table: PredictionsTable, rows: np.ndarray) -> PredictionsTable:
+    """The rows of a table where `rows` (N,) is true."""
+    classes = {name: values[rows] for name, values in table.classes.items()}
+    return replace(table, frame=table.frame[rows].reset_index(drop=True), classes=classes)
+
+
+def _named(values: pd.Series) -> pd.Series:
+    """Few values, each by its name, in their own order."""
+    codes, once = pd.factorize(values, sort=True)
+    return _categorical(codes, as_text(pd.Series(once)).astype(str).tolist())
+
+
+def _frequent(values: pd.Series) -> pd.Series:
+    codes, once = pd.factorize(values)
+    counts = np.bincount(codes[codes >= 0])
+    most = np.argsort(-counts, kind="stable")[: MOST_VALUES - 1]
+    place = np.full(len(once) + 1, len(most))
+    place[most] = np.arange(len(most))
+    place[-1] = -1  # of missing ones
+    return _categorical(place[codes], [*as_text(pd.Series(once)).astype(str).iloc[most], OTHER])
+
+
+def _quantiles(values: pd.Series) -> pd.Series:
+    x = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    edges = np.unique(np.nanquantile(x, np.arange(1, QUANTILES) / QUANTILES))
+    bins = np.where(np.isnan(x), -1, np.searchsorted(edges, x, side="right"))
+    there = np.unique(bins[bins >= 0])
+    names = [f"{x[bins == b].min():.6g} to {x[bins == b].max():.6g}" for b in there]
+    return _categorical(np.where(bins < 0, -1, np.searchsorted(there, bins)), names)
+
+
+def _categorical(codes: np.ndarray, names: Sequence[Any]) -> pd.Series:
+    names = list(names)
+    if (codes < 0).any():
+        codes, names = np.where(codes < 0, len(names), codes), [*names, MISSING]
+    return pd.Series(pd.Categorical.from_codes(codes, categories=pd.Index(names), ordered=True))
