@@ -78,16 +78,18 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(lines: list[dict[str, Any]], console: Console) -> None:
-    """Shares of every run, a line each."""
+    """Shares of every run, a line each, and below them what the runs are."""
     tasks = list(dict.fromkeys(task for line in lines for task in line["share"]))
-    table = plain_table("Share of what is knowable, test split", ["world, rows, users × items", *tasks, "minutes"])
-    for line in lines:
-        of = line["settings"]
-        name = f"{of['world']}, {of['rows']:,}, {of['users']:,} × {of['items']:,}"
-        name += f" {' '.join([*of['dial'], *of['set']])}" + (f" dim={of['dim']}" if of["dim"] else "")
+    table = plain_table("Share of what is knowable, test split", ["run", *tasks, "minutes"])
+    for number, line in enumerate(lines, start=1):
         cells = (f"{100 * line['share'][task]:.1f} %" if task in line["share"] else "–" for task in tasks)
-        table.add_row(name, *cells, f"{line['seconds'] / 60:.1f}")
-    console.print(table)
+        table.add_row(str(number), *cells, f"{line['seconds'] / 60:.1f}")
+    console.print(table, "")
+    for number, line in enumerate(lines, start=1):
+        of = line["settings"]
+        settings = [*of["dial"], *([f"dim={of['dim']}"] if of["dim"] else []), *of["set"]]
+        name = f"{of['world']}, {of['rows']:,} rows, {of['users']:,} × {of['items']:,}"
+        console.print(f"{number}: {name} {' '.join(settings)}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a file of lines to add to")
     parser.add_argument("--show", type=Path, help="a file of lines: print the table, train nothing")
     options = parser.parse_args(arguments)
-    console = Console(width=140)
+    console = Console(width=100)
     if options.show is not None:
         show([json.loads(line) for line in options.show.read_text().splitlines()], console)
         return

@@ -119,7 +119,7 @@ def _with_stars(ranked: pd.DataFrame, films: pd.DataFrame, test: pd.DataFrame, u
 def _someone(train: pd.DataFrame, test: pd.DataFrame) -> int:
     """A user with as many liked films as most have, who has test rows."""
     liked = train[train["user_id"].isin(test["user_id"])].groupby("user_id")["liked"].sum()
-    return int(liked.index[(liked - liked.median()).abs().argmin()])
+    return int(liked.index.to_numpy()[(liked - liked.median()).abs().to_numpy().argmin()])
 
 
 def _alike(films: pd.DataFrame, known: pd.DataFrame, vectors: Path) -> list[str]:

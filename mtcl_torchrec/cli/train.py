@@ -12,13 +12,12 @@ from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, note_if_unfinished, screen
 from mtcl_torchrec.config import load_run
-from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
+from mtcl_torchrec.data.source import column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.knowable import print_knowable
-from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
@@ -101,13 +100,8 @@ def evaluate(
     )  # fmt: skip
     print_evaluation(result, ", ".join(data), console)
     if run.config.data.synthetic is not None:
-        result.knowable = _knowable(run, raw, table)
-        if result.knowable is None:
-            console.print(
-                "\nthe rows are not of the run's world: what is knowable of them is not known", highlight=False
-            )
-        else:
-            print_knowable(result.knowable, console)
+        result.knowable = knowable_of(run.config, run.model, raw, run.preprocessor.encode(raw), table)
+        print_knowable(result.knowable, console)
     if every:
         console.print()
         print_details(result, console, config.k)
@@ -122,22 +116,13 @@ def evaluate(
         replace_file(write, json.dumps(finite(asdict(result)), indent=1))
 
 
-def _knowable(run: FinishedRun, raw: Rows, table: PredictionsTable) -> dict[str, Metrics] | None:
-    """How much of what is knowable of a world's rows a run knows; None where they are not of its world."""
-    predictions = {name: table.predicted(name) for name in table.predicted_names}
-    if table.score is not None:
-        predictions["score"] = table.score
-    return knowable_of(run.config, run.model, raw, run.preprocessor.encode(raw), predictions)
-
-
 def show(result: RunResult, console: Console) -> None:
     kept = f"epoch {result.history.best_epoch} of {len(result.history.epochs)}"
     for split, evaluation in result.evaluations.items():
         if split == "test" or len(result.evaluations) == 1:
             console.print()
             print_evaluation(evaluation, f"{split} split, {kept}", console)
-            if evaluation.knowable is not None:
-                print_knowable(evaluation.knowable, console)
+            print_knowable(evaluation.knowable, console)
             if result.calibration is not None:
                 console.print()
                 print_calibration(result.calibration.splits[split], f"{split} split", console)

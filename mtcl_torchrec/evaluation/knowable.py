@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from mtcl_torchrec.evaluation.metrics import Metrics, auc
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import Task
@@ -207,38 +208,36 @@ def _gain(request: np.ndarray, score: np.ndarray, true: np.ndarray) -> float:
     return float((of_tied * behind).sum() / max(len(t), 1))
 
 
-def of_tasks(
-    tasks: tuple[Task, ...], labels: np.ndarray, predicted: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray]
-) -> dict[str, Metrics]:
+def of_tasks(table: PredictionsTable, true: Mapping[str, np.ndarray]) -> dict[str, Metrics]:
     """`knowable` of each task, and of the conditional prediction of a chain, that the oracle knows the truth of.
 
     Args:
-        labels: (N, T) in the order of `tasks`.
-        predicted, true: by task and by conditional name.
+        true: by task and by conditional name, for the rows of the table.
     """
-    number = {task.name: i for i, task in enumerate(tasks)}
-    found = {}
-    for task in tasks:
-        label = labels[:, number[task.name]]
-        if task.name in true and task.name in predicted:
-            found[task.name] = knowable(task, label, predicted[task.name], true[task.name])
-        name = task.conditional_name
-        if name is not None and name in true and name in predicted:
-            given = np.where(labels[:, number[str(task.after)]] == 1, label, np.nan)
-            found[name] = knowable(task, given, predicted[name], true[name])
-    return found
+    return {
+        name: knowable(table.task(name), table.labels(name), table.predicted(name), true[name])
+        for name in table.predicted_names
+        if name in true
+    }
 
 
 _MEASURES = {"auc": "AUC", "r2": "R²", "nats": "nats"}
 
 
-def print_knowable(found: Mapping[str, Metrics], console: Console | None = None) -> None:
+def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None = None) -> None:
     """Print the shares as a table: the tasks, then the fused score.
 
     Args:
-        found: `of_tasks`, and under ``"score"``, `knowable_score`.
+        found: `of_tasks`, and under ``"score"``, `knowable_score`.  None, where no world is behind the run, prints
+            nothing; without anything in it, it says so.
     """
+    if found is None:
+        return
     console = console or Console()
+    if not found:
+        text = "these rows are not of the run's world, or its tasks are others: what is knowable is not known"
+        console.print(f"\n{text}", highlight=False, soft_wrap=True)
+        return
     table = plain_table("Of what is knowable in this world", ["", "share", "measure", "model", "oracle", "regret"])
     for name, known in found.items():
         if name == "score" or "share" not in known:

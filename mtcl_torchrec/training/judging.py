@@ -71,7 +71,7 @@ def judge(
             table, fused_tasks=fused_tasks(model), k=config.k, segments=config.segments, bootstrap=draws,
             seed=run.training.seed,
         )  # fmt: skip
-        evaluations[name].knowable = knowable_of(run, model, splits.raw[name], encoded, predictions)
+        evaluations[name].knowable = knowable_of(run, model, splits.raw[name], encoded, table)
         if where.first and config.save_predictions:
             write_predictions(predictions_path(folder, name), table)
     return evaluations

@@ -15,10 +15,9 @@ from mtcl_torchrec.data.outcomes import Outcome
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.synthetic import World
 from mtcl_torchrec.data.world_windows import world_of
-from mtcl_torchrec.evaluation.calibration import request_groups
 from mtcl_torchrec.evaluation.knowable import knowable_score, of_tasks
 from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.report import user_groups
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import ExpectedValue, RowContext, fuse
 from mtcl_torchrec.schema import Schema, Task
@@ -27,7 +26,7 @@ _KINDS = {"event": "binary", "content": "multiclass", "stars": "regression", "am
 
 
 def knowable_of(
-    run: RunConfig, model: MTCL, raw: Rows, encoded: EncodedRows, predictions: Mapping[str, np.ndarray]
+    run: RunConfig, model: MTCL, raw: Rows, encoded: EncodedRows, table: PredictionsTable
 ) -> dict[str, Metrics] | None:
     """How much of what is knowable of these rows the predictions know, see `mtcl_torchrec.evaluation.knowable`.
 
@@ -35,26 +34,24 @@ def knowable_of(
         run: its data may be a world.
         model: what predicts; an ensemble, too.
         raw, encoded: the same rows.
-        predictions: for them.
+        table: predictions for them.
 
     Returns:
         Task, or conditional prediction of a chain -> its figures; under ``"score"`` those of the fused score, where
-        that depends on nothing but the predictions of a row.  None where no world is behind the rows.
+        that depends on nothing but the predictions of a row.  Nothing of rows that are not the world's.  None where no
+        world is behind the run.
     """
     if run.data.synthetic is None:
         return None
     world = world_of(run.data.synthetic)
     if len(raw) == 0 or not world.is_of(raw.frame):
-        return None
-    schema = run.data_schema
-    true = true_predictions(world, schema, model.tasks, raw.frame)
-    found = of_tasks(model.tasks, encoded.labels.numpy(), predictions, true)
+        return {}
+    true = true_predictions(world, run.data_schema, model.tasks, raw.frame)
+    found = of_tasks(table, true)
     score = true_score(model, encoded, true)
-    users = user_groups(schema, raw.frame)
-    request = request_groups(schema, raw.frame)
-    if score is not None and request is not None and "score" in predictions:
-        found["score"] = knowable_score(request, predictions["score"], score, users)
-    return found or None
+    if score is not None and table.score is not None and table.requests is not None:
+        found["score"] = knowable_score(table.requests, table.score, score, table.users)
+    return found
 
 
 def truth_columns(run: RunConfig) -> tuple[str, ...]:
