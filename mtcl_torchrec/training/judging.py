@@ -79,7 +79,7 @@ def judge(
 
 
 def evaluation_as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All of an evaluation; what is not defined is None, and ``"knowable"`` is there where a world is behind the run."""
+    """All of an evaluation; what is not defined is None, and ``"knowable"`` stands there of a world only."""
     values = finite(asdict(evaluation))
     return values if evaluation.knowable is not None else {k: v for k, v in values.items() if k != "knowable"}
 
