@@ -174,9 +174,7 @@ def test_two_ranks_train_on_the_dials_and_know_their_share(two_ranks):
     folder, (one, other) = two_ranks
     assert one["test"].knowable == other["test"].knowable
     written = json.loads((folder / "metrics.json").read_text())
-    assert set(written["knowable"]) == {"val", "test"}
-    assert "knowable" not in written["evaluations"]["test"]
-    known = written["knowable"]["test"]
+    known = written["evaluations"]["test"]["knowable"]
     assert set(known) == {"click", "cart", "buy", "next_category", "return", "score"}
     assert all(0 < known[task]["share"] < 1 for task in ("click", "return"))
     assert known["score"]["requests@5"] > 20

@@ -1,7 +1,6 @@
 """Predictions as a file: what is written is what was predicted, of every kind of task, on one rank and on two."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,7 @@ from mtcl_torchrec.evaluation.predictions_file import (
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import thresholds_of
+from mtcl_torchrec.training.judging import evaluation_as_json, thresholds_of
 from mtcl_torchrec.training.run import train_run
 
 NAN = float("nan")
@@ -180,7 +178,7 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         table, fused_tasks=run.model.output.fused_score.tasks, k=[2, 7], bootstrap=20,
         segments=["age", "genre", "item_seen", "user_seen", "hour_of_day"],
     )  # fmt: skip
-    assert finite(asdict(again)) == stored["test"]
+    assert evaluation_as_json(again) == stored["test"]
     assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
     assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
     assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +22,7 @@ from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by, thresholds_of
+from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
 from mtcl_torchrec.training.oracle import knowable_of, truth_columns
 from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
@@ -113,7 +112,7 @@ def evaluate(
     if save is not None:
         write_predictions(save, table)
     if write is not None:
-        replace_file(write, json.dumps(finite(asdict(result)), indent=1))
+        replace_file(write, json.dumps(evaluation_as_json(result), indent=1))
 
 
 def show(result: RunResult, console: Console) -> None:

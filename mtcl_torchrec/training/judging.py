@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
 from mtcl_torchrec.training.directory import METRICS, PREDICTIONS
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.oracle import knowable_of
 from mtcl_torchrec.training.sharding import Ranks
 
@@ -75,6 +76,12 @@ def judge(
         if where.first and config.save_predictions:
             write_predictions(predictions_path(folder, name), table)
     return evaluations
+
+
+def evaluation_as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """All of an evaluation; what is not defined is None, and ``"knowable"`` stands there of a world only."""
+    values = finite(asdict(evaluation))
+    return values if evaluation.knowable is not None else {k: v for k, v in values.items() if k != "knowable"}
 
 
 def worth_of(run: RunConfig) -> dict[str, float]:

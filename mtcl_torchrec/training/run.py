@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ from mtcl_torchrec.training.directory import (
 )
 from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
-from mtcl_torchrec.training.history import TrainingHistory, finite
-from mtcl_torchrec.training.judging import judge
+from mtcl_torchrec.training.history import TrainingHistory
+from mtcl_torchrec.training.judging import evaluation_as_json, judge
 from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
@@ -357,18 +357,14 @@ def write_metrics(
 ) -> None:
     """Everything measured, as JSON; what is not defined is null."""
     of_history = history.to_json()
-    measured = {split: finite(asdict(evaluation)) for split, evaluation in evaluations.items()}
-    knowable = {split: known for split, values in measured.items() if (known := values.pop("knowable"))}
     content = {
         "history": of_history,
         "balance": of_history.pop("balance"),
         "diagnosis": diagnosis,
-        "evaluations": measured,
+        "evaluations": {split: evaluation_as_json(evaluation) for split, evaluation in evaluations.items()},
     }
     if cost is not None:
         content["cost"] = cost
-    if knowable:
-        content["knowable"] = knowable
     if calibration is not None:
         content["calibration"] = calibration.to_json()
     replace_file(path, json.dumps(content, indent=1))
