@@ -188,7 +188,7 @@ def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
         test, {task: test[f"p_{cold_start.LABELS[task]}"].to_numpy() for task in cold_start.TASKS}
     )
     popular = cold_start.by_segment(
-        test, {task: cold_start.popularity(parts["train"], cold_start.LABELS[task])(test) for task in cold_start.TASKS}
+        test, {task: cold_start.popularity(parts["train"], test, cold_start.LABELS[task]) for task in cold_start.TASKS}
     )
     assert sum(n for name, n in told["rows"].items() if name != "all") <= told["rows"]["all"] == len(test)
     assert told["liked"]["all"] > popular["liked"]["all"]

@@ -23,7 +23,8 @@ ROW = st.tuples(
 
 
 def frame_of(rows):
-    return pd.DataFrame(rows, columns=["user", "t", "tag", "click"]).astype("Int64")
+    columns = zip(("user", "t", "tag", "click"), zip(*rows, strict=True), strict=True)
+    return pd.DataFrame({name: pd.array(list(values), dtype="Int64") for name, values in columns})
 
 
 def naive(rows):

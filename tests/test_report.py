@@ -23,7 +23,7 @@ from mtcl_torchrec.config import dump_run, parse_run
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.report import Compared, compare_html, from_differences, write_report
 from mtcl_torchrec.report import studio as studio_module
-from mtcl_torchrec.report.tables import number
+from mtcl_torchrec.report.tables import SHOWN, number
 from mtcl_torchrec.schema import ConfigError, DataError, Task
 from mtcl_torchrec.training.run import train_run
 
@@ -105,9 +105,9 @@ def read(folder):
 def test_numbers_are_those_of_metrics_json(made, page):
     metrics = json.loads((made / "metrics.json").read_text())
     tasks = metrics["evaluations"]["test"]["tasks"]
-    headings = {"AUC": "auc", "GAUC": "gauc", "log-loss": "log_loss", "NE": "ne", "predicted / observed": "calibration",
-                "base rate": "base_rate", "top-1": "top1", "top-5": "top5", "top class": "base_rate", "MSE": "mse",
-                "MAE": "mae", "R²": "r2", "mean label": "base_rate"}  # fmt: skip
+    headings = {heading: key for of_kind in SHOWN.values() for key, heading in of_kind.items()}
+    headings |= {"base rate": "base_rate", "top class": "base_rate", "mean label": "base_rate"}
+    assert headings["PR-AUC"] == "pr_auc"
     seen = 0
     for kind in ("Binary", "Multiclass", "Regression"):
         columns, *rows = page.tables[f"{kind} tasks"]

@@ -225,13 +225,13 @@ schema:
     - {name: buy, kind: binary, after: click, head: {kind: dot, sampled_softmax: {weight: 0.05, correction: none}}}
     - {name: stars, kind: regression, inputs: [user, item], head: dot, weight: 0.3}
 model: {trunk: {kind: mmoe, num_experts: 3, expert_layers: [16]}, tower_layers: [8]}
-optimizers: {tables: {lr: 0.3}, dense: {lr: 0.03}}
+optimizers: {tables: {lr: 0.2}, dense: {lr: 0.02}}
 training: {batch_size: 40, patience: 0, checkpoint: {every_steps: 7}, MORE}
 BALANCE
 fusion: {weights: {click: 1, liked: 1, buy: 2, stars: 0.2}}
 """
 RUNS = {
-    "surgery": RUN.replace("MORE", "epochs: 2, task_patience: 1").replace(
+    "surgery": RUN.replace("MORE", "epochs: 3, task_patience: 1").replace(
         "BALANCE", "balance: {surgery: {kind: upgrad, cut: embeddings}}"
     ),
     "bf16": RUN.replace("MORE", "epochs: 2, precision: bf16, pipeline: base").replace("BALANCE", "calibration: platt"),
@@ -260,7 +260,7 @@ def everything_on_ranks(folder):
             dist.all_reduce(value)
             value /= where.world_size
         train(folder, "surgery", "straight")
-        train(folder, "surgery", "stopped", stop=18)
+        train(folder, "surgery", "stopped", stop=24)
         train(folder, "surgery", "stopped", "resume")
         train(folder, "bf16", "bf16")
         return [value.numpy() for value in values]
@@ -321,7 +321,7 @@ schema:
     - {name: liked, kind: binary, head: {kind: dot, dim: 8, l2: 1e-3}}
     - {name: too, kind: binary, label: liked, head: {kind: dot, dim: 8, l2: 1e-3, sampled_softmax: {weight: 0.05}}}
 optimizers: {tables: {kind: rowwise_adagrad, lr: 0.3}, dense: {lr: 0.03, weight_decay: 0.0}}
-training: {epochs: 4, batch_size: 400, patience: 0}
+training: {epochs: 6, batch_size: 400, patience: 0}
 """
 
 

@@ -164,7 +164,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     """
     parts = [folder.resolve().parts for folder in folders]
     short = [str(Path(*p[-1:])) for p in parts]
-    for depth in range(2, max(map(len, parts)) + 1):
+    for depth in range(2, 4):  # a longer name would not fit a picture
         if len(set(short)) == len(short):
             break
         doubled = {name for name in short if short.count(name) > 1}
