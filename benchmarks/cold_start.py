@@ -315,7 +315,7 @@ def cell(results: Sequence[dict[str, Any]], task: str, metric: str, segment: str
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def show(results: Sequence[dict[str, Any]], task: str, metric: str, *, markdown: bool) -> None:
+def show(results: Sequence[dict[str, Any]], task: str, metric: str = "auc", *, markdown: bool) -> None:
     """The table of one task and metric, for each set of data."""
     from mtcl_torchrec.evaluation.report import plain_table
 

@@ -200,7 +200,7 @@ def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
     cold_start.show(cold_start.read(tmp_path / "r.jsonl"), "liked", markdown=True)
     said = capsys.readouterr().out
     assert f"| popularity | {popular['liked']['head']:.3f} ± 0.000 |" in said
-    cold_start.draw(results, "liked", tmp_path / "r.png")
+    cold_start.draw(results, "liked", "auc", tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 

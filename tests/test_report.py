@@ -118,7 +118,7 @@ def test_numbers_are_those_of_metrics_json(made, page):
                 else:
                     assert cell == number(tasks[task][headings[heading]]), (task, heading)
                 seen += 1
-    assert seen == 3 * 7 + 6 + 5
+    assert seen == 3 * 11 + 6 + 5
     ranking = metrics["evaluations"]["test"]["ranking"]
     columns, *rows = page.tables[
         "The same rows in the order of the fused score, of the event's own head, and by popularity"
