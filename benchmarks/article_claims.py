@@ -14,7 +14,8 @@ What each one ranks by:
 - one task: the run's network trained on the click alone; its probability of a click;
 - several tasks: the run itself; the same;
 - several tasks, fused: the same run; a weighted mean of its tasks whose weights `mtcl fuse` fits on the validation
-  split, for the value of what is shown (a click 1, a conversion --worth).
+  split, for the value of what is shown: a click 1, a conversion --worth (if that is not said, so much that all
+  conversions together are worth as much as all clicks).
 
 KuaiRand: click, and like as the conversion.  MovieLens: liked (4 or 5 stars), and loved (5) as the conversion; split by
 each user's own order.  Accuracy, precision, recall and F1 are of the click, a yes wherever what ranks reaches a
@@ -44,7 +45,7 @@ from rich.console import Console
 from mtcl_torchrec.baselines.networks import single_task
 from mtcl_torchrec.baselines.run import run_baselines
 from mtcl_torchrec.baselines.search import Budget
-from mtcl_torchrec.config import RunConfig, dump_run, parse_run
+from mtcl_torchrec.config import RunConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.evaluation.metrics import auc, decision_metrics, gauc
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.ranked import RankedRows
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of MovieLens-1M")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--trials", type=int, default=8, help="of each of the collaborative filters")
-    parser.add_argument("--worth", type=float, default=5.0, help="of a conversion, where a click is worth 1")
+    parser.add_argument("--worth", type=float, help="of a conversion, where a click is worth 1")
     parser.add_argument("--k", type=int, default=5, help="rows that are shown to a user")
     parser.add_argument("--out", type=Path, help="JSON lines, one for each seed; what is there is not done again")
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
@@ -186,7 +187,8 @@ def measured(run: RunConfig, folder: Path, seed: int, arguments: argparse.Namesp
         train_run(config, place, console=Console(quiet=True))
         scores[name] = {split: saved(place, split).predicted(click) for split in SPLITS}
     rows = {split: saved(folder / "several", split) for split in SPLITS}
-    fuse(folder / "several", {click: 1.0, conversion: arguments.worth})
+    rates = {task: float(np.nanmean(rows["val"].labels(task))) for task in (click, conversion)}
+    fuse(folder / "several", {click: 1.0, conversion: arguments.worth or round(rates[click] / rates[conversion], 1)})
     scores["several tasks, fused"] = fused_scores(folder / "several")
     scores["collaborative filtering"] = filtered(alone, folder / "filters", click, seed, arguments.trials)
     draw = np.random.default_rng(seed)
@@ -212,8 +214,8 @@ def fuse(folder: Path, values: dict[str, float]) -> None:
 def fused_scores(folder: Path) -> dict[str, np.ndarray]:
     """Split -> the score of a run whose fusion was fitted after training."""
     run = FinishedRun.load(folder)
-    columns = columns_needed(run)
-    return {split: rows_predicted_by(run, rows_of_split(run.config, columns, split), split=split).score
+    config, columns = load_run(folder / "run.yaml"), columns_needed(run)
+    return {split: rows_predicted_by(run, rows_of_split(config, columns, split), split=split).score
             for split in SPLITS}  # fmt: skip
 
 
