@@ -21,14 +21,13 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer
+from mtcl_torchrec.training.planning.constraints import table_configs, table_constraints
 from mtcl_torchrec.training.planning.hardware import KNOWN, configured, known_hardware
 from mtcl_torchrec.training.planning.offline import UnfittedEncoder, plan_offline, saved_for_backward
 from mtcl_torchrec.training.planning.planner import (
     Search,
     plan_as_json,
     plan_tables,
-    table_configs,
-    table_constraints,
     table_sharders,
     topology,
 )

@@ -31,7 +31,7 @@ from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.planning.planner import sequence_tables
+from mtcl_torchrec.training.planning.constraints import sequence_tables
 from mtcl_torchrec.training.sharding import is_table
 
 # What TorchRec fuses into backward.  Its own classes for SGD and the like stand for FBGEMM's and take its options.

@@ -25,8 +25,9 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.planning.constraints import WHY_UNCUT, TableOptimizer
 from mtcl_torchrec.training.planning.hardware import this_hardware
-from mtcl_torchrec.training.planning.planner import WHY_UNCUT, TableOptimizer, plan_tables, table_sharders
+from mtcl_torchrec.training.planning.planner import plan_tables, table_sharders
 
 Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills

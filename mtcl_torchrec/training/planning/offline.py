@@ -26,6 +26,7 @@ from mtcl_torchrec.modules.sequences import Sequences
 from mtcl_torchrec.schema import GROUPS, ConfigError, Feature, Schema, nearest
 from mtcl_torchrec.training.build import build_model, for_modules
 from mtcl_torchrec.training.optimizers import fuse_table_optimizer, is_fused
+from mtcl_torchrec.training.planning.constraints import table_configs, table_constraints
 from mtcl_torchrec.training.planning.hardware import GB, Hardware, configured, known_hardware
 from mtcl_torchrec.training.planning.planner import (
     Search,
@@ -33,8 +34,6 @@ from mtcl_torchrec.training.planning.planner import (
     plan_as_json,
     quiet_planner,
     state_numbers,
-    table_configs,
-    table_constraints,
     table_sharders,
     topology,
 )
