@@ -254,7 +254,7 @@ def test_a_wrong_configuration_is_refused(data, changes, message):
     [
         ({"optimizers": {"tables": {"kind": "adam"}}}, "adam has no kernel on the CPU"),
         ({"sharding": {"tables": {"item_id": {"kinds": "data_parallel"}}}}, "fused kernels only on a CPU"),
-        ({"sharding": {"tables": {"item_id": {"kinds": "table_row_wise"}}}}, "TorchRec has no table_row_wise"),
+        ({"sharding": {"tables": {"item_id": {"kinds": "table_row_wise"}}}}, "take table_wise, row_wise, column_wise$"),
         ({"model": {"sequences": {"clicked": {"kind": "own_encoder:Newst"}}}}, "has no 'Newst'"),
     ],
 )

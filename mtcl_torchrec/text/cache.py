@@ -31,7 +31,8 @@ class CachedEncoder:
         identity: differs wherever the vectors would; the default is `encoder.identity`.
 
     Attributes:
-        found, encoded: how many texts came from the cache, and how many from the encoder.
+        found, encoded: how many texts had their vectors when the cache was opened, and how many went to the encoder;
+            a text that comes again is in neither.
 
     Raises:
         ConfigError: the encoder has no identity.
@@ -62,6 +63,8 @@ class CachedEncoder:
                     if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                         path.unlink()  # of a process that was killed
 
+        self._parts_before = len(self._parts)
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -83,11 +86,11 @@ class CachedEncoder:
             self._keep(list(new), vectors)
         elif not texts and self._width is None:
             return checked_vectors(self.encoder([]), [])
-        self.found += len(texts) - len(new)
         self.encoded += len(new)
         out = np.empty((len(texts), self._width or 0), np.float32)
         for row, digest in enumerate(digests):
             part, at = self._index[digest]
+            self.found += part < self._parts_before
             out[row] = self._parts[part]["vector"][at]
         return out
 

@@ -86,14 +86,14 @@ def table_constraints(
         known = ["fused" if kernel == "dense" else kernel for kernel in kernels]
         allowed = list(kinds or usual)
         if name in sequences:
+            usable = [k for k in SEQUENCE_KINDS if k != "data_parallel" or device_type != "cpu"]
             if own is not None and own.kinds and not set(own.kinds) & set(SEQUENCE_KINDS):
                 raise ConfigError(
                     f"sharding of table {shown!r}: a history looks it up, and TorchRec has no {own.kinds[0]} for that; "
-                    f"take {', '.join(SEQUENCE_KINDS)}"
+                    f"take {', '.join(usable)}"
                 )
             if device_type == "cpu" and ("dense" in kernels or (own is not None and own.kinds == ["data_parallel"])):
                 raise ConfigError(f"sharding of table {shown!r}: {WHY_FUSED}")
-            usable = [k for k in SEQUENCE_KINDS if k != "data_parallel" or device_type != "cpu"]
             allowed = [kind for kind in allowed if kind in usable] or ["table_wise"]
         if device_type == "cpu":
             short = {
