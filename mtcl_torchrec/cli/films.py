@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from mtcl_torchrec.training.sharding import Device
 
 LEVELS, CODES = 3, 64  # of the semantic ids
 TOP = 10
-LATER, ALIKE = "rated in the test split", "its text is like"
-TITLE_WIDTH = 42
+LATER, ALIKE = "rated later", "its text is like"
+NUMBERS = ("score", "liked", "taste", "next_genre")
+TITLE_WIDTH = 36
 
 
 def write_films(source: Path, target: Path, encoder: str, seed: int, device: Device) -> None:
@@ -102,7 +104,7 @@ def _show_lists(
         scored = unmet.join(recommender.score(asked)[["score", "liked", "taste", "next_genre"]])
         scored = scored.nlargest(TOP // 2, "score")
         scored[ALIKE] = _alike(scored, films[films["item_id"].isin(train["item_id"])], vectors)
-        _print_films(f"Of the {len(unmet):,} films that training never saw", scored, console, ALIKE)
+        _print_films(f"Of the {len(unmet):,} films that training never saw", scored, console, ALIKE, ("score", "liked"))
 
     strangers = test.loc[test["new_user"], "user_id"]
     new = int(max(someone["user_id"].max(), test["user_id"].max()) + 1 if strangers.empty else strangers.mode()[0])
@@ -137,17 +139,21 @@ def _alike(films: pd.DataFrame, known: pd.DataFrame, vectors: Path) -> list[str]
     return found
 
 
-def _print_films(title: str, ranked: pd.DataFrame, console: Console, beside: str) -> None:
+def _print_films(
+    title: str, ranked: pd.DataFrame, console: Console, beside: str, numbers: Sequence[str] = NUMBERS
+) -> None:
     """A table of films with the predictions behind their score.
 
     Args:
         ranked: with title, genre, score and the tasks' predictions.
         beside: a further column of text.
+        numbers: columns of `ranked` that are shown.
     """
-    numbers = ["score", "liked", "taste", "next_genre"]
     table = plain_table(title, ["film", "genre", *(name.replace("_", "\n") for name in numbers), beside])
     for column in (table.columns[1], table.columns[-1]):
         column.justify = "left"
+    for column in table.columns[2:-1]:
+        column.min_width = 5  # of a narrow screen, titles give way
     for place, film in enumerate(ranked.to_dict("records"), start=1):
         figures = (f"{film[name]:.3f}" for name in numbers)
         genre = film["genre"] if isinstance(film["genre"], str) else ""
