@@ -404,6 +404,20 @@ def test_twins_stand_beside_the_run(page):
     assert "Of 3 tasks that twins were trained on alone, 3 are predicted better together" in page.text
 
 
+def test_a_twin_is_no_rival_for_tasks_that_it_was_not_trained_on(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    path = folder / "baselines/single_task/predictions/test.parquet"
+    of = read_predictions(path)
+    kept = of.frame.drop(columns=[c for c in of.frame if c in ("p.like", "uncalibrated.like")])
+    write_predictions(path, PredictionsTable(kept, of.tasks, of.split, of.classes, of.thresholds))
+    found = read(folder)
+    assert [row[0] for row in found.tables["Together and alone"][1:]] == ["click", "report"]
+    assert "Not compared: like, taste and minutes." in found.text
+    rows = {row[0]: row[1:] for row in found.tables["AUC on the test split"][1:]}
+    assert rows["single_task"][1] == "–"
+    assert "▲" in rows["popularity"][1]
+
+
 KNOWN = {
     "click": {"count": 9.0, "share": 0.934, "regret": 0.01, "nats": 0.1, "oracle_nats": 0.11, "auc": 0.75,
               "oracle_auc": 0.7677, "auc_of_labels": 0.751, "oracle_auc_of_labels": 0.768},

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import shop
+from rich.console import Console
 
 from mtcl_torchrec.baselines import Budget, read_entries, run_baselines
 from mtcl_torchrec.baselines import networks as baseline_networks
@@ -10,6 +11,9 @@ from mtcl_torchrec.baselines.rows import load_data
 from mtcl_torchrec.cli.twins import twin_tasks
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.run_data import load_data as training_data
+from mtcl_torchrec.training.sharding import ranks
 
 CHAINED = shop.RUN.replace(
     "{name: buy, kind: binary, mask: click, weight: 0.5}", "{name: buy, kind: binary, after: click}"
@@ -43,6 +47,15 @@ def test_rows_that_are_shared_train_the_same_twin_as_rows_that_are_read_anew(run
     monkeypatch.setattr(baseline_networks, "data_for", lambda run, data: None)
     np.testing.assert_array_equal(shared, predicted())
     assert shared.std() > 0
+
+
+def test_data_that_is_read_beforehand_trains_the_same_run(run, tmp_path):
+    def reached(place, data):
+        return train_run(run, place, device="cpu", console=Console(quiet=True), data=data).evaluations["test"].tasks
+
+    with ranks("cpu") as where:
+        data = training_data(run, where, say=silent)
+    assert reached(tmp_path / "shared", data) == reached(tmp_path / "anew", None)
 
 
 def test_only_the_tasks_that_are_asked_for(run, tmp_path):

@@ -223,8 +223,12 @@ def baseline_gaps(run: RunContents) -> list[Gap]:
 
 
 def scores_for(table: PredictionsTable, task: str) -> np.ndarray | None:
-    """What a table ranks the rows by for an event: its prediction, or else its one score."""
-    scores = table.predicted(task) if task in table.predicted_names else table.score
+    """What a table ranks the rows by for an event: its prediction, or its only score where it predicts none; None
+    otherwise.
+    """
+    if table.predicted_names and task not in table.predicted_names:
+        return None
+    scores = table.predicted(task) if table.predicted_names else table.score
     return None if scores is None else np.nan_to_num(scores, nan=float(np.nanmin(scores)) if len(scores) else 0.0)
 
 

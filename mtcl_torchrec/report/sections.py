@@ -184,12 +184,11 @@ def _knowable(run: RunContents, studio: Studio) -> list[Section]:
 
 
 def _learning(run: RunContents, studio: Studio) -> Section:
-    section = Section(
-        "learning", "How training went", pictures=pictures.learning_curves(studio, run.history, _drawn(run))
-    )
+    section, epochs = Section("learning", "How training went"), run.history.get("epochs") or []
+    if len(epochs) > 1:
+        section.pictures = pictures.learning_curves(studio, run.history, _drawn(run))
     if section.pictures:
         section.text.append("Each task on the validation split after each epoch; the ring is the epoch that is kept.")
-    epochs = run.history.get("epochs") or []
     if not epochs:
         section.missing.append("No epoch was evaluated on validation: there are no learning curves.")
     elif len(epochs) == 1:

@@ -276,7 +276,7 @@ def cost_tables(run: RunContents) -> list[Table]:
     sizes = table_sizes(run)
     rows = []
     if seconds:
-        rows.append(["training", f"{sum(seconds):,.1f} s in {len(seconds)} epochs"])
+        rows.append(["training", f"{sum(seconds):,.1f} s in {len(seconds)} epoch{'s' * (len(seconds) > 1)}"])
         rows.append(["seconds per epoch", ", ".join(number(s, 1) for s in _some(seconds))])
     for key, label, digits, unit in (
         ("samples_per_second", "samples per second", 0, ""),

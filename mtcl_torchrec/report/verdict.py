@@ -192,8 +192,12 @@ def _calibration(facts: Sequence[TaskFact]) -> list[str]:
     if not off:
         known = [r for r in ratios.values() if not math.isnan(r)]
         return ["Predicted and observed events agree within 10%."] if known else []
-    said = [f"{t} is predicted {abs(r - 1):.0%} too {'often' if r > 1 else 'seldom'}" for t, r in off.items()]
+    said = [f"{t} is predicted {f'{r:.1f} times as often as it happens' if r > 2 else _too(r)}" for t, r in off.items()]
     return [f"Probabilities are off: {listed(said)}."]
+
+
+def _too(ratio: float) -> str:
+    return f"{abs(ratio - 1):.0%} too {'often' if ratio > 1 else 'seldom'}"
 
 
 def do_tasks_help(
