@@ -36,6 +36,7 @@ from mtcl_torchrec.training.judging import (
 from mtcl_torchrec.training.oracle import knowable_of
 
 JUDGED_BY = "fusion"  # in metrics.json: the fingerprint of the fused score that its rankings are of
+ROUNDED = 0.05  # of a prediction's spread: by so much may it differ on average, and not be another model's
 _OF_SCORE = ("ranking", "segments", "intervals", "knowable")  # what of an evaluation hangs on the score
 
 
@@ -120,8 +121,11 @@ def _with_score(
 
 
 def _agree(stored: PredictionsTable, fresh: PredictionsTable) -> bool:
-    """Whether the tasks' predictions are the same, but for the rounding of another machine or number of threads."""
-    return stored.predicted_names == fresh.predicted_names and all(
-        np.allclose(stored.predicted(name), fresh.predicted(name), rtol=1e-3, atol=1e-4, equal_nan=True)
-        for name in stored.predicted_names
+    """Whether the tasks' predictions are the same, but for what another device or precision rounds off."""
+    if stored.predicted_names != fresh.predicted_names:
+        return False
+    pairs = [(stored.predicted(name), fresh.predicted(name)) for name in stored.predicted_names]
+    return all(
+        a.shape == b.shape and float(np.nanmean(np.abs(a - b))) <= ROUNDED * float(np.nanstd(a)) + 1e-6
+        for a, b in pairs
     )
