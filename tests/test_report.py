@@ -433,13 +433,13 @@ def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
     folder = edited(copied(made, tmp_path / "run"), lambda m: m["evaluations"]["test"].update(knowable=KNOWN))
     found = read(folder)
     assert "Of what is knowable in this world it knows 93% of click, −5% of taste and 50% of minutes" in found.text
-    assert "the first 1 by the fused score gain 75% of what can be" in found.text
+    assert "of what its ranking can gain, the fused score gains 75% (first 1)" in found.text
     assert found.tables["Beside the truth"][1:] == [
-        ["click", "expected AUC", "0.7500", "0.7677", "93.4 %", "0.0100"],
-        ["taste", "information, nats", "−0.0100", "0.2000", "−5.1 %", "0.0200"],
-        ["minutes", "R²", "0.2000", "0.4000", "50.0 %", "2.0000"],
-        ["fused score, all rows", "gain of ranking", "–", "–", "80.0 %", "–"],
-        ["fused score, first 1", "value@1", "0.4000", "0.5000", "75.0 % ± 3.9", "0.1000"],
+        ["click", "93.4 %", "expected AUC", "0.7500", "0.7677", "0.0100"],
+        ["taste", "−5.1 %", "information, nats", "−0.0100", "0.2000", "0.0200"],
+        ["minutes", "50.0 %", "R²", "0.2000", "0.4000", "2.0000"],
+        ["fused score, all rows", "80.0 %", "gain of ranking", "–", "–", "–"],
+        ["fused score, first 1", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
     ]
     assert "knowable" in fast
     assert "nobody can predict better" in found.text

@@ -52,7 +52,7 @@ def knowable_sentence(run: RunContents) -> str:
         return ""
     line = f"Of what is knowable in this world it knows {listed(tasks)}"
     if (found := _of_score(run)) is not None:
-        line += f"; the {found[0]} by the fused score gain{'s' * (' of ' in found[0])} {share(found[1])} of what can be"
+        line += f"; of what its ranking can gain, the fused score gains {share(found[1])} ({found[0]})"
     return f"{line}."
 
 
@@ -74,17 +74,17 @@ def knowable_table(run: RunContents) -> Table | None:
             continue
         label, digits = _MEASURES[measure]
         numbers = (number(of.get(measure), digits), number(of.get(f"oracle_{measure}"), digits))
-        rows.append([name, label, *numbers, _percent(of.get("share")), number(of.get("regret"))])
+        rows.append([name, _percent(of.get("share")), label, *numbers, number(of.get("regret"))])
     score = found.get(SCORE) or {}
     if score.get("share") is not None:
-        rows.append(["fused score, all rows", "gain of ranking", "–", "–", _percent(score["share"]), "–"])
+        rows.append(["fused score, all rows", _percent(score["share"]), "gain of ranking", "–", "–", "–"])
     for k in KS:
         if score.get(f"share@{k}") is not None:
             error = score.get(f"share@{k} error")
             sure = "" if error is None else f" ± {100 * SURE * error:.1f}"
             both = [number(score.get(f"{who}@{k}")) for who in ("value", "oracle")]
-            known = [_percent(score[f"share@{k}"]) + sure, number(score.get(f"regret@{k}"))]
-            rows.append([f"fused score, first {k}", f"value@{k}", *both, *known])
+            known = _percent(score[f"share@{k}"]) + sure
+            rows.append([f"fused score, first {k}", known, f"value@{k}", *both, number(score.get(f"regret@{k}"))])
     if not rows:
         return None
     note = (
@@ -92,7 +92,7 @@ def knowable_table(run: RunContents) -> Table | None:
         "labels they got. Regret is what is left: mean KL divergence in nats, of a regression the mean squared error, "
         "of the ranking the value missed."
     )
-    return Table("Beside the truth", ["of", "measure", "this run", "the truth", "share", "regret"], rows, note)
+    return Table("Beside the truth", ["of", "known", "measure", "this run", "the truth", "regret"], rows, note)
 
 
 def _percent(value: float | None) -> str:

@@ -31,6 +31,7 @@ WITHIN = {  # of rankings in metrics.json, by request
     "mrr": "MRR of", "map": "MAP of", "coverage": "items shown", "novelty": "novelty",
 }  # fmt: skip
 BOOTSTRAPPED = "± is half of a 95% interval over users, by bootstrap, as metrics.json has it."
+SURE_OF = ("auc", "gauc", "ne", "top1", "r2")  # whose intervals are shown: with all, a table would not fit a screen
 MARKS = {1: "better", -1: "worse", 0: "too close to call"}
 
 
@@ -87,7 +88,7 @@ def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
         rows = []
         for fact in of_kind:
             count = fact.metrics.get("count")
-            cells = [_cell(fact.metrics.get(key), fact.errors.get(key)) for key in there]
+            cells = [_cell(fact.metrics.get(key), fact.errors.get(key) if key in SURE_OF else None) for key in there]
             rows.append(
                 [fact.task, *cells, number(fact.metrics.get("base_rate")), "–" if count is None else f"{int(count):,}"]
             )
