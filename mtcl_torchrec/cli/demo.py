@@ -59,7 +59,7 @@ def demo(
     """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
 
     Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same
-    impressions, and the top 10 videos of one user; then trains twins on three tasks alone, to tell whether tasks help
+    impressions, and the top 10 videos of one user; then trains twins on up to three tasks alone, to tell whether tasks help
     each other, and writes a report.  Takes a few minutes on two cores.
 
     **With texts:** mtcl demo --text --folder ml-1m
@@ -104,7 +104,8 @@ def demo(
     else:
         show_films(place, place / DATA, console)
     if data is not None:
-        _measure_sharing(run, place, data, console, device)
+        seconds = sum(s for s in result.history.seconds if s is not None)
+        _measure_sharing(run, place, data, seconds, console, device)
     else:
         console.print(
             f"\nWhether the tasks help each other was not measured (--twins): `mtcl baselines {place} --only "
@@ -114,10 +115,12 @@ def demo(
     report_of_demo(place, console)
 
 
-def _measure_sharing(run: RunConfig, place: Path, data: RunData, console: Console, device: Device) -> None:
+def _measure_sharing(
+    run: RunConfig, place: Path, data: RunData, seconds: float, console: Console, device: Device
+) -> None:
     """Train the twins and say what they tell; without them, the report that follows says so."""
     try:
-        answer = train_twins(run, place, data, console, device)
+        answer = train_twins(run, place, data, seconds, console, device)
         said = "\n".join([f"\n{answer.question}  {answer.short}.", *(f"  {line}" for line in answer.sentences)])
     except KeyboardInterrupt:
         said = f"\nThe twins were broken off; `mtcl baselines {place} --only single_task --trials 1` trains them."

@@ -16,6 +16,8 @@ from mtcl_torchrec.training.sharding import Device
 
 TWINS, CHEAP = "single_task", ("popularity", "logistic_regression")
 MOST = 3  # tasks that have a twin
+SECONDS = 100.0  # that all twins may take, but for the first, which is always trained
+OF_RUN, BESIDES = 0.55, 5.0  # what a twin takes: of the seconds that the run trained for, and besides (measured)
 
 
 def twin_tasks(run: RunConfig) -> list[str]:
@@ -33,7 +35,19 @@ def twin_tasks(run: RunConfig) -> list[str]:
     return sorted(watched, key=lambda name: -abs(weights.get(name, 0.0)))[:MOST]
 
 
-def train_twins(run: RunConfig, folder: Path, data: RunData, console: Console, device: Device) -> Answer:
+def how_many(seconds: float) -> int:
+    """How many twins are trained where the run took some seconds to train.
+
+    Example:
+        >>> how_many(40.0), how_many(80.0), how_many(1000.0)
+        (3, 2, 1)
+    """
+    return max(1, min(MOST, int(SECONDS // (OF_RUN * seconds + BESIDES))))
+
+
+def train_twins(
+    run: RunConfig, folder: Path, data: RunData, seconds: float, console: Console, device: Device
+) -> Answer:
     """Train the run's network on some of its tasks alone, and two cheap baselines; all of them untuned.
 
     Writes ``baselines.json`` and ``baselines/`` into the run directory.
@@ -42,15 +56,19 @@ def train_twins(run: RunConfig, folder: Path, data: RunData, console: Console, d
         run: as it was trained.
         folder: its directory.
         data: what it was trained on.
+        seconds: that its training took.
         device: of the networks.
 
     Returns:
         Whether tasks help each other.
     """
-    tasks = twin_tasks(run)
+    every = twin_tasks(run)
+    tasks = every[: how_many(seconds)]
+    left = f"; {', '.join(every[len(tasks) :])} would take too long" if len(tasks) < len(every) else ""
+    takes = len(tasks) * (OF_RUN * seconds + BESIDES)
     console.print(
-        f"\nDo the tasks help each other?  Training the same network with the same settings on {', '.join(tasks)}, "
-        "each alone, as twins to compare with; before that, popularity and logistic regression, untuned.  "
+        f"\nDo the tasks help each other?  Training the same network with the same settings on {', '.join(tasks)} alone, "
+        f"as twins to compare with, some {takes:.0f} s{left}; before that, popularity and logistic regression, untuned.  "
         "(--no-twins leaves this out.)",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
