@@ -59,8 +59,8 @@ def demo(
     """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
 
     Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same
-    impressions, and the top 10 videos of one user; then trains twins on up to three tasks alone, to tell whether tasks help
-    each other, and writes a report.  Takes a few minutes on two cores.
+    impressions, and the top 10 videos of one user; then trains up to three tasks alone, to tell whether tasks help each
+    other, and writes a report.  Takes a few minutes on two cores.
 
     **With texts:** mtcl demo --text --folder ml-1m
 

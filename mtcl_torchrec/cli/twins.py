@@ -67,8 +67,9 @@ def train_twins(
     left = f"; {', '.join(every[len(tasks) :])} would take too long" if len(tasks) < len(every) else ""
     takes = len(tasks) * (OF_RUN * seconds + BESIDES)
     console.print(
-        f"\nDo the tasks help each other?  Training the same network with the same settings on {', '.join(tasks)} alone, "
-        f"as twins to compare with, some {takes:.0f} s{left}; before that, popularity and logistic regression, untuned.  "
+        f"\nDo the tasks help each other?  Training the same network with the same settings on {', '.join(tasks)} "
+        f"alone, as twins to compare with, some {takes:.0f} s{left}; before that, popularity and logistic regression, "
+        "untuned.  "
         "(--no-twins leaves this out.)",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
