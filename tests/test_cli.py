@@ -1,5 +1,6 @@
 """The command line as a person uses it: from `init` to `recommend` on a file of their own; mistakes are one line."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import main
+from mtcl_torchrec.cli import main, twins
 from mtcl_torchrec.data import kuairand
 
 
@@ -340,6 +341,7 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
     """One epoch of the real thing, or of every fourth row of it; the README's figures come from the whole."""
     load = kuairand.load
     monkeypatch.setattr(kuairand, "load", lambda split: load(split)[::every])
+    monkeypatch.setattr(twins, "MOST", 1)
     status, shown, _ = mtcl("demo", "--out", "demo", "--epochs", "1", "--device", "cpu")
     assert status == 0
     assert f"test split, epoch 1 of 1: {rows} rows" in shown
@@ -347,6 +349,17 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
         assert task in shown
     assert "Top 10 for user" in shown
     assert "popular" in shown
+    # A twin of one task, trained after all that, tells whether the others help it.
+    entries = json.loads((tmp_path / "demo/baselines.json").read_text())
+    assert list(entries) == ["popularity", "logistic_regression", "single_task"]
+    assert all(list(entry["metrics"]["test"]["tasks"]) == ["like"] for entry in entries.values())
+    assert "Of 1 task that twins were trained on alone, " in shown
+    assert (
+        shown.index("Top 10 for user") < shown.index("single_task: like, 1 trial, ") < shown.index("The report, to be")
+    )
+    page = (tmp_path / "demo/report.html").read_text()
+    assert "Of 1 task that twins were trained on alone, " in page
+    assert "Not measured" not in page
     metrics = yaml.safe_load((tmp_path / "demo/metrics.json").read_text())["evaluations"]["test"]
     assert metrics["tasks"]["click"]["auc"] > reached
     assert metrics["ranking"]["fused"]["auc click"] > metrics["ranking"]["popular"]["auc click"] + 0.1

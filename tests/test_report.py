@@ -369,6 +369,85 @@ def test_without_a_library_the_extra_is_named(made, tmp_path, fast, monkeypatch,
     assert "No report was written: a report needs" in console.export_text()
 
 
+def test_intervals_of_metrics_json_are_those_that_are_shown(made, tmp_path, fast):
+    def more(metrics):
+        of = metrics["evaluations"]["test"]
+        auc, gauc = of["tasks"]["click"]["auc"], of["ranking"]["fused"]["gauc click"]
+        of["intervals"] = {
+            "click": {"auc": {"value": auc, "error": 0.01, "low": auc - 0.0321, "high": auc + 0.0321}},
+            "ranking": {"gauc click": {"value": gauc, "error": 0.01, "low": gauc - 0.0456, "high": gauc + 0.0456},
+                        "value@5": {"value": 0.5, "error": 0.1, "low": 0.4433, "high": 0.5567}},
+        }  # fmt: skip
+        of["ranking"]["fused"] |= {"value@5": 0.5, "value@5 error": 0.01, "choice@5": 0.25}
+        of["ranking"]["popular"] |= {"value@5": 0.4, "value@5 error": 0.01, "choice@5": 0.25}
+
+    found = read(edited(copied(made, tmp_path / "run"), more))
+    columns, first, *_ = found.tables["Binary tasks"]
+    assert first[columns.index("AUC")].endswith(" ± 0.0321")
+    assert "±" not in first[columns.index("log-loss")]
+    assert found.tables["AUC on the test split"][1][1].endswith(" ± 0.0321")
+    title = "The same rows in the order of the fused score, of the event's own head, and by popularity"
+    assert found.tables[title][1][2].endswith(" ± 0.0456")
+    assert found.tables["What the first 5 of each request bring"][1][1:] == ["0.5000 ± 0.0567", "0.4000 ± 0.0196"]
+    assert found.text.count("by bootstrap, as metrics.json has it") >= 3
+    assert "by bootstrap" not in read(made).text
+
+
+def test_twins_stand_beside_the_run(page):
+    columns, *rows = page.tables["Together and alone"]
+    assert columns == ["task", "together", "alone", "difference", "together is"]
+    assert [row[0] for row in rows] == ["click", "like", "report"]
+    for _, together, alone, difference, verdict in rows:
+        gap = float(together.split()[0]) - float(alone.split()[0])
+        assert float(difference.split()[0].replace("−", "-")) == pytest.approx(gap, abs=1.01e-4)
+        assert verdict == "better ▲"
+    assert "Of 3 tasks that twins were trained on alone, 3 are predicted better together" in page.text
+
+
+def test_a_twin_is_no_rival_for_tasks_that_it_was_not_trained_on(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    path = folder / "baselines/single_task/predictions/test.parquet"
+    of = read_predictions(path)
+    kept = of.frame.drop(columns=[c for c in of.frame if c in ("p.like", "uncalibrated.like")])
+    write_predictions(path, PredictionsTable(kept, of.tasks, of.split, of.classes, of.thresholds))
+    found = read(folder)
+    assert [row[0] for row in found.tables["Together and alone"][1:]] == ["click", "report"]
+    assert "Not compared: like, taste and minutes." in found.text
+    rows = {row[0]: row[1:] for row in found.tables["AUC on the test split"][1:]}
+    assert rows["single_task"][1] == "–"
+    assert "▲" in rows["popularity"][1]
+
+
+KNOWN = {
+    "click": {"count": 9.0, "share": 0.934, "regret": 0.01, "nats": 0.1, "oracle_nats": 0.11, "auc": 0.75,
+              "oracle_auc": 0.7677, "auc_of_labels": 0.751, "oracle_auc_of_labels": 0.768},
+    "taste": {"count": 9.0, "share": -0.051, "regret": 0.02, "nats": -0.01, "oracle_nats": 0.2},
+    "minutes": {"count": 9.0, "share": 0.5, "regret": 2.0, "r2": 0.2, "oracle_r2": 0.4},
+    "like": {"count": 0.0},
+    "score": {"share": 0.8, "requests@1": 9.0, "value@1": 0.4, "oracle@1": 0.5, "random@1": 0.1, "regret@1": 0.1,
+              "regret@1 error": 0.01, "share@1": 0.75, "share@1 error": 0.02, "requests@5": 0.0},
+}  # fmt: skip
+
+
+def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
+    folder = edited(copied(made, tmp_path / "run"), lambda m: m["evaluations"]["test"].update(knowable=KNOWN))
+    found = read(folder)
+    assert "Of what is knowable in this world it knows 93% of click, −5% of taste and 50% of minutes" in found.text
+    assert "of what its ranking can gain, the fused score gains 75% (first 1)" in found.text
+    assert found.tables["Beside the truth"][1:] == [
+        ["click", "93.4 %", "expected AUC", "0.7500", "0.7677", "0.0100"],
+        ["taste", "−5.1 %", "information, nats", "−0.0100", "0.2000", "0.0200"],
+        ["minutes", "50.0 %", "R²", "0.2000", "0.4000", "2.0000"],
+        ["fused score, all rows", "80.0 %", "gain of ranking", "–", "–", "–"],
+        ["fused score, first 1", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
+    ]
+    assert "knowable" in fast
+    assert "nobody can predict better" in found.text
+    side = Page(compare_html([folder, made], None, tmp_path / "compare.html"))
+    assert side.tables["Known, of what is knowable"][1] == ["click", "93.4%", "–"]
+    assert "knowable" not in page.text
+
+
 def test_pictures_go_into_a_folder_too(tmp_path):
     draws = studio_module.Studio(tmp_path / "png")
     names = [

@@ -193,6 +193,7 @@ def test_baselines_decide_too():
     close = Gap("click", "als", -0.01, 0.01)
     assert is_it_good([GOOD], [ahead, close], []).tone == "good"
     assert "clearly the best on 0 of 1 tasks" in said(is_it_good([GOOD], [ahead, close], []))
+    assert "Against trees and als (not tuned; " in said(is_it_good([GOOD], [ahead, close], [], untuned=True))
     # A twin that was trained alone is no rival; the second question is about it.
     assert "no tuned baselines" in said(is_it_good([GOOD], [Gap("click", "single_task", -0.1, 0.01)], []))
 
@@ -206,14 +207,29 @@ def test_words_for_separation_and_calibration():
 
 
 def test_twins_tell_whether_tasks_help():
+    names = ["a", "b", "c", "d"]
     up, down, level = (Gap(t, "single_task", d, 0.01) for t, d in (("a", 0.05), ("b", -0.05), ("c", 0.01)))
-    assert do_tasks_help([up, level], [], [], 3).tone == "good"
-    assert do_tasks_help([down, level], [], [], 3).tone == "bad"
-    assert do_tasks_help([up, down], [], [], 3).short == "1 gain, 1 lose"
-    assert do_tasks_help([level], [], [], 3).short == "No difference that counts"
-    assert do_tasks_help([Gap("a", "trees", 0.5, 0.01)], [], [], 3).short == "Not measured"
-    assert do_tasks_help([], [], [], 1).short == "There is one task"
-    assert "b (−0.050 AUC) is worse than trained alone" in said(do_tasks_help([down], [], [], 3))
+    assert do_tasks_help([up, level], [], [], names).short == "Yes, 1 of 2"
+    assert do_tasks_help([down, level], [], [], names).tone == "bad"
+    both = do_tasks_help([up, down, level], [], [], names)
+    assert both.short == "1 gain, 1 lose"
+    counts = "1 is predicted better together, 1 worse, 1 too close to call"
+    assert f"Of 3 tasks that twins were trained on alone, {counts}" in said(both)
+    assert "Worse: b (−0.0500 ± 0.0196 AUC)." in said(both)
+    assert "Not compared: d." in said(both)
+    assert do_tasks_help([level], [], [], names).short == "No difference that counts"
+    assert do_tasks_help([Gap("a", "trees", 0.5, 0.01)], [], [], names).short == "Not measured"
+    assert "--only single_task" in said(do_tasks_help([], [], [], names))
+    assert do_tasks_help([], [], [], ["a"]).short == "There is one task"
+
+
+def test_what_is_sure_and_small_is_hardly_a_difference():
+    gaps = [Gap("a", "single_task", -0.0015, 0.0003), Gap("b", "single_task", 0.0001, 0.0003)]
+    found = do_tasks_help(gaps, [], [], ["a", "b"])
+    assert (found.short, found.tone) == ("Hardly: all differences are below 0.002 AUC", "mixed")
+    assert "0 are predicted better together, 1 worse, 1 too close to call" in said(found)
+    gaps[0] = Gap("a", "single_task", -0.0025, 0.0003)
+    assert do_tasks_help(gaps, [], [], ["a", "b"]).short == "No, sharing hurts 1 of 2"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +239,7 @@ def test_twins_tell_whether_tasks_help():
 )  # fmt: skip
 def test_gradients_are_a_hint(cosine, expected):
     gradients = [{"cut": "trunk", "tasks": ["a", "b"], "cosine": [[1.0, cosine], [cosine, 1.0]]}]
-    sentences = said(do_tasks_help([], gradients, [], 2))
+    sentences = said(do_tasks_help([], gradients, [], ["a", "b"]))
     assert expected in sentences
     assert ("radients" in sentences) == bool(expected)
 
@@ -232,8 +248,8 @@ def test_gates_that_share_and_gates_that_do_not():
     def gates(other):
         return [{"level": 1, "gate": g, "weights": w} for g, w in (("a", [1.0, 0.0]), ("b", other))]
 
-    assert "100% of their experts' weight" in said(do_tasks_help([], [], gates([1.0, 0.0]), 2))
-    assert "0% of their experts' weight" in said(do_tasks_help([], [], gates([None, 1.0]), 2))
+    assert "100% of their experts' weight" in said(do_tasks_help([], [], gates([1.0, 0.0]), ["a", "b"]))
+    assert "0% of their experts' weight" in said(do_tasks_help([], [], gates([None, 1.0]), ["a", "b"]))
 
 
 def event(task, against_head, against_popularity, error=0.01):

@@ -28,6 +28,7 @@ class Job:
         folder: for what is only needed meanwhile.
         device: of networks.
         seed: of whatever draws.
+        tasks: that are asked for of a baseline with a model for each; all, where it is empty.
     """
 
     run: RunConfig
@@ -35,6 +36,7 @@ class Job:
     folder: Path
     device: Device = "auto"
     seed: int = 0
+    tasks: tuple[str, ...] = ()
 
 
 # Predictions of tasks by one setting.  Where a model predicts one task only, there is one.

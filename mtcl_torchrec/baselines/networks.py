@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 from scipy.stats import loguniform
@@ -15,10 +17,13 @@ from scipy.stats import loguniform
 from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.baselines.search import Predictions, Settings
 from mtcl_torchrec.config import RunConfig, dump_run, parse_run
-from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.training_rows import MemoryRows
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
 from mtcl_torchrec.schema import Task
-from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.judging import predictions_path
 from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
 
 USUAL: Settings = {"tables_lr": 1.0, "dense_lr": 1.0}
@@ -44,15 +49,44 @@ def fit_network(
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="network-", dir=folder))
     try:
-        train_run(_with_rates(run, settings), place, device=device, console=Console(quiet=True))
-        model = FinishedRun.load(place).model
-        found: Predictions = {}
-        for split, rows in data.encoded.items():
-            whole = predict(model, rows, batch_size=run.training.eval_batch_size)
-            found[split] = {task.name: whole[task.name] for task in tasks}
-        return found
+        quiet = Console(quiet=True)
+        train_run(_with_rates(run, settings), place, device=device, console=quiet, data=data_for(run, data))
+        tables = {split: read_predictions(predictions_path(place, split)) for split in data.encoded}
+        return {
+            split: {task.name: table.predicted(task.name).astype(np.float32) for task in tasks}
+            for split, table in tables.items()
+        }
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def data_for(run: RunConfig, data: BaselineData) -> RunData | None:
+    """Rows that are in memory, with the labels of a run that has some of their tasks; None of a stream, which is opened
+    anew.
+
+    Args:
+        run: of `single_task` or `unweighted`: the run of `data` with other tasks, or other weights of them.
+    """
+    if not isinstance(data.splits.train, MemoryRows):
+        return None
+    schema = run.data_schema
+    there = [task.name for task in data.tasks]
+    columns = [there.index(task.name) for task in schema.tasks]
+
+    def of(rows: EncodedRows) -> EncodedRows:
+        return replace(
+            rows,
+            labels=rows.labels[:, columns],
+            weights=None if rows.weights is None else rows.weights[:, columns],
+            requests=None if schema.request_column is None else rows.requests,
+            rewards=None if schema.reward is None else rows.rewards,
+        )
+
+    before = data.splits.train
+    train = MemoryRows(of(before.rows), seed=before.seed, id_dropout=before.id_dropout)
+    encoded = {split: of(rows) for split, rows in data.splits.encoded.items()}
+    splits = replace(data.splits, train=train, encoded=encoded)
+    return RunData(data.preprocessor.redeclared(schema), splits)
 
 
 def single_task(run: RunConfig, task: Task) -> RunConfig:
@@ -95,7 +129,7 @@ def _changed(run: RunConfig, tasks: Sequence[Task]) -> RunConfig:
     raw: dict[str, Any] = yaml.safe_load(dump_run(run))
     for part in ("balance", "fusion", "calibration"):
         raw.pop(part, None)
-    raw["evaluation"] = {"save_predictions": False}
+    raw.pop("evaluation", None)
     raw["schema"]["tasks"] = [task.model_dump(mode="json", exclude_unset=True) for task in tasks]
     raw["schema"].pop("reward", None)
     training = raw.setdefault("training", {})

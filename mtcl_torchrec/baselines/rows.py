@@ -17,10 +17,11 @@ from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_splits
-from mtcl_torchrec.data.splits import load_splits
+from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import MemoryRows
 from mtcl_torchrec.schema import Schema, Task
+from mtcl_torchrec.training.run_data import RunData
 
 Say = Callable[[str], None]
 UNKNOWN = -1  # a user or item that the training rows do not have
@@ -103,6 +104,7 @@ class BaselineData:
         tasks: the run's tasks, classes and scales known.
         catalogue: of a run in memory with user and item.
         total: rows of the whole training split.
+        splits: as they were loaded, for networks.
         designs: matrices that several trials share, by whoever makes them.
     """
 
@@ -114,6 +116,7 @@ class BaselineData:
     tasks: tuple[Task, ...]
     catalogue: Catalogue | None
     total: int
+    splits: Splits
     designs: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -136,7 +139,7 @@ class BaselineData:
         return int(self.train.items.max(initial=UNKNOWN)) + 1
 
 
-def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say) -> BaselineData:
+def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say, loaded: RunData | None = None) -> BaselineData:
     """Read the splits of a run as its training does: same rows, features, statistics and labels.
 
     Args:
@@ -145,12 +148,16 @@ def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say) -> Baseline
             from one that is streamed or generated.
         seed: of the sample.
         say: called with lines for the user.
+        loaded: what `mtcl_torchrec.training.run_data.load_data` read for this configuration; None reads it.
 
     Raises:
         DataError: the data does not fit the schema.
     """
-    preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
-    splits = load_splits(run, preprocessor, say=say)
+    if loaded is None:
+        preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
+        splits = load_splits(run, preprocessor, say=say)
+    else:
+        preprocessor, splits = loaded.preprocessor, loaded.splits
     total = splits.train.rows_per_epoch
     if total > max_rows:
         say(f"the training split has {total:,} rows: baselines learn from a sample of {max_rows:,} (--max-rows)")
@@ -171,7 +178,9 @@ def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say) -> Baseline
         name: BaselineRows.of(rows, users[i], items[i]) for i, (name, rows) in enumerate(splits.encoded.items(), 1)
     }
     tasks = preprocessor.encoder.resolved_tasks()
-    return BaselineData(train, held_out, splits.encoded, splits.raw, preprocessor, tasks, splits.catalogue, total)
+    return BaselineData(
+        train, held_out, splits.encoded, splits.raw, preprocessor, tasks, splits.catalogue, total, splits
+    )
 
 
 def _key_columns(schema: Schema) -> list[str]:

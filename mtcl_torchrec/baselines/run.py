@@ -33,6 +33,7 @@ from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.judging import predictions_path, rows_predicted
+from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
 
 MAX_ROWS = 2_000_000
@@ -43,11 +44,13 @@ def run_baselines(
     folder: Path,
     *,
     only: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     budget: Budget | None = None,
     seed: int = 0,
     max_rows: int = MAX_ROWS,
     device: Device = "auto",
     say: Say = print,
+    data: RunData | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train and tune baselines on a run's data, and judge them by its validation and test split.
 
@@ -59,28 +62,30 @@ def run_baselines(
         run: to be compared with; its paths are taken as they are.
         folder: may be the directory of the run.
         only: names of baselines; all that the schema has the columns for, where it is empty.
+        tasks: those that a baseline with a model for each task predicts; all that it can, where it is empty.
         budget: of each baseline.
         seed: of samples, draws and folds.
         max_rows: of a larger training split, baselines other than networks learn from a sample.
         device: of networks.
         say: called with lines for the user.
+        data: what `mtcl_torchrec.training.run_data.load_data` read for the run; None reads it.
 
     Returns:
         Baseline -> its entry in ``baselines.json``, of those asked for.
 
     Raises:
-        ConfigError: no such baseline, one that lacks a library or a column of the schema, or several processes.
+        ConfigError: no such baseline or task, one that lacks a library or a column of the schema, or several processes.
         DataError: the data does not fit the schema.
     """
     budget = budget or Budget()
     names = _chosen(run, only, say)
+    known = [task.name for task in run.data_schema.tasks]
+    if unknown := next((task for task in tasks if task not in known), None):
+        raise ConfigError(f"no task {unknown!r}{nearest(unknown, known)}; there are {', '.join(known)}")
     files = files_fingerprint(run)
-    keys = {
-        name: key_of(
-            run, files, whole=BASELINES[name].network, name=name, budget=asdict(budget), seed=seed, max_rows=max_rows
-        )
-        for name in names
-    }
+    options: dict[str, Any] = {"budget": asdict(budget), "seed": seed, "max_rows": max_rows}
+    options |= {"tasks": sorted(tasks)} if tasks else {}
+    keys = {name: key_of(run, files, whole=BASELINES[name].network, name=name, **options) for name in names}
     entries = read_entries(folder)
     done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
     for name in done:
@@ -88,13 +93,13 @@ def run_baselines(
     left = [name for name in names if name not in done]
     if left:
         folder.mkdir(parents=True, exist_ok=True)
-        data = load_data(run, max_rows=max_rows, seed=seed, say=say)
-        fused, said = score_of(run, data.tasks)
+        rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
+        fused, said = score_of(run, rows.tasks)
         if said:
             say(said)
         for name in left:
             place = folder / FOLDER / name
-            job = Job(run, data, place, device, seed)
+            job = Job(run, rows, place, device, seed, tuple(tasks))
             write_entry(folder, name, _one(name, job, fused, budget, keys[name], say))
             for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
                 shutil.rmtree(rest, ignore_errors=True)
@@ -124,6 +129,8 @@ def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: S
     baseline, data = BASELINES[name], job.data
     tasks, notes = list[Task](), list[str]()
     for task in _by_weight(data.tasks, fused):
+        if job.tasks and task.name not in job.tasks and not baseline.joint:
+            continue
         if reason := baseline.why_not(task, data):
             notes.append(reason)
         else:
@@ -137,7 +144,8 @@ def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: S
         until = float("inf") if budget.seconds is None else began + budget.seconds * (i + 1) / len(units)
         found = _searched(baseline, job, unit, candidates_of(baseline, budget, job.seed), until, i, key)
         searched[title] = found
-        say(f"{name}: {title}, {len(found.trials)} trials, {found.seconds:.1f} s, {_shown(unit, found)}")
+        trials = f"{len(found.trials)} trial{'s' * (len(found.trials) != 1)}"
+        say(f"{name}: {title}, {trials}, {found.seconds:.1f} s, {_shown(unit, found)}")
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
     metrics, thresholds, lacking = dict[str, Any](), dict[str, float](), list[str]()

@@ -15,13 +15,15 @@ from mtcl_torchrec.cli.films import show_films, write_films
 from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.cli.report import report_of_demo
 from mtcl_torchrec.cli.train import show
+from mtcl_torchrec.cli.twins import train_twins
 from mtcl_torchrec.config import RunConfig, load_run, parse_run
 from mtcl_torchrec.data import kuairand, movielens
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.directory import MARKER, Existing, claim_run_directory, fresh_run_directory
 from mtcl_torchrec.training.run import train_run
-from mtcl_torchrec.training.sharding import Ranks, ranks
+from mtcl_torchrec.training.run_data import RunData, load_data
+from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 
 DATA = "data"
 
@@ -44,12 +46,21 @@ def demo(
             help="With --text: tfidf, wordllama, minilm, or the folder of a language model.  [default: tfidf]"
         ),
     ] = None,
+    twins: Annotated[
+        bool | None,
+        typer.Option(
+            "--twins/--no-twins",
+            help="Train the network on single tasks too, so that the report says whether tasks help each other.  "
+            "[default: twins, but not with --text]",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train on real short-video impressions (KuaiRand) that ship with the package, and rank videos for one user.
 
     Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same
-    impressions, and the top 10 videos of one user.  Takes a few minutes on two cores.
+    impressions, and the top 10 videos of one user; then trains up to three tasks alone, to tell whether tasks help each
+    other, and writes a report.  Takes a few minutes on two cores.
 
     **With texts:** mtcl demo --text --folder ml-1m
 
@@ -67,6 +78,8 @@ def demo(
     console = screen()
     existing: Existing = "overwrite" if overwrite else "refuse"
     with ranks(device) as where:
+        if twins and where.world_size > 1:
+            raise ConfigError("--twins are trained in one process: start the demo without torchrun")
         place = out or fresh_run_directory("kuairand" if folder is None else "movielens", where)
         claim_run_directory(place, where, existing=existing)
         run: RunConfig
@@ -80,7 +93,9 @@ def demo(
             run.training.epochs = epochs
         if seed is not None:
             run.training.seed = seed
-        result = train_run(run, place, existing=existing, device=device, console=console)
+        wanted = where.world_size == 1 and (folder is None if twins is None else twins)
+        data = _read_once(run, where, console) if wanted else None  # the twins are trained on the same rows
+        result = train_run(run, place, existing=existing, device=device, console=console, data=data)
     if not where.first:
         return
     show(result, console)
@@ -88,7 +103,34 @@ def demo(
         _show_videos(place, console)
     else:
         show_films(place, place / DATA, console)
+    if data is not None:
+        seconds = sum(s for s in result.history.seconds if s is not None)
+        _measure_sharing(run, place, data, seconds, console, device)
+    else:
+        console.print(
+            f"\nWhether the tasks help each other was not measured (--twins): `mtcl baselines {place} --only "
+            "single_task --trials 1` trains the network on each of them alone, to compare with",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     report_of_demo(place, console)
+
+
+def _measure_sharing(
+    run: RunConfig, place: Path, data: RunData, seconds: float, console: Console, device: Device
+) -> None:
+    """Train the twins and say what they tell; without them, the report that follows says so."""
+    try:
+        answer = train_twins(run, place, data, seconds, console, device)
+        said = "\n".join([f"\n{answer.question}  {answer.short}.", *(f"  {line}" for line in answer.sentences)])
+    except KeyboardInterrupt:
+        said = f"\nThe twins were broken off; `mtcl baselines {place} --only single_task --trials 1` trains them."
+    except FloatingPointError as error:
+        said = f"\nNo twins: {error}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _read_once(run: RunConfig, where: Ranks, console: Console) -> RunData:
+    return load_data(run, where, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
 
 
 def _written(write: Callable[[Path], None], place: Path, where: Ranks) -> None:

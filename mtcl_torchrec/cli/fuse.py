@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
-from mtcl_torchrec.config import load_run
+from mtcl_torchrec.cli.fitted import print_fitted, print_former, print_test
+from mtcl_torchrec.config import RunConfig, load_run
 from mtcl_torchrec.data.source import Rows, read_rows
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.fusing.combiners import ALL, USUAL, Combiner, known_kinds, signed_weights
 from mtcl_torchrec.fusing.fit import fit_fusion
-from mtcl_torchrec.fusing.fitted import FittedFusion, compare
+from mtcl_torchrec.fusing.fitted import FittedFusion
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.search import Search
-from mtcl_torchrec.fusing.targets import parse_target
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import FUSION, readable_folder
-from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, readable_folder
+from mtcl_torchrec.training.finished import FinishedRun, RunWarning
 from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion, save_fusion, set_weights
 from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
+from mtcl_torchrec.training.known_rows import trained_on
+from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
 _TELL_EVERY = 10.0  # seconds, where stderr is no terminal
@@ -88,6 +90,13 @@ def fuse(
     reset: Annotated[
         bool, typer.Option("--reset", help="Back to the fusion of run.yaml; what was fitted is kept in fusion/former.")
     ] = False,
+    rejudge: Annotated[
+        bool,
+        typer.Option(
+            "--rejudge",
+            help="Fit nothing: judge the run by the score that it has now, as after fusion.yaml was edited.",
+        ),
+    ] = False,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation, over users (or requests).")] = 5,
     search: Annotated[Search, typer.Option(help="How to search: tpe, cma (CMA-ES), none, or what suits.")] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="Of each search, in each fold.")] = 100,
@@ -125,11 +134,14 @@ def fuse(
     """
     console = screen()
     fitting = dict(zip(_FITTING, (combiner, constraint, influence, data, feature), strict=True))
+    more = fitting | {"--set": set_, "--value": value, "--test": test}
     if reset:
-        more = fitting | {"--set": set_, "--value": value, "--test": test}
-        if clash := next((name for name, given in more.items() if given), None):
-            raise ConfigError(f"--reset goes back to run.yaml and does nothing else: leave {clash} out")
+        _refuse_more(more | {"--rejudge": rejudge}, "--reset goes back to run.yaml")
         _reset(run_dir, console, dry_run)
+        return
+    if rejudge:
+        _refuse_more(more | {"--dry-run": dry_run}, "--rejudge judges the run by the score that it has")
+        _judge_anew(run_dir, console)
         return
     if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
         raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
@@ -160,7 +172,8 @@ def fuse(
             seed=seed,
         )
         run.model.output.fused_score = fitted.fused_score
-        _print_fitted(fitted, held_out, console)
+        print_fitted(fitted, held_out, console)
+        print_former(run_dir, fitted, console)
         if not dry_run:
             _save(fitted, run, run_dir, console)
     if test:
@@ -168,8 +181,9 @@ def fuse(
         judged = _held_out(run, run_dir, None, "test", session_minutes, context=reads_context)
         if before is not None:
             judged.rankings["as it was"] = judged.scores(before)
-        _print_test(run, judged, values, target, console)
+        print_test(run, judged, values, target, console)
     if not dry_run:
+        _judge_anew(run_dir, console)
         console.print(
             "\nNext:" + ("" if test else f"\n  mtcl fuse {run_dir} --set ... --test    judge weights by the test split")
             + f"\n  mtcl recommend {run_dir} --user USER",
@@ -221,9 +235,43 @@ def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | 
 def _held_out(
     run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float, *, context: bool
 ) -> HeldOut:
-    columns = columns_needed(run)
-    rows: Rows = read_rows(data, columns) if data else rows_of_split(load_run(folder / "run.yaml"), columns, split)
+    columns, config = columns_needed(run), load_run(folder / "run.yaml")
+    rows = _unseen(config, read_rows(data, columns)) if data else rows_of_split(config, columns, split)
     return held_out_of(run, rows, session_minutes=session_minutes, context=context)
+
+
+def _unseen(config: RunConfig, rows: Rows) -> Rows:
+    """The rows of --data without those that the run was trained on, where that can be told."""
+    seen = trained_on(config, rows)
+    if seen is None or not seen.any():
+        return rows
+    what = f"--data: {seen.sum():,} of {len(rows):,} rows are rows that the run was trained on"
+    if seen.all():
+        raise ConfigError(f"{what}, and weights fitted on those are too good to be true: give rows of later")
+    typer.echo(f"mtcl: {what}; they are left out, as weights fitted on them would be too good to be true", err=True)
+    return rows.take(~seen)
+
+
+def _refuse_more(given: dict[str, Any], what: str) -> None:
+    if clash := next((name for name, value in given.items() if value), None):
+        raise ConfigError(f"{what} and does nothing else: leave {clash} out")
+
+
+def _judge_anew(folder: Path, console: Console) -> None:
+    """Bring predictions and metrics.json up to the score that the run has now, or say why they are not."""
+    with (
+        Status("judging the run by the score that it has now", console=Console(stderr=True)),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RunWarning)
+        try:
+            splits = rejudge_run(folder)
+        except (ConfigError, DataError, OSError) as error:
+            said = f"{METRICS} and {PREDICTIONS}/ still hold the score before: {error}"
+        else:
+            said = f"judged by it: {METRICS} and {PREDICTIONS}/ of {' and '.join(splits)}" if splits else ""
+    if said:
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
@@ -252,6 +300,8 @@ def _reset(folder: Path, console: Console, dry_run: bool) -> None:
     kept = None if dry_run else reset_fusion(folder)
     said = f"; {fitted.parent} is kept as {kept}" if kept else ""
     console.print(f"{folder} ranks by the fusion of its run.yaml again{said}", highlight=False, soft_wrap=True)
+    if not dry_run:
+        _judge_anew(folder, console)
 
 
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
@@ -279,100 +329,3 @@ def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console
     where = save_fusion(folder, run.model, fitted.config, fitted.report(), draw=draw)
     picture = f"; what each task loses is drawn in {PICTURE} there" if draw else ""
     console.print(f"written to {where}{picture}", highlight=False, soft_wrap=True)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plus_minus(mean: float, error: float, digits: int = 4) -> str:
-    if math.isnan(mean):
-        return "–"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
-
-
-def _print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
-    heads = next((t.against for t in fitted.tried if t.against), "")
-    title = (
-        f"{fitted.target.name} on folds left out: {len(held_out):,} rows, {held_out.requests:,} requests "
-        f"(each a {held_out.requests_are}), {fitted.folds} folds"
-    )
-    console.print()
-    against = [f"better than {heads} alone"] if heads else []
-    console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
-    table = plain_table("", ["ranked by", fitted.target.name, "± folds", *against])
-    lines = fitted.table()
-    for line in lines.to_dict("records"):
-        mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
-        if line["broken"]:
-            mark = f"  breaks {line['broken']}"
-        table.add_row(
-            f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["error"])), f"{line['std']:.4f}",
-            *([_plus_minus(float(line["better"]), float(line["better_error"]))] if heads else []),
-        )  # fmt: skip
-    console.print(table)
-    if fitted.left_for_values is not None:
-        name, ahead, error = fitted.left_for_values
-        console.print(
-            f"the values stay the weights: {name} is better by {_plus_minus(ahead, error)}, which is no more than two "
-            "standard errors",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    for name, why in fitted.about["left_out"].items():
-        console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
-    _warn_of_short_requests(fitted, held_out, console)
-    console.print()
-    weight = "starts at" if fitted.combiner.learns else "weight"
-    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "± folds", "of the ranking"])
-    for task, number in fitted.weights.items():
-        share = "–" if fitted.influence is None else f"{fitted.influence.get(task, 0.0):.0%}"
-        table.add_row(task, f"{number:.4g}", f"{fitted.weights_std[task]:.2g}", share)
-    console.print(table)
-    for name, option in fitted.options.items():
-        shown = ", ".join(f"{k} {_short(v)}" for k, v in option.items()) if isinstance(option, dict) else _short(option)
-        console.print(f"{name}: {shown}", highlight=False, markup=False, soft_wrap=True)
-    for text, found in fitted.chosen.kept.items():
-        console.print(f"{text}: {found:.4g}", highlight=False, markup=False)
-    console.print()
-    _print_losses(fitted.task_losses(held_out), console)
-
-
-def _warn_of_short_requests(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
-    """A request of at most K rows is worth the same in any order."""
-    name, _, k = fitted.target.name.partition("@")
-    if name != "value" or not k.isdigit():
-        return
-    longer = float((held_out.rows_of_requests > int(k)).mean())
-    if longer < 0.2:
-        console.print(
-            f"only {longer:.1%} of the requests have more than {k} rows; the others are worth the same in any order: "
-            "take a smaller K, or longer requests (--session-minutes)",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def _print_losses(losses: pd.DataFrame, console: Console) -> None:
-    headers = [c for c in losses.columns if c != "task"]
-    table = plain_table(
-        "What each task's own ranking would be",
-        ["task", *(h.replace("auc", "AUC").replace("gAUC", "GAUC") for h in headers)],
-    )
-    for line in losses.to_dict("records"):
-        table.add_row(str(line["task"]), *(_plus_minus(float(line[h]), math.nan) for h in headers))
-    console.print(table)
-
-
-def _print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], target: str, console: Console) -> None:
-    fused = run.model.output.fused_score
-    if fused is None:
-        raise ConfigError("this run has no fused score")
-    goal = parse_target(target, values or None, held_out.labels)
-    tasks = [task for task in getattr(fused, "tasks", held_out.tasks) if task in held_out.parts]
-    lines = compare(held_out, fused, goal, tasks, values)
-    title = f"test split: {len(held_out):,} rows, {held_out.requests:,} requests (each a {held_out.requests_are})"
-    console.print(f"\n[bold]{title}[/]", highlight=False, soft_wrap=True)
-    table = plain_table("", ["ranked by", goal.name, "fused is better by"])
-    for line in lines.to_dict("records"):
-        gain = "" if line["name"] == "fused" else _plus_minus(float(line["better"]), float(line["better_error"]))
-        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), float(line["error"])), gain)
-    console.print(table)

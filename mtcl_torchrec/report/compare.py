@@ -16,12 +16,14 @@ from mtcl_torchrec.report.contents import RunContents, read_contents
 from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.report.facts import same_rows
 from mtcl_torchrec.report.fusion_pictures import dots
+from mtcl_torchrec.report.knowable import known_of_all
 from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.pictures import followed
 from mtcl_torchrec.report.sections import Section
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
 from mtcl_torchrec.report.tables import Table, cost_tables, number
-from mtcl_torchrec.report.verdict import Answer, listed
+from mtcl_torchrec.report.verdict import Answer
+from mtcl_torchrec.report.words import listed
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
 
@@ -214,7 +216,9 @@ def _sections(
             )
     else:
         compared.missing.append("There are no predictions of the same task in these runs: nothing was compared.")
-    tasks = Section("tasks", "The tasks side by side", tables=_metric_tables(runs, names))
+    tasks = Section(
+        "tasks", "The tasks side by side", tables=_metric_tables(runs, names) + _knowable_tables(runs, names)
+    )
     learning = Section("learning", "How training went", pictures=_curves(runs, names, studio))
     if not learning.pictures:
         learning.missing.append("No epoch was evaluated.")
@@ -257,6 +261,14 @@ def _metric_tables(runs: Sequence[RunContents], names: Sequence[str]) -> list[Ta
         if keys:
             tables.append(Table(task, ["run", *keys], rows))
     return tables
+
+
+def _knowable_tables(runs: Sequence[RunContents], names: Sequence[str]) -> list[Table]:
+    """Of runs on synthetic worlds: a line for each task, and for the fused score."""
+    known = [known_of_all(run) for run in runs]
+    of = list(dict.fromkeys(name for shares in known for name in shares))
+    rows = [[name, *("–" if name not in shares else f"{shares[name]:.1%}" for shares in known)] for name in of]
+    return [Table("Known, of what is knowable", ["of", *names], rows)] if rows else []
 
 
 def _curves(runs: Sequence[RunContents], names: Sequence[str], studio: Studio) -> list[Picture]:

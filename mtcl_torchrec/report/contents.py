@@ -18,7 +18,8 @@ from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
 from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, PREDICTIONS, readable_folder
 from mtcl_torchrec.training.fitted import REPORT
-from mtcl_torchrec.training.fitted_fusion import DECLARED
+from mtcl_torchrec.training.fitted_fusion import DECLARED, fusion_fingerprint
+from mtcl_torchrec.training.rejudging import JUDGED_BY
 
 BASELINES = "baselines"
 _Read = TypeVar("_Read")
@@ -37,8 +38,7 @@ class RunContents:
         predictions: split -> its rows.
         fusion: fusion/fusion.yaml, or else the ``fusion`` of run.yaml; empty without a fused score.
         fitted: fusion/report.json; empty where nothing was fitted.
-        fused_anew: whether the fused score is one that was fitted or set after training, which metrics.json and the
-            predictions know nothing of.
+        fused_anew: whether the fused score was fitted, set or reset after metrics.json was written.
         baselines: name -> what baselines.json says.
         of_baselines: name -> split -> its predictions.
         missing: sentences about what was not found.
@@ -86,6 +86,11 @@ class RunContents:
     def evaluation(self) -> dict[str, Any]:
         """Of that split."""
         return self.metrics.get("evaluations", {}).get(self.split, {})
+
+    @property
+    def intervals(self) -> dict[str, dict[str, Any]]:
+        """Task or ``"ranking"`` -> metric -> its interval by bootstrap on that split, as metrics.json has it."""
+        return self.evaluation.get("intervals") or {}
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -178,8 +183,8 @@ def _read_fusion(found: RunContents) -> None:
     there = readable_folder(found.folder / FUSION)
     declared = found.config.get("fusion")
     found.fusion = declared if isinstance(declared, dict) else {}
-    found.fused_anew = (there / DECLARED).is_file()
-    if found.fused_anew:
+    found.fused_anew = found.metrics.get(JUDGED_BY, "") != fusion_fingerprint(found.folder)
+    if (there / DECLARED).is_file():
         found.fusion = (_whole(there / DECLARED, _yaml) or {}).get("fusion") or found.fusion
         if (there / REPORT).is_file():
             found.fitted = _whole(there / REPORT, _json)

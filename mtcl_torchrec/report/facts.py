@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import Estimate, auc_estimate, chance_error, clusters_of, gauc_estimate
+from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, chance_error, clusters_of, gauc_estimate
 from mtcl_torchrec.report.influence import shares_of_ranking
 
 SINGLE = ("single_task", "single-task", "single", "twin")  # in the name of the baseline that trains each task alone
@@ -24,13 +24,16 @@ class TaskFact:
     Args:
         task, kind: its name and kind.
         metrics: as in metrics.json.
-        error: standard error of its AUC; of a run without predictions, of an AUC of ½ on as many rows.
+        error: standard error of its AUC: as metrics.json has it, or as the predictions tell; of a run without either,
+            that of an AUC of ½ on as many rows.
+        errors: metric -> standard error, of those that metrics.json has intervals of.
     """
 
     task: str
     kind: str
     metrics: Mapping[str, Any]
     error: float = math.nan
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def number(self, key: str) -> float:
         """One of its metrics, NaN where it is not defined."""
@@ -85,8 +88,24 @@ def task_facts(run: RunContents) -> list[TaskFact]:
             if run.table is not None and task in run.table.predicted_names:
                 found = _auc(run, run.table.labels(task), run.table.predicted(task))
                 error = found.error
-        facts.append(TaskFact(task, kind, metrics, error))
+        errors = {key: stored_error(run, task, key) for key in (run.intervals.get(task) or {})}
+        facts.append(TaskFact(task, kind, metrics, _known(errors.get("auc"), error), errors))
     return facts
+
+
+def stored_error(run: RunContents, of: str, metric: str) -> float:
+    """Standard error of which 1.96 make half of the interval that metrics.json has; NaN where it has none.
+
+    Args:
+        of: a task, or ``"ranking"``.
+    """
+    found = (run.intervals.get(of) or {}).get(metric) or {}
+    low, high = found.get("low"), found.get("high")
+    return math.nan if low is None or high is None else (float(high) - float(low)) / (2 * SURE)
+
+
+def _known(first: float | None, other: float) -> float:
+    return other if first is None or math.isnan(first) else first
 
 
 def _auc(run: RunContents, labels: np.ndarray, scores: np.ndarray) -> Estimate:
@@ -94,8 +113,8 @@ def _auc(run: RunContents, labels: np.ndarray, scores: np.ndarray) -> Estimate:
 
 
 def negative(run: RunContents, task: str) -> bool:
-    """Whether the event lowers the fused score that training ended with, as far as its declaration says."""
-    fusion = run.config.get("fusion") or {}
+    """Whether the event lowers the fused score that the rows were judged by, as far as its declaration says."""
+    fusion = (run.config.get("fusion") if run.fused_anew else run.fusion) or {}
     declared = [(fusion.get(key) or {}).get(task, 0.0) for key in ("weights", "signs", "exponents")]
     return any(float(value) < 0 for value in declared)
 
@@ -116,7 +135,10 @@ def events(run: RunContents) -> list[Event]:
             continue
         unwanted = negative(run, task)
         estimates = _estimates(run, task, metric)
-        rankings = {n: (v, estimates[n].error if n in estimates else math.nan) for n, v in known.items()}
+        stored = {
+            "fused": stored_error(run, "ranking", f"{metric} {task}"), "own head": stored_error(run, task, metric),
+        }  # fmt: skip
+        rankings = {n: (v, _known(stored.get(n), _error_of(estimates.get(n)))) for n, v in known.items()}
         gaps = []
         for other in ("own head", "popularity"):
             if other not in known:
@@ -129,6 +151,10 @@ def events(run: RunContents) -> list[Event]:
             gaps.append(Gap(task, other, (aim - known["fused"]) if unwanted else known["fused"] - aim, error))
         found.append(Event(task, metric.upper(), rankings, unwanted, tuple(gaps)))
     return found
+
+
+def _error_of(estimate: Estimate | None) -> float:
+    return math.nan if estimate is None else estimate.error
 
 
 def _estimates(run: RunContents, task: str, metric: str) -> dict[str, Estimate]:
@@ -168,8 +194,9 @@ def baseline_estimates(run: RunContents) -> dict[str, dict[str, tuple[float, flo
             if table is None or scores is None or fact not in _labelled(table):
                 continue
             e = auc_estimate(table.labels(fact), scores, *_clusters(run, table))
+            error = _known(stored_error(run, fact, "auc"), e.error) if table is run.table else e.error
             if not math.isnan(e.value):
-                found.setdefault(fact, {})[name] = (e.value, e.error)
+                found.setdefault(fact, {})[name] = (e.value, error)
     return {task: of for task, of in found.items() if set(of) - {"this run"}}
 
 
@@ -196,8 +223,12 @@ def baseline_gaps(run: RunContents) -> list[Gap]:
 
 
 def scores_for(table: PredictionsTable, task: str) -> np.ndarray | None:
-    """What a table ranks the rows by for an event: its prediction, or else its one score."""
-    scores = table.predicted(task) if task in table.predicted_names else table.score
+    """What a table ranks the rows by for an event: its prediction, or its only score where it predicts none; None
+    otherwise.
+    """
+    if table.predicted_names and task not in table.predicted_names:
+        return None
+    scores = table.predicted(task) if table.predicted_names else table.score
     return None if scores is None else np.nan_to_num(scores, nan=float(np.nanmin(scores)) if len(scores) else 0.0)
 
 
@@ -210,6 +241,12 @@ def _clusters(run: RunContents, table: PredictionsTable) -> tuple[np.ndarray, in
         return run.clusters
     clusters = clusters_of(table.users, len(table))
     return clusters, int(clusters.max(initial=-1)) + 1
+
+
+def untuned(run: RunContents) -> bool:
+    """Whether the baselines other than twins were tried at their usual settings only."""
+    rivals = [of for name, of in run.baselines.items() if not is_single_task(name) and isinstance(of, dict)]
+    return bool(rivals) and all((of.get("budget") or {}).get("trials") == 1 for of in rivals)
 
 
 def is_single_task(name: str) -> bool:

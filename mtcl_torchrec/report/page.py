@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mtcl_torchrec.report.contents import read_contents
-from mtcl_torchrec.report.sections import build_report
+from mtcl_torchrec.report.knowable import RULE as KNOWABLE
+from mtcl_torchrec.report.sections import build_report, sharing_answer
 from mtcl_torchrec.report.studio import DARK, LIGHT, Studio
-from mtcl_torchrec.report.verdict import RULES
+from mtcl_torchrec.report.verdict import RULES, Answer
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
 
@@ -56,8 +57,18 @@ def write_report(
     run_dir = Path(run_dir)
     studio = Studio(None if png is None else Path(png))
     run = read_contents(run_dir, baselines=None if baselines is None else Path(baselines))
-    page = render("report.html", report=build_report(run, studio), rules=RULES)
+    rules = [*RULES, *([KNOWABLE] if run.evaluation.get("knowable") else [])]
+    page = render("report.html", report=build_report(run, studio), rules=rules)
     path = run_dir / REPORT if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page)
     return path
+
+
+def do_tasks_help_in(run_dir: str | Path) -> Answer:
+    """What the report of a run says of whether its tasks help each other, without drawing anything.
+
+    Raises:
+        DataError: the folder holds no run, or a damaged one.
+    """
+    return sharing_answer(read_contents(run_dir))

@@ -19,8 +19,10 @@ from mtcl_torchrec.report.facts import (
     influence,
     task_facts,
     tried_gaps,
+    untuned,
 )
 from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
+from mtcl_torchrec.report.knowable import knowable_picture, knowable_sentence, knowable_table
 from mtcl_torchrec.report.studio import Picture, Studio
 from mtcl_torchrec.report.tables import (
     Table,
@@ -32,6 +34,7 @@ from mtcl_torchrec.report.tables import (
     shown_tables,
     task_tables,
     tried_table,
+    twins_table,
 )
 from mtcl_torchrec.report.verdict import Answer, do_tasks_help, is_it_good, what_does_fusion
 
@@ -88,14 +91,13 @@ def build_report(run: RunContents, studio: Studio) -> Report:
         studio: draws the pictures.
     """
     facts, of_events, gaps = task_facts(run), events(run), baseline_gaps(run)
-    balance = run.metrics.get("balance") or {}
-    gates, gradients = balance.get("gates") or [], balance.get("gradients") or []
+    gates, gradients = _balance(run)
     shares, whence = influence(run)
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
     answers = [
-        is_it_good(facts, gaps, ranked),
-        do_tasks_help(gaps, gradients, gates, len(run.tasks or facts)),
+        is_it_good(facts, gaps, ranked, untuned=untuned(run), knowable=knowable_sentence(run)),
+        sharing_answer(run, gaps),
         what_does_fusion(shares, ranked, has_fusion, tried_gaps(run)[1], str(run.fitted.get("target") or "")),
     ]
     return Report(
@@ -104,10 +106,11 @@ def build_report(run: RunContents, studio: Studio) -> Report:
         answers,
         [
             _tasks(run, facts),
+            *_knowable(run, studio),
             _learning(run, studio),
             _ranking(run, studio),
             _calibration(run, studio),
-            _sharing(gates, gradients, gaps, studio),
+            _sharing(run, gates, gradients, gaps, studio),
             _fusion(run, studio, of_events, shares, whence, has_fusion),
             _segments(run),
             _baselines(run, studio, gaps),
@@ -116,6 +119,22 @@ def build_report(run: RunContents, studio: Studio) -> Report:
         ],
         run.missing,
     )
+
+
+def sharing_answer(run: RunContents, gaps: Sequence[Gap] | None = None) -> Answer:
+    """Whether the run's tasks help each other.
+
+    Args:
+        gaps: against baselines; None computes them.
+    """
+    gates, gradients = _balance(run)
+    tasks = run.tasks or list(run.of_tasks)
+    return do_tasks_help(baseline_gaps(run) if gaps is None else gaps, gradients, gates, tasks)
+
+
+def _balance(run: RunContents) -> tuple[list[dict], list[dict]]:
+    balance = run.metrics.get("balance") or {}
+    return balance.get("gates") or [], balance.get("gradients") or []
 
 
 def _subtitle(run: RunContents) -> str:
@@ -155,13 +174,21 @@ def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
     return section
 
 
+def _knowable(run: RunContents, studio: Studio) -> list[Section]:
+    """Of a run on a synthetic world only."""
+    table = knowable_table(run)
+    if table is None:
+        return []
+    text = "The data are of a synthetic world, so the true probability of each label is known: nobody predicts better."
+    return [Section("knowable", "Of what is knowable", [text], knowable_picture(run, studio), [table])]
+
+
 def _learning(run: RunContents, studio: Studio) -> Section:
-    section = Section(
-        "learning", "How training went", pictures=pictures.learning_curves(studio, run.history, _drawn(run))
-    )
+    section, epochs = Section("learning", "How training went"), run.history.get("epochs") or []
+    if len(epochs) > 1:
+        section.pictures = pictures.learning_curves(studio, run.history, _drawn(run))
     if section.pictures:
         section.text.append("Each task on the validation split after each epoch; the ring is the epoch that is kept.")
-    epochs = run.history.get("epochs") or []
     if not epochs:
         section.missing.append("No epoch was evaluated on validation: there are no learning curves.")
     elif len(epochs) == 1:
@@ -234,8 +261,12 @@ def _calibration(run: RunContents, studio: Studio) -> Section:
     return section
 
 
-def _sharing(gates: Sequence[dict], gradients: Sequence[dict], gaps: Sequence[Gap], studio: Studio) -> Section:
+def _sharing(
+    run: RunContents, gates: Sequence[dict], gradients: Sequence[dict], gaps: Sequence[Gap], studio: Studio
+) -> Section:
     section = Section("sharing", "How the tasks share")
+    together = twins_table(baseline_estimates(run), gaps)
+    section.tables += [] if together is None else [together]
     section.pictures += heat.expert_use(studio, gates) + heat.task_conflicts(studio, gradients)
     if gates:
         section.text.append(
@@ -265,14 +296,17 @@ def _fusion(
         rows = {e.task: e.rankings for e in of_events if e.metric == metric}
         title = f"{metric} of each event by three rankings"
         section.pictures.append(dots(studio, f"fusion events {metric}", title, metric, rows, guess=0.5))
-    section.tables = [table for table in (tried_table(run.fitted), event_table(of_events)) if table is not None]
+    section.tables = [
+        table for table in (tried_table(run.fitted), event_table(of_events, bool(run.intervals))) if table is not None
+    ]
     section.tables += shown_tables(run)
     if not of_events:
         section.missing.append("No binary task's event is ranked by the fused score: it was not evaluated.")
     elif run.fused_anew:
         section.missing.append(
-            "The fusion was changed after training. Rankings, and curves of the fused score, are of the score that "
-            "training ended with; weights, shares and what was tried are of the new one."
+            "The fusion was changed after these rows were judged. Rankings, and curves of the fused score, are of the "
+            "score before; weights, shares and what was tried are of the new one. `mtcl fuse RUN_DIR --rejudge` judges "
+            "the rows by the new one."
         )
     front = pareto_pictures(studio, run.fitted)
     section.pictures += front
@@ -317,7 +351,7 @@ def _baselines(run: RunContents, studio: Studio, gaps: list[Gap]) -> Section:
     section = Section("baselines", "Against baselines")
     if not run.baselines:
         section.missing.append(
-            "No baselines were trained: `mtcl baselines RUN.yaml` tunes popularity, item-kNN, factorisation, logistic "
+            "No baselines were trained: `mtcl baselines RUN_DIR` tunes popularity, item-kNN, factorisation, logistic "
             "regression, trees, single-task twins and more on the same splits."
         )
         return section

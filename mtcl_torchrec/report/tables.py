@@ -10,9 +10,10 @@ from typing import Any
 from mtcl_torchrec.evaluation.report import BASE
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.errors import SURE
-from mtcl_torchrec.report.facts import Event, Gap, TaskFact, chosen_name
+from mtcl_torchrec.report.facts import Event, Gap, TaskFact, chosen_name, is_single_task, stored_error
 from mtcl_torchrec.report.segments import EVENTS, segment_aucs, segment_masks
 from mtcl_torchrec.report.verdict import sign_of
+from mtcl_torchrec.report.words import signed_with_error
 
 SHOWN = {  # key of metrics.json -> heading, by kind of task
     "binary": {
@@ -29,6 +30,8 @@ WITHIN = {  # of rankings in metrics.json, by request
     "value": "value", "rate": "rate of", "ndcg": "NDCG of", "recall": "recall of", "hit": "hit rate of",
     "mrr": "MRR of", "map": "MAP of", "coverage": "items shown", "novelty": "novelty",
 }  # fmt: skip
+BOOTSTRAPPED = "± is half of a 95% interval over users, by bootstrap, as metrics.json has it."
+SURE_OF = ("auc", "gauc", "ne", "top1", "r2")  # whose intervals are shown: with all, a table would not fit a screen
 MARKS = {1: "better", -1: "worse", 0: "too close to call"}
 
 
@@ -85,17 +88,22 @@ def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
         rows = []
         for fact in of_kind:
             count = fact.metrics.get("count")
-            cells = [number(fact.metrics.get(key)) for key in there]
+            cells = [_cell(fact.metrics.get(key), fact.errors.get(key) if key in SURE_OF else None) for key in there]
             rows.append(
                 [fact.task, *cells, number(fact.metrics.get("base_rate")), "–" if count is None else f"{int(count):,}"]
             )
         columns = [f"{kind} task", *there.values(), BASE[kind], "labels"]
-        tables.append(Table(f"{kind.capitalize()} tasks", columns, rows))
+        note = BOOTSTRAPPED if any(fact.errors for fact in of_kind) else ""
+        tables.append(Table(f"{kind.capitalize()} tasks", columns, rows, note))
     return tables
 
 
-def event_table(events: Sequence[Event]) -> Table | None:
-    """The fused ranking beside each event's own head and popularity."""
+def event_table(events: Sequence[Event], stored: bool = False) -> Table | None:
+    """The fused ranking beside each event's own head and popularity.
+
+    Args:
+        stored: whether metrics.json has intervals, of the fused score and of heads.
+    """
     if not events:
         return None
     ways = list(dict.fromkeys(way for e in events for way in e.rankings))
@@ -113,7 +121,35 @@ def event_table(events: Sequence[Event]) -> Table | None:
         rows.append([name, e.metric, *cells])
     columns = ["event", "metric", *ways, "fused against own head", "fused against popularity"]
     return Table("The same rows in the order of the fused score, of the event's own head, and by popularity",
-                 columns, rows, "± is half of a 95% interval over users.", tones)  # fmt: skip
+                 columns, rows, _whence(stored, "popularity and of differences"), tones)  # fmt: skip
+
+
+def _whence(stored: bool, others: str) -> str:
+    """What ± means, and where it is from."""
+    said = "± is half of a 95% interval over users"
+    return f"{said}, by bootstrap, as metrics.json has it; that of {others}, linearised." if stored else f"{said}."
+
+
+def twins_table(estimates: Mapping[str, Mapping[str, tuple[float, float]]], gaps: Sequence[Gap]) -> Table | None:
+    """Each task as the run predicts it, and as a twin does that was trained on it alone; None without twins."""
+    rows: list[list[str]] = []
+    tones: dict[tuple[int, int], str] = {}
+    for gap in gaps:
+        if not is_single_task(gap.against):
+            continue
+        of = estimates.get(gap.task) or {}
+        both = [with_error(*of[name]) if name in of else "–" for name in ("this run", gap.against)]
+        sign = sign_of(gap)
+        if sign:
+            tones[len(rows), 4] = "good" if sign > 0 else "bad"
+        rows.append([gap.task, *both, signed_with_error(gap.difference, gap.error), MARKS[sign]])
+    if not rows:
+        return None
+    note = (
+        "AUC ± half of a 95% interval over users; the difference is paired, so its interval is the narrower one. Run "
+        "and twins are of one training each: what another seed would change is not in it."
+    )
+    return Table("Together and alone", ["task", "together", "alone", "difference", "together is"], rows, note, tones)
 
 
 def shown_tables(run: RunContents) -> list[Table]:
@@ -131,7 +167,10 @@ def shown_tables(run: RunContents) -> list[Table]:
         title = f"What the first {k} of each request bring" if k else "Where in a request the events are"
         rows = []
         for key, label in found:
-            rows.append([label, *(_cell(of.get(key), of.get(f"{key} error")) for of in ranking.values())])
+            errors = {rule: of.get(f"{key} error") for rule, of in ranking.items()}
+            if not math.isnan(of_bootstrap := stored_error(run, "ranking", key)):
+                errors["fused"] = of_bootstrap
+            rows.append([label, *(_cell(of.get(key), errors[rule]) for rule, of in ranking.items())])
         choice = next((of.get(f"choice@{k}") for of in ranking.values()), None)
         note = "" if choice is None else f"{choice:.0%} of the requests have more than {k} rows to choose from."
         tables.append(Table(title, ["measure", *ranking], rows, note))
@@ -175,8 +214,8 @@ def baseline_tables(
                     tones[len(rows), c] = "bad" if sign < 0 else "good"
             rows.append([name, *(with_error(*of[name]) if name in of else "–" for of in estimates.values())])
         note = (
-            "AUC ± half of a 95% interval over users. Marked where the difference to this run counts (paired, two "
-            "standard errors): ▲ this run is better, ▼ this run is worse."
+            f"AUC; {_whence(bool(run.intervals), 'baselines')} Marked where the difference to this run counts (paired, "
+            "two standard errors): ▲ this run is better, ▼ this run is worse."
         )
         tables.append(Table(f"AUC on the {run.split} split", ["ranked by", *estimates], rows, note, tones))
     if names:
@@ -238,7 +277,7 @@ def cost_tables(run: RunContents) -> list[Table]:
     sizes = table_sizes(run)
     rows = []
     if seconds:
-        rows.append(["training", f"{sum(seconds):,.1f} s in {len(seconds)} epochs"])
+        rows.append(["training", f"{sum(seconds):,.1f} s in {len(seconds)} epoch{'s' * (len(seconds) > 1)}"])
         rows.append(["seconds per epoch", ", ".join(number(s, 1) for s in _some(seconds))])
     for key, label, digits, unit in (
         ("samples_per_second", "samples per second", 0, ""),

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mtcl_torchrec.report.facts import Event, Gap, TaskFact, is_single_task
+from mtcl_torchrec.report.words import listed, signed, signed_with_error
 
 SURE = 2.0  # standard errors that a difference takes to count
 MARGIN = 0.005  # of an AUC, where no standard error is known
+SMALL = 0.002  # of an AUC: what is sure and smaller is too little to go by
 BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "weakly"), (0.0, "hardly"))  # of an AUC
 RATIO = (0.9, 1.1)  # of predicted to observed events: outside of it, probabilities are off
 OPPOSED, ALIKE = -0.05, 0.05  # mean cosine of two gradients
@@ -25,8 +27,10 @@ RULES = (
     "standard error is known, more than 0.005; all else is too close to call.",
     "The model is good where at least half of its tasks are better than guessing and no baseline is clearly better on "
     "half of the tasks that both predict or more.",
-    "Whether tasks help each other is told by twins that were trained on each task alone, and by nothing else; "
-    "gradients that agree or pull apart (mean cosine beyond ±0.05) are a hint, not a proof.",
+    "Whether tasks help each other is told by twins, the same network trained on each task alone, and by nothing else: "
+    "a difference that is sure but below 0.002 AUC counts as hardly any. Run and twins are trained once, and what "
+    "another seed would change is not in the intervals. Gradients that agree or pull apart (mean cosine beyond ±0.05) "
+    "are a hint, not a proof.",
     "The fused ranking is held against popularity, and against each event's own head, by GAUC where users are known "
     "(AUC where not); of an event that lowers the score, a low value is what is wanted.",
     "Probabilities are off where predicted over observed events lies outside 0.9 to 1.1.",
@@ -89,12 +93,21 @@ def band(auc: float) -> str:
     return next(word for least, word in BANDS if auc >= least)
 
 
-def is_it_good(facts: Sequence[TaskFact], gaps: Sequence[Gap], events: Sequence[Event]) -> Answer:
+def is_it_good(
+    facts: Sequence[TaskFact],
+    gaps: Sequence[Gap],
+    events: Sequence[Event],
+    *,
+    untuned: bool = False,
+    knowable: str = "",
+) -> Answer:
     """Is the model good: against guessing, popularity and baselines.
 
     Args:
         gaps: against baselines, see `mtcl_torchrec.report.facts.baseline_gaps`.
         events: of the fused ranking, for popularity.
+        untuned: whether the baselines were tried at their usual settings only.
+        knowable: a sentence about what can be known at all, of a run on a synthetic world.
     """
     question = "Is the model good?"
     known = {f.task: better for f in facts if (better := learnt(f)) is not None}
@@ -106,9 +119,10 @@ def is_it_good(facts: Sequence[TaskFact], gaps: Sequence[Gap], events: Sequence[
         sentences[0] = f"{sentences[0][:-1]}; not so {listed(weak)}."
     if unknown := [f.task for f in facts if f.task not in known]:
         sentences.append(f"{listed(unknown)} cannot be judged: there are too few labels, or only one kind of them.")
+    sentences += [knowable] if knowable else []
     sentences += _separation(facts) + _against_popularity(events)
     rivals = [gap for gap in gaps if not is_single_task(gap.against)]
-    worse, total, line = _against_baselines(rivals)
+    worse, total, line = _against_baselines(rivals, untuned)
     sentences.append(line)
     sentences += _calibration(facts)
     half = len(known) / 2
@@ -154,7 +168,7 @@ def _against_popularity(events: Sequence[Event]) -> list[str]:
     return [line + "."]
 
 
-def _against_baselines(gaps: Sequence[Gap]) -> tuple[int, int, str]:
+def _against_baselines(gaps: Sequence[Gap], untuned: bool) -> tuple[int, int, str]:
     """Tasks on which some baseline is clearly better, tasks compared, and a sentence."""
     if not gaps:
         return 0, 0, "It was compared with no tuned baselines: `mtcl baselines` trains them."
@@ -163,7 +177,9 @@ def _against_baselines(gaps: Sequence[Gap]) -> tuple[int, int, str]:
     won = [task for task, of in signs.items() if all(s > 0 for s in of)]
     lost = [task for task, of in signs.items() if any(s < 0 for s in of)]
     names = list(dict.fromkeys(gap.against for gap in gaps))
-    line = f"Against {len(names)} baselines, it is clearly the best on {len(won)} of {len(tasks)} tasks"
+    rivals = listed(names) if len(names) < 3 else f"{len(names)} baselines"
+    rivals += " (not tuned; `mtcl baselines` tunes them, and trains more)" if untuned else ""
+    line = f"Against {rivals}, it is clearly the best on {len(won)} of {len(tasks)} tasks"
     for task in lost:
         best = min((gap for gap in gaps if gap.task == task), key=lambda gap: gap.difference)
         line += f"; on {task}, {best.against} is better by {-best.difference:.3f} AUC"
@@ -176,49 +192,61 @@ def _calibration(facts: Sequence[TaskFact]) -> list[str]:
     if not off:
         known = [r for r in ratios.values() if not math.isnan(r)]
         return ["Predicted and observed events agree within 10%."] if known else []
-    said = [f"{t} is predicted {abs(r - 1):.0%} too {'often' if r > 1 else 'seldom'}" for t, r in off.items()]
+    said = [f"{t} is predicted {f'{r:.1f} times as often as it happens' if r > 2 else _too(r)}" for t, r in off.items()]
     return [f"Probabilities are off: {listed(said)}."]
 
 
+def _too(ratio: float) -> str:
+    return f"{abs(ratio - 1):.0%} too {'often' if ratio > 1 else 'seldom'}"
+
+
 def do_tasks_help(
-    gaps: Sequence[Gap], gradients: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]], num_tasks: int
-) -> Answer:
+    gaps: Sequence[Gap], gradients: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]],
+    tasks: Sequence[str],
+) -> Answer:  # fmt: skip
     """Do tasks help each other: against single-task twins; gradients and gates beside it.
 
     Args:
         gaps: against all baselines.
         gradients, gates: as in metrics.json, ``balance``.
+        tasks: of the run.
     """
     question = "Do the tasks help each other?"
-    if num_tasks < 2:
+    if len(tasks) < 2:
         return Answer(question, "There is one task", "unknown", ["With one task there is nothing to share."])
     hints = _agreement(gradients) + _sharing(gates)
     twins = [gap for gap in gaps if is_single_task(gap.against)]
+    command = "`mtcl baselines RUN_DIR --only single_task --trials 1` trains them."
     if not twins:
-        first = (
-            "Only twins trained on each task alone tell whether sharing pays: `mtcl baselines` trains them beside the "
-            "other baselines."
-        )
+        first = f"Only twins, the same network trained on each task alone, tell whether sharing pays: {command}"
         return Answer(question, "Not measured", "unknown", [first, *hints])
-    signs = {gap.task: sign_of(gap) for gap in twins}
-    helped, hurt = [t for t, s in signs.items() if s > 0], [t for t, s in signs.items() if s < 0]
-    close = [t for t, s in signs.items() if s == 0]
-    by = {gap.task: gap.difference for gap in twins}
-    sentences = []
-    for names, word in ((helped, "better"), (hurt, "worse")):
-        if names:
-            said = listed([f"{t} ({_signed(by[t], 3)} AUC)" for t in names])
-            sentences.append(f"{said} {'is' if len(names) == 1 else 'are'} {word} than trained alone.")
-    if close:
-        sentences.append(f"Too close to call: {listed(close)}.")
-    sentences += hints
-    if helped and not hurt:
-        return Answer(question, f"Yes, {len(helped)} of {len(signs)}", "good", sentences)
-    if hurt and not helped:
-        return Answer(question, f"No, sharing hurts {len(hurt)} of {len(signs)}", "bad", sentences)
-    if hurt:
-        return Answer(question, f"{len(helped)} gain, {len(hurt)} lose", "mixed", sentences)
-    return Answer(question, "No difference that counts", "mixed", sentences)
+    groups: dict[int, list[Gap]] = {sign: [gap for gap in twins if sign_of(gap) == sign] for sign in (1, -1, 0)}
+    helped, hurt, close = groups[1], groups[-1], groups[0]
+    sentences = [
+        f"Of {len(twins)} task{'s' * (len(twins) > 1)} that twins were trained on alone, {len(helped)} "
+        f"{'is' if len(helped) == 1 else 'are'} predicted better together, {len(hurt)} worse, {len(close)} too close "
+        "to call."
+    ]
+    for of, word in ((helped, "Better"), (hurt, "Worse"), (close, "Too close to call")):
+        if of:
+            said = [f"{gap.task} ({signed_with_error(gap.difference, gap.error)} AUC)" for gap in of]
+            sentences.append(f"{word}: {listed(said)}.")
+    if left := [task for task in tasks if task not in {gap.task for gap in twins}]:
+        sentences.append(f"Not compared: {listed(left)}.")
+    short, tone = _of_sharing(helped, hurt, len(twins))
+    return Answer(question, short, tone, sentences + hints)
+
+
+def _of_sharing(helped: Sequence[Gap], hurt: Sequence[Gap], count: int) -> tuple[str, Tone]:
+    if not helped and not hurt:
+        return "No difference that counts", "mixed"
+    if max(abs(gap.difference) for gap in (*helped, *hurt)) < SMALL:
+        return f"Hardly: all differences are below {SMALL} AUC", "mixed"
+    if not hurt:
+        return f"Yes, {len(helped)} of {count}", "good"
+    if not helped:
+        return f"No, sharing hurts {len(hurt)} of {count}", "bad"
+    return f"{len(helped)} gain, {len(hurt)} lose", "mixed"
 
 
 def _agreement(gradients: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -235,10 +263,10 @@ def _agreement(gradients: Sequence[Mapping[str, Any]]) -> list[str]:
     if low <= OPPOSED:
         opposed = sum(value <= OPPOSED for value, _, _ in pairs)
         return [
-            f"Gradients pull apart for {opposed} of {len(pairs)} pairs of tasks, most {a} and {b} ({_signed(low, 2)})."
+            f"Gradients pull apart for {opposed} of {len(pairs)} pairs of tasks, most {a} and {b} ({signed(low, 2)})."
         ]
     if high >= ALIKE:
-        return [f"No two tasks' gradients pull apart; {x} and {y} agree most ({_signed(high, 2)})."]
+        return [f"No two tasks' gradients pull apart; {x} and {y} agree most ({signed(high, 2)})."]
     return ["The tasks' gradients hardly meet: no pair agrees or pulls apart."]
 
 
@@ -296,7 +324,7 @@ def what_does_fusion(
     words = {1: "clearly better than", 0: "not clearly better than", -1: "clearly worse than"}
     for gap in tried:
         other = f"the head of {gap.task} alone" if gap.task else gap.against
-        found = f"{words[sign_of(gap)]} {other} on rows left out ({_signed(gap.difference)})"
+        found = f"{words[sign_of(gap)]} {other} on rows left out ({signed(gap.difference)})"
         sentences.append(f"Fitted for {target}, it is {found}.")
     signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity"]
     signs += [sign_of(gap) for gap in tried]
@@ -305,18 +333,3 @@ def what_does_fusion(
     won, fell = sum(s > 0 for s in signs), sum(s < 0 for s in signs)
     tone: Tone = "good" if won > len(signs) / 2 and not fell else "bad" if won < fell else "mixed"
     return Answer(question, short, tone, sentences)
-
-
-def _signed(value: float, digits: int = 4) -> str:
-    return f"{value:+z.{digits}f}".replace("-", "−")
-
-
-def listed(parts: Sequence[str]) -> str:
-    """Parts as a sentence lists them.
-
-    Example:
-        >>> listed(["a", "b", "c"])
-        'a, b and c'
-    """
-    *front, last = parts
-    return f"{', '.join(front)} and {last}" if front else last

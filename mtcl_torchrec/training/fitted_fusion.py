@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,21 @@ def set_weights(
         made.set_weights({}, bias=fused_score.bias.item())
     model.output.fused_score = made
     return config
+
+
+def fusion_fingerprint(folder: Path) -> str:
+    """Names the fused score that was fitted or set after training, by what it says and has learnt; empty without one.
+
+    Args:
+        folder: the run directory.
+    """
+    there = readable_folder(folder / FUSION)
+    if not (there / DECLARED).is_file():
+        return ""
+    digest = sha256((there / DECLARED).read_bytes())
+    if (there / STATE).is_file():
+        digest.update((there / STATE).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def edited_beneath(folder: Path) -> str:
