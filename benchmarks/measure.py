@@ -176,18 +176,22 @@ def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mappin
                     process.wait()
 
 
-def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call, which take turns: `warm` rounds that do not count, then `rounds`."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm: int = 3) -> dict[str, dict[str, float]]:
+    """Each call's median milliseconds, ``wall`` and ``cpu`` (processor time of all threads, which other programs on the
+    machine disturb less); they take turns, `warm` rounds that do not count, then `rounds`."""
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(warm + rounds):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= warm:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                spent[name].append((time.perf_counter() - started, time.process_time() - used))
+    return {
+        name: dict(zip(("wall", "cpu"), (1000 * statistics.median(t) for t in zip(*of, strict=True)), strict=True))
+        for name, of in spent.items()
+    }
 
 
 def median(lines: Iterable[Line], figure: str) -> float:

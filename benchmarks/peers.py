@@ -6,10 +6,12 @@
 
 One pass over a Parquet file, each contender in a process of its own, in turn (see `contenders.py` for who they are;
 `rechub` and `deepctr` need ``pip install torch-rechub==0.9.0 deepctr-torch==0.3.0 requests``).  The first steps do not
-count.  `samples/s` is of training, with whatever the contender's loader costs it; `from file` counts what it reads
-before it trains, too.  `cpu` is the processor time
-of a step, of all threads, which other programs on the machine disturb less than the rest.  `log-loss` of held-out rows afterwards shows that it has learnt; what is listed as parameters,
-that all trained as many.
+count.
+
+`samples/s` is of training, with whatever the contender's loader costs it; `from file` counts what it reads before it
+trains, too.  `cpu` is the processor time of a step, of all threads, which other programs on the machine disturb less
+than the rest.  `log-loss` of held-out rows afterwards shows that it has learnt; what is listed as parameters, that all
+trained as many.
 
 The cases: `small` is of the size of census-income; `middle` has 5 tables of 150,000 rows; `large` one of 10 million;
 `growing` is ours alone, the middle one with two tables of 100,000 to 30 million rows.
@@ -117,7 +119,7 @@ def show(lines: list[Line]) -> None:
     """A table for each case."""
     for (case, rows, table_rows, threads), of in by_size(lines).items():
         repeats = max(map(len, of.values()))
-        title = f"{case}: {rows:,} rows, tables of {table_rows:,}, {threads or 'default'} threads, median of {repeats}"
+        title = f"{case}: {rows:,} rows, tables of {table_rows:,}, threads: {threads or 'default'}, median of {repeats}"
         table = plain_table(title, ["", "samples/s", "from file", "ms a step", "cpu", "ours is … times as fast", "log-loss",
                                     "parameters", "peak GB", "ready, s"])  # fmt: skip
         for who, repeated in of.items():
