@@ -120,13 +120,14 @@ def show(lines: list[Line]) -> None:
     for (case, rows, table_rows, threads), of in by_size(lines).items():
         repeats = max(map(len, of.values()))
         title = f"{case}: {rows:,} rows, tables of {table_rows:,}, threads: {threads or 'default'}, median of {repeats}"
-        table = plain_table(title, ["", "samples/s", "from file", "ms a step", "cpu", "ours is … times as fast", "log-loss",
-                                    "parameters", "peak GB", "ready, s"])  # fmt: skip
+        table = plain_table(title, ["", "samples/s", "from file", "ms a step", "cpu", "ours is … times as fast",
+                                    "log-loss", "parameters", "peak GB", "ready, s"])  # fmt: skip
         for who, repeated in of.items():
             ratio = slower(of["ours"], repeated) if "ours" in of else float("nan")
             table.add_row(
                 who, f"{median(repeated, 'samples_per_s'):,.0f}", f"{median(repeated, 'from_file_per_s'):,.0f}",
-                f"{median(repeated, 'step_ms'):.1f}", f"{median(repeated, 'step_cpu_ms'):.1f}", f"{ratio:.2f}", f"{median(repeated, 'log_loss'):.4f}",
+                f"{median(repeated, 'step_ms'):.1f}", f"{median(repeated, 'step_cpu_ms'):.1f}", f"{ratio:.2f}",
+                f"{median(repeated, 'log_loss'):.4f}",
                 f"{repeated[0]['table_parameters']:,} + {repeated[0]['dense_parameters']:,}",
                 f"{median(repeated, 'peak_rss_bytes') / 1e9:.2f}", f"{median(repeated, 'ready_s'):.1f}",
             )  # fmt: skip
