@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from measure import CONSOLE, Line, figure, in_process, median, options, peak_rss, said, save, sweep
 from measure import read as read_lines
-from peer_cases import CASES, GROWING, files_of
+from peer_cases import CASES, GROWING, Case, files_of
 
 from mtcl_torchrec.evaluation.report import plain_table
 
@@ -50,8 +51,6 @@ def work(what: Line, data: Path) -> Line:
     case = CASES[what["case"]].sized(what["rows"], what["table_rows"])
     train, val = files_of(case, data)
     ran = CONTENDERS[what["contender"]](case, train, val, 0)
-    labels = np.stack([_column(val, name) for name in case.labels], 1)
-    p = np.clip(ran.predictions.astype(np.float64), 1e-7, 1 - 1e-7)
     full = case.rows // case.batch_size  # the last step may have fewer rows
     warm = min(case.warmup_steps, full - 1)
     assert len(ran.stamps.wall) == case.steps, (len(ran.stamps.wall), case.steps)
@@ -64,7 +63,7 @@ def work(what: Line, data: Path) -> Line:
         "step_ms": seconds / (full - warm) * 1000,
         "step_median_ms": float(np.median(np.diff(ran.stamps.wall[counted])) * 1000),
         "step_cpu_ms": cpu_s / (full - warm) * 1000,
-        "log_loss": float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean()),
+        "log_loss": log_loss(labels_of(val, case), ran.predictions),
         "table_parameters": ran.table_parameters,
         "dense_parameters": ran.dense_parameters,
         "read_s": ran.read_s,
@@ -74,10 +73,16 @@ def work(what: Line, data: Path) -> Line:
     }
 
 
-def _column(path: Path, name: str) -> np.ndarray:
-    import pyarrow.parquet as pq
+def labels_of(path: Path, case: Case) -> np.ndarray:
+    """(N, T) of a case's file."""
+    table = pq.read_table(path, columns=case.labels)
+    return np.stack([table[name].to_numpy() for name in case.labels], 1).astype(np.float64)
 
-    return pq.read_table(path, columns=[name])[name].to_numpy().astype(np.float64)
+
+def log_loss(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean over rows and tasks; both (N, T)."""
+    p = np.clip(predictions.astype(np.float64), 1e-7, 1 - 1e-7)
+    return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
 
 
 def todo(given: argparse.Namespace) -> list[Line]:
