@@ -337,8 +337,13 @@ def _trained_by_torchrec(case: Case, train: Path, val: Path, seed: int) -> Ran:
         apply_optimizer_in_backward(torchrec.optim.Adagrad, list(table.parameters()), {"lr": TABLE_LR, "eps": EPS})
     model = DistributedModelParallel(module, device=device)
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
-    dense = KeyedOptimizerWrapper(rest, lambda params: torch.optim.Adam(params, lr=DENSE_LR, fused=True))
-    optimizer = CombinedOptimizer([model.fused_optimizer, dense])
+    dense = {name: p for name, p in rest.items() if "embedding_bags" not in name}
+    parts = [KeyedOptimizerWrapper(dense, lambda params: torch.optim.Adam(params, lr=DENSE_LR, fused=True))]
+    if model.fused_optimizer.params:
+        parts.append(model.fused_optimizer)
+    if unfused := {name: p for name, p in rest.items() if name not in dense}:  # the planner copies small tables
+        parts.append(KeyedOptimizerWrapper(unfused, lambda params: torch.optim.Adagrad(params, lr=TABLE_LR, eps=EPS)))
+    optimizer = CombinedOptimizer(parts)
     pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
     model.train()
     ready_s, fed = time.perf_counter() - started, (batch(*of) for of in batches(train, case, seed))
@@ -350,7 +355,7 @@ def _trained_by_torchrec(case: Case, train: Path, val: Path, seed: int) -> Ran:
     def forward(ids: torch.Tensor) -> torch.Tensor:
         return model(batch(ids, torch.zeros(ids.shape[1], case.tasks)))[1]
 
-    numbers = (case.features * case.table_rows * case.dim, sum(p.numel() for p in rest.values()))
+    numbers = (case.features * case.table_rows * case.dim, sum(p.numel() for p in dense.values()))
     return Ran(_predicted(forward, val, case), *numbers, ready_s, 0.0, stamps)
 
 

@@ -199,7 +199,7 @@ def test_measurements_are_kept_interleaved_and_never_made_twice(tmp_path):
     about = found[0]["about"]
     assert about["versions"]["torch"] == importlib.metadata.version("torch")
     assert {"machine", "commit", "date", "command", "load"} <= set(about)
-    assert "2 cores" in measure.said(found) or "cores" in measure.said(found)
+    assert f"{about['cores']} cores" in measure.said(found)
 
 
 def test_calls_take_turns():
@@ -214,7 +214,7 @@ def test_calls_take_turns():
 def tiny_case(tmp_path_factory):
     """A case of the peers' benchmark, in the smallest size that learns, and its files."""
     cases, folder = script("peer_cases"), tmp_path_factory.mktemp("peers")
-    case = cases.Case("tiny", 2_000, 3, 50, 4, 2, 2, (8, 6), (5,), batch_size=256, warmup_steps=2)
+    case = cases.Case("tiny", 20_000, 3, 50, 4, 2, 2, (8, 6), (5,), batch_size=256, warmup_steps=2)
     return case, cases.files_of(case, folder)
 
 
@@ -252,7 +252,7 @@ def test_contenders_train_the_same(who, tiny_case):
     assert ran.predictions.shape == labels.shape
     rates = labels.mean(0)
     loss = script("peers").log_loss(labels, ran.predictions)
-    assert loss < script("peers").log_loss(labels, rates * (labels * 0 + 1)) + 0.05
+    assert loss < script("peers").log_loss(labels, rates * (labels * 0 + 1)) - 0.005
 
 
 def trained(who, case, files):
