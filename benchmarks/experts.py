@@ -51,14 +51,14 @@ def _step(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, direc
 
 def show(lines: list[Line]) -> None:
     """A row for each size."""
-    for of in _by_rows(lines).values():
+    for of in by_rows(lines).values():
         first = next(iter(of.values()))[0]["what"]
         title = f"{first['rows']:,} rows of width {first['input']}, forward and backward, {first['device']}, ms"
         table = plain_table(title, ["E × H", "batched", "loop", "batched / loop", "by cpu", "auto", "compiled: batched",
                                     "loop"])  # fmt: skip
         for size, repeated in of.items():
-            ms = {form: _of(repeated, form, "wall") for form in repeated[0]["ms"]}
-            cpu = {form: _of(repeated, form, "cpu") for form in repeated[0]["ms"]}
+            ms = {form: median_ms(repeated, form, "wall") for form in repeated[0]["ms"]}
+            cpu = {form: median_ms(repeated, form, "cpu") for form in repeated[0]["ms"]}
             table.add_row(
                 size, f"{ms['batched']:.1f}", f"{ms['loop']:.1f}", f"{ms['batched'] / ms['loop']:.2f}",
                 f"{cpu['batched'] / max(cpu['loop'], 1e-9):.2f}", repeated[0]["auto"],
@@ -68,7 +68,7 @@ def show(lines: list[Line]) -> None:
     CONSOLE.print(said(lines))
 
 
-def _by_rows(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
+def by_rows(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
     """Rows, input, device, threads -> size -> repeats."""
     groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
     for line in lines:
@@ -78,19 +78,22 @@ def _by_rows(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
     return groups
 
 
-def _of(repeated: list[Line], form: str, clock: str) -> float:
+def median_ms(repeated: list[Line], form: str, clock: str) -> float:
+    """Of the repeats; clock is wall or cpu."""
     return median([{"ms": line["ms"][form][clock]} for line in repeated], "ms")
 
 
 def draw(lines: list[Line], path: Path) -> None:
     """How many times as fast the loop is, by size; what the module takes by itself is marked."""
-    groups = _by_rows(lines)
+    groups = by_rows(lines)
     drawn, axes = figure(wide=5.2 * len(groups), high=3.2, columns=len(groups))
     for axis, (key, of) in zip(axes, groups.items(), strict=True):
         forms = [("eager", "batched", "loop"), ("compiled", "batched compiled", "loop compiled")]
         for number, (name, one, other) in enumerate(forms):
             found = {size: repeated for size, repeated in of.items() if one in repeated[0]["ms"]}
-            values = [_of(repeated, one, "wall") / _of(repeated, other, "wall") for repeated in found.values()]
+            values = [
+                median_ms(repeated, one, "wall") / median_ms(repeated, other, "wall") for repeated in found.values()
+            ]
             places = [list(of).index(size) + 0.4 * number - 0.2 for size in found]
             axis.bar(places, values, width=0.38, label=name)
         axis.axhline(1, color="black", linewidth=0.8)

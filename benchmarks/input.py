@@ -157,7 +157,7 @@ def waiting(what: Line, run: RunConfig, preprocessor: Preprocessor, files: Parqu
 
 def show(lines: list[Line]) -> None:
     """A table for each kind of file."""
-    for (rows, ids, numbers, _), of in _by_file(lines).items():
+    for (rows, ids, numbers, _), of in by_file(lines).items():
         table = plain_table(f"{rows:,} rows of {ids} ids, {numbers} numbers and {TASKS} labels",
                             ["", "rows/s", "GB/s", "of pyarrow", "cpu µs a row", "peak GB"])  # fmt: skip
         best = median(of["pyarrow"], "rows_per_s") if "pyarrow" in of else float("nan")
@@ -173,7 +173,8 @@ def show(lines: list[Line]) -> None:
     CONSOLE.print(said(lines))
 
 
-def _by_file(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
+def by_file(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
+    """(rows, ids, numbers, threads) -> way -> its repeats."""
     groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
     for line in lines:
         what = line["what"]
@@ -184,7 +185,7 @@ def _by_file(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
 
 def draw(lines: list[Line], path: Path) -> None:
     """Rows a second of each way, for each kind of file."""
-    groups = _by_file(lines)
+    groups = by_file(lines)
     drawn, axes = figure(wide=3.8 * len(groups), high=3.2, columns=len(groups))
     for axis, (key, of) in zip(axes, groups.items(), strict=True):
         values = {name: median(of[name], "rows_per_s") / 1e6 for name in WAYS if name in of}

@@ -306,6 +306,33 @@ def test_experts_and_input_measure_what_they_say(tmp_path, capsys):
     assert min((tmp_path / name).stat().st_size for name in ("e.png", "i.png")) > 5000
 
 
+def test_what_has_become_slower_is_named(tmp_path, capsys):
+    check, about = script("check"), script("measure").about()
+
+    def line(what, repeat, **figures):
+        return json.dumps({"what": what, "repeat": repeat, "about": about, **figures})
+
+    case = {"case": "middle", "rows": 1, "table_rows": 1, "threads": None, "sleeping": True}
+    sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
+    of_file = {"rows": 1, "ids": 5, "numbers": 0, "threads": None}
+    lines = {
+        "peers": [line(case | {"contender": who}, i, from_file_per_s=speed * (i + 1))
+                  for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0))],
+        "experts": [line(sized, 0, auto="loop", ms={f: {"wall": ms} for f, ms in (("batched", 6.0), ("loop", 4.0))})],
+        "input": [line(of_file | {"way": way}, 0, rows_per_s=speed) for way, speed in (("pyarrow", 8), ("batches", 2))],
+    }  # fmt: skip
+    for name, of in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(of))
+    now = check.measured(tmp_path, {}, 1)
+    assert list(now.values()) == [1.5, 1.5, 0.25]
+    assert check.compare(now, {name: ratio * 1.2 for name, ratio in now.items()}, 0.25) == []
+    first, *_, last = now
+    assert check.compare(now, {first: 2.1, last: 0.25, "gone": 1.0}, 0.25) == [first, "gone"]
+    assert "2.10" in capsys.readouterr().out
+    for name, options in check.SCRIPTS.items():  # options that the scripts know
+        assert all(f'"{word}"' in Path(script(name).__file__).read_text() for word in options.split() if "--" in word)
+
+
 def waited(what, folder):
     return {"what": what, "repeat": 0, **script("input").work(what, folder), "about": script("measure").about()}
 

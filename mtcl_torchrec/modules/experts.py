@@ -71,6 +71,7 @@ class BatchedExperts(nn.Module):
         self.norm, self.dropout, self.form = norm, dropout, form
         self.reads = None if reads is None else list(reads)
         widths = [in_features, *layers]
+        self._large = max(o * i for i, o in pairwise(widths)) >= LOOP_FROM
         # Stored as (E, out, in): its (E·out, in) view is the one matrix of the shared first layer.
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o, i)) for i, o in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in layers)
@@ -131,7 +132,7 @@ class BatchedExperts(nn.Module):
         """By what does not change from batch to batch, so that a graph that is exported or compiled fits them all."""
         if self.form != "auto":
             return self.form == "loop"
-        return x.device.type == "cpu" and max(weight[0].numel() for weight in self.weights) >= LOOP_FROM
+        return x.device.type == "cpu" and self._large
 
     def _loop(self, x: torch.Tensor, chosen: list[int] | None, factors: Sequence[torch.Tensor] | None) -> torch.Tensor:
         """The same, one expert after the other.
