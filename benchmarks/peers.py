@@ -173,7 +173,7 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.tick_params(axis="y", labelsize=8)
     if grown:
         axes[-1].plot(*zip(*grown, strict=True), marker="o", color=COLOURS["ours"])
-        axes[-1].set(xscale="log", ylim=(0, None))
+        axes[-1].set(xscale="log", ylim=(0, 1.15 * max(speed for _, speed in grown)))
         axes[-1].set_title("ours, as tables grow (rows of a table)", fontsize=9)
         axes[-1].tick_params(labelsize=8)
     axes[0].set_ylabel("samples/s, reading included", fontsize=8)

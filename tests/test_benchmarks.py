@@ -250,9 +250,7 @@ def test_contenders_train_the_same(who, tiny_case):
         assert ran.dense_parameters == by_hand
     labels = script("peers").labels_of(files[1], case)
     assert ran.predictions.shape == labels.shape
-    rates = labels.mean(0)
-    loss = script("peers").log_loss(labels, ran.predictions)
-    assert loss < script("peers").log_loss(labels, rates * (labels * 0 + 1)) - 0.005
+    assert script("peers").log_loss(labels, ran.predictions) < 0.58  # all begin near log 2
 
 
 def trained(who, case, files):
