@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import about
 from rich.console import Console
 from rich.table import Table
 
@@ -153,9 +152,7 @@ def main() -> None:
     ways = compare(given)
     show(ways, Console(width=130))
     if given.json:
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count(),
-                   "threads": given.threads, "load": os.getloadavg()}  # fmt: skip
-        given.json.write_text(json.dumps({"machine": machine, "ways": ways}, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps({"about": about(), "ways": ways}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

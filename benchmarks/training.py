@@ -21,17 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count, product
 from pathlib import Path
 from typing import Any, get_args
@@ -39,6 +35,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import yaml
+from measure import about, peak_rss
+from measure import run as run_command
 from rich.console import Console
 from step_parts import PARTS, take_apart
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -218,7 +216,7 @@ def _train(
         "waited_s": waited,
         "apart_ms": apart,
         "model_s": model_s,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated(where.device) if cuda else None,
         "table_bytes": _table_bytes(sharded),
         "dense_parameters": sum(p.numel() for p in model.tower.parameters()),
@@ -278,7 +276,7 @@ def sweep(
     Returns:
         One result for each run that did not fail.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `_launch`, which ends the ranks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `_launch`, which ends torchrun and so the ranks
     results: list[dict[str, Any]] = []
     for repeat, (world_size, setting) in product(range(repeats), settings):
         name = f"{world_size} × {setting.vocabulary:,} rows, {setting.input}"
@@ -300,29 +298,11 @@ def _launch(world_size: int, setting: Setting, timeout_s: float, console: Consol
         command += [str(Path(__file__).resolve()), *setting.flags(), f"--json={out}"]
         # One thread each, so that numbers of ranks can be compared.
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        with log.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                console.print(f"no result after {timeout_s:.0f} s", highlight=False)
-            finally:
-                _stop(process)
+        run_command(command, log, timeout_s, environment)
         if not out.exists():
             console.print(log.read_text(errors="replace")[-3000:], highlight=False, markup=False)
             return None
         return json.loads(out.read_text())["runs"][0]
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """End torchrun, which ends its ranks; they are in sessions of their own, so it must get the time to do so."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def of_median_speed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -366,43 +346,6 @@ def write(results: list[dict[str, Any]], out: Path | None) -> None:
     if out is not None:
         content = {"about": about(), "method": METHOD, "parts": PARTS, "runs": results}
         out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def about() -> dict[str, Any]:
-    """The machine and the software."""
-    return {
-        "machine": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu")},
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _whole(text: str) -> list[int]:

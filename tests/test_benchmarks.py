@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -174,6 +175,164 @@ def test_gains_are_relative_to_the_twins(tmp_path, capsys):
     assert shown.count("↓") == 1
     balance.draw(results, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------------- against others
+
+
+def test_measurements_are_kept_interleaved_and_never_made_twice(tmp_path):
+    measure, asked = script("measure"), []
+
+    def one(what):
+        asked.append(what["n"])
+        return None if what["n"] == 3 else {"ms": 10.0 * what["n"] + len(asked)}
+
+    out, todo = tmp_path / "r.jsonl", [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert [line["ms"] for line in measure.sweep(out, todo[:2], 2, one)] == [11, 22, 13, 24]
+    assert asked == [1, 2, 1, 2]
+    out.write_text(out.read_text()[:-20])  # broken off while it wrote the last line
+    assert [line["repeat"] for line in measure.read(out)] == [0, 0, 1]
+    out.write_text(out.read_text().rpartition("\n")[0] + "\n")
+    found = measure.sweep(out, todo, 2, one)
+    assert asked[4:] == [3, 2, 3]  # what failed is tried again, what is there is not
+    assert measure.median([line for line in found if line["what"] == {"n": 1}], "ms") == 12
+    about = found[0]["about"]
+    assert about["versions"]["torch"] == importlib.metadata.version("torch")
+    assert {"machine", "commit", "date", "command", "load"} <= set(about)
+    assert f"{about['cores']} cores" in measure.said(found)
+
+
+def test_calls_take_turns():
+    measure, called = script("measure"), []
+    ms = measure.alternate({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 2, warm=1)
+    assert called == ["a", "b"] * 3
+    assert set(ms) == {"a", "b"}
+    assert min(ms["a"].values()) >= 0
+
+
+@pytest.fixture(scope="module")
+def tiny_case(tmp_path_factory):
+    """A case of the peers' benchmark, in the smallest size that learns, and its files."""
+    cases, folder = script("peer_cases"), tmp_path_factory.mktemp("peers")
+    case = cases.Case("tiny", 20_000, 3, 50, 4, 2, 2, (8, 6), (5,), batch_size=256, warmup_steps=2)
+    return case, cases.files_of(case, folder)
+
+
+def test_the_rows_of_a_case_can_be_learnt_and_stay(tiny_case):
+    import pyarrow.parquet as pq
+
+    case, (train, val) = tiny_case
+    frame = pq.read_table(train).to_pandas()
+    assert list(frame) == [*case.columns, *case.labels]
+    assert len(frame) == case.rows
+    assert frame[case.columns].to_numpy().max() < case.table_rows
+    assert 0.05 < frame[case.labels].to_numpy().mean() < 0.5
+    again = script("peer_cases").files_of(case, train.parent)
+    assert again == (train, val)
+    assert len(list(train.parent.iterdir())) == 2
+    # What an id adds is the same in both files: rates by id go together.
+    rates = [pq.read_table(path).to_pandas().groupby("id_0")["task_0"].mean() for path in (train, val)]
+    common = rates[0].index.intersection(rates[1].index)
+    assert rates[0][common].corr(rates[1][common]) > 0.5
+
+
+@pytest.mark.parametrize("who", ["ours", "torchrec", "pytorch", "rechub", "deepctr"])
+def test_contenders_train_the_same(who, tiny_case):
+    if who in ("rechub", "deepctr"):
+        pytest.importorskip({"rechub": "torch_rechub", "deepctr": "deepctr_torch"}[who])
+    contenders, (case, files) = script("contenders"), tiny_case
+    [ran] = run_ranks(trained, 1, who, case, files)
+    assert len(ran.stamps.wall) == len(ran.stamps.cpu) == case.steps
+    assert ran.table_parameters == 3 * 50 * 4
+    by_hand = sum(p.numel() for p in contenders.MMoE(case).parameters())
+    assert ran.dense_parameters == pytest.approx(by_hand, rel=0.1)
+    if who in ("ours", "torchrec", "pytorch"):
+        assert ran.dense_parameters == by_hand
+    labels = script("peers").labels_of(files[1], case)
+    assert ran.predictions.shape == labels.shape
+    assert script("peers").log_loss(labels, ran.predictions) < 0.58  # all begin near log 2
+
+
+def trained(who, case, files):
+    return script("contenders").CONTENDERS[who](case, *files, 0)
+
+
+def test_peers_are_compared_repeat_by_repeat(tmp_path, capsys):
+    peers = script("peers")
+    lines = [
+        {"what": {"case": case, "rows": 10, "table_rows": size, "contender": who, "threads": None,
+                  "sleeping": True}, "repeat": repeat,
+         "samples_per_s": speed * (repeat + 1), "from_file_per_s": speed * (repeat + 1), "step_ms": 1.0,
+         "step_cpu_ms": 1.0, "log_loss": 0.5, "table_parameters": 100, "dense_parameters": dense, "ready_s": 1.0,
+         "peak_rss_bytes": 1e9, "about": script("measure").about()}
+        for case, size, who, speed, dense in (("middle", 5, "ours", 60.0, 1000), ("middle", 5, "rechub", 20.0, 1010),
+                                              ("middle", 5, "deepctr", 20.0, 1100), ("growing", 5, "ours", 9.0, 1),
+                                              ("growing", 50, "ours", 8.0, 1))
+        for repeat in (0, 1)
+    ]  # fmt: skip
+    peers.show(lines)
+    said = capsys.readouterr().out
+    assert "3.00" in said
+    assert said.count("NOT EQUAL") == 1
+    assert "deepctr has 1,100 parameters" in said
+    peers.draw(lines, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+def test_experts_and_input_measure_what_they_say(tmp_path, capsys):
+    experts, reading, measure = script("experts"), script("input"), script("measure")
+    what = {"experts": 2, "width": 8, "rows": 16, "input": 4, "rounds": 2, "device": "cpu", "compile": False,
+            "threads": 1}  # fmt: skip
+    lines = [{"what": what, "repeat": 0, **experts.work(what), "about": measure.about()}]
+    assert lines[0]["auto"] == "batched"
+    experts.show(lines)
+    experts.draw(lines, tmp_path / "e.png")
+    assert "2 × 8" in capsys.readouterr().out
+    reading.write(tmp_path / "input-900x2x1.parquet", 900, 2, 1)
+    of = {"rows": 900, "ids": 2, "numbers": 1, "batch_size": 128, "threads": 1}
+    lines = [
+        {"what": of | {"way": way}, "repeat": 0, **reading.work(of | {"way": way}, tmp_path), "about": measure.about()}
+        for way in reading.WAYS
+    ]
+    lines += run_ranks(waited, 1, of | {"way": "training"}, tmp_path)
+    assert 0 <= lines[-1]["waiting_share"] <= 1
+    reading.show(lines)
+    reading.draw(lines, tmp_path / "i.png")
+    said = capsys.readouterr().out
+    assert "of pyarrow" in said
+    assert "is spent waiting for input" in said
+    assert min((tmp_path / name).stat().st_size for name in ("e.png", "i.png")) > 5000
+
+
+def test_what_has_become_slower_is_named(tmp_path, capsys):
+    check, about = script("check"), script("measure").about()
+
+    def line(what, repeat, **figures):
+        return json.dumps({"what": what, "repeat": repeat, "about": about, **figures})
+
+    case = {"case": "middle", "rows": 1, "table_rows": 1, "threads": None, "sleeping": True}
+    sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
+    of_file = {"rows": 1, "ids": 5, "numbers": 0, "threads": None}
+    lines = {
+        "peers": [line(case | {"contender": who}, i, from_file_per_s=speed * (i + 1))
+                  for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0))],
+        "experts": [line(sized, 0, auto="loop", ms={f: {"wall": ms} for f, ms in (("batched", 6.0), ("loop", 4.0))})],
+        "input": [line(of_file | {"way": way}, 0, rows_per_s=speed) for way, speed in (("pyarrow", 8), ("batches", 2))],
+    }  # fmt: skip
+    for name, of in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(of))
+    now = check.measured(tmp_path, {}, 1)
+    assert list(now.values()) == [1.5, 1.5, 0.25]
+    assert check.compare(now, {name: ratio * 1.2 for name, ratio in now.items()}, 0.25) == []
+    first, *_, last = now
+    assert check.compare(now, {first: 2.1, last: 0.25, "gone": 1.0}, 0.25) == [first, "gone"]
+    assert "2.10" in capsys.readouterr().out
+    for name, options in check.SCRIPTS.items():  # options that the scripts know
+        assert all(f'"{word}"' in Path(script(name).__file__).read_text() for word in options.split() if "--" in word)
+
+
+def waited(what, folder):
+    return {"what": what, "repeat": 0, **script("input").work(what, folder), "about": script("measure").about()}
 
 
 # ---------------------------------------------------------------------- cold start

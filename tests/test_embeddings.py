@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from mtcl_torchrec.modules.embeddings import PooledConcat, visible_columns
+from mtcl_torchrec.modules.embeddings import PooledConcat, pooled_by_key, visible_columns
 
 DIMS = {"a": 3, "b": 2}
 
@@ -56,3 +56,20 @@ def test_a_column_of_two_groups_is_seen_by_who_may_see_both():
     assert visible_columns(["user"], DIMS, 1, groups, both).tolist() == [1, 1, 1, 0, 0, 0]
     assert visible_columns(["user", "item"], DIMS, 1, groups, both).tolist() == [1, 1, 1, 1, 1, 1]
     assert visible_columns(["user", "item", "context"], DIMS, 1, None, None).tolist() == [1] * 6
+
+
+def test_embeddings_in_the_wanted_order_are_not_copied():
+    values = torch.randn(4, 5, requires_grad=True)
+    for keys in (list(DIMS), list(DIMS)[::-1]):
+        held = KeyedTensor(keys, [DIMS[key] for key in keys], values)
+        out = PooledConcat(DIMS)(torch.empty(4, 0), held)
+        assert torch.equal(out, torch.cat([held[key] for key in DIMS], 1))
+        assert (out is values) == (keys == list(DIMS))
+        by_key = pooled_by_key(held, DIMS)
+        assert all(torch.equal(by_key[key], held[key]) for key in DIMS)
+        direction = torch.randn_like(out)
+        ours, theirs = (
+            torch.autograd.grad((of * direction).sum(), values)[0]
+            for of in (torch.cat(list(by_key.values()), 1), torch.cat([held[key] for key in DIMS], 1))
+        )
+        assert torch.equal(ours, theirs)

@@ -137,3 +137,45 @@ def test_factors_scale_the_output_of_every_layer():
         h = network[:3](x[e]) * factors[0][e]
         expected.append(network[3:](h) * factors[1][e])
     torch.testing.assert_close(experts(x, factors=factors), torch.stack(expected))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+@pytest.mark.parametrize(
+    ("reads", "only", "gated", "scaled"),
+    [(None, None, 0, False), (None, [2, 0], 2, True), ([0, 1, 1], None, 0, True), ([1, 0, 1], [2, 1], 2, False)],
+)
+def test_both_forms_are_one_network(norm, reads, only, gated, scaled):
+    torch.manual_seed(3)
+    made = [
+        BatchedExperts(9, [6, 4], 3, norm=norm, reads=reads, feature_rank=gated, form=form)
+        for form in ("batched", "loop")
+    ]
+    randomise(made[0])
+    made[1].load_state_dict(made[0].state_dict())
+    x = torch.randn((5, 9) if reads is None else (2, 5, 9))
+    e = len(only or range(3))
+    factors = [torch.randn(e, 5, width) for width in (6, 4)] if scaled else None
+    found = []
+    for experts in made:
+        given = x.clone().requires_grad_()
+        out = experts(given, only, factors)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        found.append([out, given.grad, *(p.grad for p in experts.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_large_experts_are_computed_one_by_one():
+    x = torch.randn(2, 80)
+    assert BatchedExperts(80, [256, 128], 4)._one_by_one(x)
+    assert not BatchedExperts(80, [32, 16], 64)._one_by_one(x)
+    assert not BatchedExperts(80, [256, 128], 4)._one_by_one(x.to("meta"))
+    with pytest.raises(ValueError, match="form is one of auto, batched, loop, not 'bmm'"):
+        BatchedExperts(4, [4], 2, form="bmm")
+
+
+def test_both_forms_drop_out_as_much():
+    torch.manual_seed(4)
+    for form in ("batched", "loop"):
+        out = BatchedExperts(8, [64], 3, dropout=0.25, form=form)(torch.randn(200, 8))
+        assert abs((out == 0).float().mean() - 0.25) < 0.02

@@ -257,7 +257,35 @@ def pooled_by_key(pooled: Pooled, dims: Mapping[str, int]) -> dict[str, torch.Te
         pooled = pooled[0]
     if isinstance(pooled, torch.Tensor):
         return dict(zip(dims, torch.split(pooled, list(dims.values()), dim=1), strict=True))
-    return {key: pooled[key] for key in dims}
+    by_key = pooled if isinstance(pooled, Mapping) else _parts(pooled)
+    return {key: by_key[key] for key in dims}
+
+
+def _parts(pooled: Any) -> dict[str, torch.Tensor]:
+    """All of a KeyedTensor or of a promise of one, cut at once.
+
+    Asked for key by key, a promise is looked at anew each time, and backward fills a tensor of all keys for each.
+    """
+    return dict(zip(pooled.keys(), torch.split(pooled.values(), pooled.length_per_key(), dim=1), strict=True))
+
+
+def inputs_as_one(pooled: Pooled, keys: Sequence[str]) -> torch.Tensor:
+    """(B, Σ widths): inputs side by side, from what `Lookups` or an embedding-bag collection returned.
+
+    Example:
+        >>> inputs_as_one({"a": torch.zeros(2, 1), "b": torch.ones(2, 2)}, ["b", "a"])
+        tensor([[1., 1., 0.],
+                [1., 1., 0.]])
+    """
+    if isinstance(pooled, tuple):
+        pooled = pooled[0]
+    if isinstance(pooled, torch.Tensor):
+        return pooled
+    if not isinstance(pooled, Mapping):
+        if list(pooled.keys()) == list(keys):  # in another order under another sharding plan
+            return pooled.values()
+        pooled = _parts(pooled)
+    return torch.cat([pooled[key] for key in keys], dim=1)
 
 
 class PooledConcat(nn.Module):
@@ -296,18 +324,15 @@ class PooledConcat(nn.Module):
     def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> torch.Tensor:
         """(B, Σ dims + D) from a KeyedTensor (or a tuple that starts with one, or a ready (B, Σ dims) tensor) and
         (B, D) dense features."""
-        if isinstance(pooled, tuple):
-            pooled = pooled[0]
-        parts = [pooled] if isinstance(pooled, torch.Tensor) else [pooled[key] for key in self.keys]
-        dense = dense_features.to(parts[0].dtype)
+        embeddings = inputs_as_one(pooled, self.keys)
+        dense = dense_features.to(embeddings.dtype)
         if self.training and self.dense_noise > 0:
             dense = dense + self.dense_noise * torch.randn_like(dense)
         dense = F.dropout(dense, self.dense_dropout, self.training)
-        if not (self.training and self.embedding_dropout > 0):
-            return torch.cat([*parts, dense], dim=1)
-        embeddings = torch.cat(parts, dim=1)
-        kept = F.dropout(embeddings.new_ones(len(embeddings), self.num_features), self.embedding_dropout)
-        return torch.cat([embeddings * kept[:, self.owner], dense], dim=1)
+        if self.training and self.embedding_dropout > 0:
+            kept = F.dropout(embeddings.new_ones(len(embeddings), self.num_features), self.embedding_dropout)
+            embeddings = embeddings * kept[:, self.owner]
+        return torch.cat([embeddings, dense], dim=1) if dense.shape[1] else embeddings
 
 
 def visible_columns(

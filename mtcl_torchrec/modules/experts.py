@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 Norm = Literal["layer", "rms", "none"]
+Form = Literal["auto", "batched", "loop"]
+# On a CPU, from so many numbers in an expert's largest weight on, one expert after the other is as fast or faster
+# (`benchmarks/experts.py`): the products are large enough by themselves, and each one's norm is a single kernel.
+LOOP_FROM = 8_192
 
 
 class BatchedExperts(nn.Module):
     """E multi-layer perceptrons: each layer is linear → norm → SiLU → dropout.
 
     Where all experts read the same input, the first layer of all of them is one matrix product; every other layer is
-    one batched product.  The result is that of a loop over E separate networks.
+    one batched product.  The result is that of a loop over E separate networks, and on a CPU a few large experts are
+    computed in one: the parameters are the same in both forms.
 
     With `feature_rank` r, expert e reads x ⊙ 2σ(x Aₑ Bₑ) instead of x, Aₑ (D, r), Bₑ (r, D): a gate of low rank that
     lets it choose among the features, so that a sparse task's expert is not pulled about by columns of no use to it
@@ -32,6 +37,7 @@ class BatchedExperts(nn.Module):
         norm: ``"layer"`` (LayerNorm), ``"rms"`` (RMSNorm) or ``"none"``, with scales of each expert's own.
         dropout: after each activation.
         feature_rank: r of each expert's feature gate; 0 is no gate.
+        form: ``"batched"``, ``"loop"``, or ``"auto"``, whichever is faster for these sizes on the input's device.
 
     Example:
         >>> BatchedExperts(8, [16, 4], num_experts=3)(torch.randn(5, 8)).shape
@@ -48,20 +54,24 @@ class BatchedExperts(nn.Module):
         norm: Norm = "layer",
         dropout: float = 0.0,
         feature_rank: int = 0,
+        form: Form = "auto",
     ) -> None:
         super().__init__()
         if not layers or min(layers) < 1 or in_features < 1 or num_experts < 1:
             raise ValueError(f"experts need widths of at least 1: {in_features=}, {layers=}, {num_experts=}")
         if norm not in ("layer", "rms", "none"):
             raise ValueError(f"norm is 'layer', 'rms' or 'none', not {norm!r}")
+        if form not in get_args(Form):
+            raise ValueError(f"form is one of {', '.join(get_args(Form))}, not {form!r}")
         if reads is not None and len(reads) != num_experts:
             raise ValueError(f"{num_experts} experts, but reads names {len(reads)} streams")
         if feature_rank < 0:
             raise ValueError(f"feature_rank is at least 0, not {feature_rank}")
         self.num_experts, self.out_features = num_experts, layers[-1]
-        self.norm, self.dropout = norm, dropout
+        self.norm, self.dropout, self.form = norm, dropout, form
         self.reads = None if reads is None else list(reads)
         widths = [in_features, *layers]
+        self._large = max(o * i for i, o in pairwise(widths)) >= LOOP_FROM
         # Stored as (E, out, in): its (E·out, in) view is the one matrix of the shared first layer.
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o, i)) for i, o in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in layers)
@@ -103,6 +113,8 @@ class BatchedExperts(nn.Module):
             x = x if reads == list(range(x.shape[0])) else x[reads]
         if self.feature_gates is not None:
             x = x * self._feature_gates(x, of)
+        if self._one_by_one(x):
+            return self._loop(x, chosen, factors)
         if x.dim() == 2:
             h = F.linear(x, weight.flatten(0, 1), bias.flatten())
             h = h.view(x.shape[0], *bias.shape).transpose(0, 1)
@@ -115,6 +127,38 @@ class BatchedExperts(nn.Module):
             if factors is not None:
                 h = h * factors[layer]
         return h
+
+    def _one_by_one(self, x: torch.Tensor) -> bool:
+        """By what does not change from batch to batch, so that a graph that is exported or compiled fits them all."""
+        if self.form != "auto":
+            return self.form == "loop"
+        return x.device.type == "cpu" and self._large
+
+    def _loop(self, x: torch.Tensor, chosen: list[int] | None, factors: Sequence[torch.Tensor] | None) -> torch.Tensor:
+        """The same, one expert after the other.
+
+        Args:
+            x: (B, D), or (len(chosen), B, D).
+        """
+
+        def apart(parameters: nn.ParameterList) -> list[tuple[torch.Tensor, ...]]:
+            return [parameter.unbind(0) for parameter in parameters]  # at once: each would leave a gradient of all
+
+        weights, biases, scales, shifts = map(apart, (self.weights, self.biases, self.scales, self.shifts))
+        outputs = []
+        for place, e in enumerate(range(self.num_experts) if chosen is None else chosen):
+            h = x if x.dim() == 2 else x[place]
+            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                h, width = F.linear(h, weight[e], bias[e]), bias[e].shape
+                if self.norm == "layer":
+                    h = F.layer_norm(h, width, scales[layer][e], shifts[layer][e])
+                elif self.norm == "rms":
+                    h = F.rms_norm(h, width, scales[layer][e], eps=1e-6)
+                h = F.dropout(F.silu(h), self.dropout, self.training)
+                if factors is not None:
+                    h = h * factors[layer][place]
+            outputs.append(h)
+        return torch.stack(outputs)
 
     def _feature_gates(self, x: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """(E, B, D) in (0, 2) for x (B, D), or (E, B, D): the stream of each expert."""

@@ -118,16 +118,3 @@ def _takes(module: nn.Module) -> Sequence[str]:
 def _dims(module: nn.Module) -> Mapping[str, int]:
     dims: Any = module.dims
     return dims
-
-
-def inputs_as_one(pooled: Pooled, keys: Sequence[str]) -> torch.Tensor:
-    """(B, Σ widths): inputs side by side, from what `Lookups` or an embedding-bag collection returned.
-
-    Example:
-        >>> inputs_as_one({"a": torch.zeros(2, 1), "b": torch.ones(2, 2)}, ["b", "a"])
-        tensor([[1., 1., 0.],
-                [1., 1., 0.]])
-    """
-    if isinstance(pooled, tuple):
-        pooled = pooled[0]
-    return pooled if isinstance(pooled, torch.Tensor) else torch.cat([pooled[key] for key in keys], dim=1)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mtcl_torchrec.modules.embeddings import Pooled
+from mtcl_torchrec.modules.embeddings import Pooled, inputs_as_one
 from mtcl_torchrec.modules.guard import stop_gradient_if
-from mtcl_torchrec.modules.lookups import Lookups, inputs_as_one
+from mtcl_torchrec.modules.lookups import Lookups
 from mtcl_torchrec.schema import ConfigError, nearest
 
 REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")

@@ -1,0 +1,226 @@
+"""How fast this package trains beside what people would use instead: on the same rows, by the same kind of optimizer.
+
+    python benchmarks/peers.py --case small middle large growing --out results/peers.jsonl --picture results/peers.png
+    python benchmarks/peers.py --show results/peers.jsonl
+    python benchmarks/peers.py --case middle --rows 100_000 --contenders ours torchrec --repeats 1 --out try.jsonl
+
+One pass over a Parquet file, each contender in a process of its own, in turn (see `contenders.py` for who they are;
+`rechub` and `deepctr` need ``pip install torch-rechub==0.9.0 deepctr-torch==0.3.0 requests``).  The first steps do not
+count.
+
+`samples/s` is of training, with whatever the contender's loader costs it; `from file` counts what it reads before it
+trains, too.  `cpu` is the processor time of a step, of all threads, which other programs on the machine disturb less
+than the rest.  `log-loss` of held-out rows afterwards shows that it has learnt; what is listed as parameters, that all
+trained as many.
+
+The cases: `small` is of the size of census-income; `middle` has 5 tables of 150,000 rows; `large` one of 10 million;
+`growing` is ours alone, the middle one with two tables of 100,000 to 30 million rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from measure import CONSOLE, Line, figure, in_process, median, options, peak_rss, said, save, sweep
+from measure import read as read_lines
+from peer_cases import CASES, GROWING, Case, files_of
+
+from mtcl_torchrec.evaluation.report import plain_table
+
+DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
+PEERS = ("torch-rechub", "deepctr-torch")
+COLOURS = {"ours": "#1f77b4", "ours_bf16": "#17becf"}
+SAME_SIZE = 0.02  # how far dense parameters may differ: the peers have a bias more in a gate, or none in a head
+
+
+def work(what: Line, data: Path) -> Line:
+    """Train one contender in this process."""
+    from contenders import CONTENDERS
+
+    if what["threads"]:
+        torch.set_num_threads(what["threads"])
+    case = CASES[what["case"]].sized(what["rows"], what["table_rows"])
+    train, val = files_of(case, data)
+    ran = CONTENDERS[what["contender"]](case, train, val, 0)
+    full = case.rows // case.batch_size  # the last step may have fewer rows
+    warm = min(case.warmup_steps, full - 1)
+    assert len(ran.stamps.wall) == case.steps, (len(ran.stamps.wall), case.steps)
+    counted = slice(warm - 1, full)
+    seconds, cpu_s = (of[counted][-1] - of[counted][0] for of in (ran.stamps.wall, ran.stamps.cpu))
+    samples_per_s = (full - warm) * case.batch_size / seconds
+    return {
+        "samples_per_s": samples_per_s,
+        "from_file_per_s": case.rows / (ran.read_s + case.rows / samples_per_s),
+        "step_ms": seconds / (full - warm) * 1000,
+        "step_median_ms": float(np.median(np.diff(ran.stamps.wall[counted])) * 1000),
+        "step_cpu_ms": cpu_s / (full - warm) * 1000,
+        "log_loss": log_loss(labels_of(val, case), ran.predictions),
+        "table_parameters": ran.table_parameters,
+        "dense_parameters": ran.dense_parameters,
+        "read_s": ran.read_s,
+        "ready_s": ran.ready_s,
+        "peak_rss_bytes": peak_rss(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def labels_of(path: Path, case: Case) -> np.ndarray:
+    """(N, T) of a case's file."""
+    table = pq.read_table(path, columns=case.labels)
+    return np.stack([table[name].to_numpy() for name in case.labels], 1).astype(np.float64)
+
+
+def log_loss(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean over rows and tasks; both (N, T)."""
+    p = np.clip(predictions.astype(np.float64), 1e-7, 1 - 1e-7)
+    return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
+
+
+def todo(given: argparse.Namespace) -> list[Line]:
+    """What is to be measured, contenders of a case in turn."""
+    found = []
+    for name in given.case:
+        case = CASES[name].sized(given.rows)
+        sizes = (given.table_rows,) if given.table_rows else GROWING if name == "growing" else (case.table_rows,)
+        for size in sizes:
+            contenders = given.contenders or (["ours"] if name == "growing" else list(DEFAULT))
+            common = {"case": name, "rows": case.rows, "table_rows": size}
+            how = {"threads": given.threads, "sleeping": not given.spinning}
+            found += [{**common, "contender": who, **how} for who in contenders]
+    return found
+
+
+# ---------------------------------------------------------------------- shown
+
+
+def by_size(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
+    """(case, rows, rows of a table, threads, whether they sleep while they wait) -> contender -> its repeats."""
+    groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
+    for line in lines:
+        what = line["what"]
+        size = (what["case"], what["rows"], what["table_rows"], what["threads"], what["sleeping"])
+        groups.setdefault(size, {}).setdefault(what["contender"], []).append(line)
+    return groups
+
+
+def slower(ours: list[Line], others: list[Line], key: str = "from_file_per_s") -> float:
+    """How often as fast ours are: the median over the repeats that both have."""
+    of = {line["repeat"]: line[key] for line in others}
+    ratios = [line[key] / of[line["repeat"]] for line in ours if line["repeat"] in of]
+    return statistics.median(ratios) if ratios else float("nan")
+
+
+def show(lines: list[Line]) -> None:
+    """A table for each case."""
+    for (case, rows, table_rows, threads, sleeping), of in by_size(lines).items():
+        repeats = max(map(len, of.values()))
+        how = f"threads: {threads or 'default'}{'' if sleeping else ', spinning'}"
+        title = f"{case}: {rows:,} rows, tables of {table_rows:,}, {how}, median of {repeats}"
+        table = plain_table(title, ["", "samples/s", "from file", "ms a step", "cpu", "ours is … times as fast",
+                                    "log-loss", "parameters", "peak GB", "ready, s"])  # fmt: skip
+        for who, repeated in of.items():
+            ratio = slower(of["ours"], repeated) if "ours" in of else float("nan")
+            table.add_row(
+                who, f"{median(repeated, 'samples_per_s'):,.0f}", f"{median(repeated, 'from_file_per_s'):,.0f}",
+                f"{median(repeated, 'step_ms'):.1f}", f"{median(repeated, 'step_cpu_ms'):.1f}", f"{ratio:.2f}",
+                f"{median(repeated, 'log_loss'):.4f}",
+                f"{repeated[0]['table_parameters']:,} + {repeated[0]['dense_parameters']:,}",
+                f"{median(repeated, 'peak_rss_bytes') / 1e9:.2f}", f"{median(repeated, 'ready_s'):.1f}",
+            )  # fmt: skip
+        CONSOLE.print(table, "")
+        for problem in unequal(of):
+            CONSOLE.print(f"NOT EQUAL: {problem}")
+    CONSOLE.print(said(lines))
+
+
+def unequal(of: dict[str, list[Line]]) -> list[str]:
+    """What makes a comparison unfair: other numbers of parameters."""
+    first = next(iter(of.values()))[0]
+    found = []
+    for who, (line, *_) in of.items():
+        if line["table_parameters"] != first["table_parameters"]:
+            found.append(f"{who} has {line['table_parameters']:,} parameters in tables")
+        if abs(line["dense_parameters"] / first["dense_parameters"] - 1) > SAME_SIZE:
+            found.append(f"{who} has {line['dense_parameters']:,} parameters beside tables")
+    return found
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Samples a second, from the file, of each case; the growing one by the size of its tables."""
+    groups = by_size(lines)
+    bars = [size for size, of in groups.items() if size[0] != "growing" and len(of) > 1]
+    grown = sorted(
+        (size[2], median(of["ours"], "samples_per_s")) for size, of in groups.items() if size[0] == "growing"
+    )
+    drawn, axes = figure(wide=3.4 * (len(bars) + bool(grown)), high=3.4, columns=max(len(bars) + bool(grown), 1))
+    for axis, size in zip(axes, bars, strict=False):
+        of = groups[size]
+        values = {who: median(repeated, "from_file_per_s") for who, repeated in of.items()}
+        placed = axis.bar(list(values), list(values.values()), color=[COLOURS.get(who, "#b0b0b0") for who in values])
+        axis.bar_label(placed, [f"{v / 1000:,.1f} k" if v < 1e5 else f"{v / 1000:,.0f} k" for v in values.values()],
+                       fontsize=8)  # fmt: skip
+        axis.set_title(f"{size[0]}: tables of {size[2]:,} rows", fontsize=9)
+        axis.tick_params(axis="x", labelsize=8, rotation=25)
+        axis.tick_params(axis="y", labelsize=8)
+    if grown:
+        axes[-1].plot(*zip(*grown, strict=True), marker="o", color=COLOURS["ours"])
+        axes[-1].set(xscale="log", ylim=(0, 1.15 * max(speed for _, speed in grown)))
+        axes[-1].set_title("ours, as tables grow (rows of a table)", fontsize=9)
+        axes[-1].tick_params(labelsize=8)
+    axes[0].set_ylabel("samples/s, reading included", fontsize=8)
+    save(drawn, path)
+
+
+def main() -> None:
+    """Measure what is missing, print tables, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=["small", "middle", "large"])
+    parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, "ours_bf16"], help="default: all of them in fp32")
+    parser.add_argument("--rows", type=int, help="of the training file, instead of the case's")
+    parser.add_argument("--table-rows", type=int, help="of each table, instead of the case's")
+    waiting = "OpenMP's threads wait as they do by default; else they sleep, for all contenders, as `mtcl train` has it"
+    parser.add_argument("--spinning", action="store_true", help=waiting)
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "mtcl-peers",
+                        help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
+    options(parser, repeats=3, timeout_s=1200)
+    given = parser.parse_args()
+    if given.worker:
+        given.result.write_text(json.dumps(work(given.worker, given.data)))
+        return
+    if not (given.out or given.show):
+        parser.error("--out FILE to measure, --show FILE to look")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU
+    lines = read_lines(given.show) if given.show else _measured(given)
+    show(lines)
+    if given.picture:
+        draw(lines, given.picture)
+
+
+def _measured(given: argparse.Namespace) -> list[Line]:
+    wanted = todo(given)
+    for what in wanted:
+        files_of(CASES[what["case"]].sized(what["rows"], what["table_rows"]), given.data)
+
+    def one(what: Line) -> Line | None:
+        result = in_process(
+            Path(__file__).resolve(), what, timeout_s=given.timeout, threads=given.threads,
+            flags=["--data", str(given.data)], more={"OMP_WAIT_POLICY": "PASSIVE"} if what["sleeping"] else {},
+        )  # fmt: skip
+        if result:
+            CONSOLE.print(f"{what['case']}, {what['contender']}: {result['from_file_per_s']:,.0f} samples/s from file")
+        return result
+
+    return sweep(given.out, wanted, given.repeats, one, versions=PEERS)
+
+
+if __name__ == "__main__":
+    main()
