@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import shop
+import torch
 from ranks import run_ranks
 from rich.console import Console
 from typer.testing import CliRunner
@@ -15,9 +16,12 @@ from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.sharding import Ranks
 from mtcl_torchrec.training.tuning import print_tuning, tune_run
 from mtcl_torchrec.training.tuning import run as tuning_run
-from mtcl_torchrec.training.tuning.study import Study
+from mtcl_torchrec.training.tuning.objective import Objective
+from mtcl_torchrec.training.tuning.space import Space
+from mtcl_torchrec.training.tuning.study import Study, about
 
 RUN = shop.RUN.replace("epochs: 4", "epochs: 2, max_skipped_steps: 0").replace(
     "dense: {lr: 0.01}", "dense: {lr: 0.003}"
@@ -155,12 +159,44 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(data, found):
 def test_a_folder_is_of_one_search(data, found):
     result, _, _, _ = found
     run = parse_run(RUN, folder=data)
-    with pytest.raises(ConfigError, match="holds a search of another run, space or objective: --overwrite it"):
+    with pytest.raises(ConfigError, match="holds a search of another run, space or objective, or one of other data"):
         tune_run(run, result.folder, trials=1, device="cpu", console=Console(quiet=True))
     with pytest.raises(FileExistsError, match="no folder of mtcl tune"):
         tune_run(run, data, trials=1, device="cpu", console=Console(quiet=True))
     late = tuned(data, "whole", trials=9, timeout=0.0)
     assert numbers(late) == numbers(result)
+
+
+def test_other_data_is_another_search_and_another_folder_to_start_from_is_not(data, tmp_path, monkeypatch):
+    log = shop.log(500)
+    log.to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "run.yaml").write_text(RUN.replace("log.parquet", "log.csv") + SPACE)
+
+    def told(path):
+        run = load_run(path)
+        return about(Space.of(run, run.tuning), Objective.named("mean_auc", run))
+
+    before = told(tmp_path / "run.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert told("run.yaml") == before
+    at = log.index[log["click"] == 0][100]  # a label in the middle: the file keeps its size
+    log.loc[at, "click"] = 1
+    log.to_csv(tmp_path / "log.csv", index=False)
+    assert told("run.yaml") != before
+
+
+def test_trials_that_drop_other_shares_of_ids_do_so(data, tmp_path):
+    run = parse_run(RUN + "tuning:\n  training.id_dropout.user_id: {uniform: [0, 0.5]}\n", folder=data)
+    space = Space.of(run, run.tuning)
+    where = Ranks(0, 1, torch.device("cpu"))
+    search = tuning_run._Search(
+        tmp_path, space, Objective.named("mean_auc", run), where, "cpu", Console(file=io.StringIO())
+    )
+    path = "training.id_dropout.user_id"
+    shares = [
+        search._data_of(space.with_values({path: x}), lambda line: None).splits.train.id_dropout for x in (0.1, 0.4)
+    ]
+    assert shares == [{"user_id": 0.1}, {"user_id": 0.4}]
 
 
 def on_ranks(folder):

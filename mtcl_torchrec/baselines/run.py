@@ -19,7 +19,6 @@ from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
 from mtcl_torchrec.baselines.store import (
     FOLDER,
-    files_fingerprint,
     key_of,
     load_part,
     read_entries,
@@ -27,12 +26,14 @@ from mtcl_torchrec.baselines.store import (
     write_entry,
 )
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
 from mtcl_torchrec.evaluation.predictions_file import write_predictions
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, Task, nearest
+from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import predictions_path, rows_predicted
+from mtcl_torchrec.training.judging import predictions_path, rows_predicted, worth_of
 from mtcl_torchrec.training.sharding import Device
 
 MAX_ROWS = 2_000_000
@@ -69,7 +70,8 @@ def run_baselines(
         Baseline -> its entry in ``baselines.json``, of those asked for.
 
     Raises:
-        ConfigError: no such baseline, one that lacks a library or a column of the schema, or several processes.
+        ConfigError: no such baseline, one that lacks a library or a column of the schema, several processes, or another
+            process at work in the folder.
         DataError: the data does not fit the schema.
     """
     budget = budget or Budget()
@@ -87,19 +89,34 @@ def run_baselines(
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
     left = [name for name in names if name not in done]
     if left:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = load_data(run, max_rows=max_rows, seed=seed, say=say)
-        fused, said = score_of(run, data.tasks)
-        if said:
-            say(said)
-        for name in left:
-            place = folder / FOLDER / name
-            job = Job(run, data, place, device, seed)
-            write_entry(folder, name, _one(name, job, fused, budget, keys[name], say))
-            for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
-                shutil.rmtree(rest, ignore_errors=True)
+        with locked(folder / FOLDER, "mtcl baselines"):
+            _go_on(run, folder, left, keys, budget, seed, max_rows, device, say)
         entries = read_entries(folder)
     return {name: entries[name] for name in names}
+
+
+def _go_on(
+    run: RunConfig,
+    folder: Path,
+    names: Sequence[str],
+    keys: dict[str, str],
+    budget: Budget,
+    seed: int,
+    max_rows: int,
+    device: Device,
+    say: Say,
+) -> None:
+    """Those that are not done, one after the other."""
+    data = load_data(run, max_rows=max_rows, seed=seed, say=say)
+    fused, said = score_of(run, data.tasks)
+    if said:
+        say(said)
+    for name in names:
+        place = folder / FOLDER / name
+        job = Job(run, data, place, device, seed)
+        write_entry(folder, name, _one(name, job, fused, budget, keys[name], say))
+        for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
@@ -208,9 +225,9 @@ def _write(
     data = job.data
     table = rows_predicted(
         data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
-        {**predictions, "score": score}, split=split,
+        {**predictions, "score": score}, split=split, values=worth_of(job.run),
     )  # fmt: skip
     if split == "val":
-        thresholds = chosen_thresholds(table)
+        thresholds = chosen_thresholds(table, job.run.evaluation.threshold)
     write_predictions(predictions_path(job.folder, split), replace(table, thresholds=thresholds))
     return thresholds

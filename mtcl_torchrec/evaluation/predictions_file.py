@@ -52,7 +52,8 @@ class PredictionsTable:
         values: task -> what its event is worth, in value@k.
 
     Raises:
-        DataError: no labels of a task, or columns of another length or of no known kind.
+        DataError: no labels of a task, labels or predictions that are none of its kind, or class probabilities of
+            another length.
 
     Example:
         >>> table = PredictionsTable(
@@ -77,6 +78,36 @@ class PredictionsTable:
         for name, values in self.classes.items():
             if len(values) != len(self.frame) or values.ndim != 2:
                 raise DataError(f"predictions: {name} has the shape {values.shape}, and there are {len(self):,} rows")
+        for task in self.tasks:
+            self._check_labels(task)
+        for name in self.predicted_names:
+            self._check_predicted(name)
+        if self.score is not None:
+            _refuse("score", np.isnan(self.score), "NaN ranks nowhere")
+
+    def _check_labels(self, task: Task) -> None:
+        labels = self.frame[f"label.{task.name}"].to_numpy(np.float64)
+        known = ~np.isnan(labels)
+        classes = 2 if task.kind == "binary" else max((p.shape[1] for p in self._class_columns(task)), default=np.inf)
+        wrong, rule = known & ~np.isfinite(labels), "a regression label is finite"
+        if task.kind != "regression":
+            wrong = known & ((labels != np.floor(labels)) | (labels < 0) | (labels >= classes))
+            rule = f"a label of {task.kind} task {task.name!r} is a whole number from 0 to {classes - 1}"
+        _refuse(f"label.{task.name}", wrong, rule)
+
+    def _class_columns(self, task: Task) -> list[np.ndarray]:
+        return [self.classes[f"p.{task.name}"]] if f"p.{task.name}" in self.classes else []
+
+    def _check_predicted(self, name: str) -> None:
+        predicted, kind = self.predicted(name), self.task(name).kind
+        if (predicted.ndim == 2) != (kind == "multiclass"):
+            raise DataError(f"predictions: {name!r} is {kind}, and its predictions have the shape {predicted.shape}")
+        wrong, rule = ~np.isfinite(predicted), "a prediction is finite"
+        if kind != "regression" and not wrong.any():
+            wrong, rule = (predicted < 0) | (predicted > 1 + 1e-6), "a probability is from 0 to 1"
+        if kind == "multiclass" and not wrong.any():
+            wrong, rule = predicted.sum(1) <= 0, "the probabilities of the classes add up to 1"
+        _refuse(f"p.{name}", wrong if wrong.ndim == 1 else wrong.any(1), rule)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -176,6 +207,11 @@ class PredictionsTable:
         codes = pd.factorize(self.frame[column])[0].astype(np.float64)
         codes[codes < 0] = np.nan
         return codes
+
+
+def _refuse(column: str, wrong: np.ndarray, rule: str) -> None:
+    if wrong.any():
+        raise DataError(f"predictions: {column}, row {int(wrong.argmax()):,}: {rule}")
 
 
 def _text(value: Any) -> str:

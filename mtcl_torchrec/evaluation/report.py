@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtcl_torchrec.evaluation.bootstrap import Interval
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, whole_task_metrics
@@ -114,18 +115,24 @@ def cell(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
+class _PlainTable(Table):
+    """A name in brackets is a name, and no style."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def plain_table(title: str, columns: list[str]) -> Table:
     """A table of numbers that fits a terminal of 80 columns; the first column is text."""
-    table = Table(
-        title=title,
+    table = _PlainTable(
+        title=Text(title, style="bold") if title else None,
         title_justify="left",
-        title_style="bold",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 

@@ -26,7 +26,7 @@ from mtcl_torchrec.training.run_data import RunData, load_data
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 from mtcl_torchrec.training.tuning.objective import MEAN, Objective
 from mtcl_torchrec.training.tuning.outcome import TuningResult, best_of, outcome, short, write_best
-from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, plain, shown
+from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, shown
 from mtcl_torchrec.training.tuning.study import Proposal, Pruner, Study, about, open_folder
 
 TRIALS, LOGS = "trials", "logs"
@@ -76,8 +76,8 @@ def tune_run(
         overwrite: forget an earlier search in `folder`.
 
     Raises:
-        ConfigError: the space or the objective does not fit the run, `folder` holds another search, no trial came to
-            its end, or optuna is not installed.
+        ConfigError: the space or the objective does not fit the run, `folder` holds another search or one of other
+            data, no trial came to its end, or optuna is not installed.
         DataError: the data does not fit the schema.
         FileExistsError: `folder` holds something else.
     """
@@ -134,7 +134,7 @@ class _Search:
         run = self.space.run
 
         def begin() -> int:
-            told = about(plain(run), self.space, self.objective)
+            told = about(self.space, self.objective)
             lock = open_folder(self.folder, overwrite)
             self._study = Study(
                 self.folder, lock, self.space, self.objective.direction, told, pruner=pruner,
@@ -264,7 +264,7 @@ class _Search:
         key = {part: whole[part] for part in ("data", "schema", "statistics", "histories", "next_labels")}
         for part, unseen in _UNSEEN.items():
             key["schema"][part] = [{k: v for k, v in of.items() if k not in unseen} for of in key["schema"][part]]
-        asked = json.dumps([key, run.training.seed], sort_keys=True)
+        asked = json.dumps([key, run.training.seed, run.training.id_dropout], sort_keys=True)
         if self._data is None or self._data[0] != asked:
             self._data = None
             without_test = run.model_copy(update={"data": run.data.model_copy(update={"test": None})})
