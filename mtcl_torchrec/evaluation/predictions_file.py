@@ -315,6 +315,14 @@ def _arrow(table: PredictionsTable, rows: slice) -> pa.Table:
     return arrow.replace_schema_metadata(None)
 
 
+def is_predictions(path: Path) -> bool:
+    """Whether a file is one that `write_predictions` wrote."""
+    try:
+        return METADATA in (pa.parquet.read_schema(path).metadata or {})
+    except _UNREADABLE:
+        return False
+
+
 def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) -> PredictionsTable:
     """Read what `write_predictions` wrote.
 

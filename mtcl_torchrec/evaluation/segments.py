@@ -46,6 +46,8 @@ def segment_values(table: PredictionsTable, name: str) -> pd.Series:
     if column is None and name == "hour_of_day" and "time" in frame:
         return _named(hours_of_day(frame["time"]))
     if column is None or column.startswith(("label.", "p.", "uncalibrated.")):
+        if name == "hour_of_day":
+            raise DataError("segments: hour_of_day needs the column of schema.time")
         kept = [str(c).removeprefix("segment.") for c in frame if "." not in str(c) or str(c).startswith("segment.")]
         kept += ["hour_of_day"] if "time" in frame else []
         raise DataError(f"segments: no column {name!r} beside the predictions{nearest(name, kept)}")
