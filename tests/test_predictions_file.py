@@ -89,6 +89,21 @@ def test_class_probabilities_are_lists_of_one_length_over_row_groups(tmp_path, m
     )
 
 
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
+    table = PredictionsTable(pd.DataFrame({"label.a": np.zeros(3)}), (Task.binary("a"),))
+    write_predictions(tmp_path / "a.parquet", table)
+    before = (tmp_path / "a.parquet").read_bytes()
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_predictions(tmp_path / "a.parquet", table)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
+    assert (tmp_path / "a.parquet").read_bytes() == before
+
+
 def test_the_fingerprint_names_rows_and_not_predictions():
     table = made()
     other = table.frame.assign(score=0.0)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 
 import pytest
 import shop
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.config import load_run, parse_run
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import Ranks
 from mtcl_torchrec.training.tuning import print_tuning, tune_run
@@ -183,6 +184,20 @@ def test_other_data_is_another_search_and_another_folder_to_start_from_is_not(da
     log.loc[at, "click"] = 1
     log.to_csv(tmp_path / "log.csv", index=False)
     assert told("run.yaml") != before
+
+
+@pytest.mark.parametrize("damage", ["no database", "another table"])
+def test_a_study_that_cannot_be_read_is_one_clear_line(data, tmp_path, damage):
+    (tmp_path / "tuning.lock").touch()
+    if damage == "no database":
+        (tmp_path / "study.db").write_bytes(b"garbage" * 1000)
+    else:
+        with sqlite3.connect(tmp_path / "study.db") as base:
+            base.execute("create table studies (study_id integer primary key)")
+    run = parse_run(RUN + SPACE, folder=data)
+    with pytest.raises(DataError, match=r"study\.db: .*; --overwrite begins anew") as refused:
+        tune_run(run, tmp_path, trials=1, device="cpu", console=Console(quiet=True))
+    assert "\n" not in str(refused.value)
 
 
 def test_trials_that_drop_other_shares_of_ids_do_so(data, tmp_path):

@@ -298,11 +298,15 @@ def write_predictions(path: str | Path, table: PredictionsTable) -> None:
     }
     schema = _arrow(table, slice(0, 0)).schema.with_metadata({METADATA: json.dumps(about).encode()})
     fresh = path.with_name(path.name + ".writing")
-    with pa.parquet.ParquetWriter(fresh, schema, compression="zstd") as writer:
-        for start in range(0, max(len(table), 1), ROWS_AT_ONCE):
-            rows = _arrow(table, slice(start, start + ROWS_AT_ONCE))
-            writer.write_table(rows.cast(schema), row_group_size=ROWS_AT_ONCE)
-    fresh.replace(path)
+    try:
+        with pa.parquet.ParquetWriter(fresh, schema, compression="zstd") as writer:
+            for start in range(0, max(len(table), 1), ROWS_AT_ONCE):
+                rows = _arrow(table, slice(start, start + ROWS_AT_ONCE))
+                writer.write_table(rows.cast(schema), row_group_size=ROWS_AT_ONCE)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _arrow(table: PredictionsTable, rows: slice) -> pa.Table:

@@ -27,7 +27,7 @@ from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 from mtcl_torchrec.training.tuning.objective import MEAN, Objective
 from mtcl_torchrec.training.tuning.outcome import TuningResult, best_of, outcome, short, write_best
 from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, shown
-from mtcl_torchrec.training.tuning.study import Proposal, Pruner, Study, about, open_folder
+from mtcl_torchrec.training.tuning.study import STUDY, Proposal, Pruner, Study, about, open_folder
 
 TRIALS, LOGS = "trials", "logs"
 # What of features and tasks no encoded row shows: runs that differ in it alone share their data.
@@ -78,7 +78,7 @@ def tune_run(
     Raises:
         ConfigError: the space or the objective does not fit the run, `folder` holds another search or one of other
             data, no trial came to its end, or optuna is not installed.
-        DataError: the data does not fit the schema.
+        DataError: the data does not fit the schema, or the study cannot be read or written.
         FileExistsError: `folder` holds something else.
     """
     screen = console or Console()
@@ -124,6 +124,11 @@ class _Search:
                 value = ask()
             except (ConfigError, DataError, OSError) as error:
                 failure = error
+            except Exception as error:  # of the file that holds the study: damaged, or the disk is full
+                if type(error).__module__.split(".")[0] not in ("optuna", "sqlalchemy", "sqlite3"):
+                    raise
+                why = str(error.__cause__ or error).splitlines()[0]
+                failure = DataError(f"{self.folder / STUDY}: {why}; --overwrite begins anew")
         told: Any = self.where.broadcast((value, failure))
         if told[1] is not None:
             raise told[1]
