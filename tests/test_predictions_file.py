@@ -1,5 +1,6 @@
 """Predictions as a file: what is written is what was predicted, of every kind of task, on one rank and on two."""
 
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import shop
 from ranks import run_ranks
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from mtcl_torchrec import Task
 from mtcl_torchrec.config import parse_run
@@ -22,6 +24,7 @@ from mtcl_torchrec.evaluation.predictions_file import (
     read_predictions,
     write_predictions,
 )
+from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.finished import FinishedRun
@@ -142,7 +145,9 @@ def trained(text, data, folder):
 
 
 RUN = (
-    shop.RUN.replace("epochs: 4", "epochs: 1")
+    shop.RUN.replace("epochs: 4", "epochs: 1").replace(
+        "{name: click, kind: binary}", "{name: click, kind: binary, sample_weight: age}"
+    )
     + """
 calibration: {buy: platt, taste: temperature}
 evaluation:
@@ -180,6 +185,8 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         assert table.frame["user_seen"].tolist() == raw.frame["user_id"].isin(train["user_id"]).tolist()
         assert table.frame["segment.age"].tolist() == raw.frame["age"].tolist()
         assert table.values == {"click": 1, "stars": 0.5}
+        np.testing.assert_array_equal(table.weights("click"), raw.frame["age"])
+        assert table.weights("buy") is None
         thresholds[split] = table.thresholds
     val = read_predictions(tmp_path / "run/predictions/val.parquet")
     assert thresholds["val"] == thresholds["test"] == chosen_thresholds(val, "youden")
@@ -194,6 +201,11 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         segments=["age", "genre", "item_seen", "user_seen", "hour_of_day"],
     )  # fmt: skip
     assert evaluation_as_json(again) == stored["test"]
+    assert again.tasks["click"]["weighted_auc"] == roc_auc_score(
+        table.labels("click"), table.predicted("click"), sample_weight=table.weights("click")
+    )
+    print_evaluation(again, "test", console := Console(file=io.StringIO(), width=80))
+    assert "By sample weights" in console.file.getvalue()
     assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
     assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
     assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])

@@ -84,9 +84,13 @@ def judged(
     # The labels are whole already, and baselines do not predict what happens given the event before.
     tasks = tuple(t.model_copy(update={"after": None}) for t in data.tasks if t.name in predictions)
     labels = data.held_out[split].labels[:, [data.column(t) for t in tasks]]
+    of_rows = data.held_out[split].weights
+    weighed = [t for t in tasks if of_rows is not None and t.sample_weight is not None]
+    weights = {t.name: of_rows[:, data.column(t)] for t in weighed}  # type: ignore[index]
     return evaluate_predictions(
-        tasks, {**predictions, "score": score}, labels, user_groups(schema, raw), popularity_of(data, split), ranked
-    )
+        tasks, {**predictions, "score": score}, labels, user_groups(schema, raw), popularity_of(data, split), ranked,
+        weights=weights,
+    )  # fmt: skip
 
 
 def popularity_of(data: BaselineData, split: str) -> np.ndarray | None:

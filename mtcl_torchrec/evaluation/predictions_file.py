@@ -36,6 +36,7 @@ class PredictionsTable:
             - ``user``, ``item``, ``request``: keys as in the data, missing where not known; each where there is one,
             - ``time``: likewise,
             - ``label.TASK``: float32, NaN where missing or masked out,
+            - ``weight.TASK``: float32, of a task whose loss weighs its rows (`Task.sample_weight`),
             - ``p.TASK``: float32 probability or value, and ``p.buy|click`` of a chain; not of multiclass tasks,
             - ``uncalibrated.TASK``: the same before calibration, where that changes it,
             - ``score``: float32, the fused score, or whatever else ranks,
@@ -137,6 +138,10 @@ class PredictionsTable:
             labels = np.where(self.labels(str(task.after)) == 1, labels, np.nan)
         return labels
 
+    def weights(self, name: str) -> np.ndarray | None:
+        """(N,) float64 sample weights of a task's rows; None where all count alike."""
+        return self._numbers(f"weight.{self.task(name).name}")
+
     def predicted(self, name: str, *, calibrated: bool = True) -> np.ndarray:
         """(N,) float64, or (N, C) float32 class probabilities.
 
@@ -225,6 +230,7 @@ def predictions_table(
     *,
     keys: Mapping[str, pd.Series | np.ndarray],
     uncalibrated: Mapping[str, np.ndarray] | None = None,
+    weights: np.ndarray | None = None,
     split: str = "test",
     thresholds: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
@@ -237,6 +243,7 @@ def predictions_table(
         labels: (N, T).
         keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``segment.hour``, ...
         uncalibrated: as `predictions`; those that calibration did not change are left out.
+        weights: (N, T) of the rows in the losses; kept of the tasks that declare one.
 
     Example:
         >>> table = predictions_table(
@@ -250,6 +257,9 @@ def predictions_table(
         for name, values in keys.items()
     }
     columns |= {f"label.{task.name}": labels[:, i].astype(np.float32) for i, task in enumerate(tasks)}
+    for i, task in enumerate(tasks if weights is not None else ()):
+        if task.sample_weight is not None:
+            columns[f"weight.{task.name}"] = weights[:, i].astype(np.float32)  # type: ignore[index]
     classes: dict[str, np.ndarray] = {}
 
     def add(column: str, values: np.ndarray) -> None:

@@ -184,6 +184,7 @@ def rows_predicted(
         encoded.labels.numpy(),
         keys=keys,
         uncalibrated=uncalibrated,
+        weights=None if encoded.weights is None else encoded.weights.numpy(),
         split=split,
         thresholds=thresholds,
         values=values,
