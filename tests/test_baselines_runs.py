@@ -73,6 +73,8 @@ def test_every_baseline_from_the_command_line(mtcl, folder):
                 if table.task(task).kind == "binary":
                     assert auc(table.labels(task), table.predicted(task)) == pytest.approx(metrics["auc"], abs=1e-5)
             fused = entry["metrics"][split]["ranking"]["fused"]
+            assert {"value@5", "value@5 error", "rate@10 buy", "ndcg@5 click", "mrr click"} <= set(fused)
+            assert "f1" in entry["metrics"][split]["tasks"]["click"]
             assert auc(table.labels("click"), table.score) == pytest.approx(fused["auc click"], abs=1e-5)
         assert tables["val"].thresholds == tables["test"].thresholds
         assert set(tables["test"].thresholds) == {"click", "buy"}
@@ -88,6 +90,7 @@ def test_every_baseline_from_the_command_line(mtcl, folder):
     assert entries["unweighted"]["trials"] == 1
     assert set(entries["unweighted"]["metrics"]["test"]["tasks"]) == {"click", "buy", "stars"}
     assert "in the fused score, stars enters as the mean of the training rows" in entries["als"]["notes"]
+    assert re.search(r"rate@5\s", shown)
     # The table: the best of each column has the star, and only that.
     rows = {line.split()[0]: line.split()[1:] for line in shown.split("split: quality")[1].splitlines()[3:11]}
     assert set(rows) == set(BASELINES)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mtcl_torchrec.baselines.fused import fused_score, judged, score_of
+from mtcl_torchrec.baselines.fused import fused_score, score_of
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
@@ -27,13 +27,14 @@ from mtcl_torchrec.baselines.store import (
 )
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.files import files_fingerprint
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
-from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import predictions_path, rows_predicted, worth_of
+from mtcl_torchrec.training.judging import evaluation_as_json, predictions_path, rows_predicted, worth_of
 from mtcl_torchrec.training.sharding import Device
 
 MAX_ROWS = 2_000_000
@@ -160,8 +161,13 @@ def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: S
     metrics, thresholds, lacking = dict[str, Any](), dict[str, float](), list[str]()
     for split, of_split in predictions.items():
         score, lacking = fused_score(fused, data, split, of_split)
-        metrics[split] = finite(asdict(judged(data, split, of_split, score, fused.tasks)))  # type: ignore[arg-type]
-        thresholds = _write(job, split, of_split, score, thresholds)
+        table = _table(job, split, of_split, score)
+        if split == "val":
+            thresholds = chosen_thresholds(table, job.run.evaluation.threshold)
+        table = replace(table, thresholds=thresholds)
+        write_predictions(predictions_path(job.folder, split), table)
+        fused_tasks: Sequence[str] = fused.tasks  # type: ignore[assignment]
+        metrics[split] = evaluation_as_json(evaluate_table(table, fused_tasks=fused_tasks, k=job.run.evaluation.k))
     if lacking:
         notes.append(f"in the fused score, {', '.join(lacking)} enters as the mean of the training rows")
     return {
@@ -218,16 +224,10 @@ def _by_weight(tasks: Sequence[Task], fused: nn.Module) -> list[Task]:
     return sorted(tasks, key=lambda task: -abs(float(weights.get(task.name, 0.0))))
 
 
-def _write(
-    job: Job, split: str, predictions: dict[str, Any], score: np.ndarray, thresholds: dict[str, float]
-) -> dict[str, float]:
-    """Write the predictions of one split, as those of a run; returns the thresholds, which val decides."""
+def _table(job: Job, split: str, predictions: dict[str, Any], score: np.ndarray) -> PredictionsTable:
+    """The predictions for one split, as those of a run."""
     data = job.data
-    table = rows_predicted(
+    return rows_predicted(
         data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
         {**predictions, "score": score}, split=split, values=worth_of(job.run),
     )  # fmt: skip
-    if split == "val":
-        thresholds = chosen_thresholds(table, job.run.evaluation.threshold)
-    write_predictions(predictions_path(job.folder, split), replace(table, thresholds=thresholds))
-    return thresholds
