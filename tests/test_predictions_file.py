@@ -228,6 +228,22 @@ def test_wrong_settings_are_refused(given, said):
         parse_run(shop.RUN + f"evaluation: {{{given}}}\n")
 
 
+@pytest.mark.parametrize(
+    ("segment", "said"),
+    [
+        ("topics", "segments: column 'topics' holds lists; a row is in one segment"),
+        ("hour_of_day", "hour_of_day: the time column holds numbers too small"),
+        ("gnre", r"no column 'gnre' \(did you mean 'genre'\?\)"),
+    ],
+)
+def test_segments_that_cannot_be_told_apart_are_refused_before_training(tmp_path, monkeypatch, segment, said):
+    shop.log(300).assign(time=np.arange(300)).to_parquet(tmp_path / "log.parquet", index=False)
+    monkeypatch.setattr("mtcl_torchrec.training.run.build_model", None)
+    with pytest.raises(DataError, match=said):
+        trained(shop.RUN + f"evaluation: {{segments: [{segment}]}}\n", tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_segments_that_need_a_column_are_refused_without_it():
     text = shop.RUN.replace("  item: product_id\n", "") + "evaluation: {segments: [item_seen]}\n"
     with pytest.raises(ConfigError, match=r"evaluation.segments: item_seen needs schema\.item"):

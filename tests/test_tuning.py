@@ -245,10 +245,14 @@ def test_a_trial_that_is_interrupted_again_and_again_is_given_up(data, monkeypat
     def dying(self, proposal, reached):
         raise NoMemoryError
 
-    monkeypatch.setattr(tuning_run._Search, "_train", dying)
-    for _ in range(3):
-        with pytest.raises(NoMemoryError):
-            tuned(data, "dying", trials=1)
+    def stopped(self, proposal, reached):
+        raise KeyboardInterrupt
+
+    for died, error in ((stopped, KeyboardInterrupt), (dying, NoMemoryError)):
+        monkeypatch.setattr(tuning_run._Search, "_train", died)
+        for _ in range(3):  # what a person ends does not count
+            with pytest.raises(error):
+                tuned(data, "dying", trials=1)
     with pytest.raises(ConfigError, match="no trial came to its end: interrupted twice without a new epoch"):
         tuned(data, "dying", trials=1)
 

@@ -22,6 +22,7 @@ from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table, write_predictions
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
+from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError, Task, nearest
@@ -171,13 +172,7 @@ def rows_predicted(
     for column in segments:
         if same.get(column) == column or (column in keys and column not in raw.frame):
             continue  # a column of the data that merely has the name of a key is one of its own
-        if column not in raw.frame:
-            raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")
-        of_rows = canonical(raw.frame[column])
-        lists = of_rows.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
-        if lists.any():
-            raise DataError(f"{raw.name}: segments: column {column!r} holds lists; a row is in one segment")
-        keys[f"segment.{column}"] = as_text(of_rows) if of_rows.dtype == object else of_rows
+        keys[f"segment.{column}"] = _segment_column(raw, column)
     return predictions_table(
         tasks,
         predictions,
@@ -189,6 +184,29 @@ def rows_predicted(
         thresholds=thresholds,
         values=values,
     )
+
+
+def check_segments(run: RunConfig, splits: Splits) -> None:
+    """See, before a run trains, that its rows can be told apart as it says.
+
+    Raises:
+        DataError: a segment's column is missing, holds lists, or no times.
+    """
+    for rows in splits.raw.values():
+        for column in run.evaluation.columns():
+            _segment_column(rows, column)
+        if "hour_of_day" in run.evaluation.segments:
+            hours_of_day(rows.frame[run.data_schema.time])
+
+
+def _segment_column(raw: Rows, column: str) -> pd.Series:
+    if column not in raw.frame:
+        raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")
+    of_rows = canonical(raw.frame[column])
+    lists = of_rows.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
+    if lists.any():
+        raise DataError(f"{raw.name}: segments: column {column!r} holds lists; a row is in one segment")
+    return as_text(of_rows) if of_rows.dtype == object else of_rows
 
 
 def _keys(

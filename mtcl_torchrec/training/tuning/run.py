@@ -198,6 +198,10 @@ class _Search:
             history = self._train(proposal, reached)
         except _GivenUpError:
             history = None
+        except KeyboardInterrupt:
+            if self.where.first:
+                self.study.excuse()
+            raise
         except (FloatingPointError, ConfigError, DataError) as error:
             history, failure = None, str(error).splitlines()[0]
         except (RuntimeError, MemoryError) as error:

@@ -147,8 +147,16 @@ class Study:
                 continue
             return Proposal(number, values if number else {})
 
+    def excuse(self) -> None:
+        """A person ended the trial under way: that interruption does not count."""
+        if self._trial is not None:
+            self._trial.set_user_attr("excused", True)
+
     def _interrupted_for_good(self) -> bool:
         """Whether the trial would only be interrupted once more; counts this interruption."""
+        if self._trial.user_attrs.get("excused"):
+            self._trial.set_user_attr("excused", False)
+            return False
         reached = len(self._study.trials[self._trial.number].intermediate_values)
         starts, before = self._trial.user_attrs.get("interrupted", (0, reached))
         starts = 1 if reached > before else starts + 1
