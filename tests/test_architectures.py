@@ -20,11 +20,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import mtcl_torchrec as m
 from mtcl_torchrec.config import ModelConfig, OptimizersConfig, ShardingConfig, TableOptimizerConfig, parse_run
 from mtcl_torchrec.data.source import read_rows, split_by_time
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.trunks import ExpertLevel
 from mtcl_torchrec.training.build import build_trunk, for_modules
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.judging import evaluate_rows
+from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.planning.offline import plan_offline
 from mtcl_torchrec.training.planning.planner import plan_as_json
@@ -189,7 +190,7 @@ def learns_and_is_read_back(data, folder, name, epochs, test):
     assert test["click"]["auc"] > 0.8
     run = FinishedRun.load(folder / name)
     raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.15, 0.15)["test"]
-    again = evaluate_rows(run.model, run.preprocessor, raw, run.preprocessor.encode(raw), run.catalogue)
+    again = evaluate_table(rows_predicted_by(run, raw), fused_tasks=fused_tasks(run.model))
     for task, metrics in test.items():
         # The thresholds of the validation split are not known to it.
         both = again.tasks[task].keys() & metrics.keys()

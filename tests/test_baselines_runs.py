@@ -11,11 +11,16 @@ import shop
 
 from mtcl_torchrec.baselines import BASELINES, Budget, run_baselines
 from mtcl_torchrec.baselines import run as baselines_run
+from mtcl_torchrec.baselines.search import Found
+from mtcl_torchrec.baselines.store import load_part, save_part
 from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import auc
 from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.evaluation.thresholds import best_threshold
 from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.training.directory import locked
 
 # One epoch in large batches, two tasks in a chain and a number: networks take a second or two.
 SMALL = (
@@ -68,6 +73,8 @@ def test_every_baseline_from_the_command_line(mtcl, folder):
                 if table.task(task).kind == "binary":
                     assert auc(table.labels(task), table.predicted(task)) == pytest.approx(metrics["auc"], abs=1e-5)
             fused = entry["metrics"][split]["ranking"]["fused"]
+            assert {"value@5", "value@5 error", "rate@10 buy", "ndcg@5 click", "mrr click"} <= set(fused)
+            assert "f1" in entry["metrics"][split]["tasks"]["click"]
             assert auc(table.labels("click"), table.score) == pytest.approx(fused["auc click"], abs=1e-5)
         assert tables["val"].thresholds == tables["test"].thresholds
         assert set(tables["test"].thresholds) == {"click", "buy"}
@@ -83,6 +90,7 @@ def test_every_baseline_from_the_command_line(mtcl, folder):
     assert entries["unweighted"]["trials"] == 1
     assert set(entries["unweighted"]["metrics"]["test"]["tasks"]) == {"click", "buy", "stars"}
     assert "in the fused score, stars enters as the mean of the training rows" in entries["als"]["notes"]
+    assert re.search(r"rate@5\s", shown)
     # The table: the best of each column has the star, and only that.
     rows = {line.split()[0]: line.split()[1:] for line in shown.split("split: quality")[1].splitlines()[3:11]}
     assert set(rows) == set(BASELINES)
@@ -143,6 +151,51 @@ def test_after_an_interruption_the_search_goes_on_with_the_next_task(folder, mon
     assert again["popularity"]["metrics"] == entry["metrics"]
 
 
+def test_a_label_that_changes_in_the_middle_of_a_file_is_seen(tmp_path):
+    log = shop.log(4000)
+    log.to_csv(tmp_path / "log.csv", index=False)
+    run = parse_run(SMALL.replace("log.parquet", "log.csv"), folder=tmp_path)
+    before, size = files_fingerprint(run), (tmp_path / "log.csv").stat().st_size
+    assert files_fingerprint(run) == before
+    assert size > 3 * 65_536
+    log.loc[log.index[log["click"] == 0][1000], "click"] = 1
+    log.to_csv(tmp_path / "log.csv", index=False)
+    assert (tmp_path / "log.csv").stat().st_size == size
+    assert files_fingerprint(run) != before
+
+
+def test_damaged_parts_are_made_anew_and_two_processes_do_not_mix(folder):
+    run = parse_run(SMALL, folder=folder)
+    part = folder / "out/baselines/popularity/parts/0.npz"
+    save_part(part, "key", Found({"smoothing": 1.0}, 0.6, {"val": {"click": np.ones(3)}}, []))
+    assert load_part(part, "key").settings == {"smoothing": 1.0}
+    assert load_part(part, "another key") is None
+    whole = part.read_bytes()
+    for damaged in (b"", whole[:-30], b"no archive"):
+        part.write_bytes(damaged)
+        assert load_part(part, "key") is None
+    with (
+        locked(folder / "out" / "baselines", "mtcl baselines"),
+        pytest.raises(ConfigError, match="another mtcl baselines is at work in"),
+    ):
+        run_baselines(run, folder / "out", only=["popularity"], budget=Budget(1), say=lambda line: None)
+    entry = run_baselines(run, folder / "out", only=["popularity"], budget=Budget(1), say=lambda line: None)
+    assert entry["popularity"]["trials"] == 3
+
+
+def test_thresholds_are_chosen_as_the_run_says(folder):
+    found = {}
+    for rule in ("f1", "accuracy"):
+        text = SMALL + f"evaluation: {{threshold: {rule}, values: {{click: 2}}}}\n"
+        run = parse_run(text, folder=folder)
+        run_baselines(run, folder / "out", only=["popularity"], budget=Budget(1), say=lambda line: None)
+        table = read_predictions(folder / "out/baselines/popularity/predictions/val.parquet")
+        found[rule] = table.thresholds["click"]
+        assert table.values == {"click": 2}
+        assert found[rule] == best_threshold(table.labels("click"), table.predicted("click"), rule)
+    assert found["f1"] != found["accuracy"]
+
+
 def test_the_seconds_are_shared_among_the_tasks(folder):
     run = parse_run(SMALL, folder=folder)
     entry = run_baselines(run, folder / "out", only=["popularity"], budget=Budget(5, 1e-9), say=lambda line: None)
@@ -183,6 +236,9 @@ def test_what_cannot_be_run_says_so(folder, monkeypatch):
     (folder / "out").mkdir()
     (folder / "out" / "baselines.json").write_text("[1]")
     with pytest.raises(DataError, match=r"baselines.json: cannot be read .*remove it"):
+        run_baselines(run, folder / "out", only=["popularity"])
+    (folder / "out" / "baselines.json").write_text('{"trees": {"trials": 3}}')
+    with pytest.raises(DataError, match=r"baselines.json: cannot be read \(trees has no seconds\)"):
         run_baselines(run, folder / "out", only=["popularity"])
     only_stars = SMALL
     for part in ("{name: click, kind: binary}", "{name: buy, kind: binary, after: click}"):

@@ -22,6 +22,7 @@ from mtcl_torchrec.config import OptimizersConfig, TableOptimizerConfig, dump_ru
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.source import Rows, read_rows, split_by_time
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.report import evaluate_predictions, print_evaluation
 from mtcl_torchrec.modules.chains import (
     Chains,
@@ -35,7 +36,7 @@ from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.schema import ConfigError, chain_links
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.judging import evaluate_rows
+from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import ranks
@@ -600,7 +601,7 @@ def finished_run_is_of_one_mind(folder):
     """Evaluated and asked for recommendations, the stored run predicts the events."""
     run = FinishedRun.load(folder / "two")
     raw = split_by_time(read_rows([str(folder / "log.parquet")]), "time", 0.15, 0.15)["test"]
-    again = evaluate_rows(run.model, run.preprocessor, raw, run.preprocessor.encode(raw), run.catalogue)
+    again = evaluate_table(rows_predicted_by(run, raw), fused_tasks=fused_tasks(run.model))
     assert again.tasks["buy|click"]["auc"] > 0.5
     assert "auc keep" in again.ranking["fused"]
     ranked = Recommender(run).recommend("u3")

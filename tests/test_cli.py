@@ -290,6 +290,9 @@ def test_a_world_is_written_as_of_a_moment_with_its_titles(mtcl, tmp_path):
     assert 0 < then["return"].sum() < whole["return"][:151].sum()
     assert set(then["title"]) <= set(items["title"])
     assert "items.parquet exists already" in one_line(mtcl("synth", "b.parquet", "--catalogue", "items.parquet")[2])
+    both = mtcl("synth", "b.parquet", "--catalogue", "./b.parquet", "--overwrite")[2]
+    assert "--catalogue: b.parquet is where the rows go" in one_line(both)
+    assert ". is a folder" in one_line(mtcl("synth", ".", "--overwrite")[2])
     late = mtcl("synth", "b.parquet", "--start", 200, "--rows", 100, *hard, "--as-of", 2)[2]
     assert "row 200 comes after that" in one_line(late)
 

@@ -23,7 +23,15 @@ from sklearn.metrics import (
 )
 
 from mtcl_torchrec import Feature, Schema, Task
-from mtcl_torchrec.evaluation.metrics import auc, gauc, mean_auc, task_metrics, whole_task_metrics, xauc
+from mtcl_torchrec.evaluation.metrics import (
+    auc,
+    gauc,
+    mean_auc,
+    task_metrics,
+    weighted_metrics,
+    whole_task_metrics,
+    xauc,
+)
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.report import evaluate_predictions, print_evaluation, user_groups
 from mtcl_torchrec.evaluation.thresholds import best_threshold
@@ -81,6 +89,28 @@ def test_binary_metrics_are_scikit_learns_over_the_present_labels():
             "calibration": p[there].sum() / y[there].sum(), "base_rate": base,
         }
     )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["binary", "multiclass", "regression"]))
+def test_a_row_of_weight_two_counts_as_two_rows(seed, kind):
+    draw = np.random.default_rng(seed)
+    rows = int(draw.integers(1, 30))
+    weights = draw.integers(0, 4, rows)
+    task = Task(name="a", kind=kind, **({"num_classes": 3} if kind == "multiclass" else {}))
+    if kind == "multiclass":
+        labels, predicted = draw.integers(0, 3, rows).astype(float), draw.dirichlet(np.ones(3), rows)
+    else:
+        labels, predicted = draw.integers(0, 2, rows).astype(float), draw.integers(1, 9, rows) / 10
+    labels[draw.random(rows) < 0.2] = NAN
+    found = weighted_metrics(task, labels, predicted, weights)
+    copies = np.repeat(np.arange(rows), weights)
+    expected = task_metrics(task, labels[copies], predicted[copies])
+    assert bool(found) == bool(expected["count"])
+    for name, value in found.items():
+        assert value == pytest.approx(expected[name.removeprefix("weighted_")], nan_ok=True, abs=1e-12)
+    names = {"auc", "log_loss", "ne", "calibration", "top1", "mse", "mae", "r2", "base_rate"} & set(expected)
+    assert set(found) == {f"weighted_{name}" for name in names}
 
 
 def test_always_predicting_the_base_rate_has_normalised_entropy_one():

@@ -1,5 +1,6 @@
 """Predictions as a file: what is written is what was predicted, of every kind of task, on one rank and on two."""
 
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import shop
 from ranks import run_ranks
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from mtcl_torchrec import Task
 from mtcl_torchrec.config import parse_run
@@ -22,6 +24,7 @@ from mtcl_torchrec.evaluation.predictions_file import (
     read_predictions,
     write_predictions,
 )
+from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.finished import FinishedRun
@@ -89,6 +92,21 @@ def test_class_probabilities_are_lists_of_one_length_over_row_groups(tmp_path, m
     )
 
 
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(tmp_path, monkeypatch):
+    table = PredictionsTable(pd.DataFrame({"label.a": np.zeros(3)}), (Task.binary("a"),))
+    write_predictions(tmp_path / "a.parquet", table)
+    before = (tmp_path / "a.parquet").read_bytes()
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_predictions(tmp_path / "a.parquet", table)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
+    assert (tmp_path / "a.parquet").read_bytes() == before
+
+
 def test_the_fingerprint_names_rows_and_not_predictions():
     table = made()
     other = table.frame.assign(score=0.0)
@@ -127,7 +145,9 @@ def trained(text, data, folder):
 
 
 RUN = (
-    shop.RUN.replace("epochs: 4", "epochs: 1")
+    shop.RUN.replace("epochs: 4", "epochs: 1").replace(
+        "{name: click, kind: binary}", "{name: click, kind: binary, sample_weight: age}"
+    )
     + """
 calibration: {buy: platt, taste: temperature}
 evaluation:
@@ -165,6 +185,8 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         assert table.frame["user_seen"].tolist() == raw.frame["user_id"].isin(train["user_id"]).tolist()
         assert table.frame["segment.age"].tolist() == raw.frame["age"].tolist()
         assert table.values == {"click": 1, "stars": 0.5}
+        np.testing.assert_array_equal(table.weights("click"), raw.frame["age"])
+        assert table.weights("buy") is None
         thresholds[split] = table.thresholds
     val = read_predictions(tmp_path / "run/predictions/val.parquet")
     assert thresholds["val"] == thresholds["test"] == chosen_thresholds(val, "youden")
@@ -179,6 +201,11 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         segments=["age", "genre", "item_seen", "user_seen", "hour_of_day"],
     )  # fmt: skip
     assert evaluation_as_json(again) == stored["test"]
+    assert again.tasks["click"]["weighted_auc"] == roc_auc_score(
+        table.labels("click"), table.predicted("click"), sample_weight=table.weights("click")
+    )
+    print_evaluation(again, "test", console := Console(file=io.StringIO(), width=80))
+    assert "By sample weights" in console.file.getvalue()
     assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
     assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
     assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])
@@ -199,6 +226,22 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
 def test_wrong_settings_are_refused(given, said):
     with pytest.raises(ConfigError, match=said):
         parse_run(shop.RUN + f"evaluation: {{{given}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("segment", "said"),
+    [
+        ("topics", "segments: column 'topics' holds lists; a row is in one segment"),
+        ("hour_of_day", "hour_of_day: the time column holds numbers too small"),
+        ("gnre", r"no column 'gnre' \(did you mean 'genre'\?\)"),
+    ],
+)
+def test_segments_that_cannot_be_told_apart_are_refused_before_training(tmp_path, monkeypatch, segment, said):
+    shop.log(300).assign(time=np.arange(300)).to_parquet(tmp_path / "log.parquet", index=False)
+    monkeypatch.setattr("mtcl_torchrec.training.run.build_model", None)
+    with pytest.raises(DataError, match=said):
+        trained(shop.RUN + f"evaluation: {{segments: [{segment}]}}\n", tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_segments_that_need_a_column_are_refused_without_it():

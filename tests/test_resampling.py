@@ -337,6 +337,41 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
     status, _, error = mtcl("evaluate", "run", "--data", "log.parquet", "--segments", "agee")
     assert "no column 'agee' (did you mean 'age'?)" in one_line(error)
 
+    # Nobody's file is overwritten, and nothing is judged before that is clear.
+    (tmp_path / "notes.json").write_text('{"tasks": "to do"}')
+    before = {name: (tmp_path / name).read_bytes() for name in ("log.parquet", "notes.json", "run/metrics.json")}
+    for arguments, said in (
+        (["--save", "log.parquet"], "--save: log.parquet is something else, and is not overwritten"),
+        (["--json", "notes.json"], "--json: notes.json is something else"),
+        (["--json", "run/metrics.json"], "is something else"),
+        (["--save", "run"], "is something else"),
+        (["--bootstrap", "3"], "fewer than 20 draws"),
+    ):
+        status, shown, error = mtcl("evaluate", "run", "--data", "log.parquet", *arguments)
+        assert (status, shown) == (2, "")
+        assert said in one_line(error)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert "is something else" in one_line(mtcl("compare", "run", "rows.parquet", "--json", "notes.json")[2])
+    assert "given twice" in one_line(mtcl("compare", "run", str(tmp_path / "run"))[2])
+
+    # A column of the data counts as itself, also where it has the name of a key.
+    log = shop.log(200)
+    log.assign(user=log["genre"], popularity=log["hour"] > 11).to_parquet(tmp_path / "named.parquet", index=False)
+    arguments = ["--data", "named.parquet", "--segments", "user,popularity,user_id,", "--k", "3", "--k", "3"]
+    status, _, error = mtcl("evaluate", "run", *arguments, "--json", "deep/named.json")
+    assert status == 0, error
+    stored = json.loads((tmp_path / "deep/named.json").read_text())["segments"]
+    assert set(stored["user"]) == set(shop.GENRES)
+    assert set(stored["popularity"]) == {"False", "True"}
+    assert "u3" in stored["user_id"]
+    whole = (tmp_path / "run/metrics.json").read_text()
+    for broken in ("{", "[]", '{"evaluations": {"val": {"tasks": {"click": {"threshold": "high"}}}}}'):
+        (tmp_path / "run/metrics.json").write_text(broken)
+        status, _, error = mtcl("evaluate", "run", "--data", "named.parquet")
+        assert status == 2
+        assert "metrics.json: not the metrics of a run" in one_line(error)
+    (tmp_path / "run/metrics.json").write_text(whole)
+
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     status, shown, error = mtcl("compare", "run", "again", "--draws", "20", "--html", "both.html")
     assert status == 0, error

@@ -17,10 +17,12 @@ from rich.console import Console
 from mtcl_torchrec.config import dump_run, load_run, parse_run
 from mtcl_torchrec.data.batch import global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, split_by_time
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.judging import fused_tasks, rows_predicted_by
 from mtcl_torchrec.training.run import train_run
 
 
@@ -87,9 +89,7 @@ def test_metrics_are_stored_as_plain_json(finished):
 def test_a_run_read_back_predicts_the_same(data, finished):
     run = FinishedRun.load(finished.folder)
     raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.15, 0.15)["test"]
-    from mtcl_torchrec.training.judging import evaluate_rows
-
-    again = evaluate_rows(run.model, run.preprocessor, raw, run.preprocessor.encode(raw), run.catalogue)
+    again = evaluate_table(rows_predicted_by(run, raw), fused_tasks=fused_tasks(run.model))
     for task, metrics in finished.evaluations["test"].tasks.items():
         # The thresholds of the validation split are not known to it.
         both = again.tasks[task].keys() & metrics.keys()

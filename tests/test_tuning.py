@@ -4,20 +4,25 @@ import io
 import json
 import os
 import signal
+import sqlite3
 
 import pytest
 import shop
+import torch
 from ranks import run_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.app import app
 from mtcl_torchrec.config import load_run, parse_run
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.sharding import Ranks
 from mtcl_torchrec.training.tuning import print_tuning, tune_run
 from mtcl_torchrec.training.tuning import run as tuning_run
-from mtcl_torchrec.training.tuning.study import Study
+from mtcl_torchrec.training.tuning.objective import Objective
+from mtcl_torchrec.training.tuning.space import Space
+from mtcl_torchrec.training.tuning.study import Study, about
 
 RUN = shop.RUN.replace("epochs: 4", "epochs: 2, max_skipped_steps: 0").replace(
     "dense: {lr: 0.01}", "dense: {lr: 0.003}"
@@ -155,12 +160,58 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(data, found):
 def test_a_folder_is_of_one_search(data, found):
     result, _, _, _ = found
     run = parse_run(RUN, folder=data)
-    with pytest.raises(ConfigError, match="holds a search of another run, space or objective: --overwrite it"):
+    with pytest.raises(ConfigError, match="holds a search of another run, space or objective, or one of other data"):
         tune_run(run, result.folder, trials=1, device="cpu", console=Console(quiet=True))
     with pytest.raises(FileExistsError, match="no folder of mtcl tune"):
         tune_run(run, data, trials=1, device="cpu", console=Console(quiet=True))
     late = tuned(data, "whole", trials=9, timeout=0.0)
     assert numbers(late) == numbers(result)
+
+
+def test_other_data_is_another_search_and_another_folder_to_start_from_is_not(data, tmp_path, monkeypatch):
+    log = shop.log(500)
+    log.to_csv(tmp_path / "log.csv", index=False)
+    (tmp_path / "run.yaml").write_text(RUN.replace("log.parquet", "log.csv") + SPACE)
+
+    def told(path):
+        run = load_run(path)
+        return about(Space.of(run, run.tuning), Objective.named("mean_auc", run))
+
+    before = told(tmp_path / "run.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert told("run.yaml") == before
+    at = log.index[log["click"] == 0][100]  # a label in the middle: the file keeps its size
+    log.loc[at, "click"] = 1
+    log.to_csv(tmp_path / "log.csv", index=False)
+    assert told("run.yaml") != before
+
+
+@pytest.mark.parametrize("damage", ["no database", "another table"])
+def test_a_study_that_cannot_be_read_is_one_clear_line(data, tmp_path, damage):
+    (tmp_path / "tuning.lock").touch()
+    if damage == "no database":
+        (tmp_path / "study.db").write_bytes(b"garbage" * 1000)
+    else:
+        with sqlite3.connect(tmp_path / "study.db") as base:
+            base.execute("create table studies (study_id integer primary key)")
+    run = parse_run(RUN + SPACE, folder=data)
+    with pytest.raises(DataError, match=r"study\.db: .*; --overwrite begins anew") as refused:
+        tune_run(run, tmp_path, trials=1, device="cpu", console=Console(quiet=True))
+    assert "\n" not in str(refused.value)
+
+
+def test_trials_that_drop_other_shares_of_ids_do_so(data, tmp_path):
+    run = parse_run(RUN + "tuning:\n  training.id_dropout.user_id: {uniform: [0, 0.5]}\n", folder=data)
+    space = Space.of(run, run.tuning)
+    where = Ranks(0, 1, torch.device("cpu"))
+    search = tuning_run._Search(
+        tmp_path, space, Objective.named("mean_auc", run), where, "cpu", Console(file=io.StringIO())
+    )
+    path = "training.id_dropout.user_id"
+    shares = [
+        search._data_of(space.with_values({path: x}), lambda line: None).splits.train.id_dropout for x in (0.1, 0.4)
+    ]
+    assert shares == [{"user_id": 0.1}, {"user_id": 0.4}]
 
 
 def on_ranks(folder):
@@ -194,10 +245,14 @@ def test_a_trial_that_is_interrupted_again_and_again_is_given_up(data, monkeypat
     def dying(self, proposal, reached):
         raise NoMemoryError
 
-    monkeypatch.setattr(tuning_run._Search, "_train", dying)
-    for _ in range(3):
-        with pytest.raises(NoMemoryError):
-            tuned(data, "dying", trials=1)
+    def stopped(self, proposal, reached):
+        raise KeyboardInterrupt
+
+    for died, error in ((stopped, KeyboardInterrupt), (dying, NoMemoryError)):
+        monkeypatch.setattr(tuning_run._Search, "_train", died)
+        for _ in range(3):  # what a person ends does not count
+            with pytest.raises(error):
+                tuned(data, "dying", trials=1)
     with pytest.raises(ConfigError, match="no trial came to its end: interrupted twice without a new epoch"):
         tuned(data, "dying", trials=1)
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from test_synthetic import LIVELY
 
 from mtcl_torchrec.config import parse_run
@@ -22,7 +23,7 @@ from mtcl_torchrec.data.worlds import ready_world, world_run
 from mtcl_torchrec.schema import ConfigError, DataError
 
 N = 100_000
-HARD = {"text": 0.6, "position_bias": 0.8, "positions": 7, "delay": 3.0}
+HARD = {"text": 0.6, "position_bias": 0.8, "positions": 7, "delay": 3.0, "delay_spread": 1.2}
 WORLDS = {name: ready_world(name, **LIVELY, **HARD) for name in ("shop", "video")}
 
 
@@ -170,6 +171,16 @@ def test_events_arrive_after_exponential_delays_along_the_chain():
         world.rows(np.arange(until + 1), as_of=world.moment(10))
 
 
+def test_delays_with_a_spread_are_log_normal():
+    plain, rows = (ready_world("shop", delay=2.0, **dials).rows(np.arange(N)) for dials in ({}, {"delay_spread": 1.2}))
+    for name, mean in (("click", 0.02), ("return", 2)):
+        np.testing.assert_array_equal(rows[name], plain[name])
+        logs = np.log(rows[f"{name}_delay"].dropna().astype(float) / 86_400)
+        # Of mean μ: the logarithm is normal around log μ - σ²/2.
+        assert kstest((logs - np.log(mean) + 1.2**2 / 2) / 1.2, "norm").pvalue > 1e-4
+    assert (rows["buy_delay"] > rows["cart_delay"])[rows["buy"] == 1].all()
+
+
 def test_a_run_learns_from_the_log_as_it_was_when_val_ended():
     dials = {"delay": 5, "num_users": 50, "num_items": 50}
     raw = yaml.safe_load(world_run("health", rows=3_000, val_rows=500, test_rows=500, **dials))
@@ -188,6 +199,7 @@ def test_a_run_learns_from_the_log_as_it_was_when_val_ended():
         ({"positions": 5}, "positions belong to a position_bias above 0"),
         ({"text": 1.2}, "text: .*less than or equal to 1"),
         ({"delay": -1}, "delay: .*greater than or equal to 0"),
+        ({"delay_spread": 1}, "delay_spread belongs to a delay above 0"),
         ({"text": 0.5, "item": "title"}, "column 'title' is declared twice"),
         ({"position_bia": 1}, "no dial 'position_bia' \\(did you mean 'position_bias'"),
     ],

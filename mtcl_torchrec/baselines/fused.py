@@ -1,4 +1,4 @@
-"""The run's fused score of a baseline's predictions, and how both are judged."""
+"""The run's fused score of a baseline's predictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 from mtcl_torchrec.baselines.popularity import prior_of
 from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.config import RunConfig
-from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions, user_groups
 from mtcl_torchrec.modules.fusion import RowContext, WeightedMean, fuse
 from mtcl_torchrec.modules.heads import in_unit_interval
 from mtcl_torchrec.schema import Task
@@ -69,29 +68,3 @@ def _single(data: BaselineData, split: str, feature: str) -> np.ndarray:
     starts = np.cumsum(lengths) - lengths
     padded = np.r_[values, -1]
     return np.where(lengths > 0, padded[np.minimum(starts, len(values))], -1)
-
-
-def judged(
-    data: BaselineData, split: str, predictions: dict[str, np.ndarray], score: np.ndarray, ranked: Sequence[str]
-) -> Evaluation:
-    """Metrics of the predicted tasks, and of the fused score, as `mtcl train` writes them.
-
-    Args:
-        score: (N,).
-        ranked: the tasks of the fused score.
-    """
-    schema, raw = data.encoder.schema, data.raw[split].frame
-    # The labels are whole already, and baselines do not predict what happens given the event before.
-    tasks = tuple(t.model_copy(update={"after": None}) for t in data.tasks if t.name in predictions)
-    labels = data.held_out[split].labels[:, [data.column(t) for t in tasks]]
-    return evaluate_predictions(
-        tasks, {**predictions, "score": score}, labels, user_groups(schema, raw), popularity_of(data, split), ranked
-    )
-
-
-def popularity_of(data: BaselineData, split: str) -> np.ndarray | None:
-    """(N,) training clicks of each row's item, where the run knows them."""
-    item = data.encoder.schema.item
-    if data.catalogue is None or item is None:
-        return None
-    return data.raw[split].frame[item].map(data.catalogue.popularity).fillna(0.0).to_numpy(np.float64)

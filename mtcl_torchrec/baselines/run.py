@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from mtcl_torchrec.baselines.fused import fused_score, judged, score_of
+from mtcl_torchrec.baselines.fused import fused_score, score_of
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
 from mtcl_torchrec.baselines.store import (
     FOLDER,
-    files_fingerprint,
     key_of,
     load_part,
     read_entries,
@@ -27,12 +26,15 @@ from mtcl_torchrec.baselines.store import (
     write_entry,
 )
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.files import files_fingerprint
+from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
-from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, Task, nearest
+from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import predictions_path, rows_predicted
+from mtcl_torchrec.training.judging import evaluation_as_json, predictions_path, rows_predicted, worth_of
 from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
 
@@ -74,7 +76,8 @@ def run_baselines(
         Baseline -> its entry in ``baselines.json``, of those asked for.
 
     Raises:
-        ConfigError: no such baseline or task, one that lacks a library or a column of the schema, or several processes.
+        ConfigError: no such baseline or task, one that lacks a library or a column of the schema, several processes, or
+            another process at work in the folder.
         DataError: the data does not fit the schema.
     """
     budget = budget or Budget()
@@ -92,19 +95,24 @@ def run_baselines(
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
     left = [name for name in names if name not in done]
     if left:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
-        fused, said = score_of(run, rows.tasks)
-        if said:
-            say(said)
-        for name in left:
-            place = folder / FOLDER / name
-            job = Job(run, rows, place, device, seed, tuple(tasks))
-            write_entry(folder, name, _one(name, job, fused, budget, keys[name], say))
-            for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
-                shutil.rmtree(rest, ignore_errors=True)
+        with locked(folder / FOLDER, "mtcl baselines"):
+            rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
+            job = Job(run, rows, folder / FOLDER, device, seed, tuple(tasks))
+            _go_on(job, folder, left, keys, budget, say)
         entries = read_entries(folder)
     return {name: entries[name] for name in names}
+
+
+def _go_on(job: Job, folder: Path, names: Sequence[str], keys: dict[str, str], budget: Budget, say: Say) -> None:
+    """Those that are not done, one after the other."""
+    fused, said = score_of(job.run, job.data.tasks)
+    if said:
+        say(said)
+    for name in names:
+        place = folder / FOLDER / name
+        write_entry(folder, name, _one(name, replace(job, folder=place), fused, budget, keys[name], say))
+        for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
@@ -151,8 +159,13 @@ def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: S
     metrics, thresholds, lacking = dict[str, Any](), dict[str, float](), list[str]()
     for split, of_split in predictions.items():
         score, lacking = fused_score(fused, data, split, of_split)
-        metrics[split] = finite(asdict(judged(data, split, of_split, score, fused.tasks)))  # type: ignore[arg-type]
-        thresholds = _write(job, split, of_split, score, thresholds)
+        table = _table(job, split, of_split, score)
+        if split == "val":
+            thresholds = chosen_thresholds(table, job.run.evaluation.threshold)
+        table = replace(table, thresholds=thresholds)
+        write_predictions(predictions_path(job.folder, split), table)
+        fused_tasks: Sequence[str] = fused.tasks  # type: ignore[assignment]
+        metrics[split] = evaluation_as_json(evaluate_table(table, fused_tasks=fused_tasks, k=job.run.evaluation.k))
     if lacking:
         notes.append(f"in the fused score, {', '.join(lacking)} enters as the mean of the training rows")
     return {
@@ -209,16 +222,10 @@ def _by_weight(tasks: Sequence[Task], fused: nn.Module) -> list[Task]:
     return sorted(tasks, key=lambda task: -abs(float(weights.get(task.name, 0.0))))
 
 
-def _write(
-    job: Job, split: str, predictions: dict[str, Any], score: np.ndarray, thresholds: dict[str, float]
-) -> dict[str, float]:
-    """Write the predictions of one split, as those of a run; returns the thresholds, which val decides."""
+def _table(job: Job, split: str, predictions: dict[str, Any], score: np.ndarray) -> PredictionsTable:
+    """The predictions for one split, as those of a run."""
     data = job.data
-    table = rows_predicted(
+    return rows_predicted(
         data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
-        {**predictions, "score": score}, split=split,
+        {**predictions, "score": score}, split=split, values=worth_of(job.run),
     )  # fmt: skip
-    if split == "val":
-        thresholds = chosen_thresholds(table)
-    write_predictions(predictions_path(job.folder, split), replace(table, thresholds=thresholds))
-    return thresholds

@@ -7,42 +7,20 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from mtcl_torchrec.baselines.search import Found, Trial
 from mtcl_torchrec.config import RunConfig
-from mtcl_torchrec.data.source import find_files
+from mtcl_torchrec.data.files import without_paths
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import replace_file
 
 FILE = "baselines.json"
 FOLDER = "baselines"
-_FORMAT = 1  # part of every key: what another version found is searched for again
-_EDGE = 65_536  # bytes of each end of a file; the footer of Parquet, at its end, has the extremes of all columns
-
-
-def files_fingerprint(run: RunConfig) -> str:
-    """Equal for the same files of data, vectors and codes, wherever they stand: their sizes, and both ends of each.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    digest = sha256()
-    named = [getattr(run.data, split) or [] for split in ("train", "val", "test", "log")]
-    paths = [path for paths in named for path in find_files(paths)]
-    for feature in run.data_schema.features:
-        paths += [Path(path) for path in (feature.vectors, feature.codes) if path is not None]
-    for path in paths:
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                digest.update(repr((path.name, size)).encode() + file.read(_EDGE))
-                file.seek(max(0, size - _EDGE))
-                digest.update(file.read())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-    return digest.hexdigest()[:16]
+_FORMAT = 2  # part of every key: what another version found is searched for again
+_ENTRY = ("trials", "seconds", "metrics")  # what each has at least
 
 
 def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
@@ -56,13 +34,8 @@ def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
     counts = run.model_dump(mode="json", by_alias=True, exclude={"name", "evaluation"})
     for part in [] if whole else ["model", "optimizers", "training", "balance", "sharding", "calibration"]:
         counts.pop(part)
-    for split in ("train", "val", "test", "log"):
-        counts["data"].pop(split)  # paths, whose files count
-    for feature in counts["schema"]["features"]:
-        feature["vectors"] = feature["codes"] = None
-    for block in (*counts["statistics"], *counts["histories"]):
-        block["prepared"] = block["prepared"] is not None
-    said = json.dumps([_FORMAT, counts, files, options], sort_keys=True, default=str)
+    judged_by = [run.evaluation.threshold, run.evaluation.values]
+    said = json.dumps([_FORMAT, without_paths(counts), judged_by, files, options], sort_keys=True, default=str)
     return sha256(said.encode()).hexdigest()[:16]
 
 
@@ -79,6 +52,9 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("no entries by baseline")
+        for name, entry in entries.items():
+            if lacking := [key for key in _ENTRY if key not in entry]:
+                raise ValueError(f"{name} has no {lacking[0]}")
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it to begin anew") from None
     return entries
@@ -109,14 +85,17 @@ def save_part(path: Path, key: str, found: Found) -> None:
 
 
 def load_part(path: Path, key: str) -> Found | None:
-    """What `save_part` kept under the same key, or None."""
+    """What `save_part` kept under the same key, or None where there is nothing, or nothing that can be read."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        about = json.loads(str(stored["about"]))
-        if about["key"] != key:
-            return None
-        found = Found(about["settings"], about["quality"], {}, [Trial(**trial) for trial in about["trials"]])
-        for i, (split, task) in enumerate(about["names"]):
-            found.predictions.setdefault(split, {})[task] = stored[str(i)]
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            about = json.loads(str(stored["about"]))
+            if about["key"] != key:
+                return None
+            found = Found(about["settings"], about["quality"], {}, [Trial(**trial) for trial in about["trials"]])
+            for i, (split, task) in enumerate(about["names"]):
+                found.predictions.setdefault(split, {})[task] = stored[str(i)]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):
+        return None  # damaged: it is made anew
     return found

@@ -16,6 +16,8 @@ from mtcl_torchrec.training.directory import METRICS
 THIS_RUN = "this run"
 _QUALITY = {"binary": ("auc", "AUC"), "multiclass": ("ne", "NE"), "regression": ("r2", "R²")}
 _LOW_IS_GOOD = {"ne"}
+# Of a ranking; CTR and conversion of what is shown are rates.
+_TOLD = ("auc ", "gauc ", "value@", "rate@")
 _PER_TABLE = 8  # columns that a screen holds
 _MISSING = "–"
 
@@ -55,7 +57,8 @@ def print_baselines(
     within = [_of_task(found, task, "gauc", "GAUC") for task, kind in kinds.items() if kind == "binary"]
     _print(console, f"{split} split: AUC within users", found, within)
     rankings = {name: evaluation["ranking"].get("fused", {}) for name, evaluation in found.items()}
-    keys = list(dict.fromkeys(key for ranking in rankings.values() for key in ranking))
+    told = (key for ranking in rankings.values() for key in ranking if key.startswith(_TOLD) and " error" not in key)
+    keys = list(dict.fromkeys(told))
     fused = [(key.replace("gauc", "GAUC").replace("auc ", "AUC "), _at(rankings, key)) for key in keys]
     _print(console, f"{split} split: all rows ranked by the fused score", found, fused)
     table = plain_table("What the search cost", ["baseline", "trials", "seconds", "training rows"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +55,37 @@ def newer_files(contents: list[str] | None, items: list[Path] | None) -> dict[st
             raise ConfigError(f"--contents: {feature!r} is given twice")
         files[feature] = Path(file)
     return {"contents": files, "items": items or []}
+
+
+def check_target(path: Path | None, option: str, is_ours: Callable[[Path], bool]) -> None:
+    """See that the file an option names may be written, before time is spent on what goes into it; its folder is made.
+
+    Args:
+        is_ours: whether a file that stands there is such a one, which may be replaced.
+
+    Raises:
+        ConfigError: something else stands there, or nothing can be written.
+    """
+    if path is None:
+        return
+    if path.is_dir() or (path.exists() and not is_ours(path)):
+        raise ConfigError(f"{option}: {path} is something else, and is not overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option}: nothing may be written to {path.parent}")
+
+
+def holds_json_with(*keys: str) -> Callable[[Path], bool]:
+    """Whether a file holds a JSON mapping with these keys, for `check_target`."""
+
+    def is_one(path: Path) -> bool:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and set(keys) <= content.keys()
+
+    return is_one
 
 
 def screen() -> Console:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mtcl_torchrec.cli.app import app, screen
+from mtcl_torchrec.cli.app import app, check_target, holds_json_with, screen
 from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.evaluation.bootstrap import DRAWS
 from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
@@ -51,8 +51,10 @@ def compare(
     """
     if len(runs) < 2:
         raise ConfigError("compare needs two runs at least")
-    if again := next((run for n, run in enumerate(runs) if run in runs[:n]), None):
+    places = [run.resolve() for run in runs]
+    if again := next((run for n, run in enumerate(runs) if places[n] in places[:n]), None):
         raise ConfigError(f"{again} is given twice")
+    check_target(write, "--json", holds_json_with("a", "against"))
     if page is not None and (file := next((run for run in runs if not run.is_dir()), None)):
         raise ConfigError(f"--html shows run directories, and {file} is none")
     first, console = _read(runs[0], split), screen()
@@ -61,8 +63,8 @@ def compare(
     for run in runs[1:]:
         names = (str(runs[0]), str(run))
         found[str(run)] = compare_tables(
-            first, _read(run, split), k=k or (5, 10), values=values, draws=draws, seed=seed, names=names,
-            only=(lambda of, metric: True) if every else is_headline,
+            first, _read(run, split), k=list(dict.fromkeys(k or (5, 10))), values=values, draws=draws, seed=seed,
+            names=names, only=(lambda of, metric: True) if every else is_headline,
         )  # fmt: skip
         print_differences(found[str(run)], names, console)
         console.print()

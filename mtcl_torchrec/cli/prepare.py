@@ -84,9 +84,13 @@ def synth(
 
     Each row follows from the seed and its number alone: `--start` goes on with the same world in another file, when
     both are given the same `--horizon`.  Titles (`--set text=0.5`), positions (`--set position_bias=1`) and events that
-    arrive late (`--set delay=2`, in days) are dials, too.
+    arrive late (`--set delay=2`, in days; `delay_spread=1` makes the delays log-normal) are dials, too.
     """
+    if catalogue is not None and catalogue.resolve() == out.resolve():
+        raise ConfigError(f"--catalogue: {catalogue} is where the rows go; choose another file")
     for file in (out, catalogue):
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{file} is a folder; name a Parquet file")
         if file is not None and file.exists() and not overwrite:
             raise ConfigError(f"{file} exists already; --overwrite replaces it")
     dials = dict(_dial(pair) for pair in set_ or [])

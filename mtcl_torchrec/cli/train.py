@@ -10,14 +10,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.cli.app import DeviceOption, app, note_if_unfinished, screen
+from mtcl_torchrec.cli.app import DeviceOption, app, check_target, holds_json_with, note_if_unfinished, screen
 from mtcl_torchrec.config import load_run
+from mtcl_torchrec.config.evaluation import MIN_DRAWS
 from mtcl_torchrec.data.source import column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.knowable import print_knowable
-from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_file import is_predictions, write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
@@ -83,9 +84,15 @@ def evaluate(
     write: Annotated[Path | None, typer.Option("--json", help="Write every metric to this file.")] = None,
 ) -> None:
     """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
+    if 0 < bootstrap < MIN_DRAWS:
+        raise ConfigError(f"--bootstrap: fewer than {MIN_DRAWS} draws say nothing of an interval; 0 is none")
+    check_target(save, "--save", is_predictions)
+    check_target(write, "--json", holds_json_with("tasks", "ranking", "rows"))
     run, console = FinishedRun.load(run_dir), screen()
-    apart = list(dict.fromkeys(name.strip() for names in segments or () for name in names.split(",")))
-    config = run.config.evaluation.model_copy(update={"segments": apart, "k": k or run.config.evaluation.k})
+    named = (name.strip() for names in segments or () for name in names.split(","))
+    apart = [name for name in dict.fromkeys(named) if name]
+    lengths = list(dict.fromkeys(k or run.config.evaluation.k))
+    config = run.config.evaluation.model_copy(update={"segments": apart, "k": lengths})
     there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
     wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
     columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *config.columns(), *wanted]))

@@ -32,6 +32,7 @@ class SyntheticConfig(Part):
         positions: how many, from 1.
         delay: days until an event is recorded, on average: train and val are the log as it was when val ended, where
             an event yet to come is a 0, and test is what came of it.
+        delay_spread: standard deviation of their logarithm, where they are log-normal; 0: they are exponential.
     """
 
     world: Literal["shop", "social", "video", "courses", "health"]
@@ -57,6 +58,7 @@ class SyntheticConfig(Part):
     position_bias: Annotated[float, Field(ge=0, le=5)] = 0.0
     positions: Annotated[int, Field(ge=2, le=1000)] | None = None
     delay: Annotated[float, Field(ge=0, le=3650)] = 0.0
+    delay_spread: Annotated[float, Field(ge=0, le=4)] = 0.0
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
     imbalance: Annotated[float, Field(ge=1)] = 1.0
 

@@ -23,7 +23,8 @@ Three dials, off by default, add what makes real logs hard; a world without them
   k⁻ᵇ; nothing happens to what is not looked at (the position-based model of Craswell et al., *An Experimental
   Comparison of Click Position-Bias Models*, WSDM 2008, with the examination of Joachims et al., WSDM 2017).
 - `World.delay`: an event is recorded some time after its row (exponential, as in Chapelle, *Modeling Delayed Feedback
-  in Display Advertising*, KDD 2014), and in the log as of a moment (``rows(..., as_of=...)``) it is a 0 until then.
+  in Display Advertising*, KDD 2014, or log-normal, by `World.delay_spread`), and in the log as of a moment
+  (``rows(..., as_of=...)``) it is a 0 until then.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class World:
         positions: of a list; 10 where there is a position bias.
         delay: days until an event is recorded, on average, times `Outcome.delay`; above 0, each event has a column
             of the seconds that it took, ``click_delay``, missing where it did not happen.
+        delay_spread: standard deviation of the logarithm of the delays, which are then log-normal, with the same mean;
+            0: they are exponential.
         user, item, category, number, tags, title: names of the columns.
         number_median, number_spread: of the item's number, log-normal.
 
@@ -122,6 +125,7 @@ class World:
     position_bias: Annotated[float, Field(ge=0, le=5)] = 0.0
     positions: Annotated[int, Field(ge=2, le=1000)] | None = None
     delay: Annotated[float, Field(ge=0, le=3650)] = 0.0
+    delay_spread: Annotated[float, Field(ge=0, le=4)] = 0.0
     user: Column = "user_id"
     item: Column = "item_id"
     category: Column = "category"
@@ -141,6 +145,8 @@ class World:
         check_unique("column", names + [o.name for o in self.outcomes])
         if self.positions is not None and not self.position_bias:
             raise ValueError("positions belong to a position_bias above 0")
+        if self.delay_spread and not self.delay:
+            raise ValueError("delay_spread belongs to a delay above 0")
         events: list[str] = []
         for outcome in self.outcomes:
             if outcome.after is not None and outcome.after not in events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,7 @@ def _write(
         unfinished.replace(path)
     except BaseException:
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(OSError):  # such as a disk that is full
+                writer.close()
         unfinished.unlink(missing_ok=True)
         raise

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import ndtri
 
 from mtcl_torchrec.data.counter_random import sixteenths, stream, uniform
 from mtcl_torchrec.data.synthetic_truth import Draw, draw_rows, examination, item_titles, truth
@@ -79,9 +80,11 @@ def item_columns(world: World, draw: Draw) -> dict[str, np.ndarray]:
 
 
 def _delay(world: World, outcome: Outcome, index: np.ndarray) -> np.ndarray:
-    """(N,) float32 seconds from the row, or from the event before it, to the arrival of the event: exponential."""
+    """(N,) float32 seconds from the row, or from the event before it, to the arrival of the event."""
     chance = uniform(stream(world.seed, "delay", outcome.name), index)
-    return (-np.log1p(-chance) * (world.delay * outcome.delay * DAY)).astype(np.float32)
+    mean, spread = world.delay * outcome.delay * DAY, world.delay_spread
+    times = np.exp(spread * ndtri(chance) - spread**2 / 2) if spread else -np.log1p(-chance)  # of mean 1
+    return (times * mean).astype(np.float32)
 
 
 def _label(seed: int, outcome: Outcome, true: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -190,7 +190,7 @@ def world_run(
         *(f"    {dial}: {_flow(value)}" for dial, value in dials.items()),
         "    # More dials: rates: {TASK: mean of its label}, imbalance (1 and up), correlation and conflict between",
         "    # tasks, signal, context, missing, cold_items, user_exponent and item_exponent (Zipf), text (of titles),",
-        "    # position_bias, delay (in days, of events), …",
+        "    # position_bias, delay (in days, of events; log-normal with a delay_spread), …",
         "",
         "schema:",
         f"  user: {schema.user}",

@@ -59,6 +59,7 @@ def evaluate_table(
         popularity,
         [task.name for task in table.tasks] if fused_tasks is None else fused_tasks,
         table.thresholds,
+        {name: weights for name in table.predicted_names if (weights := table.weights(name)) is not None},
     )
     if table.requests is not None and not np.isnan(table.requests).all():
         rules = {"fused": table.score, "popular": popularity}

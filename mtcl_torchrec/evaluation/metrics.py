@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score, log_loss
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of
@@ -197,6 +197,55 @@ def whole_task_metrics(
         "ece": expected_calibration_error(y, p, np.ones(len(y)), mass_edges(p)),
     }
     return metrics if threshold is None else metrics | decision_metrics(y, p, threshold)
+
+
+def weighted_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> Metrics:
+    """What a task whose loss weighs its rows (`Task.sample_weight`) is worth by these weights, as scikit-learn's
+    `sample_weight` counts them: a row of weight 2 as two rows.
+
+    Args:
+        labels, predicted: see `task_metrics`.
+        weights: (N,) at least 0.
+
+    Returns:
+        binary: weighted_auc, weighted_log_loss, weighted_ne, weighted_calibration, weighted_base_rate.  multiclass:
+            weighted_log_loss, weighted_ne, weighted_top1, weighted_base_rate.  regression: weighted_mse, weighted_mae,
+            weighted_r2, weighted_base_rate.  Nothing where all weights are 0.
+
+    Example:
+        >>> found = weighted_metrics(Task.binary("click"), np.array([0.0, 1.0]), np.array([0.2, 0.5]), np.array([3, 1]))
+        >>> round(found["weighted_calibration"], 4), found["weighted_base_rate"]
+        (1.1, 0.25)
+    """
+    counts = ~np.isnan(labels) & (weights > 0)
+    y, p, w = labels[counts], predicted[counts].astype(np.float64), weights[counts].astype(np.float64)
+    if len(y) == 0:
+        return {}
+    if task.kind == "regression":
+        mse, base = float(np.average((p - y) ** 2, weights=w)), float(np.average(y, weights=w))
+        variance = float(np.average((y - base) ** 2, weights=w))
+        found = {
+            "mse": mse,
+            "mae": float(np.average(np.abs(p - y), weights=w)),
+            "r2": 1 - mse / variance if variance > 0 else float("nan"),
+            "base_rate": base,
+        }
+    else:
+        classes = np.arange(p.shape[1] if p.ndim == 2 else 2)
+        shares = np.bincount(y.astype(np.int64), w, len(classes)) / w.sum()
+        p = p / p.sum(1, keepdims=True) if p.ndim == 2 else p
+        loss, entropy = float(log_loss(y, p, labels=classes, sample_weight=w)), _entropy(shares)
+        found = {"log_loss": loss, "ne": loss / entropy if entropy > 0 else float("nan")}
+        if task.kind == "binary":
+            base = float(shares[1])
+            found["auc"] = float(roc_auc_score(y, p, sample_weight=w)) if 0 < base < 1 else float("nan")
+            found["calibration"] = float(np.average(p, weights=w)) / base if base else float("nan")
+            found["base_rate"] = base
+        else:
+            own = p[np.arange(len(p)), y.astype(np.int64)]
+            found["top1"] = float(np.average((p >= own[:, None]).sum(1) <= 1, weights=w))
+            found["base_rate"] = float(shares.max())
+    return {f"weighted_{name}": value for name, value in found.items()}
 
 
 def decision_metrics(labels: np.ndarray, predicted: np.ndarray, threshold: float) -> Metrics:

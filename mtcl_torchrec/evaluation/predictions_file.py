@@ -36,6 +36,7 @@ class PredictionsTable:
             - ``user``, ``item``, ``request``: keys as in the data, missing where not known; each where there is one,
             - ``time``: likewise,
             - ``label.TASK``: float32, NaN where missing or masked out,
+            - ``weight.TASK``: float32, of a task whose loss weighs its rows (`Task.sample_weight`),
             - ``p.TASK``: float32 probability or value, and ``p.buy|click`` of a chain; not of multiclass tasks,
             - ``uncalibrated.TASK``: the same before calibration, where that changes it,
             - ``score``: float32, the fused score, or whatever else ranks,
@@ -52,7 +53,8 @@ class PredictionsTable:
         values: task -> what its event is worth, in value@k.
 
     Raises:
-        DataError: no labels of a task, or columns of another length or of no known kind.
+        DataError: no labels of a task, labels or predictions that are none of its kind, or class probabilities of
+            another length.
 
     Example:
         >>> table = PredictionsTable(
@@ -77,6 +79,36 @@ class PredictionsTable:
         for name, values in self.classes.items():
             if len(values) != len(self.frame) or values.ndim != 2:
                 raise DataError(f"predictions: {name} has the shape {values.shape}, and there are {len(self):,} rows")
+        for task in self.tasks:
+            self._check_labels(task)
+        for name in self.predicted_names:
+            self._check_predicted(name)
+        if self.score is not None:
+            _refuse("score", np.isnan(self.score), "NaN ranks nowhere")
+
+    def _check_labels(self, task: Task) -> None:
+        labels = self.frame[f"label.{task.name}"].to_numpy(np.float64)
+        known = ~np.isnan(labels)
+        classes = 2 if task.kind == "binary" else max((p.shape[1] for p in self._class_columns(task)), default=np.inf)
+        wrong, rule = known & ~np.isfinite(labels), "a regression label is finite"
+        if task.kind != "regression":
+            wrong = known & ((labels != np.floor(labels)) | (labels < 0) | (labels >= classes))
+            rule = f"a label of {task.kind} task {task.name!r} is a whole number from 0 to {classes - 1}"
+        _refuse(f"label.{task.name}", wrong, rule)
+
+    def _class_columns(self, task: Task) -> list[np.ndarray]:
+        return [self.classes[f"p.{task.name}"]] if f"p.{task.name}" in self.classes else []
+
+    def _check_predicted(self, name: str) -> None:
+        predicted, kind = self.predicted(name), self.task(name).kind
+        if (predicted.ndim == 2) != (kind == "multiclass"):
+            raise DataError(f"predictions: {name!r} is {kind}, and its predictions have the shape {predicted.shape}")
+        wrong, rule = ~np.isfinite(predicted), "a prediction is finite"
+        if kind != "regression" and not wrong.any():
+            wrong, rule = (predicted < 0) | (predicted > 1 + 1e-6), "a probability is from 0 to 1"
+        if kind == "multiclass" and not wrong.any():
+            wrong, rule = predicted.sum(1) <= 0, "the probabilities of the classes add up to 1"
+        _refuse(f"p.{name}", wrong if wrong.ndim == 1 else wrong.any(1), rule)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -105,6 +137,10 @@ class PredictionsTable:
         if name == task.conditional_name:
             labels = np.where(self.labels(str(task.after)) == 1, labels, np.nan)
         return labels
+
+    def weights(self, name: str) -> np.ndarray | None:
+        """(N,) float64 sample weights of a task's rows; None where all count alike."""
+        return self._numbers(f"weight.{self.task(name).name}")
 
     def predicted(self, name: str, *, calibrated: bool = True) -> np.ndarray:
         """(N,) float64, or (N, C) float32 class probabilities.
@@ -178,6 +214,11 @@ class PredictionsTable:
         return codes
 
 
+def _refuse(column: str, wrong: np.ndarray, rule: str) -> None:
+    if wrong.any():
+        raise DataError(f"predictions: {column}, row {int(wrong.argmax()):,}: {rule}")
+
+
 def _text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
@@ -189,6 +230,7 @@ def predictions_table(
     *,
     keys: Mapping[str, pd.Series | np.ndarray],
     uncalibrated: Mapping[str, np.ndarray] | None = None,
+    weights: np.ndarray | None = None,
     split: str = "test",
     thresholds: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
@@ -201,6 +243,7 @@ def predictions_table(
         labels: (N, T).
         keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``segment.hour``, ...
         uncalibrated: as `predictions`; those that calibration did not change are left out.
+        weights: (N, T) of the rows in the losses; kept of the tasks that declare one.
 
     Example:
         >>> table = predictions_table(
@@ -214,6 +257,9 @@ def predictions_table(
         for name, values in keys.items()
     }
     columns |= {f"label.{task.name}": labels[:, i].astype(np.float32) for i, task in enumerate(tasks)}
+    for i, task in enumerate(tasks if weights is not None else ()):
+        if task.sample_weight is not None:
+            columns[f"weight.{task.name}"] = weights[:, i].astype(np.float32)  # type: ignore[index]
     classes: dict[str, np.ndarray] = {}
 
     def add(column: str, values: np.ndarray) -> None:
@@ -262,11 +308,15 @@ def write_predictions(path: str | Path, table: PredictionsTable) -> None:
     }
     schema = _arrow(table, slice(0, 0)).schema.with_metadata({METADATA: json.dumps(about).encode()})
     fresh = path.with_name(path.name + ".writing")
-    with pa.parquet.ParquetWriter(fresh, schema, compression="zstd") as writer:
-        for start in range(0, max(len(table), 1), ROWS_AT_ONCE):
-            rows = _arrow(table, slice(start, start + ROWS_AT_ONCE))
-            writer.write_table(rows.cast(schema), row_group_size=ROWS_AT_ONCE)
-    fresh.replace(path)
+    try:
+        with pa.parquet.ParquetWriter(fresh, schema, compression="zstd") as writer:
+            for start in range(0, max(len(table), 1), ROWS_AT_ONCE):
+                rows = _arrow(table, slice(start, start + ROWS_AT_ONCE))
+                writer.write_table(rows.cast(schema), row_group_size=ROWS_AT_ONCE)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _arrow(table: PredictionsTable, rows: slice) -> pa.Table:
@@ -277,6 +327,14 @@ def _arrow(table: PredictionsTable, rows: slice) -> pa.Table:
         flat = pa.array(np.ascontiguousarray(values[rows], dtype=np.float32).reshape(-1))
         arrow = arrow.append_column(column, pa.FixedSizeListArray.from_arrays(flat, values.shape[1]))
     return arrow.replace_schema_metadata(None)
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether a file is one that `write_predictions` wrote."""
+    try:
+        return METADATA in (pa.parquet.read_schema(path).metadata or {})
+    except _UNREADABLE:
+        return False
 
 
 def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) -> PredictionsTable:

@@ -114,7 +114,7 @@ class RankedRows:
         clicks = np.zeros(int(number.max(initial=0)) + 1)
         clicks[number] = np.nan_to_num(popularity[known]) + 1
         found = np.full(len(items), np.nan)
-        found[known] = -np.log2((clicks / max(clicks.sum(), 1))[number])
+        found[known] = np.log2(max(clicks.sum(), 1)) - np.log2(clicks[number])
         return found
 
 

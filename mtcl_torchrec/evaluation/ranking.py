@@ -59,7 +59,7 @@ class Ranking:
 
     def shown(self, k: int) -> np.ndarray:
         """(N,) float64, in the order of the rows: the probability to be among the first k."""
-        slots = np.clip(k - self.first, 0, self.size) / self.size
+        slots = self._slots(k) / self.size
         out = np.empty(len(self.order))
         out[self.order] = slots[self.tied]
         return out
@@ -85,7 +85,7 @@ class Ranking:
     def hit_at_k(self, labels: np.ndarray, k: int) -> np.ndarray:
         """(R,) the probability that one of the first k rows is positive; NaN where no row of the request is."""
         positives, size = np.bincount(self.tied, labels[self.order]), self.size.astype(float)
-        slots = np.clip(k - self.first, 0, self.size)
+        slots = self._slots(k)
         blanks = size - positives
         missed = (blanks >= slots).astype(np.float64)
         # C(blanks, slots) / C(size, slots): all slots of a group of equals go to rows without the event.
@@ -132,6 +132,10 @@ class Ranking:
         above = n + 1 + (j - 1) * (p - 1) / np.maximum(g - 1, 1)
         return self._over(self._sum(p / g * above / (a + j)), labels)
 
+    def _slots(self, k: int) -> np.ndarray:
+        """How many of the first k places the rows of each group of equal scores take."""
+        return np.clip(min(k, len(self.order)) - self.first, 0, self.size)
+
     def _shared(self, gains: np.ndarray) -> np.ndarray:
         """Gains in the order of the ranking; tied rows share theirs."""
         return (np.bincount(self.tied, gains[self.order]) / self.size)[self.tied]
@@ -148,6 +152,7 @@ class Ranking:
 
     def _ideal_dcg(self, gains: np.ndarray, k: int) -> np.ndarray:
         if bool(np.all((gains == 0) | (gains == 1))):  # no need to sort
+            k = min(k, int(self.place.max(initial=-1)) + 1)  # no list is longer
             of_count = np.r_[0.0, np.cumsum(1 / np.log2(2.0 + np.arange(k)))]
             return of_count[np.minimum(self._positives(gains), k).astype(np.int64)]
         request = np.empty(len(self.order), np.int64)

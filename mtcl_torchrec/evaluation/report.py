@@ -10,11 +10,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mtcl_torchrec.evaluation.bootstrap import Interval
-from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, whole_task_metrics
+from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, weighted_metrics, whole_task_metrics
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
+_WEIGHTED = {"auc": "AUC", "top1": "top-1", "log_loss": "log-loss", "ne": "NE", "calibration": "calib.", "mse": "MSE",
+             "mae": "MAE", "r2": "R²", "base_rate": ""}  # fmt: skip
 BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}
 
 
@@ -55,6 +58,7 @@ def evaluate_predictions(
     popularity: np.ndarray | None,
     ranked_tasks: Sequence[str],
     thresholds: Mapping[str, float] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
     """Metrics of each task, and of the fused score beside popularity as rankings of the same impressions.
 
@@ -65,6 +69,8 @@ def evaluate_predictions(
         popularity: (N,) how popular each row's item was in the training split.
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
         thresholds: binary task -> from which probability on a yes is said.
+        weights: task -> (N,) sample weights, of those that have some: `weighted_metrics` are told beside the others,
+            for which all rows count alike.
     """
     by_task: dict[str, Metrics] = {}
     kinds: dict[str, str] = {}
@@ -74,6 +80,8 @@ def evaluate_predictions(
             threshold = (thresholds or {}).get(name)
             by_task[name] = whole_task_metrics(task, label, predictions[name], users, threshold)
             kinds[name] = task.kind
+            if weights is not None and name in weights:
+                by_task[name] |= weighted_metrics(task, label, predictions[name], weights[name])
 
     for i, task in enumerate(tasks):
         judge(task.name, task, labels[:, i])
@@ -114,18 +122,24 @@ def cell(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
+class _PlainTable(Table):
+    """A name in brackets is a name, and no style."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def plain_table(title: str, columns: list[str]) -> Table:
     """A table of numbers that fits a terminal of 80 columns; the first column is text."""
-    table = Table(
-        title=title,
+    table = _PlainTable(
+        title=Text(title, style="bold") if title else None,
         title_justify="left",
-        title_style="bold",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -148,6 +162,14 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
             table.add_row(name, *cells, f"{int(metrics['count']):,}")
         console.print(table, "")
         heading = ""
+        weighed = {n: m for n, m in of_kind.items() if "weighted_base_rate" in m}
+        if weighed:
+            told = [key for key in _WEIGHTED if any(f"weighted_{key}" in m for m in weighed.values())]
+            names = [BASE[kind] if key == "base_rate" else _WEIGHTED[key] for key in told]
+            table = plain_table("By sample weights, as the loss counts rows; above, all rows count alike", ["", *names])
+            for name, metrics in weighed.items():
+                table.add_row(name, *(cell(metrics.get(f"weighted_{key}")) for key in told))
+            console.print(table, "")
     if any(evaluation.ranking.values()):
         rules = list(evaluation.ranking)
         kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]

@@ -46,6 +46,8 @@ def segment_values(table: PredictionsTable, name: str) -> pd.Series:
     if column is None and name == "hour_of_day" and "time" in frame:
         return _named(hours_of_day(frame["time"]))
     if column is None or column.startswith(("label.", "p.", "uncalibrated.")):
+        if name == "hour_of_day":
+            raise DataError("segments: hour_of_day needs the column of schema.time")
         kept = [str(c).removeprefix("segment.") for c in frame if "." not in str(c) or str(c).startswith("segment.")]
         kept += ["hour_of_day"] if "time" in frame else []
         raise DataError(f"segments: no column {name!r} beside the predictions{nearest(name, kept)}")
@@ -60,14 +62,19 @@ def hours_of_day(times: pd.Series) -> pd.Series:
     """(N,) the hour, 0 to 23, in UTC; of numbers, which are seconds to nanoseconds since 1970 by their size.
 
     Raises:
-        DataError: the numbers are too small to be times.
+        DataError: the numbers are too small to be times, or the texts are none.
 
     Example:
         >>> hours_of_day(pd.Series([1_700_000_000, 1_700_003_600])).tolist()
         [22, 23]
     """
     if not pd.api.types.is_numeric_dtype(times):
-        return pd.to_datetime(times, utc=True).dt.hour
+        try:
+            return pd.to_datetime(times, utc=True).dt.hour
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DataError(f"segments: hour_of_day: the time column holds what is no time ({error})") from None
+    if times.isna().all():
+        return pd.Series(pd.NA, times.index, "Int64")
     size = float(times.abs().median())
     per_second = next((units for least, units in TIME_UNITS if size >= least), None)
     if per_second is None:
@@ -109,10 +116,16 @@ def _frequent(values: pd.Series) -> pd.Series:
 
 def _quantiles(values: pd.Series) -> pd.Series:
     x = values.to_numpy(dtype=np.float64, na_value=np.nan)
-    edges = np.unique(np.nanquantile(x, np.arange(1, QUANTILES) / QUANTILES))
+    finite = x[np.isfinite(x)]  # between two infinities nothing can be interpolated
+    within = np.clip(x, finite.min(), finite.max())
+    edges = np.unique(np.nanquantile(within, np.arange(1, QUANTILES) / QUANTILES))
     bins = np.where(np.isnan(x), -1, np.searchsorted(edges, x, side="right"))
     there = np.unique(bins[bins >= 0])
-    names = [f"{x[bins == b].min():.6g} to {x[bins == b].max():.6g}" for b in there]
+    ends = [(x[bins == b].min(), x[bins == b].max()) for b in there]
+    for digits in range(6, 18):  # as many as tell the parts apart: times need ten
+        names = [f"{low:.{digits}g} to {high:.{digits}g}" for low, high in ends]
+        if len({end for name in names for end in name.split(" to ")}) == len({end for pair in ends for end in pair}):
+            break
     return _categorical(np.where(bins < 0, -1, np.searchsorted(there, bins)), names)
 
 
@@ -120,4 +133,6 @@ def _categorical(codes: np.ndarray, names: Sequence[Any]) -> pd.Series:
     names = list(names)
     if (codes < 0).any():
         codes, names = np.where(codes < 0, len(names), codes), [*names, MISSING]
-    return pd.Series(pd.Categorical.from_codes(codes, categories=pd.Index(names), ordered=True))
+    once = list(dict.fromkeys(names))  # 1 and "1" read alike, and a value may be called "(other)"
+    codes = np.array([once.index(name) for name in names], np.int64)[codes]
+    return pd.Series(pd.Categorical.from_codes(codes, categories=pd.Index(once), ordered=True))

@@ -70,7 +70,8 @@ class Task(Declared):
             the classes, and row 0, unknown, is no label.
         mask: a column; the task's label counts only where it is true (``long_view`` only where
             ``is_click``).
-        sample_weight: a column of non-negative weights for this task's loss.
+        sample_weight: a column of non-negative weights for this task's loss.  In metrics all rows count alike, unless
+            they are called weighted; early stopping, thresholds and calibration go by rows, too.
         inputs: feature groups that the task may see; the rest is zero on its way through the
             trunk.  The default is all of them.
         head: what makes the logit: the name of a kind, or a mapping with the options of `Head`; the default is

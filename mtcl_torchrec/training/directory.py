@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
+from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.checkpoint.store import newest_checkpoint
 from mtcl_torchrec.training.sharding import Ranks
 
@@ -79,6 +81,27 @@ def readable_folder(folder: Path) -> Path:
     """The folder, or after an interruption of `replace_folder` the one before it."""
     old = folder.with_name(folder.name + ".old")
     return old if old.is_dir() and not folder.is_dir() else folder
+
+
+def locked(folder: Path, who: str, *, name: str = ".lock") -> IO[str]:
+    """A folder, made where it is missing, locked until the file that is returned is closed, or this process ends,
+    however it ends.
+
+    Args:
+        who: the command, for the message.
+        name: of the file.
+
+    Raises:
+        ConfigError: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / name).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"another {who} is at work in {folder}") from None
+    return lock
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table, write_predictions
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
+from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError, Task, nearest
@@ -100,32 +101,19 @@ def fused_tasks(model: MTCL) -> Sequence[str]:
 
 def thresholds_of(folder: Path) -> dict[str, float]:
     """From which probability on a finished run says yes, by binary task: chosen on its validation split; none where it
-    has not finished."""
+    has not finished.
+
+    Raises:
+        DataError: its metrics.json holds something else.
+    """
     path = folder / METRICS
     if not path.is_file():
         return {}
-    tasks = json.loads(path.read_text())["evaluations"].get("val", {}).get("tasks", {})
-    return {name: of["threshold"] for name, of in tasks.items() if of.get("threshold") is not None}
-
-
-def evaluate_rows(
-    model: MTCL,
-    preprocessor: Preprocessor,
-    raw: Rows,
-    rows: EncodedRows,
-    catalogue: Catalogue | None,
-    where: Ranks | None = None,
-    batch_size: int = 8192,
-) -> Evaluation:
-    """Evaluate a model on encoded rows; on several ranks, all of them take part and get the result.
-
-    Args:
-        raw: the same rows with the user and item columns.
-        catalogue: for the popularity baseline, or None.
-    """
-    predictions = predict(model, rows, batch_size=batch_size, device=where.device if where else None)
-    table = rows_predicted(model.tasks, preprocessor, raw, rows, catalogue, predictions)
-    return evaluate_table(table, fused_tasks=fused_tasks(model))
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))["evaluations"].get("val", {}).get("tasks", {})
+        return {name: float(of["threshold"]) for name, of in tasks.items() if of.get("threshold") is not None}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: not the metrics of a run ({error!r})") from None
 
 
 def rows_predicted_by(
@@ -179,26 +167,46 @@ def rows_predicted(
         DataError: the rows have no column that is asked for as a segment.
     """
     keys = _keys(preprocessor, raw, encoded, catalogue)
+    declared = preprocessor.declared
+    same = {"user": declared.user, "item": declared.item, "request": declared.request, "time": declared.time}
     for column in segments:
-        if f"segment.{column}" in keys or column in keys:
-            continue
-        if column not in raw.frame:
-            raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")
-        of_rows = canonical(raw.frame[column])
-        lists = of_rows.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
-        if lists.any():
-            raise DataError(f"{raw.name}: segments: column {column!r} holds lists; a row is in one segment")
-        keys[f"segment.{column}"] = as_text(of_rows) if of_rows.dtype == object else of_rows
+        if same.get(column) == column or (column in keys and column not in raw.frame):
+            continue  # a column of the data that merely has the name of a key is one of its own
+        keys[f"segment.{column}"] = _segment_column(raw, column)
     return predictions_table(
         tasks,
         predictions,
         encoded.labels.numpy(),
         keys=keys,
         uncalibrated=uncalibrated,
+        weights=None if encoded.weights is None else encoded.weights.numpy(),
         split=split,
         thresholds=thresholds,
         values=values,
     )
+
+
+def check_segments(run: RunConfig, splits: Splits) -> None:
+    """See, before a run trains, that its rows can be told apart as it says.
+
+    Raises:
+        DataError: a segment's column is missing, holds lists, or no times.
+    """
+    for rows in splits.raw.values():
+        for column in run.evaluation.columns():
+            _segment_column(rows, column)
+        if "hour_of_day" in run.evaluation.segments:
+            hours_of_day(rows.frame[run.data_schema.time])
+
+
+def _segment_column(raw: Rows, column: str) -> pd.Series:
+    if column not in raw.frame:
+        raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")
+    of_rows = canonical(raw.frame[column])
+    lists = of_rows.map(lambda value: hasattr(value, "__len__") and not isinstance(value, str))
+    if lists.any():
+        raise DataError(f"{raw.name}: segments: column {column!r} holds lists; a row is in one segment")
+    return as_text(of_rows) if of_rows.dtype == object else of_rows
 
 
 def _keys(

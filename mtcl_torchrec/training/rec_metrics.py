@@ -58,7 +58,8 @@ class TrainingMetrics:
     rows of all ranks.
 
     A label counts as it does in the loss: a missing or masked one nowhere, the zeros of a chain as zeros.  Rows of a
-    batch that was skipped count nowhere.  Sample weights do not count, as in the final metrics.  AUC and GAUC are kept
+    batch that was skipped count nowhere.  Sample weights do not count, as in the final metrics
+    that are not called weighted.  AUC and GAUC are kept
     as rows, in a window of their own.  Nothing is drawn at random, and nothing waits for the device but `read`.
 
     `reset` begins anew; the training loop does so in each epoch, and where it goes on after a checkpoint: what is told

@@ -49,7 +49,7 @@ from mtcl_torchrec.training.directory import (
 from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory
-from mtcl_torchrec.training.judging import evaluation_as_json, judge
+from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, judge
 from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
@@ -140,6 +140,7 @@ def _train(
     if data is None:
         data = load_data(run, where, grown_from=earlier_encoder(folder) if resume else None, say=say)
     preprocessor, splits = data.preprocessor, data.splits
+    check_segments(run, splits)
     model = build_model(
         run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, precision=run.training.precision
     )

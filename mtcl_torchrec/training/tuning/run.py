@@ -26,8 +26,8 @@ from mtcl_torchrec.training.run_data import RunData, load_data
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 from mtcl_torchrec.training.tuning.objective import MEAN, Objective
 from mtcl_torchrec.training.tuning.outcome import TuningResult, best_of, outcome, short, write_best
-from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, plain, shown
-from mtcl_torchrec.training.tuning.study import Proposal, Pruner, Study, about, open_folder
+from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, shown
+from mtcl_torchrec.training.tuning.study import STUDY, Proposal, Pruner, Study, about, open_folder
 
 TRIALS, LOGS = "trials", "logs"
 # What of features and tasks no encoded row shows: runs that differ in it alone share their data.
@@ -76,9 +76,9 @@ def tune_run(
         overwrite: forget an earlier search in `folder`.
 
     Raises:
-        ConfigError: the space or the objective does not fit the run, `folder` holds another search, no trial came to
-            its end, or optuna is not installed.
-        DataError: the data does not fit the schema.
+        ConfigError: the space or the objective does not fit the run, `folder` holds another search or one of other
+            data, no trial came to its end, or optuna is not installed.
+        DataError: the data does not fit the schema, or the study cannot be read or written.
         FileExistsError: `folder` holds something else.
     """
     screen = console or Console()
@@ -124,6 +124,11 @@ class _Search:
                 value = ask()
             except (ConfigError, DataError, OSError) as error:
                 failure = error
+            except Exception as error:  # of the file that holds the study: damaged, or the disk is full
+                if type(error).__module__.split(".")[0] not in ("optuna", "sqlalchemy", "sqlite3"):
+                    raise
+                why = str(error.__cause__ or error).splitlines()[0]
+                failure = DataError(f"{self.folder / STUDY}: {why}; --overwrite begins anew")
         told: Any = self.where.broadcast((value, failure))
         if told[1] is not None:
             raise told[1]
@@ -134,7 +139,7 @@ class _Search:
         run = self.space.run
 
         def begin() -> int:
-            told = about(plain(run), self.space, self.objective)
+            told = about(self.space, self.objective)
             lock = open_folder(self.folder, overwrite)
             self._study = Study(
                 self.folder, lock, self.space, self.objective.direction, told, pruner=pruner,
@@ -193,6 +198,10 @@ class _Search:
             history = self._train(proposal, reached)
         except _GivenUpError:
             history = None
+        except KeyboardInterrupt:
+            if self.where.first:
+                self.study.excuse()
+            raise
         except (FloatingPointError, ConfigError, DataError) as error:
             history, failure = None, str(error).splitlines()[0]
         except (RuntimeError, MemoryError) as error:
@@ -264,7 +273,7 @@ class _Search:
         key = {part: whole[part] for part in ("data", "schema", "statistics", "histories", "next_labels")}
         for part, unseen in _UNSEEN.items():
             key["schema"][part] = [{k: v for k, v in of.items() if k not in unseen} for of in key["schema"][part]]
-        asked = json.dumps([key, run.training.seed], sort_keys=True)
+        asked = json.dumps([key, run.training.seed, run.training.id_dropout], sort_keys=True)
         if self._data is None or self._data[0] != asked:
             self._data = None
             without_test = run.model_copy(update={"data": run.data.model_copy(update={"test": None})})

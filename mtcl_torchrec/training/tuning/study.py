@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -11,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from mtcl_torchrec.data.files import files_fingerprint, without_paths
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.tuning.objective import Direction, Objective
-from mtcl_torchrec.training.tuning.space import Space, Value
+from mtcl_torchrec.training.tuning.space import Space, Value, plain
 
 Pruner = Literal["median", "hyperband", "none"]
 STUDY = "study.db"
@@ -106,7 +107,8 @@ class Study:
             self._study.set_user_attr("about", about)
         elif before != about:
             raise ConfigError(
-                f"{folder} holds a search of another run, space or objective: --overwrite it, or choose another --out"
+                f"{folder} holds a search of another run, space or objective, or one of other data: --overwrite it, or "
+                "choose another --out"
             )
         if not self._study.get_trials(deepcopy=False):
             self._study.enqueue_trial(space.own())
@@ -145,8 +147,16 @@ class Study:
                 continue
             return Proposal(number, values if number else {})
 
+    def excuse(self) -> None:
+        """A person ended the trial under way: that interruption does not count."""
+        if self._trial is not None:
+            self._trial.set_user_attr("excused", True)
+
     def _interrupted_for_good(self) -> bool:
         """Whether the trial would only be interrupted once more; counts this interruption."""
+        if self._trial.user_attrs.get("excused"):
+            self._trial.set_user_attr("excused", False)
+            return False
         reached = len(self._study.trials[self._trial.number].intermediate_values)
         starts, before = self._trial.user_attrs.get("interrupted", (0, reached))
         starts = 1 if reached > before else starts + 1
@@ -220,13 +230,7 @@ def open_folder(folder: Path, overwrite: bool) -> IO[str]:
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / _LOCK).is_file():
         raise FileExistsError(f"{folder} is not empty and no folder of mtcl tune; choose a new one")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / _LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigError(f"another mtcl tune is at work in {folder}") from None
+    lock = locked(folder, "mtcl tune", name=_LOCK)
     for path in folder.iterdir() if overwrite else ():
         if path.is_dir():
             shutil.rmtree(path)
@@ -235,6 +239,18 @@ def open_folder(folder: Path, overwrite: bool) -> IO[str]:
     return lock
 
 
-def about(run: dict[str, Any], space: Space, objective: Objective) -> str:
-    """What the trials of a study have in common."""
-    return json.dumps({"run": run, "space": space.as_json(), "objective": objective.name}, sort_keys=True)
+def about(space: Space, objective: Objective) -> str:
+    """What the trials of a study have in common, from whatever folder they are started.
+
+    Raises:
+        DataError: a file of the run is missing.
+    """
+    return json.dumps(
+        {
+            "run": without_paths(plain(space.run)),
+            "files": files_fingerprint(space.run),
+            "space": space.as_json(),
+            "objective": objective.name,
+        },
+        sort_keys=True,
+    )
