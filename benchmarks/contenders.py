@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,74 +28,11 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from peer_cases import Case
+from peer_packages import deepctr, rechub
+from peer_runs import DENSE_LR, EPS, TABLE_LR, Adagrads, Ran, Stamps
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
-
-TABLE_LR, DENSE_LR, EPS = 0.02, 1e-3, 1e-8
-
-
-@dataclass
-class Stamps:
-    """When each step was done: seconds on the wall, and of processor time of all threads."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def note(self) -> None:
-        """A step is done."""
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-
-
-@dataclass
-class Ran:
-    """What a contender did.
-
-    Args:
-        predictions: (N, T) probabilities of the validation rows.
-        table_parameters, dense_parameters: how many it has trained.
-        ready_s: until the first step could begin: reading, building the model.
-        read_s: of these, reading what is read before training.
-        stamps: when each step was done.
-    """
-
-    predictions: np.ndarray
-    table_parameters: int
-    dense_parameters: int
-    ready_s: float
-    read_s: float
-    stamps: Stamps
-
-
-class Adagrads:
-    """Adagrad on the tables and Adam on everything else, as one optimizer that notes when it has stepped.
-
-    Args:
-        module: whose parameters of so many rows are tables.
-    """
-
-    def __init__(self, module: nn.Module, table_rows: int) -> None:
-        tables, dense = [], []
-        for parameter in module.parameters():
-            (tables if parameter.dim() == 2 and len(parameter) == table_rows else dense).append(parameter)
-        self.tables, self.dense = sum(p.numel() for p in tables), sum(p.numel() for p in dense)
-        self.parts = [
-            torch.optim.Adagrad(tables, lr=TABLE_LR, eps=EPS),
-            torch.optim.Adam(dense, lr=DENSE_LR, fused=True),
-        ]
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-        self.stamps = Stamps()
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-        self.stamps.note()
-
 
 # ---------------------------------------------------------------------- ours
 
@@ -357,67 +293,6 @@ def _trained_by_torchrec(case: Case, train: Path, val: Path, seed: int) -> Ran:
 
     numbers = (case.features * case.table_rows * case.dim, sum(p.numel() for p in dense.values()))
     return Ran(_predicted(forward, val, case), *numbers, ready_s, 0.0, stamps)
-
-
-# ---------------------------------------------------------------------- other packages
-
-
-def _arrays(path: Path, case: Case) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    import pandas as pd
-
-    frame = pd.read_parquet(path)
-    # Contiguous, or torch-rechub goes through strides row by row.
-    ids = {c: np.ascontiguousarray(frame[c].to_numpy()) for c in case.columns}
-    return ids, np.ascontiguousarray(frame[case.labels].to_numpy(dtype=np.float32))
-
-
-def rechub(case: Case, train: Path, val: Path, seed: int) -> Ran:
-    """torch-rechub's MMoE and its MTLTrainer."""
-    from torch_rechub.basic.features import SparseFeature
-    from torch_rechub.models.multi_task import MMOE
-    from torch_rechub.trainers import MTLTrainer
-    from torch_rechub.utils.data import DataGenerator
-
-    started = time.perf_counter()
-    (x, y), (x_val, y_val) = _arrays(train, case), _arrays(val, case)
-    read_s = time.perf_counter() - started
-    torch.manual_seed(seed)
-    kinds = ["classification"] * case.tasks
-    features = [SparseFeature(c, vocab_size=case.table_rows, embed_dim=case.dim) for c in case.columns]
-    towers = [{"dims": list(case.tower_layers)} for _ in kinds]
-    model = MMOE(features, kinds, case.experts, {"dims": list(case.expert_layers)}, towers)
-    loader, *_ = DataGenerator(x, y).generate_dataloader(
-        x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val, batch_size=case.batch_size
-    )
-    optimizer = Adagrads(model, case.table_rows)
-    trainer = MTLTrainer(model, kinds, optimizer_fn=lambda *_, **__: optimizer, optimizer_params={})
-    ready_s = time.perf_counter() - started
-    trainer.train_one_epoch(loader)
-    model.eval()
-    with torch.no_grad():
-        predictions = model({c: torch.from_numpy(of) for c, of in x_val.items()}).numpy()
-    return Ran(predictions, optimizer.tables, optimizer.dense, ready_s, read_s, optimizer.stamps)
-
-
-def deepctr(case: Case, train: Path, val: Path, seed: int) -> Ran:
-    """deepctr-torch's MMOE and its fit."""
-    from deepctr_torch.inputs import SparseFeat
-    from deepctr_torch.models import MMOE
-
-    started = time.perf_counter()
-    (x, y), (x_val, _) = _arrays(train, case), _arrays(val, case)
-    read_s = time.perf_counter() - started
-    columns = [SparseFeat(c, vocabulary_size=case.table_rows, embedding_dim=case.dim) for c in case.columns]
-    model = MMOE(
-        columns, num_experts=case.experts, expert_dnn_hidden_units=case.expert_layers, gate_dnn_hidden_units=(),
-        tower_dnn_hidden_units=case.tower_layers, l2_reg_linear=0, l2_reg_embedding=0, dnn_use_bn=True,
-        task_types=["binary"] * case.tasks, task_names=case.labels, seed=seed,
-    )  # fmt: skip
-    optimizer = Adagrads(model, case.table_rows)
-    model.compile(optimizer, loss=["binary_crossentropy"] * case.tasks)
-    ready_s = time.perf_counter() - started
-    model.fit(x, y, batch_size=case.batch_size, epochs=1, verbose=0)
-    return Ran(model.predict(x_val, 8192), optimizer.tables, optimizer.dense, ready_s, read_s, optimizer.stamps)
 
 
 CONTENDERS: dict[str, Callable[[Case, Path, Path, int], Ran]] = {
