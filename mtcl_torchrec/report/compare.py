@@ -21,7 +21,7 @@ from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.pictures import followed
 from mtcl_torchrec.report.sections import Section
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
-from mtcl_torchrec.report.tables import Table, cost_tables, number
+from mtcl_torchrec.report.tables import SHOWN, Table, cost_tables, number
 from mtcl_torchrec.report.verdict import Answer
 from mtcl_torchrec.report.words import listed
 from mtcl_torchrec.schema import ConfigError
@@ -30,7 +30,9 @@ from mtcl_torchrec.training.directory import replace_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_HEADINGS = {key: heading for of_kind in SHOWN.values() for key, heading in of_kind.items()}
 _COUNTS = ("count", "base_rate")
+_NAMED = 6  # metrics in a sentence
 _CURVES = 4  # runs that are told apart in one picture
 
 
@@ -149,12 +151,17 @@ def compare_html(
     page = render(
         "compare.html", names=names, answers=_answers(names, found), split=contents[0].split,
         sections=_sections(contents, names, found, studio),
-        notes=list(dict.fromkeys(f"{n}: {m}" for n, run in zip(names, contents, strict=True) for m in run.missing)),
+        notes=list(dict.fromkeys(f"{n}: {m}" for n, run in zip(names, contents, strict=True) for m in _lacks(run))),
     )  # fmt: skip
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page)
     return path
+
+
+def _lacks(run: RunContents) -> list[str]:
+    anew = "its fused score was changed after its rows were judged: `mtcl fuse RUN_DIR --rejudge` judges them by it."
+    return [*run.missing, *([anew] if run.fused_anew else [])]
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -184,7 +191,7 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
             continue
         signs = {1: "better", -1: "worse", 0: "too close to call"}
         groups = {s: [f"{c.name} ({c.metric})" for c in judged if c.sign(r) == s] for s in signs}
-        lines = [f"{word.capitalize()}: {listed(groups[s])}." for s, word in signs.items() if groups[s]]
+        lines = [f"{word.capitalize()}: {_some(groups[s])}." for s, word in signs.items() if groups[s]]
         better, worse = len(groups[1]), len(groups[-1])
         if better and not worse:
             answers.append(Answer(question, f"Yes, on {better} of {len(judged)}", "good", lines))
@@ -195,6 +202,11 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
         else:
             answers.append(Answer(question, "No difference that counts", "mixed", lines))
     return answers
+
+
+def _some(names: Sequence[str]) -> str:
+    """Some names, and how many more there are."""
+    return listed(names) if len(names) <= _NAMED + 2 else f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
 
 
 def _sections(
@@ -259,7 +271,7 @@ def _metric_tables(runs: Sequence[RunContents], names: Sequence[str]) -> list[Ta
         keys = [k for k in dict.fromkeys(k for m in of for k in m) if k not in _COUNTS]
         rows = [[name, *(number(m.get(k)) for k in keys)] for name, m in zip(names, of, strict=True)]
         if keys:
-            tables.append(Table(task, ["run", *keys], rows))
+            tables.append(Table(task, ["run", *(_HEADINGS.get(k, k) for k in keys)], rows))
     return tables
 
 
