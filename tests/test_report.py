@@ -418,6 +418,31 @@ def test_a_twin_is_no_rival_for_tasks_that_it_was_not_trained_on(made, tmp_path,
     assert "▲" in rows["popularity"][1]
 
 
+def test_baselines_of_other_rows_are_left_out(made, tmp_path, fast):
+    """As after training anew on changed data: rows of another number, of others, and with other labels."""
+    folder = copied(made, tmp_path / "run")
+    names = ["popularity", "single_task", "trees"]
+
+    def shorter(frame):
+        return frame.iloc[1:]
+
+    def of_others(frame):
+        return frame.assign(user=frame["user"].to_numpy()[::-1].copy())
+
+    def labelled_anew(frame):
+        return frame.assign(**{"label.click": 1 - frame["label.click"]})
+
+    for name, change in zip(names, (shorter, of_others, labelled_anew), strict=True):
+        path = folder / f"baselines/{name}/predictions/test.parquet"
+        of = read_predictions(path)
+        changed = change(of.frame).reset_index(drop=True)
+        write_predictions(path, PredictionsTable(changed, of.tasks, of.split, of.classes, of.thresholds))
+    found = read(folder)
+    assert f"Left out, since they were judged by other rows than this run: {', '.join(names)}" in found.text
+    shown = [row[0] for row in found.tables["AUC on the test split"][1:]]
+    assert not {*names} & {*shown}
+
+
 KNOWN = {
     "click": {"count": 9.0, "share": 0.934, "regret": 0.01, "nats": 0.1, "oracle_nats": 0.11, "auc": 0.75,
               "oracle_auc": 0.7677, "auc_of_labels": 0.751, "oracle_auc_of_labels": 0.768},

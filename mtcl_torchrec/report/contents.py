@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
 from mtcl_torchrec.report.errors import clusters_of
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
@@ -205,6 +205,28 @@ def _read_baselines(found: RunContents, elsewhere: Path | None) -> None:
             if there:
                 found.of_baselines[name] = there
                 break
+    old = [name for name, of in found.of_baselines.items() if any(_other_rows(found.predictions, of, s) for s in of)]
+    for name in old:
+        del found.baselines[name], found.of_baselines[name]
+    if old:
+        found.missing.append(
+            f"Left out, since they were judged by other rows than this run: {', '.join(old)}. "
+            "`mtcl baselines RUN.yaml` trains them anew."
+        )
+
+
+def _other_rows(run: Mapping[str, PredictionsTable], baseline: Mapping[str, PredictionsTable], split: str) -> bool:
+    """Whether a baseline's rows of a split are not those of the run, as where the data have changed since."""
+    if split not in run:
+        return False
+    one, other = run[split], baseline[split]
+    if len(one) != len(other):
+        return True
+    keys = [key for key in KEYS if key in one.frame and key in other.frame]
+    if any((one.key_texts(key) != other.key_texts(key)).any() for key in keys):
+        return True
+    tasks = {task.name for task in one.tasks} & {task.name for task in other.tasks}
+    return not all(np.array_equal(one.labels(task), other.labels(task), equal_nan=True) for task in tasks)
 
 
 def _whole(path: Path, read: Callable[[Path], _Read]) -> _Read:
