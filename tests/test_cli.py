@@ -77,6 +77,16 @@ def test_from_a_file_of_ones_own_to_recommendations(mtcl, log, tmp_path):
     status, shown, _ = mtcl("recommend", "runs/log", "--user", "stranger", "--top", "2")
     assert "User stranger is not in the log" in shown
 
+    goods = pd.DataFrame(
+        {"product_id": pd.read_parquet("log.parquet")["product_id"].unique(), "name": "[a] thing of a long name " * 3}
+    )
+    goods.to_csv("goods.csv", index=False)
+    status, shown, _ = mtcl("recommend", "runs/log", "--user", "u3", "--top", "5000", "--titles", "goods.csv")
+    assert (status, shown.count("[a] thing of a long name")) == (0, shown.count("…"))
+    assert f"Top {shown.count('…')} for user u3" in shown
+    status, _, said = mtcl("recommend", "runs/log", "--user", "u3", "--titles", "log.parquet")
+    assert (status, "no column 'title' or 'name'" in said) == (2, True)
+
     # A second run of the same name does not touch the first.
     status, shown, _ = mtcl("train", "run.yaml", "--device", "cpu")
     assert "runs/log-2" in shown

@@ -200,7 +200,9 @@ def test_baselines_decide_too():
 
 def test_words_for_separation_and_calibration():
     sentences = said(is_it_good([GOOD, POOR], [], []))
-    assert "click are told from the rest well (AUC 0.820), those of like hardly better than by chance (0.500)" in sentences
+    assert (
+        "click are told from the rest well (AUC 0.820), those of like hardly better than by chance (0.500)" in sentences
+    )
     assert "like is predicted 30% too often" in sentences
     assert "too seldom" in said(is_it_good([fact(auc=0.7, ne=0.9, calibration=0.8)], [], []))
     assert "agree within 10%" in said(is_it_good([GOOD], [], []))

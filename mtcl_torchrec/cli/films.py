@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mtcl_torchrec.cli.app import screen
 from mtcl_torchrec.cli.embed import embed
+from mtcl_torchrec.cli.titles import short
 from mtcl_torchrec.data import movielens
 from mtcl_torchrec.data.vectors import read_vectors
 from mtcl_torchrec.evaluation.cold import EXPLAINED, print_segments, segment_masks, smoothed_popularity
@@ -24,7 +25,6 @@ LEVELS, CODES = 3, 64  # of the semantic ids
 TOP = 10
 LATER, ALIKE = "rated later", "its text is like"
 NUMBERS = ("score", "liked", "taste", "next_genre")
-TITLE_WIDTH = 36
 
 
 def write_films(source: Path, target: Path, encoder: str, seed: int, device: Device) -> None:
@@ -78,7 +78,7 @@ def show_films(run_dir: Path, data: Path, console: Console) -> None:
     _show_lists(run, films, train, test, data / "vectors.parquet", console)
     console.print(
         f"\nThe run is in {run_dir}; the data, which are MovieLens's and not to be passed on, in {data}.  Next:\n"
-        f"  mtcl recommend {run_dir} --user 42 --why\n"
+        f"  mtcl recommend {run_dir} --user 42 --why --titles {data}/items.parquet\n"
         f"  mtcl train {data}/run.yaml, which you may edit\n"
         f"  tensorboard --logdir {run_dir}/tensorboard",
         highlight=False, markup=False, soft_wrap=True,
@@ -92,7 +92,7 @@ def _show_lists(
     known = _someone(train, test)
     own = train[(train["user_id"] == known) & (train["liked"] == 1)].sort_values("position")
     titles = films.set_index("item_id")["title"]
-    lately = [f"    {_short(titles[film])}" for film in own["item_id"].tail(3)[::-1]]
+    lately = [f"    {short(titles[film])}" for film in own["item_id"].tail(3)[::-1]]
     said = [f"User {known} has liked {len(own)} films in training, last", *lately]
     console.print("", *said, sep="\n", highlight=False, markup=False)
     ranked = _with_stars(recommender.recommend(known, k=TOP), films, test, known)
@@ -137,7 +137,7 @@ def _alike(films: pd.DataFrame, known: pd.DataFrame, vectors: Path) -> list[str]
         if film not in row.index or known.empty:
             found.append("")
             continue
-        found.append(_short(known["title"].iloc[int(np.argmax(of_known @ read.vectors[row[film]]))]))
+        found.append(short(known["title"].iloc[int(np.argmax(of_known @ read.vectors[row[film]]))]))
     return found
 
 
@@ -159,10 +159,6 @@ def _print_films(
     for place, film in enumerate(ranked.to_dict("records"), start=1):
         figures = (f"{film[name]:.3f}" for name in numbers)
         genre = film["genre"] if isinstance(film["genre"], str) else ""
-        table.add_row(f"{place:2d}  {_short(film['title'])}", genre, *figures, film[beside])
+        table.add_row(f"{place:2d}  {short(film['title'])}", genre, *figures, film[beside])
     console.print()
     console.print(table)
-
-
-def _short(title: str) -> str:
-    return title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + "…"

@@ -202,5 +202,7 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         table = plain_table(title, ["event", *headers])
         judged = [n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]]
         for name, heading in ranked_events(evaluation, judged).items():
-            table.add_row(heading, *(cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
+            table.add_row(
+                heading, *(cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules)
+            )
         console.print(table)

@@ -17,8 +17,8 @@ MOST = 24  # values of a column that are shown, the most frequent ones
 def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
     """Heading -> value -> (N,) bool: the rows of each segment.
 
-    Items by events in training (of the first binary task) and users by whether they were in it, where the table knows; and every ``segment.``
-    column.
+    Items by events in training (of the first binary task) and users by whether they were in it, where the table knows;
+    and every ``segment.`` column.
     """
     frame = table.frame
     found: dict[str, dict[str, np.ndarray]] = {}

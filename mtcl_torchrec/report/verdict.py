@@ -13,7 +13,8 @@ from mtcl_torchrec.report.words import listed, signed, signed_with_error
 SURE = 2.0  # standard errors that a difference takes to count
 MARGIN = 0.005  # of an AUC, where no standard error is known
 SMALL = 0.002  # of an AUC: what is sure and smaller is too little to go by
-BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "poorly"), (0.0, "hardly better than by chance"))  # of an AUC
+# Of an AUC.
+BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "poorly"), (0.0, "hardly better than by chance"))
 RATIO = (0.9, 1.1)  # of predicted to observed events: outside of it, probabilities are off
 AHEAD = 1.5  # times the share of the next task: from there on, a task of half the ranking decides it mostly
 OPPOSED, ALIKE = -0.05, 0.05  # mean cosine of two gradients
@@ -23,7 +24,8 @@ Tone = Literal["good", "mixed", "bad", "unknown"]
 RULES = (
     "A task is predicted better than guessing where its log-loss is below that of always predicting the base rate "
     "(NE < 1) and, of a binary task, its AUC lies above 0.5 by two standard errors; of a regression, where R² > 0.",
-    "An AUC of at least 0.8 tells events from the rest well, 0.7 fairly well, 0.6 poorly, less hardly better than by chance.",
+    "An AUC of at least 0.8 tells events from the rest well, 0.7 fairly well, 0.6 poorly, less hardly better than by "
+    "chance.",
     "A difference counts where it is more than two standard errors (over users, the same rows compared), or, where no "
     "standard error is known, more than 0.005; all else is too close to call.",
     "The model is good where at least half of its tasks are better than guessing and no baseline is clearly better on "

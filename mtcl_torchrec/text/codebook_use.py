@@ -75,9 +75,7 @@ class CodebookUse:
         return [head, *rows, EXPLAINED, full, *(f"warning: {warning}" for warning in self.warnings)]
 
 
-def codebook_use(
-    book: Codebook, vectors: np.ndarray, codes: np.ndarray, *, fitted_here: bool = True
-) -> CodebookUse:
+def codebook_use(book: Codebook, vectors: np.ndarray, codes: np.ndarray, *, fitted_here: bool = True) -> CodebookUse:
     """Measure how the codes of some vectors use a codebook.
 
     Of at least 100 items that the codebook was fitted on, what looks like collapse is warned of.
