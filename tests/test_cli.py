@@ -9,8 +9,9 @@ import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import main, twins
+from mtcl_torchrec.cli import main
 from mtcl_torchrec.data import kuairand
+from mtcl_torchrec.data.draft import draft_run, twins
 
 
 @pytest.fixture
@@ -376,3 +377,10 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
     metrics = yaml.safe_load((tmp_path / "demo/metrics.json").read_text())["evaluations"]["test"]
     assert metrics["tasks"]["click"]["auc"] > reached
     assert metrics["ranking"]["fused"]["auc click"] > metrics["ranking"]["popular"]["auc click"] + 0.1
+
+
+def test_init_takes_a_reader_for_the_user(tmp_path):
+    frame = shop.log(300).rename(columns={"user_id": "reader", "product_id": "article_id"})
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    schema = yaml.safe_load(draft_run([str(tmp_path / "log.parquet")]))["schema"]
+    assert (schema["user"], schema["item"]) == ("reader", "article_id")

@@ -284,3 +284,15 @@ def test_a_fusion_fitted_after_training_is_held_against_the_best_head():
     assert fitted.tone == "good"
     assert "Fitted for value@5, it is clearly better than the head of like alone" in said(fitted)
     assert what_does_fusion({"like": 1.0}, [], True, [worse], "value@5").tone == "bad"
+
+
+def test_one_epoch_has_one_tick():
+    ticks = pytest.importorskip("mtcl_torchrec.report.studio").ticks
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    axes.plot([1], [0.7])
+    axes.margins(x=0.08)
+    ticks(axes.xaxis, 6, integer=True)
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.xaxis.get_majorticklocs() if low <= tick <= high] == [1]
