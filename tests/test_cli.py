@@ -9,8 +9,9 @@ import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import main, twins
+from mtcl_torchrec.cli import main
 from mtcl_torchrec.data import kuairand
+from mtcl_torchrec.data.draft import draft_run, twins
 
 
 @pytest.fixture
@@ -76,6 +77,16 @@ def test_from_a_file_of_ones_own_to_recommendations(mtcl, log, tmp_path):
 
     status, shown, _ = mtcl("recommend", "runs/log", "--user", "stranger", "--top", "2")
     assert "User stranger is not in the log" in shown
+
+    goods = pd.DataFrame(
+        {"product_id": pd.read_parquet("log.parquet")["product_id"].unique(), "name": "[a] thing of a long name " * 3}
+    )
+    goods.to_csv("goods.csv", index=False)
+    status, shown, _ = mtcl("recommend", "runs/log", "--user", "u3", "--top", "5000", "--titles", "goods.csv")
+    assert (status, shown.count("[a] thing of a long name")) == (0, shown.count("…"))
+    assert f"Top {shown.count('…')} for user u3" in shown
+    status, _, said = mtcl("recommend", "runs/log", "--user", "u3", "--titles", "log.parquet")
+    assert (status, "no column 'title' or 'name'" in said) == (2, True)
 
     # A second run of the same name does not touch the first.
     status, shown, _ = mtcl("train", "run.yaml", "--device", "cpu")
@@ -366,3 +377,10 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
     metrics = yaml.safe_load((tmp_path / "demo/metrics.json").read_text())["evaluations"]["test"]
     assert metrics["tasks"]["click"]["auc"] > reached
     assert metrics["ranking"]["fused"]["auc click"] > metrics["ranking"]["popular"]["auc click"] + 0.1
+
+
+def test_init_takes_a_reader_for_the_user(tmp_path):
+    frame = shop.log(300).rename(columns={"user_id": "reader", "product_id": "article_id"})
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    schema = yaml.safe_load(draft_run([str(tmp_path / "log.parquet")]))["schema"]
+    assert (schema["user"], schema["item"]) == ("reader", "article_id")

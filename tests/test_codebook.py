@@ -101,7 +101,8 @@ def test_use_is_counted():
     assert np.isclose(first.error, 8 / ((vectors - vectors.mean()) ** 2).sum())
     assert (second.used, second.error) == (2, 0.0)
     assert (use.items, use.distinct, use.items_per_code, use.alone, use.fullest) == (8, 4, 2.0, 2 / 8, 4)
-    assert len(use.lines()) == 1 + 2 + 1 + len(use.warnings)
+    assert len(use.lines()) == 1 + 2 + 2
+    assert use.lines()[3].startswith("codes: ")
 
 
 def test_an_even_use_is_not_warned_about():
@@ -124,6 +125,15 @@ def test_collapse_is_said(vectors, said):
     for what in said:
         assert any(what in warning for warning in use.warnings), use.warnings
     assert use.lines()[-1].startswith("warning: ")
+
+
+def test_few_items_and_items_of_a_given_codebook_are_not_warned_about():
+    vectors = np.ones((200, 3), np.float32)
+    book = fit_codebook(vectors, [16, 16])
+    codes = book.encode(vectors)
+    assert codebook_use(book, vectors, codes).warnings
+    assert codebook_use(book, vectors, codes, fitted_here=False).warnings == ()
+    assert codebook_use(book, vectors[:3], codes[:3]).warnings == ()
 
 
 # ---------------------------------------------------------------------- meaning

@@ -13,7 +13,7 @@ from mtcl_torchrec.evaluation.details import print_details, print_differences, p
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking
-from mtcl_torchrec.evaluation.report import print_evaluation
+from mtcl_torchrec.evaluation.report import evaluate_predictions, print_evaluation
 from mtcl_torchrec.evaluation.segments import hours_of_day, segment_values
 from mtcl_torchrec.schema import DataError, Task
 
@@ -145,3 +145,16 @@ def test_hours_of_what_is_missing_or_no_time():
     assert hours_of_day(pd.Series(["2020-01-01T05:00:00", None])).tolist()[0] == 5
     with pytest.raises(DataError, match="holds what is no time"):
         hours_of_day(pd.Series(["soon"]))
+
+
+def test_headings_are_as_wide_as_the_screen_and_one_event_has_one_row():
+    tasks = (Task.binary("click"), Task.binary("match", label="click"), Task.binary("like"))
+    y = np.tile([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]], (4, 1))
+    p = {task.name: np.linspace(0.1, 0.9, 8) for task in tasks} | {"score": np.linspace(0, 1, 8)}
+    found = evaluate_predictions(tasks, p, y, None, np.arange(8.0), [task.name for task in tasks])
+    out = io.StringIO()
+    print_evaluation(found, "test split", Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    at = lines.index("The same rows ranked by the fused score and by popularity")
+    assert [line.split("  ")[0] for line in lines[at + 2 :]] == ["click, match", "like"]
+    assert {"auc match", "auc click"} <= set(found.ranking["fused"])  # the numbers stay as they are

@@ -152,3 +152,10 @@ def test_headings_and_keys_lead_through_the_page(opened):
     assert page.evaluate("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
+
+
+def test_a_table_that_goes_on_is_shaded_where_it_does(opened):
+    page = opened("report", 390, "light")
+    wide = page.locator(".scroll", has_text="Binary tasks").first
+    assert wide.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert wide.evaluate("e => getComputedStyle(e).backgroundAttachment") == "local, local, scroll, scroll"

@@ -200,7 +200,9 @@ def test_baselines_decide_too():
 
 def test_words_for_separation_and_calibration():
     sentences = said(is_it_good([GOOD, POOR], [], []))
-    assert "click are separated well (AUC 0.820), those of like hardly (0.500)" in sentences
+    assert (
+        "click are told from the rest well (AUC 0.820), those of like hardly better than by chance (0.500)" in sentences
+    )
     assert "like is predicted 30% too often" in sentences
     assert "too seldom" in said(is_it_good([fact(auc=0.7, ne=0.9, calibration=0.8)], [], []))
     assert "agree within 10%" in said(is_it_good([GOOD], [], []))
@@ -248,8 +250,8 @@ def test_gates_that_share_and_gates_that_do_not():
     def gates(other):
         return [{"level": 1, "gate": g, "weights": w} for g, w in (("a", [1.0, 0.0]), ("b", other))]
 
-    assert "100% of their experts' weight" in said(do_tasks_help([], [], gates([1.0, 0.0]), ["a", "b"]))
-    assert "0% of their experts' weight" in said(do_tasks_help([], [], gates([None, 1.0]), ["a", "b"]))
+    assert "give 100% of their weight to the same experts" in said(do_tasks_help([], [], gates([1.0, 0.0]), ["a", "b"]))
+    assert "give 0% of their weight to the same experts" in said(do_tasks_help([], [], gates([None, 1.0]), ["a", "b"]))
 
 
 def event(task, against_head, against_popularity, error=0.01):
@@ -262,6 +264,8 @@ def test_what_the_fusion_does():
     won = what_does_fusion(shares, [event("click", -0.02, 0.1), event("like", 0.05, 0.1)], True)
     assert (won.tone, won.short) == ("good", "Ranks mostly by click")
     assert "decided by click (70%) and like (28%)" in said(won)
+    assert what_does_fusion({"taste": 0.5, "liked": 0.49}, [], True).short == "Led by taste and liked"
+    assert what_does_fusion({"taste": 0.8}, [], True).short == "Ranks mostly by taste"
     assert "2 of 2 events come out better than by popularity" in said(won)
     assert "at most 0.020 GAUC against its own head (most for click)" in said(won)
     assert "For like it is better than the event's own head" in said(won)
@@ -280,3 +284,15 @@ def test_a_fusion_fitted_after_training_is_held_against_the_best_head():
     assert fitted.tone == "good"
     assert "Fitted for value@5, it is clearly better than the head of like alone" in said(fitted)
     assert what_does_fusion({"like": 1.0}, [], True, [worse], "value@5").tone == "bad"
+
+
+def test_one_epoch_has_one_tick():
+    ticks = pytest.importorskip("mtcl_torchrec.report.studio").ticks
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    axes.plot([1], [0.7])
+    axes.margins(x=0.08)
+    ticks(axes.xaxis, 6, integer=True)
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.xaxis.get_majorticklocs() if low <= tick <= high] == [1]

@@ -60,14 +60,15 @@ def demo(
 
     Prints one table of all tasks on the test split, the fused score beside a popularity baseline on the same
     impressions, and the top 10 videos of one user; then trains up to three tasks alone, to tell whether tasks help each
-    other, and writes a report.  Takes a few minutes on two cores.
+    other, and writes a report.  Takes about four minutes on two cores.
 
     **With texts:** mtcl demo --text --folder ml-1m
 
     trains on MovieLens-1M, of which the package ships nothing: it reads the folder that you give.  Films are known by
     id, by a vector of their title and genres, and by semantic id; users by what they liked before.  Behaviour, content
     and collaborative filtering are the tasks.  Prints besides how well films that nobody has rated and users without
-    history are ranked, and ranks films for one of each.
+    history are ranked, and ranks films for one of each.  Takes about five
+    minutes on two cores.
     """
     if not text and (folder is not None or encoder is not None):
         raise ConfigError(f"{'--encoder' if folder is None else '--folder'} belongs to --text")

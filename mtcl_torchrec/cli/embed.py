@@ -197,7 +197,7 @@ def _write_semantic_ids(
     found = book.encode(read.vectors)
     about: dict[str, Any] = {"codebook": book.identity, "vectors": dict(read.about)}
     write_codes(out, read.keys, found, book.sizes, key=read.key, about=about)
-    lines = codebook_use(book, np.asarray(read.vectors), found).lines()
+    lines = codebook_use(book, np.asarray(read.vectors), found, fitted_here=sizes is not None).lines()
     lines.append(f"wrote the codes of {len(read):,} items of {whence} to {out}")
     lines.append(f"for new items: --codebook {book_path}")
     for line in lines:

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from mtcl_torchrec.cli.app import screen
 from mtcl_torchrec.cli.embed import embed
+from mtcl_torchrec.cli.titles import short
 from mtcl_torchrec.data import movielens
 from mtcl_torchrec.data.vectors import read_vectors
-from mtcl_torchrec.evaluation.cold import print_segments, segment_masks, smoothed_popularity
+from mtcl_torchrec.evaluation.cold import EXPLAINED, print_segments, segment_masks, smoothed_popularity
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.serving.recommender import Recommender
@@ -24,7 +25,6 @@ LEVELS, CODES = 3, 64  # of the semantic ids
 TOP = 10
 LATER, ALIKE = "rated later", "its text is like"
 NUMBERS = ("score", "liked", "taste", "next_genre")
-TITLE_WIDTH = 36
 
 
 def write_films(source: Path, target: Path, encoder: str, seed: int, device: Device) -> None:
@@ -73,11 +73,12 @@ def show_films(run_dir: Path, data: Path, console: Console) -> None:
     console.print()
     title = "AUC of liked, by what training knew of film and user"
     print_segments(title, test["liked"].to_numpy(), rankings, segment_masks(test), console)
+    console.print(EXPLAINED, highlight=False, markup=False, soft_wrap=True)
     films = pd.read_parquet(data / "items.parquet")
     _show_lists(run, films, train, test, data / "vectors.parquet", console)
     console.print(
         f"\nThe run is in {run_dir}; the data, which are MovieLens's and not to be passed on, in {data}.  Next:\n"
-        f"  mtcl recommend {run_dir} --user 42 --why\n"
+        f"  mtcl recommend {run_dir} --user 42 --why --titles {data}/items.parquet\n"
         f"  mtcl train {data}/run.yaml, which you may edit\n"
         f"  tensorboard --logdir {run_dir}/tensorboard",
         highlight=False, markup=False, soft_wrap=True,
@@ -91,11 +92,11 @@ def _show_lists(
     known = _someone(train, test)
     own = train[(train["user_id"] == known) & (train["liked"] == 1)].sort_values("position")
     titles = films.set_index("item_id")["title"]
-    lately = "; ".join(_short(titles[film]) for film in own["item_id"].tail(3)[::-1])
-    console.print()
-    console.print(f"User {known} has liked {len(own)} films in training, last: {lately}", highlight=False, markup=False)
+    lately = [f"    {short(titles[film])}" for film in own["item_id"].tail(3)[::-1]]
+    said = [f"User {known} has liked {len(own)} films in training, last", *lately]
+    console.print("", *said, sep="\n", highlight=False, markup=False)
     ranked = _with_stars(recommender.recommend(known, k=TOP), films, test, known)
-    _print_films(f"Top {TOP} for user {known}", ranked, console, LATER)
+    _print_films(f"Top {len(ranked)} for user {known}", ranked, console, LATER)
 
     someone = recommender.catalogue.users
     unmet = films[~films["item_id"].isin(train["item_id"])].reset_index(drop=True)
@@ -104,12 +105,13 @@ def _show_lists(
         scored = unmet.join(recommender.score(asked)[["score", "liked", "taste", "next_genre"]])
         scored = scored.nlargest(TOP // 2, "score")
         scored[ALIKE] = _alike(scored, films[films["item_id"].isin(train["item_id"])], vectors)
-        _print_films(f"Of the {len(unmet):,} films that training never saw", scored, console, ALIKE, ("score", "liked"))
+        title = f"Top {len(scored)} of the {len(unmet):,} films that training never saw"
+        _print_films(title, scored, console, ALIKE, ("score", "liked"))
 
     strangers = test.loc[test["new_user"], "user_id"]
     new = int(max(someone["user_id"].max(), test["user_id"].max()) + 1 if strangers.empty else strangers.mode()[0])
     ranked = _with_stars(recommender.recommend(new, k=TOP), films, test, new)
-    _print_films(f"Top {TOP} for user {new}, of whom training knew nothing", ranked, console, LATER)
+    _print_films(f"Top {len(ranked)} for user {new}, of whom training knew nothing", ranked, console, LATER)
 
 
 def _with_stars(ranked: pd.DataFrame, films: pd.DataFrame, test: pd.DataFrame, user: int) -> pd.DataFrame:
@@ -135,7 +137,7 @@ def _alike(films: pd.DataFrame, known: pd.DataFrame, vectors: Path) -> list[str]
         if film not in row.index or known.empty:
             found.append("")
             continue
-        found.append(_short(known["title"].iloc[int(np.argmax(of_known @ read.vectors[row[film]]))]))
+        found.append(short(known["title"].iloc[int(np.argmax(of_known @ read.vectors[row[film]]))]))
     return found
 
 
@@ -157,10 +159,6 @@ def _print_films(
     for place, film in enumerate(ranked.to_dict("records"), start=1):
         figures = (f"{film[name]:.3f}" for name in numbers)
         genre = film["genre"] if isinstance(film["genre"], str) else ""
-        table.add_row(f"{place:2d}  {_short(film['title'])}", genre, *figures, film[beside])
+        table.add_row(f"{place:2d}  {short(film['title'])}", genre, *figures, film[beside])
     console.print()
     console.print(table)
-
-
-def _short(title: str) -> str:
-    return title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + "…"

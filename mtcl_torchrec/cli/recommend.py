@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished, screen
+from mtcl_torchrec.cli.titles import read_titles, titles_of
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.network import PART, SPREAD
@@ -30,6 +31,9 @@ def recommend(
     top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
     why: Annotated[bool, typer.Option(help="Show what each task adds to the score, not its prediction.")] = False,
+    titles: Annotated[
+        Path | None, typer.Option(help="A file of items with their column title (or name): show it beside the ids.")
+    ] = None,
     contents: ContentsOption = None,
     items: ItemsOption = None,
 ) -> None:
@@ -46,9 +50,10 @@ def recommend(
             raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
         given[name.strip()] = value.strip()
     recommender = Recommender.load(run_dir, **newer_files(contents, items))
+    names = None if titles is None else read_titles(titles, str(recommender.schema.item))
     if recommender.run is not None:
         note_if_unfinished(recommender.run, *run_dir)
-    print_recommendations(recommender, user, given, top, seen, screen(), why=why)
+    print_recommendations(recommender, user, given, top, seen, screen(), why=why, titles=names)
 
 
 def print_recommendations(
@@ -60,7 +65,19 @@ def print_recommendations(
     console: Console,
     *,
     why: bool = False,
+    titles: dict[str, str] | None = None,
 ) -> None:
+    """Print the list.
+
+    Args:
+        recommender, user, context, top, seen: as of `Recommender.recommend`.
+        why: show what each task adds to the score.
+        titles: item, as text -> its title, to be shown beside it.
+
+    Raises:
+        ConfigError: `why`, and the fused score is no sum.
+        DataError: as `Recommender.recommend`.
+    """
     ranked = recommender.recommend(user, context, k=max(top, 2) if why else top, seen=seen)
     parts = [str(name) for name in ranked if str(name).startswith(PART)]
     if why and not parts:
@@ -82,9 +99,13 @@ def print_recommendations(
     what = f"what each task adds to {to} of the top" if why else "top"
     title = f"{what.capitalize()} {len(ranked)} for user {user}" + (f" ({about})" if about else "")
     names = (str(c).removeprefix(PART).replace("_", "\n") for c in ranked.columns)
-    table = plain_table(title, ["#", *names])
-    for place, row in enumerate(ranked.itertuples(index=False), start=1):
-        table.add_row(str(place), *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+    beside_ids = None if titles is None else titles_of(ranked[str(recommender.schema.item)].tolist(), titles)
+    table = plain_table(title, ["#", *names, *(() if beside_ids is None else ("title",))])
+    if beside_ids is not None:
+        table.columns[-1].justify = "left"
+    for place, row in enumerate(ranked.itertuples(index=False)):
+        cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+        table.add_row(str(place + 1), *cells, *(() if beside_ids is None else (beside_ids[place],)))
     console.print(table)
     if beside is not None and abs(beside) > 5e-4:
         console.print(f"To these come {beside:.3f}, which every item has.", highlight=False)

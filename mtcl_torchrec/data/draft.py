@@ -14,7 +14,10 @@ from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.schema import DataError, nearest
 
 SAMPLE_ROWS = 200_000
-USER_NAMES = ("user_id", "userid", "uid", "user", "customer_id", "member_id", "visitor_id", "session_id")
+USER_NAMES = (
+    "user_id", "userid", "uid", "user", "customer_id", "member_id", "visitor_id", "reader_id", "viewer_id",
+    "listener_id", "customer", "member", "visitor", "reader", "viewer", "listener", "session_id",
+)  # fmt: skip
 ITEM_NAMES = (
     "item_id", "itemid", "iid", "item", "video_id", "product_id", "movie_id", "article_id", "news_id", "ad_id",
     "song_id", "track_id", "book_id", "course_id", "post_id", "sku",

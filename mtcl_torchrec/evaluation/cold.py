@@ -13,6 +13,7 @@ from mtcl_torchrec.evaluation.metrics import auc
 from mtcl_torchrec.evaluation.report import plain_table
 
 NEW_USERS = "new users"
+EXPLAINED = f"{', '.join(SEGMENTS)}: items as training met them, for known users; {NEW_USERS}: known items only"
 
 
 def smoothed_popularity(items: pd.Series, labels: pd.Series, smoothing: float = 20.0) -> pd.Series:

@@ -9,7 +9,7 @@ from rich.console import Console
 from mtcl_torchrec.evaluation.bootstrap import Interval
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.metrics import Metrics, task_quality
-from mtcl_torchrec.evaluation.report import Evaluation, cell, plain_table
+from mtcl_torchrec.evaluation.report import Evaluation, cell, plain_table, ranked_events
 from mtcl_torchrec.schema import Task
 
 _PROBABILITIES = {"PR-AUC": "pr_auc", "base rate": "base_rate", "Brier": "brier", "ECE": "ece"}
@@ -54,9 +54,10 @@ def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
     title = f"Shown: the first {k} of each of {requests:,} requests, of which {more:.0%} have more"
     headers = [name if rule == rules[0] else rule for name in _SHOWN for rule in rules]
     table = plain_table(title, ["event", *headers])
-    for name in (n.removeprefix(f"rate@{k} ") for n in first if n.startswith(f"rate@{k} ")):
+    judged = [n.removeprefix(f"rate@{k} ") for n in first if n.startswith(f"rate@{k} ")]
+    for name, heading in ranked_events(evaluation, judged).items():
         cells = [evaluation.ranking[rule][f"{m}@{k} {name}"] for m in _SHOWN.values() for rule in rules]
-        table.add_row(name, *map(cell, cells))
+        table.add_row(heading, *map(cell, cells))
     console.print(table)
     for name in ("value", "coverage", "novelty"):
         told = []

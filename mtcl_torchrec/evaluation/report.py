@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +36,7 @@ class Evaluation:
         segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"`` and ``"ranking"``, by the
             fused score.
         intervals: task or ``"ranking"`` -> metric -> how sure it is.
+        same_event: task -> the task before it that has the same labels: as events, the two are one.
         knowable: of rows of a synthetic world, task -> how much of what is knowable is known, and so ``"score"``; see
             `mtcl_torchrec.evaluation.knowable`.
     """
@@ -48,6 +49,7 @@ class Evaluation:
     segments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
     knowable: dict[str, Metrics] | None = None
+    same_event: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate_predictions(
@@ -102,7 +104,27 @@ def evaluate_predictions(
             ranking[rule][f"auc {task.name}"] = auc(y, s)
             if users is not None:
                 ranking[rule][f"gauc {task.name}"] = gauc(y, s, users[present])
-    return Evaluation(kinds, by_task, ranking, len(labels))
+    return Evaluation(kinds, by_task, ranking, len(labels), same_event=same_events(tasks))
+
+
+def same_events(tasks: Sequence[Task]) -> dict[str, str]:
+    """Binary task -> the first binary task before it that has the same labels, of those that there are.
+
+    Example:
+        >>> same_events([Task.binary("click"), Task.binary("like"), Task.binary("match", label="click")])
+        {'match': 'click'}
+    """
+    first: dict[tuple, str] = {}
+    binary = [task for task in tasks if task.kind == "binary"]
+    return {task.name: one for task in binary if (one := first.setdefault(task.event, task.name)) != task.name}
+
+
+def ranked_events(evaluation: Evaluation, names: Sequence[str]) -> dict[str, str]:
+    """Of these tasks, the first of each event -> a heading that names the others, too: ``"click, match"``."""
+    of_event: dict[str, list[str]] = {}
+    for name in names:
+        of_event.setdefault(evaluation.same_event.get(name, name), []).append(name)
+    return {tasks[0]: ", ".join(tasks) for tasks in of_event.values()}
 
 
 def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
@@ -123,7 +145,14 @@ def cell(value: float | None, digits: int = 4) -> str:
 
 
 class _PlainTable(Table):
-    """A name in brackets is a name, and no style."""
+    """A name in brackets is a name, and no style; the heading above is as wide as the screen, not as the table."""
+
+    heading: Text | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.heading is not None:
+            yield self.heading
+        yield from super().__rich_console__(console, options)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
@@ -131,13 +160,8 @@ class _PlainTable(Table):
 
 def plain_table(title: str, columns: list[str]) -> Table:
     """A table of numbers that fits a terminal of 80 columns; the first column is text."""
-    table = _PlainTable(
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+    table = _PlainTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.heading = Text(title, style="bold") if title else None
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
     return table
@@ -176,6 +200,9 @@ def print_evaluation(evaluation: Evaluation, title: str, console: Console | None
         headers = [f"{k.upper()} {rule}" for k in kinds for rule in rules]
         title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
         table = plain_table(title, ["event", *headers])
-        for name in (n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]):
-            table.add_row(name, *(cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules))
+        judged = [n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]]
+        for name, heading in ranked_events(evaluation, judged).items():
+            table.add_row(
+                heading, *(cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules)
+            )
         console.print(table)

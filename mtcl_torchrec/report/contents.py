@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.report.errors import clusters_of
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
@@ -113,6 +114,11 @@ class RunContents:
     def table(self) -> PredictionsTable | None:
         """The predictions of that split."""
         return self.predictions.get(self.split)
+
+    @cached_property
+    def same_event(self) -> dict[str, str]:
+        """Task -> the task before it that has the same labels: as events to rank by, the two are one."""
+        return self.evaluation.get("same_event") or ({} if self.table is None else same_events(self.table.tasks))
 
     @property
     def fused_tasks(self) -> list[str]:

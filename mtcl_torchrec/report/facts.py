@@ -68,6 +68,7 @@ class Event:
         rankings: ``"fused"``, ``"own head"``, ``"popularity"`` -> value and standard error.
         unwanted: the event lowers the score: a low value is what is wanted of the fused ranking.
         gaps: of the fused ranking against the others, as wanted.
+        others: tasks that have the same labels, so that this is their event, too; the own head is that of `task`.
     """
 
     task: str
@@ -75,6 +76,7 @@ class Event:
     rankings: Mapping[str, tuple[float, float]]
     unwanted: bool = False
     gaps: tuple[Gap, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 def task_facts(run: RunContents) -> list[TaskFact]:
@@ -124,7 +126,11 @@ def events(run: RunContents) -> list[Event]:
     ranking = run.evaluation.get("ranking") or {}
     fused, popular = ranking.get("fused") or {}, ranking.get("popular") or {}
     found = []
-    for task in [key.removeprefix("auc ") for key in fused if key.startswith("auc ")]:
+    judged = [key.removeprefix("auc ") for key in fused if key.startswith("auc ")]
+    heads: dict[str, list[str]] = {}
+    for task in judged:
+        heads.setdefault(run.same_event.get(task, task), []).append(task)
+    for task, *others in heads.values():
         metric = "gauc" if fused.get(f"gauc {task}") is not None else "auc"
         own = (run.of_tasks.get(task) or {}).get(metric)
         values = {
@@ -149,7 +155,7 @@ def events(run: RunContents) -> list[Event]:
             # A head that foresees what is unwanted is right where the fused ranking puts it last.
             aim = 1 - known[other] if unwanted and other == "own head" else known[other]
             gaps.append(Gap(task, other, (aim - known["fused"]) if unwanted else known["fused"] - aim, error))
-        found.append(Event(task, metric.upper(), rankings, unwanted, tuple(gaps)))
+        found.append(Event(task, metric.upper(), rankings, unwanted, tuple(gaps), tuple(others)))
     return found
 
 

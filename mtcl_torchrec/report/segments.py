@@ -17,23 +17,23 @@ MOST = 24  # values of a column that are shown, the most frequent ones
 def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
     """Heading -> value -> (N,) bool: the rows of each segment.
 
-    Items by clicks in training and users by whether they were in it, where the table knows; and every ``segment.``
-    column.
+    Items by events in training (of the first binary task) and users by whether they were in it, where the table knows;
+    and every ``segment.`` column.
     """
     frame = table.frame
     found: dict[str, dict[str, np.ndarray]] = {}
     if table.popularity is not None:
-        clicks = table.popularity
-        masks = {"not in training": np.isnan(clicks)} if "item_seen" in frame else {}
-        known = np.nan_to_num(clicks)
+        event = next((task.name for task in table.tasks if task.kind == "binary"), "seen")
+        masks = {"not in training": np.isnan(table.popularity)} if "item_seen" in frame else {}
+        known = np.nan_to_num(table.popularity)
         some = known[known > 0]
         if len(some):
             low, high = (float(q) for q in np.quantile(some, [1 / 3, 2 / 3]))
             masks |= {
-                "no click in training": (known == 0) & ~masks.get("not in training", np.zeros(len(known), bool)),
-                f"1 to {low:,.0f} clicks": (known > 0) & (known <= low),
-                f"up to {high:,.0f}": (known > low) & (known <= high),
-                "more": known > high,
+                f"never {event} in training": (known == 0) & ~masks.get("not in training", np.zeros(len(known), bool)),
+                f"{event} {_times(low)}": (known > 0) & (known <= low),
+                f"{event} up to {high:,.0f} times": (known > low) & (known <= high),
+                "more often": known > high,
             }
         found["items"] = masks
     for column, heading, words in (("item_seen", "items", "not in training"), ("user_seen", "users", "new")):
@@ -51,6 +51,10 @@ def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
         }
     shown = {h: {v: m for v, m in masks.items() if m.sum() >= FEWEST} for h, masks in found.items()}
     return {heading: masks for heading, masks in shown.items() if len(masks) > 1}
+
+
+def _times(most: float) -> str:
+    return "once" if most <= 1 else f"1 to {most:,.0f} times"
 
 
 def _said(value: object) -> str:

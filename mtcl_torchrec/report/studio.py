@@ -64,7 +64,7 @@ def ticks(axis: Axis, most: int, *, integer: bool = False) -> None:
     """At most so many of them, on whole numbers if that is asked."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=most, integer=integer, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=integer, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from mtcl_torchrec.report.words import signed_with_error
 SHOWN = {  # key of metrics.json -> heading, by kind of task
     "binary": {
         "auc": "AUC", "gauc": "GAUC", "pr_auc": "PR-AUC", "log_loss": "log-loss", "ne": "NE", "brier": "Brier",
-        "calibration": "predicted / observed", "ece": "ECE", "threshold": "threshold", "accuracy": "accuracy",
-        "majority": "always the same", "precision": "precision", "recall": "recall", "f1": "F1",
-        "f1_all_yes": "F1 of all yes", "said_yes": "said yes",
+        "calibration": "predicted / observed", "ece": "ECE",
     },
     "multiclass": {"top1": "top-1", "top5": "top-5", "log_loss": "log-loss", "ne": "NE", "ece": "ECE"},
     "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC", "calibration": "predicted / observed"},
+}  # fmt: skip
+DECIDED = {  # where the threshold makes a yes or a no of a binary task's prediction
+    "threshold": "threshold", "accuracy": "accuracy", "majority": "always the same", "precision": "precision",
+    "recall": "recall", "f1": "F1", "f1_all_yes": "F1 of all yes", "said_yes": "said yes",
 }  # fmt: skip
 _TABLES = 10  # of a run that are named
 WITHIN = {  # of rankings in metrics.json, by request
@@ -95,7 +97,18 @@ def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
         columns = [f"{kind} task", *there.values(), BASE[kind], "labels"]
         note = BOOTSTRAPPED if any(fact.errors for fact in of_kind) else ""
         tables.append(Table(f"{kind.capitalize()} tasks", columns, rows, note))
+        if kind == "binary":
+            tables += _decisions(of_kind)
     return tables
+
+
+def _decisions(facts: Sequence[TaskFact]) -> list[Table]:
+    there = {key: name for key, name in DECIDED.items() if any(key in fact.metrics for fact in facts)}
+    if not there:
+        return []
+    rows = [[fact.task, *(number(fact.metrics.get(key)) for key in there)] for fact in facts]
+    caption = "Yes or no, from the threshold on that was best on validation"
+    return [Table(caption, ["binary task", *there.values()], rows)]
 
 
 def event_table(events: Sequence[Event], stored: bool = False) -> Table | None:
@@ -110,7 +123,7 @@ def event_table(events: Sequence[Event], stored: bool = False) -> Table | None:
     rows: list[list[str]] = []
     tones: dict[tuple[int, int], str] = {}
     for r, e in enumerate(events):
-        name = f"{e.task} (lowers the score)" if e.unwanted else e.task
+        name = ", ".join((e.task, *e.others)) + " (lowers the score)" * e.unwanted
         cells = [with_error(*e.rankings[way]) if way in e.rankings else "–" for way in ways]
         against = {gap.against: gap for gap in e.gaps}
         for c, other in enumerate(("own head", "popularity")):
@@ -160,7 +173,7 @@ def shown_tables(run: RunContents) -> list[Table]:
     for key in dict.fromkeys(key for of in ranking.values() for key in of):
         name, _, task = key.partition(" ")
         measure, _, k = name.partition("@")
-        if measure in WITHIN and task != "error":
+        if measure in WITHIN and task != "error" and task not in run.same_event:
             measures.setdefault(k, []).append((key, f"{WITHIN[measure]} {task}".strip()))
     tables = []
     for k, found in measures.items():

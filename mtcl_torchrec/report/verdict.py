@@ -13,8 +13,10 @@ from mtcl_torchrec.report.words import listed, signed, signed_with_error
 SURE = 2.0  # standard errors that a difference takes to count
 MARGIN = 0.005  # of an AUC, where no standard error is known
 SMALL = 0.002  # of an AUC: what is sure and smaller is too little to go by
-BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "weakly"), (0.0, "hardly"))  # of an AUC
+# Of an AUC.
+BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "poorly"), (0.0, "hardly better than by chance"))
 RATIO = (0.9, 1.1)  # of predicted to observed events: outside of it, probabilities are off
+AHEAD = 1.5  # times the share of the next task: from there on, a task of half the ranking decides it mostly
 OPPOSED, ALIKE = -0.05, 0.05  # mean cosine of two gradients
 
 Tone = Literal["good", "mixed", "bad", "unknown"]
@@ -22,7 +24,8 @@ Tone = Literal["good", "mixed", "bad", "unknown"]
 RULES = (
     "A task is predicted better than guessing where its log-loss is below that of always predicting the base rate "
     "(NE < 1) and, of a binary task, its AUC lies above 0.5 by two standard errors; of a regression, where R² > 0.",
-    "An AUC of at least 0.8 separates well, 0.7 fairly well, 0.6 weakly, less hardly.",
+    "An AUC of at least 0.8 tells events from the rest well, 0.7 fairly well, 0.6 poorly, less hardly better than by "
+    "chance.",
     "A difference counts where it is more than two standard errors (over users, the same rows compared), or, where no "
     "standard error is known, more than 0.005; all else is too close to call.",
     "The model is good where at least half of its tasks are better than guessing and no baseline is clearly better on "
@@ -88,7 +91,7 @@ def band(auc: float) -> str:
 
     Example:
         >>> band(0.84), band(0.55)
-        ('well', 'hardly')
+        ('well', 'hardly better than by chance')
     """
     return next(word for least, word in BANDS if auc >= least)
 
@@ -149,7 +152,7 @@ def _separation(facts: Sequence[TaskFact]) -> list[str]:
     if not aucs:
         return []
     best, worst = max(aucs, key=lambda t: aucs[t]), min(aucs, key=lambda t: aucs[t])
-    line = f"Events of {best} are separated {band(aucs[best])} (AUC {aucs[best]:.3f})"
+    line = f"Events of {best} are told from the rest {band(aucs[best])} (AUC {aucs[best]:.3f})"
     if worst != best:
         line += f", those of {worst} {band(aucs[worst])} ({aucs[worst]:.3f})"
     return [line + "."]
@@ -171,14 +174,14 @@ def _against_popularity(events: Sequence[Event]) -> list[str]:
 def _against_baselines(gaps: Sequence[Gap], untuned: bool) -> tuple[int, int, str]:
     """Tasks on which some baseline is clearly better, tasks compared, and a sentence."""
     if not gaps:
-        return 0, 0, "It was compared with no tuned baselines: `mtcl baselines` trains them."
+        return 0, 0, "It was compared with no tuned baselines: `mtcl baselines RUN_DIR` trains them."
     tasks = list(dict.fromkeys(gap.task for gap in gaps))
     signs = {task: [sign_of(gap) for gap in gaps if gap.task == task] for task in tasks}
     won = [task for task, of in signs.items() if all(s > 0 for s in of)]
     lost = [task for task, of in signs.items() if any(s < 0 for s in of)]
     names = list(dict.fromkeys(gap.against for gap in gaps))
     rivals = listed(names) if len(names) < 3 else f"{len(names)} baselines"
-    rivals += " (not tuned; `mtcl baselines` tunes them, and trains more)" if untuned else ""
+    rivals += " (not tuned; `mtcl baselines RUN_DIR` tunes them, and trains more)" if untuned else ""
     line = f"Against {rivals}, it is clearly the best on {len(won)} of {len(tasks)} tasks"
     for task in lost:
         best = min((gap for gap in gaps if gap.task == task), key=lambda gap: gap.difference)
@@ -278,7 +281,11 @@ def _sharing(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     overlaps = [sum(min(a, b) for a, b in zip(one, other, strict=True)) for one, other in pairs]
     if not overlaps:
         return []
-    return [f"On average, two gates have {sum(overlaps) / len(overlaps):.0%} of their experts' weight in common."]
+    mean = sum(overlaps) / len(overlaps)
+    return [
+        f"Any two gates give {mean:.0%} of their weight to the same experts, on average: 100% would be one mixture for "
+        "all tasks, 0% experts of their own."
+    ]
 
 
 def what_does_fusion(
@@ -307,7 +314,9 @@ def what_does_fusion(
     short = "Ranks by all heads together"
     if tasks:
         lead = [f"{t} ({shares[t]:.0%})".replace("-", "−") for t in tasks[:3] if abs(shares[t]) >= 0.05]
-        short = f"Ranks mostly by {tasks[0]}" if abs(shares[tasks[0]]) >= 0.5 else f"Led by {listed(tasks[:2])}"
+        first, second = [*(abs(shares[t]) for t in tasks[:2]), 0.0][:2]
+        alone = first >= 0.5 and first >= AHEAD * second
+        short = f"Ranks mostly by {tasks[0]}" if alone else f"Led by {listed(tasks[:2])}"
         sentences.append(f"The order within a request is decided by {listed(lead or tasks[:1])}.")
     sentences += _against_popularity(events)
     lost = [(g.difference, e) for e in events for g in e.gaps if g.against == "own head"]

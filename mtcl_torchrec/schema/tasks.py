@@ -234,6 +234,16 @@ class Task(Declared):
         return self.label or self.name
 
     @property
+    def event(self) -> tuple[str, str | None, str | None]:
+        """What tasks have in common that are different heads for one and the same labels.
+
+        Example:
+            >>> Task.binary("click").event == Task.binary("match", label="click").event
+            True
+        """
+        return self.label_column, self.mask, self.after
+
+    @property
     def out_features(self) -> int:
         """Logits of the task's head."""
         return self.num_classes or 1

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mtcl_torchrec.text.codebook import Codebook
+
+FEWEST = 100  # items: of fewer, some share of them in one code tells nothing
+EXPLAINED = (
+    "codes: that a level has; used: that some item has; perplexity: so many codes, used equally, would say as much; "
+    "largest: share of the items in the fullest code; unexplained: share of the vectors' variance that is left over"
+)
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,19 @@ class CodebookUse:
             f"{self.items:,} items have {self.distinct:,} full codes: {self.items_per_code:.2f} items per code, "
             f"{self.alone:.0%} of the items have one alone, the fullest code has {self.fullest:,}"
         )
-        return [head, *rows, full, *(f"warning: {warning}" for warning in self.warnings)]
+        return [head, *rows, EXPLAINED, full, *(f"warning: {warning}" for warning in self.warnings)]
 
 
-def codebook_use(book: Codebook, vectors: np.ndarray, codes: np.ndarray) -> CodebookUse:
+def codebook_use(book: Codebook, vectors: np.ndarray, codes: np.ndarray, *, fitted_here: bool = True) -> CodebookUse:
     """Measure how the codes of some vectors use a codebook.
+
+    Of at least 100 items that the codebook was fitted on, what looks like collapse is warned of.
 
     Args:
         book: the codebook.
         vectors: (N, d), N at least 1.
         codes: (N, L) of them.
+        fitted_here: whether the codebook was fitted on these very vectors; other items need not use it evenly.
 
     Example:
         >>> vectors = np.float32([[0, 0], [0, 1], [9, 0], [9, 1]])
@@ -97,7 +106,7 @@ def codebook_use(book: Codebook, vectors: np.ndarray, codes: np.ndarray) -> Code
     use = CodebookUse(
         len(codes), tuple(levels), len(counts), float((counts == 1).sum() / len(codes)), int(counts.max())
     )
-    return CodebookUse(use.items, use.levels, use.distinct, use.alone, use.fullest, tuple(_signs(use)))
+    return replace(use, warnings=tuple(_signs(use))) if fitted_here and use.items >= FEWEST else use
 
 
 def _squares(vectors: np.ndarray, around: np.ndarray | Codebook, codes: np.ndarray | None = None) -> float:
@@ -115,7 +124,7 @@ def _squares(vectors: np.ndarray, around: np.ndarray | Codebook, codes: np.ndarr
 
 
 def _signs(use: CodebookUse) -> list[str]:
-    """What looks like collapse; levels of few codes, and few items, may look like anything."""
+    """What looks like collapse; levels of few codes may look like anything."""
     found, before = [], 1.0
     for number, level in enumerate(use.levels, 1):
         reachable = min(level.size, use.items)
@@ -130,6 +139,6 @@ def _signs(use: CodebookUse) -> list[str]:
         if level.error > 0.99 * before or before < 1e-9:
             found.append(f"level {number} explains nothing of what the levels before it leave over")
         before = level.error
-    if use.items >= 100 and use.fullest > 0.05 * use.items:
+    if use.fullest > 0.05 * use.items:
         found.append(f"{use.fullest:,} of {use.items:,} items have the very same code: their texts may be the same")
     return found

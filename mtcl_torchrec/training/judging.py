@@ -80,9 +80,10 @@ def judge(
 
 
 def evaluation_as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All of an evaluation; what is not defined is None, and ``"knowable"`` stands there of a world only."""
+    """All of an evaluation; what is not defined is None, ``"knowable"`` stands there of a world only, and
+    ``"same_event"`` where tasks have the same labels."""
     values = finite(asdict(evaluation))
-    return values if evaluation.knowable is not None else {k: v for k, v in values.items() if k != "knowable"}
+    return {k: v for k, v in values.items() if v or k not in ("knowable", "same_event")}
 
 
 def worth_of(run: RunConfig) -> dict[str, float]:
