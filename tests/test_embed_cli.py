@@ -96,7 +96,10 @@ def test_a_second_time_takes_everything_from_the_cache(mtcl, tmp_path):
         (["items.parquet", "--text", "title", "--key", "itemid"],
          "no column 'itemid' (did you mean 'item_id'?); --key names the one that says which item it is"),
         (["items.parquet", "--text", "title", "--semantic-ids", "c.parquet", "--codes", "97"],
-         "96 items are fewer than 97 codes: take fewer (--codes)"),
+         "96 items are fewer than 97 codes: take fewer (--codes), or, for new items, mtcl semantic-ids v.parquet -o "
+         "c.parquet --codebook CODES.codebook.npz"),
+        (["items.parquet", "--text", "title", "--semantic-ids", "c.parquet", "--codes", "97", "--encoder", "old.npz"],
+         "for new items leave it out, and then: mtcl semantic-ids v.parquet -o c.parquet --codebook"),
         (["items.parquet", "--text", "title", "--semantic-ids", "no/c.parquet"], "no/c.parquet: there is no folder no"),
         (["absent.parquet", "--text", "title"], "no Parquet or CSV file at absent.parquet"),
         (["items.parquet", "--text", "title", "--encoder", "minlm"], "no encoder 'minlm' (did you mean 'minilm'?)"),

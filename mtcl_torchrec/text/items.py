@@ -248,7 +248,9 @@ def _open_csv(path: Path, encoding: str, columns: Sequence[str] | None) -> pa.cs
 def _unreadable(path: Path, encoding: str, error: Exception) -> DataError:
     """One line, which names the first byte that is none of the encoding, if that is what is wrong."""
     if path.suffix.lower() == ".csv" and path.is_file() and (wrong := _wrong_byte(path, encoding)):
-        return DataError(f"{path}: {wrong}; is the file in another encoding, such as latin-1 or cp1252?")
+        return DataError(
+            f"{path}: {wrong}; is the file in another encoding?  Name it: --encoding cp1252, latin-1, utf-16, ..."
+        )
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "straddling" in said:
         said = f"a row has more than {BLOCK_BYTES >> 20} MiB, or a quote is never closed"
