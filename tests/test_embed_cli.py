@@ -175,3 +175,15 @@ def test_after_a_stop_the_same_command_goes_on(mtcl, tmp_path):
     (tmp_path / "v.parquet").unlink()
     corpus.items().iloc[:50].to_parquet("items.parquet")
     assert "v.tfidf.npz exists already" in mtcl(*arguments)[2]  # that of other items is not lost
+
+
+def test_numbers_are_doubted_as_text(mtcl, tmp_path):
+    frame = corpus.items().assign(price=range(96), weight=0.5)
+    frame.to_csv("items.csv", index=False)
+    frame.to_parquet("items.parquet", index=False)
+    for file in ("items.csv", "items.parquet"):
+        arguments = ("embed", file, "-o", "v.parquet", "--width", 8, "--overwrite", "--no-cache", "--text")
+        status, _, said = mtcl(*arguments, "title,price,weight")
+        assert status == 0
+        assert "mtcl: price, weight hold numbers, which say little as text" in said
+        assert "hold" not in mtcl(*arguments, "title")[2]

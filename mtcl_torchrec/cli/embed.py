@@ -111,6 +111,10 @@ def embed(
         sizes = _sizes(codes, levels)
     console = screen()
     read = ItemTexts.open(items, _columns(text), key, encoding=encoding, prefix=prefix, max_chars=max_chars)
+    if read.numeric:
+        holds = "hold" if len(read.numeric) > 1 else "holds"
+        what = f"{', '.join(read.numeric)} {holds} numbers, which say little as text"
+        typer.echo(f"mtcl: {what}; features of kind dense read numbers", err=True)
     if semantic_ids is not None and len(read) < max(sizes):
         fewer = f"{len(read)} items are fewer than {max(sizes)} codes: take fewer (--codes)"
         later = f"mtcl semantic-ids {out} -o {semantic_ids} --codebook CODES.codebook.npz"

@@ -85,6 +85,8 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
             say(f"  {key}")
 
     train = preprocessor.fit(raw["train"], progress, grown_from=grown_from)
+    for line in filter(None, (history.doubtful_unit() for history in preprocessor.histories)):
+        say(line)
     later = {name: preprocessor.conform(rows) for name, rows in raw.items() if name != "train"}
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
