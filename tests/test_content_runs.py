@@ -261,7 +261,7 @@ def test_an_exported_model_has_new_items(tmp_path, by_content):
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
-        ({"item": ["x"]}, r"new.csv: no column 'item_id' \(did you mean 'item'\?\); new items have the item columns item_id"),
+        ({"item": ["x"]}, r"new.csv: no column 'item_id' .*; new items have the item columns item_id"),
         ({"item_id": ["x", "x"]}, "new.csv, row 1: item_id = 'x' is there already, in .*new.csv, row 0"),
         ({"item_id": ["x", None], "more": 1}, "new.csv, row 1: key 'item_id' is missing"),
     ],
