@@ -26,6 +26,8 @@ from mtcl_torchrec.training.checkpoint.store import newest_checkpoint
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.planning.offline import plan_offline
 from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.run_data import load_data
+from mtcl_torchrec.training.sharding import Ranks
 
 TRAINED = worded.VECTOR.replace("embedding_dim: 8", "embedding_dim: 8, trainable: 0.3")
 HALF = worded.VECTOR.replace("embedding_dim: 8", "embedding_dim: 8, data_type: fp16")
@@ -259,7 +261,7 @@ def test_an_exported_model_has_new_items(tmp_path, by_content):
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
-        ({"item": ["x"]}, "new.csv: no column 'item_id'"),
+        ({"item": ["x"]}, r"new.csv: no column 'item_id' .*; new items have the item columns item_id"),
         ({"item_id": ["x", "x"]}, "new.csv, row 1: item_id = 'x' is there already, in .*new.csv, row 0"),
         ({"item_id": ["x", None], "more": 1}, "new.csv, row 1: key 'item_id' is missing"),
     ],
@@ -296,6 +298,14 @@ def test_the_command_line_takes_newer_files(tmp_path, by_content, monkeypatch, c
 
     files = ["--contents", f"text={tmp_path}/vectors.parquet", "--contents", f"code={tmp_path}/codes.parquet"]
     assert f"p{worded.ITEMS} " in mtcl("--top", 500, "--seen", *files, "--items", tmp_path / "new.csv").out
+    items = ["--items", tmp_path / "new.csv"]
+    assert "mtcl: 1 new item: 1 with text, 1 with code\n" in mtcl(*files, *items).err
+    assert "1 new item: 1 with text, 0 with code" in (half := mtcl(*files[:2], *items).err)
+    assert "the model reads code, which no new item has: --contents code=FILE gives newer ones" in half
+    assert "newer text, code, and no new items to rank: --items names them" in mtcl(*files).err
+    pd.DataFrame({"item_id": ["p1", f"p{worded.ITEMS}"]}).to_csv(tmp_path / "new.csv", index=False)
+    assert "; 1 was in the catalogue already, where the log's columns stay: p1" in mtcl(*files, *items).err
+    assert mtcl().err == ""
     assert "--contents takes FEATURE=FILE" in mtcl("--contents", "vectors.parquet").err
     assert "--contents: 'text' is given twice" in mtcl(*files[:2], *files[:2]).err
     assert "no vector or semantic_id feature 'txt' (did you mean 'text'?)" in mtcl("--contents", "txt=a.parquet").err
@@ -339,3 +349,19 @@ def test_a_run_says_where_its_files_are_from_wherever_it_stands(data, tmp_path, 
     kept = load_run(by_content[0].folder / "run.yaml").data_schema
     text = next(f for f in kept.features if f.name == "text")
     assert len(read_vectors(text.vectors and (by_content[0].folder / text.vectors).resolve())) == worded.ITEMS
+
+
+def test_keys_that_match_few_rows_are_shown_and_doubted(data, tmp_path):
+    shutil.copy(data / "log.parquet", tmp_path)
+    run = parse_run(worded.yaml(worded.VECTOR), folder=tmp_path)
+    worded.files(tmp_path)
+    vectors = read_vectors(tmp_path / "vectors.parquet")
+    said: list[str] = []
+    for kept in (slice(10, None), slice(3)):
+        keys, rows = vectors.keys[kept].reset_index(drop=True), vectors.vectors[kept]
+        write_vectors(tmp_path / "vectors.parquet", keys, rows, key=vectors.key)
+        load_data(run, Ranks(0, 1, torch.device("cpu")), say=said.append)
+    many, few = (line for line in said if line.startswith("text: "))
+    assert "; item_id = 'p" in many
+    assert many.endswith("' has none")
+    assert few.endswith(f"' has none: do the keys of log and {tmp_path / 'vectors.parquet'} mean the same?")

@@ -78,6 +78,7 @@ def test_the_demo_runs_from_the_folder_to_lists_of_films(mtcl, folder, tmp_path)
     assert "of whom training knew nothing" in shown
     assert "films that training never saw" in shown
     assert "not to be passed on" in shown
+    assert shown.splitlines()[-1] == "The report, to be opened in a browser: run/report.html"
     assert "Whether the tasks help each other was not measured (--twins)" in shown
     assert not (tmp_path / "run/baselines.json").exists()
     assert "Not measured" in (tmp_path / "run/report.html").read_text()

@@ -116,6 +116,7 @@ def auc(value, count=10000.0, rate=0.3):
     return {"auc": value, "count": count, "base_rate": rate}
 
 
+NOTHING = "nothing stands out in the tasks' validation metrics"
 METRICS = [
     ([{"like": auc(0.7)}], 1, "nothing stands out in the tasks' validation metrics"),
     ([{"like": auc(0.504)}], 1, "like is predicted no better than by chance (validation AUC 0.504)"),
@@ -152,9 +153,53 @@ METRICS = [
 ]
 
 
+METRICS += [
+    (
+        [{"buy": auc(0.6) | {"ne": 1.07}}],
+        1,
+        "buy is predicted worse than by its base rate, however ranked (validation NE 1.07)"
+        "; `calibration:` mends levels",
+    ),
+    (
+        [{"buy": auc(0.6) | {"calibration": 1.88}, "like": auc(0.6) | {"calibration": 2.99}}],
+        1,
+        "buy and like are predicted 1.88 to 2.99 times as often as they came in validation"
+        "; `calibration:` mends levels",
+    ),
+    ([{"buy": auc(0.6) | {"calibration": 0.5}}], 1,
+     "buy is predicted 0.50 times as often as it came in validation; `calibration:` mends levels"),
+    ([{"buy": auc(0.6, 60.0) | {"calibration": 1.5}}], 1, NOTHING),  # 18 events: chance
+    ([{"buy": auc(0.6) | {"calibration": 1.1, "ne": 0.99}}], 1, NOTHING),
+    (
+        [{"next": {"ne": 0.958}}, {"next": {"ne": 0.962}}, {"next": {"ne": 0.963}}],
+        3,
+        "next has become worse in every epoch since epoch 1 (validation NE 0.958, now 0.963)",
+    ),
+    ([{"next": {"ne": 0.958}}, {"next": {"ne": 0.964}}, {"next": {"ne": 0.963}}], 3, NOTHING),
+    ([{"next": {"ne": 0.958}}, {"next": {"ne": 0.963}}], 2, NOTHING),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("epochs", "best", "line"), METRICS)
 def test_validation_metrics_are_looked_at(epochs, best, line):
     assert diagnose(Balance(), epochs, best) == [line]
+
+
+def test_levels_that_calibration_mends_after_training_are_no_finding():
+    kept = [{"buy": auc(0.6) | {"calibration": 2.0, "ne": 1.2}}]
+    assert diagnose(Balance(), kept, 1, calibrated=["buy"]) == [NOTHING]
+    assert len(diagnose(Balance(), kept, 1)) == 2
+
+
+def test_a_score_that_popularity_outranks_is_told():
+    kept = [{"click": auc(0.6), "share": auc(0.6), "rare": auc(0.6, 60.0), "next": {"ne": 0.9}}]
+    ranking = {
+        "fused": {"auc click": 0.526, "auc share": 0.56, "auc rare": 0.5},
+        "popular": {"auc click": 0.541, "auc share": 0.54, "auc rare": 0.7},
+    }
+    line = "click: popularity ranks better than the fused score (validation AUC 0.526 against 0.541)"
+    assert diagnose(Balance(), kept, 1, ranking=ranking) == [line]
+    assert diagnose(Balance(), kept, 1, ranking={"fused": ranking["fused"]}) == [NOTHING]
 
 
 def test_the_most_important_comes_first_and_eight_lines_are_enough():

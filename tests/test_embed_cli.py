@@ -96,7 +96,10 @@ def test_a_second_time_takes_everything_from_the_cache(mtcl, tmp_path):
         (["items.parquet", "--text", "title", "--key", "itemid"],
          "no column 'itemid' (did you mean 'item_id'?); --key names the one that says which item it is"),
         (["items.parquet", "--text", "title", "--semantic-ids", "c.parquet", "--codes", "97"],
-         "96 items are fewer than 97 codes: take fewer (--codes)"),
+         "96 items are fewer than 97 codes: take fewer (--codes), or, for new items, mtcl semantic-ids v.parquet -o "
+         "c.parquet --codebook CODES.codebook.npz"),
+        (["items.parquet", "--text", "title", "--semantic-ids", "c.parquet", "--codes", "97", "--encoder", "old.npz"],
+         "for new items leave it out, and then: mtcl semantic-ids v.parquet -o c.parquet --codebook"),
         (["items.parquet", "--text", "title", "--semantic-ids", "no/c.parquet"], "no/c.parquet: there is no folder no"),
         (["absent.parquet", "--text", "title"], "no Parquet or CSV file at absent.parquet"),
         (["items.parquet", "--text", "title", "--encoder", "minlm"], "no encoder 'minlm' (did you mean 'minilm'?)"),
@@ -172,3 +175,15 @@ def test_after_a_stop_the_same_command_goes_on(mtcl, tmp_path):
     (tmp_path / "v.parquet").unlink()
     corpus.items().iloc[:50].to_parquet("items.parquet")
     assert "v.tfidf.npz exists already" in mtcl(*arguments)[2]  # that of other items is not lost
+
+
+def test_numbers_are_doubted_as_text(mtcl, tmp_path):
+    frame = corpus.items().assign(price=range(96), weight=0.5)
+    frame.to_csv("items.csv", index=False)
+    frame.to_parquet("items.parquet", index=False)
+    for file in ("items.csv", "items.parquet"):
+        arguments = ("embed", file, "-o", "v.parquet", "--width", 8, "--overwrite", "--no-cache", "--text")
+        status, _, said = mtcl(*arguments, "title,price,weight")
+        assert status == 0
+        assert "mtcl: price, weight hold numbers, which say little as text" in said
+        assert "hold" not in mtcl(*arguments, "title")[2]

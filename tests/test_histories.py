@@ -174,6 +174,17 @@ def test_times_of_another_kind_than_in_training_are_refused(change, part):
         history.before(Rows(log(3).assign(**change)))
 
 
+@pytest.mark.parametrize(
+    ("factor", "unit", "doubted"),
+    [(1, None, False), (1000, None, True), (1000, "ms", False), (10**9, None, True)],
+)
+def test_seconds_beyond_2100_are_doubted(factor, unit, doubted):
+    history = History(CONFIG.model_copy(update={"time_unit": unit}), schema_of())
+    history.fit(Rows(log(5).assign(t=lambda frame: (1_742_000_000 + frame["t"]) * factor)))
+    said = history.doubtful_unit()
+    assert ("say histories.time_unit: ms" in said) == doubted == bool(said)
+
+
 def test_a_time_unit_is_for_numbers_and_events_are_numbers():
     history = History(CONFIG.model_copy(update={"time_unit": "ms"}), schema_of())
     with pytest.raises(DataError, match="time_unit is for numbers"):

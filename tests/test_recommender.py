@@ -220,3 +220,45 @@ def test_new_weights_of_the_fused_score_act_at_once(folder):
     recommender.run.model.output.fused_score.set_weights({"click": 1.0, "buy": 0.0, "taste": 0.0, "stars": 0.0})
     ranked = recommender.recommend("u3", k=20, seen=True)
     torch.testing.assert_close(torch.tensor(ranked["score"]), torch.tensor(ranked["click"]))
+
+
+def invoked(*arguments):
+    """What the command line printed, errors too."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.output + (str(result.exception) if result.exception else "")
+
+
+def test_some_items_only_are_ranked(folder, recommender, tmp_path):
+    ranked = recommender.recommend("u3", candidates=["p1", "p7", "p9"], seen=True)["product_id"].tolist()
+    pd.DataFrame({"product_id": ["p7", "p9"], "note": ["a", "b"]}).to_csv(tmp_path / "some.csv", index=False)
+    ways = (["--candidates", "p9, p1,p7"], ["--candidates", tmp_path / "some.csv", "--candidates", "p1"])
+    for way in ways:
+        shown = invoked("recommend", folder, "--user", "u3", "--seen", *way)
+        assert "Top 3 for user u3" in shown
+        assert sorted(ranked, key=lambda item: shown.index(f" {item} ")) == ranked
+    assert "the catalogue knows no item 'p777'" in invoked("recommend", folder, "--user", "u3", "--candidates", "p777")
+    assert "--candidates names no item" in invoked("recommend", folder, "--user", "u3", "--candidates", ",")
+
+
+def test_a_users_column_is_no_context(folder):
+    said = invoked("recommend", folder, "--user", "u3", "--context", "age=30")
+    assert "'age' is a column of the user, and what the log says of it counts" in said
+    assert "Recommender.score or POST /score" in said
+
+
+def test_the_catalogue_says_what_it_is_made_of(folder, exported, recommender):
+    line = f"The catalogue has {len(recommender.catalogue.items)} items and 40 users of train and val"
+    assert line in " ".join(invoked("recommend", folder, "--user", "u3").split())
+
+
+def test_new_items_tell_what_training_did_not_see(folder, recommender, tmp_path):
+    new = recommender.catalogue.items.head(3).assign(product_id=["n1", "n2", "p1"], genre=["opera", "drama", "drama"])
+    new.to_parquet(tmp_path / "new.parquet")
+    said = invoked("recommend", folder, "--user", "u3", "--items", tmp_path / "new.parquet")
+    assert "mtcl: 2 new items; 1 was in the catalogue already, where the log's columns stay: p1\n" in said
+    assert "mtcl: 1 of the new items have a genre that training did not see: it counts as unknown\n" in said
+
+
+def test_rows_of_training_among_those_that_are_judged_are_counted(folder):
+    said = invoked("evaluate", folder, "--data", folder.parent / "log.parquet")
+    assert "mtcl: --data: 630 of 900 rows are rows that the run was trained on; what follows is too good" in said

@@ -242,3 +242,21 @@ def test_a_file_beside_the_model_is_part_of_it(path, tmp_path):
     beside.write_text("item\n1\n2\n")
     assert asyncio.run(models.reload()) == "swapped"
     assert models.current.name != name
+
+
+def test_a_refusal_names_the_file_that_has_changed(path, tmp_path, caplog):
+    beside, other = tmp_path / "vectors.parquet", tmp_path / "new_items.csv"
+    beside.write_text("good")
+    other.write_text("item\n")
+
+    def picky(path):
+        if beside.read_text() != "good":
+            raise ConfigError("vectors had 4 numbers and now have 8")
+        return load(path)
+
+    models = Models(path, picky, max_candidates=50, beside=[beside, other])
+    beside.write_text("worse")
+    assert asyncio.run(models.reload()) == "refused"
+    assert (
+        f"refused the new model in {beside}, {models.current.name} goes on (ConfigError: vectors had 4" in caplog.text
+    )

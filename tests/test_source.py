@@ -118,7 +118,20 @@ def test_an_unread_column_is_not_decoded(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"a,b\n1,\xff\n2,\xfe\n")
     assert read_rows([str(path)], ["a"]).frame["a"].tolist() == [1, 2]
-    assert "column 'b' is no UTF-8 text" in error_of([str(path)])
+    said = error_of([str(path)])
+    assert "x.csv, row 0: column 'b' is no UTF-8 text" in said
+    assert "iconv -f cp1252 -t utf-8 x.csv > utf8_x.csv" in said
+    path.write_bytes(b"a,b\n1,plain\n2,\xfe\n")
+    assert "x.csv, row 1: column 'b' is no UTF-8 text" in error_of([str(path)])
+    path.write_bytes(b"a,stra\xdfe\n1,2\n")
+    assert "iconv -f cp1252" in error_of([str(path)])
+
+
+@pytest.mark.parametrize(("between", "text"), [(";", "a;b\n1;2\n"), ("\t", "a\tb\n1\t2\n")])
+def test_another_separator_is_recognised(tmp_path, between, text):
+    said = error_of([write(tmp_path / "x.csv", text)], ["a", "b"])
+    assert said.endswith(f"columns have commas between, not {between!r}")
+    assert "no column 'a'; it has one column only" in said
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -300,7 +313,7 @@ def test_a_missing_time_names_file_and_row_and_no_time_is_refused(tmp_path):
     paths = [write(tmp_path / "a.csv", "t\n1\n2\n"), write(tmp_path / "b.csv", "t,x\n3,0\n,0\n")]
     with pytest.raises(DataError, match=r"b\.csv, row 1: time 't' is missing"):
         split_by_time(read_rows(paths, ["t"]), "t", 0.2, 0.2)
-    with pytest.raises(DataError, match="time column 't' holds neither numbers nor timestamps"):
+    with pytest.raises(DataError, match=r"time column 't' holds neither numbers nor timestamps.*row 0 has 'soon'"):
         time_values(pd.DataFrame({"t": ["soon", "later"]}), "t")
 
 

@@ -60,7 +60,8 @@ def test_a_file_of_another_tool_is_read(path):
     [
         ({"k": [1, 2, 1], "vector": [[1.0]] * 3}, "row 2: k = '1' is there already, in .*row 0"),
         ({"k": ["a", None], "vector": [[1.0]] * 2}, "row 1: key 'k' is missing"),
-        ({"k": [1.5, 2.0], "vector": [[1.0]] * 2}, "integers or text, which '1.5' is not"),
+        ({"k": [2.0, 1.5], "vector": [[1.0]] * 2}, "row 1: k = '1.5' is a decimal number; keys are integers or text"),
+        ({"k": [1, 2], "codes": [[1]] * 2}, "no column 'vector', but codes: they go under codes: of a semantic_id"),
         ({"k": [True, False], "vector": [[1.0]] * 2}, "integers or text"),
         ({"k": [1, 2], "vector": [[1.0], None]}, r"row 1 \(key '2'\): vector is missing"),
         ({"k": [1, 2], "vector": [[1.0], []]}, r"row 1 \(key '2'\): vector is missing"),
@@ -82,10 +83,26 @@ def test_wrong_vectors_are_refused_by_row_and_key(path, columns, said):
     assert str(path) in str(error.value)
 
 
+def test_whole_numbers_that_pandas_made_decimal_are_integers(path):
+    pd.DataFrame({"k": [7.0, 9.0], "vector": [[1.0], [2.0]]}).to_parquet(path)
+    assert read_vectors(path).keys.tolist() == [7, 9]
+    assert str(read_vectors(path).keys.dtype) == "int64"
+
+
+def test_vectors_where_codes_are_wanted(path):
+    pd.DataFrame({"k": [7, 9], "vector": [[1.0], [2.0]]}).to_parquet(path)
+    with pytest.raises(DataError, match="no column 'codes', but vectors: they go under vectors: of a vector feature"):
+        read_codes(path)
+
+
 def test_what_is_no_parquet_is_refused(path):
-    path.write_bytes(b"hello")
-    with pytest.raises(DataError, match="cannot be read"):
+    path.write_bytes(b"item_id,title\n1,hello\n")
+    with pytest.raises(DataError, match=r"cannot be read.*no Parquet file of vectors, such as `mtcl embed` writes"):
         read_vectors(path)
+    with pytest.raises(
+        DataError, match=r"cannot be read.*no Parquet file of codes, such as `mtcl semantic-ids` writes"
+    ):
+        read_codes(path)
     with pytest.raises(DataError, match="cannot be read"):
         read_codes(path.with_name("absent.parquet"))
 

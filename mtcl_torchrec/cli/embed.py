@@ -111,8 +111,19 @@ def embed(
         sizes = _sizes(codes, levels)
     console = screen()
     read = ItemTexts.open(items, _columns(text), key, encoding=encoding, prefix=prefix, max_chars=max_chars)
+    if read.numeric:
+        holds = "hold" if len(read.numeric) > 1 else "holds"
+        what = f"{', '.join(read.numeric)} {holds} numbers, which say little as text"
+        typer.echo(f"mtcl: {what}; features of kind dense read numbers", err=True)
     if semantic_ids is not None and len(read) < max(sizes):
-        raise ConfigError(f"{len(read)} items are fewer than {max(sizes)} codes: take fewer (--codes)")
+        fewer = f"{len(read)} items are fewer than {max(sizes)} codes: take fewer (--codes)"
+        later = f"mtcl semantic-ids {out} -o {semantic_ids} --codebook CODES.codebook.npz"
+        raise ConfigError(
+            f"--semantic-ids would fit another codebook to these {len(read)} items; for new items leave it out, and "
+            f"then: {later}"
+            if encoder.endswith(".npz")
+            else f"{fewer}, or, for new items, {later}"
+        )
     encode = open_encoder(
         encoder, read.sample(), width=width, analyzer=analyzer, pooling=pooling, max_tokens=max_tokens, device=device
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished, screen
 from mtcl_torchrec.cli.titles import read_titles, titles_of
+from mtcl_torchrec.config import DataConfig
+from mtcl_torchrec.data.source import read_rows
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.network import PART, SPREAD
@@ -30,6 +33,13 @@ def recommend(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID,ID",
+            help="Rank these items only, or those in a Parquet or CSV file with the item column; may be repeated.",
+        ),
+    ] = None,
     why: Annotated[bool, typer.Option(help="Show what each task adds to the score, not its prediction.")] = False,
     titles: Annotated[
         Path | None, typer.Option(help="A file of items with their column title (or name): show it beside the ids.")
@@ -40,6 +50,8 @@ def recommend(
     """Rank the run's items for one user: the fused score, and each task's prediction or part behind it.
 
     Several runs of the same data rank by the mean of their scores; `score_std` says how far these are apart.
+
+    **Some items only:** --candidates 318,527 --seen ranks these two, also where the user has met them.
 
     **New items:** --items new.csv --contents text=new_vectors.parquet ranks items that training never saw.
     """
@@ -53,7 +65,34 @@ def recommend(
     names = None if titles is None else read_titles(titles, str(recommender.schema.item))
     if recommender.run is not None:
         note_if_unfinished(recommender.run, *run_dir)
-    print_recommendations(recommender, user, given, top, seen, screen(), why=why, titles=names)
+    for line in recommender.new_items(dict(pair.split("=", 1) for pair in contents or ())):
+        typer.echo(f"mtcl: {line}", err=True)
+    console, wanted = screen(), _candidates(candidates, str(recommender.schema.item))
+    print_recommendations(recommender, user, given, top, seen, console, why=why, candidates=wanted, titles=names)
+    if recommender.run is not None and _has_test(recommender.run.config.data):
+        whole = f"{len(recommender.catalogue.items):,} items and {len(recommender.catalogue.users):,} users"
+        said = f"The catalogue has {whole} of train and val; what only the test rows say is not in it."
+        console.print(said, highlight=False, soft_wrap=True)
+
+
+def _has_test(data: DataConfig) -> bool:
+    """Whether there are rows that neither training nor the catalogue has seen."""
+    return data.test is not None or (data.log is not None and data.test_fraction > 0)
+
+
+def _candidates(given: list[str] | None, item: str) -> list[Any] | None:
+    """Keys of items, as they were named or as files hold them."""
+    if not given:
+        return None
+    keys: list[Any] = []
+    for part in given:
+        if Path(part).suffix.lower() in (".csv", ".parquet"):
+            keys += read_rows([part], [item]).frame[item].dropna().tolist()
+        else:
+            keys += [key for key in (word.strip() for word in part.split(",")) if key]
+    if not keys:
+        raise ConfigError("--candidates names no item")
+    return keys
 
 
 def print_recommendations(
@@ -65,12 +104,13 @@ def print_recommendations(
     console: Console,
     *,
     why: bool = False,
+    candidates: Sequence[Any] | None = None,
     titles: dict[str, str] | None = None,
 ) -> None:
     """Print the list.
 
     Args:
-        recommender, user, context, top, seen: as of `Recommender.recommend`.
+        recommender, user, context, top, seen, candidates: as of `Recommender.recommend`.
         why: show what each task adds to the score.
         titles: item, as text -> its title, to be shown beside it.
 
@@ -78,7 +118,7 @@ def print_recommendations(
         ConfigError: `why`, and the fused score is no sum.
         DataError: as `Recommender.recommend`.
     """
-    ranked = recommender.recommend(user, context, k=max(top, 2) if why else top, seen=seen)
+    ranked = recommender.recommend(user, context, candidates=candidates, k=max(top, 2) if why else top, seen=seen)
     parts = [str(name) for name in ranked if str(name).startswith(PART)]
     if why and not parts:
         raise ConfigError("--why: this fused score is no sum of parts, it cannot tell what each task adds to it")

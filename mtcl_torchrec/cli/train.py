@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, check_target, holds_json_with, note_if_unfinished, screen
-from mtcl_torchrec.config import load_run
+from mtcl_torchrec.config import RunConfig, load_run
 from mtcl_torchrec.config.evaluation import MIN_DRAWS
-from mtcl_torchrec.data.source import column_names, find_files, read_rows
+from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
 from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
@@ -24,6 +24,7 @@ from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
+from mtcl_torchrec.training.known_rows import trained_on
 from mtcl_torchrec.training.oracle import knowable_of, truth_columns
 from mtcl_torchrec.training.run import RunResult, train_run
 from mtcl_torchrec.training.sharding import ranks
@@ -98,6 +99,7 @@ def evaluate(
     columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *config.columns(), *wanted]))
     raw = run.preprocessor.conform(read_rows(data, columns))
     note_if_unfinished(run, run_dir)
+    _note_known(load_run(run_dir / "run.yaml"), raw)
     table = rows_predicted_by(run, raw, batch_size=batch_size, split=", ".join(data), segments=config.columns())
     table = replace(table, thresholds=thresholds_of(run_dir))
     result = evaluate_table(
@@ -120,6 +122,14 @@ def evaluate(
         write_predictions(save, table)
     if write is not None:
         replace_file(write, json.dumps(evaluation_as_json(result), indent=1))
+
+
+def _note_known(config: RunConfig, rows: Rows) -> None:
+    """Say so, where the run was trained on some of the rows that it is judged by."""
+    seen = trained_on(config, rows)
+    if seen is not None and seen.any():
+        what = f"--data: {seen.sum():,} of {len(rows):,} rows are rows that the run was trained on"
+        typer.echo(f"mtcl: {what}; what follows is too good to be true", err=True)
 
 
 def show(result: RunResult, console: Console) -> None:

@@ -118,8 +118,10 @@ class RunConfig(Part):
             if name not in ids:
                 raise ValueError(f"training.id_dropout: no feature {name!r} of kind id{nearest(name, ids)}")
             if name in softmaxes:
-                of = f"the sampled softmax of task {softmaxes[name]!r}"
-                raise ValueError(f"training.id_dropout: {of} tells items apart by {name!r}")
+                raise ValueError(
+                    f"training.id_dropout of {name!r} and sampled_softmax of task {softmaxes[name]!r}, which tells "
+                    "items apart by it, exclude each other; remove one"
+                )
 
     def _check_surgery(self) -> None:
         surgery = self.balance.surgery

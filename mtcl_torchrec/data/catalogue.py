@@ -34,6 +34,8 @@ class Catalogue:
         popularity: item -> positive labels of the first binary task in the training split.
         end: time of the log's last row, which the ages in histories are reckoned from; None where there are none.
         trained_users: users of the training split, (U,); None where that was not kept.
+        joined: the last so many items came by `with_items`.
+        repeated: keys of items that `with_items` was given and the catalogue had already.
     """
 
     users: pd.DataFrame
@@ -43,6 +45,8 @@ class Catalogue:
     popularity: pd.Series
     end: int | float | str | None = None
     trained_users: np.ndarray | None = None
+    joined: int = 0
+    repeated: tuple[Any, ...] = ()
 
     @classmethod
     def build(cls, schema: Schema, groups: dict[str, Group], train: pd.DataFrame, later: pd.DataFrame) -> Catalogue:
@@ -111,7 +115,8 @@ class Catalogue:
         more = pd.DataFrame({column: _like(rows, column, self.items[column]) for column in (key, *rest)})
         checked_keys(more[key], key, rows.locate)
         new = self.item_positions(more[key].tolist()) < 0
-        return replace(self, items=pd.concat([self.items, more[new]], ignore_index=True) if new.any() else self.items)
+        items = pd.concat([self.items, more[new]], ignore_index=True) if new.any() else self.items
+        return replace(self, items=items, joined=int(new.sum()), repeated=tuple(more[key][~new].tolist()))
 
     def known_user(self, text: str) -> object | None:
         """The user whose key reads as `text`, or None."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mtcl_torchrec.data.columns import as_text
+from mtcl_torchrec.data.columns import as_text, shown
 from mtcl_torchrec.data.prefixes import Prefixes
-from mtcl_torchrec.data.source import column_names
+from mtcl_torchrec.data.source import Rows, column_names
 from mtcl_torchrec.data.vectors import (
     ItemCodes,
     ItemVectors,
@@ -33,6 +33,7 @@ from mtcl_torchrec.schema import ConfigError, DataError, Feature
 
 ROWS_AT_ONCE = 65_536
 SAME = 0.05  # two vectors of length √d of one item, made on two machines, differ less in every number
+FEW = 0.5  # share of rows with content below which keys are doubted
 _KEY = "key"  # name of the key column in the run's own files
 
 
@@ -312,22 +313,29 @@ def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
 
 
-def said_of_coverage(found: Sequence[tuple[Feature, float]], split: str) -> list[str]:
-    """Lines that tell how many rows of a split have content.
+def said_of_coverage(found: Sequence[tuple[Feature, np.ndarray]], split: str, rows: Rows) -> list[str]:
+    """Lines that tell how many rows of a split have content, and a key that has none.
 
     Args:
-        found: features with the share of rows that have something.
+        found: features, and which rows have something, (N,) bool.
+        split: its name.
+        rows: its rows, with the features' columns.
 
     Raises:
         DataError: no row at all has, so that the keys of log and file cannot mean the same.
     """
     lines = []
-    for feature, share in found:
+    for feature, there in found:
         what, file = ("vector", feature.vectors) if feature.kind == "vector" else ("code", feature.codes)
-        if share == 0:
+        column = feature.rows_from
+        if len(there) and not there.any():
             raise DataError(
-                f"feature {feature.name!r}: no row of {split} has a {what}: the keys in column {feature.rows_from!r} "
+                f"feature {feature.name!r}: no row of {split} has a {what}: the keys in column {column!r} "
                 f"are not those of {file}"
             )
-        lines.append(f"{feature.name}: {share:.1%} of the rows of {split} have a {what}")
+        share = float(there.mean()) if len(there) else 1.0
+        line = f"{feature.name}: {share:.1%} of the rows of {split} have a {what}"
+        if share < 1 and column in rows.frame:
+            line += f"; {column} = {shown(rows.frame[column], int(np.argmin(there)))} has none"
+        lines.append(f"{line}: do the keys of log and {file} mean the same?" if share < FEW else line)
     return lines

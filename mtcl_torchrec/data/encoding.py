@@ -348,13 +348,18 @@ class FeatureEncoder:
 
     def coverage(self, rows: EncodedRows) -> list[tuple[Feature, float]]:
         """Each feature with content, and the share of encoded rows that have some."""
+        covered = self.covered(rows)
+        return [(feature, float(there.mean()) if len(rows) else 1.0) for feature, there in covered]
+
+    def covered(self, rows: EncodedRows) -> list[tuple[Feature, np.ndarray]]:
+        """Each feature with content, and which of the encoded rows have some, (N,) bool."""
         found, single = [], [key for key in rows.keys if key not in rows.bags]
         for feature in (f for f in self.schema.features if f.has_content):
             if feature.name in rows.bags:
                 there = rows.bags[feature.name].all()[1] > 0
             else:
                 there = rows.ids[:, single.index(feature.name)] > 0
-            found.append((feature, float(there.float().mean()) if len(rows) else 1.0))
+            found.append((feature, there.numpy()))
         return found
 
     def _row_numbers(

@@ -26,6 +26,7 @@ from mtcl_torchrec.data.statistics import KeyIndex
 from mtcl_torchrec.schema import DataError, Feature, Schema
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+YEAR_2100 = 4_102_444_800  # in seconds since 1970
 CHUNK = 1 << 20  # rows whose place among the events is looked for at once
 
 
@@ -162,6 +163,15 @@ class History:
     @property
     def _per_second(self) -> int:
         return PER_SECOND["ns" if self._known.timestamps else self.config.time_unit or "s"]
+
+    def doubtful_unit(self) -> str:
+        """A line, where ages follow from numbers that are no seconds of this century; else empty."""
+        if not self.ages or self._known.timestamps or self.config.time_unit is not None or self._known.end <= YEAR_2100:
+            return ""
+        return (
+            f"histories of {self.feature.name!r}: {self.time} = {self._known.end:,} is taken as seconds, which lies "
+            "beyond the year 2100: say histories.time_unit: ms (or us, ns)"
+        )
 
     # ------------------------------------------------------------------ learning from the training split
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtcl_torchrec.config import DataConfig, HistoryConfig, NextLabelConfig, RunConfig, StatisticsConfig, dump_run
+from mtcl_torchrec.data.lacking import explained
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_splits
 from mtcl_torchrec.schema import ConfigError
@@ -37,7 +38,8 @@ def prepare_files(run: RunConfig, out: Path, say: Callable[[str], None]) -> None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty; choose a new folder")
     preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
-    splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
+    with explained(run.data_schema):
+        splits = read_splits(run.data, preprocessor.columns(), run.data_schema.time)
     splits = {name: preprocessor.with_next_labels(rows) for name, rows in splits.items()}
     prepared = {"train": preprocessor.fit_statistics(splits["train"], lambda key: say(f"  counted per {key}"))}
     for history in preprocessor.histories:

@@ -22,6 +22,23 @@ from mtcl_torchrec.schema import DataError, nearest
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
+class NoColumnError(DataError):
+    """A file lacks a column.
+
+    Args:
+        path: the file.
+        column: what is lacking.
+        there: the columns that it has.
+    """
+
+    def __init__(self, path: Path, column: str, there: Sequence[str]) -> None:
+        hint = nearest(column, there)
+        if len(there) == 1 and (between := next((c for c in ";\t|" if c in there[0]), None)):
+            hint = f"; it has one column only, {there[0]!r}: columns have commas between, not {between!r}"
+        super().__init__(f"{path}: no column {column!r}{hint}")
+        self.path, self.column, self.there = path, column, tuple(there)
+
+
 @dataclass(frozen=True)
 class Rows:
     """A data frame that still knows which file each row came from.
@@ -120,7 +137,8 @@ def column_names(path: Path) -> list[str]:
         with pa.csv.open_csv(path) as reader:
             return list(reader.schema.names)
     except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        remedy = f"; {_as_utf8(path)}" if "utf" in str(error).lower() else ""
+        raise DataError(f"{path}: cannot be read ({error}){remedy}") from None
 
 
 def read_rows(paths: Sequence[str], columns: Sequence[str] | None = None) -> Rows:
@@ -151,7 +169,7 @@ def check_columns(path: Path, there: Sequence[str], wanted: Sequence[str]) -> No
     """Raise DataError if a wanted column is not there, with the nearest name, or is there twice."""
     for column in wanted:
         if column not in there:
-            raise DataError(f"{path}: no column {column!r}{nearest(column, there)}")
+            raise NoColumnError(path, column, there)
         if there.count(column) > 1:
             raise DataError(f"{path}: {there.count(column)} columns are named {column!r}")
 
@@ -166,9 +184,25 @@ def _read_table(path: Path, columns: list[str] | None) -> pa.Table:
         table = pa.csv.read_csv(path, convert_options=options)
         for field in table.schema:
             if pa.types.is_binary(field.type):
-                raise DataError(f"{path}: column {field.name!r} is no UTF-8 text")
+                row = _first_undecodable(table[field.name])
+                raise DataError(f"{path}, row {row}: column {field.name!r} is no UTF-8 text; {_as_utf8(path)}")
         table = table if columns is None else table.select(columns)
     return plain(table)
+
+
+def _first_undecodable(column: pa.ChunkedArray) -> int:
+    """Number of the first value that is no UTF-8 text."""
+    for row, value in enumerate(column):
+        try:
+            (value.as_py() or b"").decode()
+        except UnicodeDecodeError:
+            return row
+    return 0
+
+
+def _as_utf8(path: Path) -> str:
+    """What to do with a CSV in another encoding."""
+    return f"is it in another encoding?  iconv -f cp1252 -t utf-8 {path.name} > utf8_{path.name} converts it"
 
 
 def plain(table: pa.Table) -> pa.Table:
@@ -253,7 +287,12 @@ def time_values(frame: pd.DataFrame, column: str, rows: Rows | None = None) -> n
     try:
         return pd.to_datetime(times, utc=True).astype("datetime64[ns, UTC]").astype("int64").to_numpy()
     except (ValueError, TypeError):
-        raise DataError(f"time column {column!r} holds neither numbers nor timestamps") from None
+        lost = pd.to_datetime(times.astype("str"), utc=True, errors="coerce", format="ISO8601").isna().to_numpy()
+        at = int(np.argmax(lost))
+        raise DataError(
+            f"time column {column!r} holds neither numbers nor timestamps such as 2025-03-31 21:17:14: "
+            f"{(rows or Rows(frame)).locate(at)} has {str(times.iloc[at])!r}"
+        ) from None
 
 
 def split_by_time(rows: Rows, time: str, val_fraction: float, test_fraction: float) -> dict[str, Rows]:

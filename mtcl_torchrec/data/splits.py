@@ -12,6 +12,7 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.lacking import explained
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_rows, read_splits
@@ -67,7 +68,8 @@ def load_splits(
 
 def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
     columns = list(dict.fromkeys([*preprocessor.columns(), *run.evaluation.columns()]))
-    raw = read_splits(run.data, columns, run.data_schema.time)
+    with explained(run.data_schema):
+        raw = read_splits(run.data, columns, run.data_schema.time)
     raw = {name: preprocessor.with_next_labels(rows) for name, rows in raw.items()}
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in raw.items()))
     keys = sum(len(block.keys) for block in run.statistics if block.prepared is None)
@@ -83,6 +85,8 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
             say(f"  {key}")
 
     train = preprocessor.fit(raw["train"], progress, grown_from=grown_from)
+    for line in filter(None, (history.doubtful_unit() for history in preprocessor.histories)):
+        say(line)
     later = {name: preprocessor.conform(rows) for name, rows in raw.items() if name != "train"}
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
@@ -93,7 +97,8 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
 
 def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
     assert run.data.train is not None
-    files = ParquetFiles.open(run.data.train, preprocessor.columns(), window_rows=run.data.window)
+    with explained(run.data_schema):
+        files = ParquetFiles.open(run.data.train, preprocessor.columns(), window_rows=run.data.window)
     say(f"{files.rows:,} rows of train in {len(files.windows()):,} windows; one pass to learn from them")
     said = time.monotonic()
 
@@ -113,9 +118,10 @@ def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEnc
     )
     named = {"val": run.data.val, "test": run.data.test}
     columns = list(dict.fromkeys([*preprocessor.columns(), *run.evaluation.columns()]))
-    later = {
-        name: preprocessor.conform(read_rows(paths, columns)) for name, paths in named.items() if paths is not None
-    }
+    with explained(run.data_schema):
+        later = {
+            name: preprocessor.conform(read_rows(paths, columns)) for name, paths in named.items() if paths is not None
+        }
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in later.items()))
     return _with_later(train, later, preprocessor)
 

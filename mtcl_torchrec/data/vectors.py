@@ -245,6 +245,10 @@ def _read(path: Path, key: str | None, column: str) -> tuple[str, pd.Series, pa.
     try:
         file = pa.parquet.ParquetFile(path)
         names = file.schema_arrow.names
+        if column not in names and CODES in names:
+            raise DataError(f"{path}: no column {column!r}, but codes: they go under codes: of a semantic_id feature")
+        if column not in names and VECTOR in names:
+            raise DataError(f"{path}: no column {column!r}, but vectors: they go under vectors: of a vector feature")
         check_columns(path, names, [column])
         if key is None:
             others = [name for name in names if name != column]
@@ -257,6 +261,9 @@ def _read(path: Path, key: str | None, column: str) -> tuple[str, pd.Series, pa.
         table = file.read([key, column])
         said = json.loads((file.schema_arrow.metadata or {}).get(METADATA, b"{}"))
     except (*UNREADABLE, json.JSONDecodeError) as error:
+        if path.is_file() and "magic bytes" in str(error):
+            what = "vectors, such as `mtcl embed`" if column == VECTOR else "codes, such as `mtcl semantic-ids`"
+            raise DataError(f"{path}: cannot be read: this is no Parquet file of {what} writes") from None
         raise DataError(f"{path}: cannot be read ({error})") from None
     if pa.types.is_dictionary(table.schema.field(key).type):
         table = table.set_column(0, key, table[key].cast(table.schema.field(key).type.value_type))
@@ -284,6 +291,10 @@ def checked_keys(keys: pd.Series, key: str, locate: Callable[[int], str]) -> pd.
     missing = keys.isna().to_numpy(dtype=bool)
     if missing.any():
         raise DataError(f"{locate(int(np.argmax(missing)))}: key {key!r} is missing")
+    keys = _whole(keys)
+    if pd.api.types.is_float_dtype(keys):
+        at = int(np.argmax((keys != keys.round()).to_numpy()))
+        raise DataError(f"{locate(at)}: {key} = {_shown(keys, at)} is a decimal number; keys are integers or text")
     if pd.api.types.is_bool_dtype(keys) or not (pd.api.types.is_integer_dtype(keys) or _all_text(keys)):
         raise DataError(f"{locate(0)}: keys {key!r} are integers or text, which {_shown(keys, 0)} is not")
     keys = keys.astype(np.int64) if pd.api.types.is_integer_dtype(keys) else keys.astype(object)
@@ -293,6 +304,16 @@ def checked_keys(keys: pd.Series, key: str, locate: Callable[[int], str]) -> pd.
         first = int(np.argmax((keys == keys[row]).to_numpy()))
         raise DataError(f"{locate(row)}: {key} = {_shown(keys, row)} is there already, in {locate(first)}")
     return keys
+
+
+def _whole(keys: pd.Series) -> pd.Series:
+    """Numbers as integers where all are whole, as pandas makes floats of ids beside a missing one."""
+    if not all(isinstance(key, (int, float)) and not isinstance(key, bool) for key in keys):
+        return keys
+    numbers = keys.astype("float64")
+    if pd.api.types.is_integer_dtype(keys) or not (np.abs(numbers) < 2**53).all():
+        return keys
+    return keys.astype("int64") if (numbers == numbers.round()).all() else numbers
 
 
 def _text_of(about: Any, name: str) -> str | None:

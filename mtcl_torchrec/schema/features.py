@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from mtcl_torchrec.schema.declared import Declared, GroupSet
 from mtcl_torchrec.schema.histories import check_history
@@ -92,6 +92,13 @@ class Feature(Declared):
     of: str | None = None
     beside: str | None = None
     max_length: PositiveInt = 50
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _no_text(cls, kind: object) -> object:
+        if kind == "text":
+            raise ValueError("no kind 'text': `mtcl embed` makes vectors of texts, which are read with kind: vector")
+        return kind
 
     @model_validator(mode="after")
     def _consistent(self) -> Feature:

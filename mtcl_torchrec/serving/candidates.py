@@ -210,6 +210,11 @@ class CandidateEncoder:
         for column in context:
             if column not in self._catalogue.context:
                 there = ", ".join(self._catalogue.context) or "none"
+                if (whose := self._side.get(column)) is not None:
+                    raise DataError(
+                        f"{column!r} is a column of the {whose}, and what the log says of it counts; rows with other "
+                        f"values go to Recommender.score or POST /score (context: {there})"
+                    )
                 hint = nearest(column, self._catalogue.context)
                 raise DataError(f"no context column {column!r}{hint}; there are: {there}")
         if self._clock is not None and not self._clock.is_input:

@@ -18,6 +18,7 @@ from mtcl_torchrec.schema import ConfigError, DataError, Schema
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.candidates import CandidateEncoder
 from mtcl_torchrec.serving.network import Network, named_outputs, network_inputs, serving_network
+from mtcl_torchrec.serving.new_items import said_of_new_items
 from mtcl_torchrec.training.ensemble import load_ensemble
 from mtcl_torchrec.training.finished import FinishedRun
 
@@ -144,6 +145,14 @@ class Recommender:
             what = "every item" if candidates is None else "every candidate"
             raise NothingLeftError(f"{of} seen {what}; allow seen items to rank them again")
         return self._ranked(rows, k)
+
+    def new_items(self, contents: Mapping[str, Any] | None = None) -> list[str]:
+        """Lines that tell what the model has of the items that joined the catalogue after training.
+
+        Args:
+            contents: as it was given to `load`.
+        """
+        return said_of_new_items(self.catalogue, self._preprocessor, contents)
 
     def unknown_context(self, context: Mapping[str, Any]) -> list[str]:
         """Context columns whose value the training split did not have: the model takes it as an unknown one.

@@ -134,7 +134,10 @@ def fit_codebook(vectors: np.ndarray, sizes: Sequence[int], *, seed: int = 0, st
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"a codebook has at least one level, of at least one code, not {list(sizes)}")
     if len(vectors) < max(sizes):
-        raise DataError(f"{len(vectors)} vectors are fewer than {max(sizes)} codes: take fewer (--codes)")
+        raise DataError(
+            f"{len(vectors)} vectors are fewer than {max(sizes)} codes: take fewer (--codes), or, for new items, the "
+            "codebook of the first ones (--codebook)"
+        )
     rows = np.arange(len(vectors))
     if len(rows) > ROWS_PER_CODE * max(sizes):
         rows = np.sort(np.random.default_rng(seed).choice(len(rows), ROWS_PER_CODE * max(sizes), replace=False))

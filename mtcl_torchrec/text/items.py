@@ -54,6 +54,8 @@ class ItemTexts:
         encoding: of CSV files.
         prefix: what some models want before each text, such as ``"passage: "``.
         max_chars: of a text.
+        starts: number of each file's first row.
+        numeric: those of `columns` that hold numbers in every file.
     """
 
     files: tuple[Path, ...]
@@ -64,6 +66,7 @@ class ItemTexts:
     prefix: str = ""
     max_chars: int = MAX_CHARS
     starts: tuple[int, ...] = (0,)
+    numeric: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -100,7 +103,9 @@ class ItemTexts:
             raise DataError(f"{', '.join(map(str, files))}: no rows")
         rows = Rows(pd.DataFrame(index=range(sum(counts))), tuple(map(str, files)), starts)
         keys = checked_keys(pd.concat(_of_one_kind(found), ignore_index=True), key, rows.locate)
-        return cls(files, columns, keys, key, encoding, prefix, max_chars, starts)
+        numbers = set.intersection(*(_numeric(path, encoding) for path in files))
+        numeric = tuple(column for column in columns if column in numbers)
+        return cls(files, columns, keys, key, encoding, prefix, max_chars, starts, numeric)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -210,6 +215,16 @@ def _keys(path: Path, key: str, columns: Sequence[str], encoding: str) -> pd.Ser
     return pd.Series(column.to_pylist(), dtype=object)
 
 
+def _numeric(path: Path, encoding: str) -> set[str]:
+    """The columns of numbers; of a CSV, by its first rows."""
+    if path.suffix.lower() == ".parquet":
+        schema = pa.parquet.read_schema(path)
+    else:
+        with _open_csv(path, encoding, None) as reader:
+            schema = reader.schema
+    return {f.name for f in schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)}
+
+
 def _check_names(path: Path, there: list[str], key: str, columns: Sequence[str]) -> None:
     if key not in there:
         hint = nearest(key, there) or f", but {', '.join(there)}"
@@ -248,7 +263,9 @@ def _open_csv(path: Path, encoding: str, columns: Sequence[str] | None) -> pa.cs
 def _unreadable(path: Path, encoding: str, error: Exception) -> DataError:
     """One line, which names the first byte that is none of the encoding, if that is what is wrong."""
     if path.suffix.lower() == ".csv" and path.is_file() and (wrong := _wrong_byte(path, encoding)):
-        return DataError(f"{path}: {wrong}; is the file in another encoding, such as latin-1 or cp1252?")
+        return DataError(
+            f"{path}: {wrong}; is the file in another encoding?  Name it: --encoding cp1252, latin-1, utf-16, ..."
+        )
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "straddling" in said:
         said = f"a row has more than {BLOCK_BYTES >> 20} MiB, or a quote is never closed"

@@ -7,7 +7,8 @@ allows for the chance that small numbers of rows leave.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights
@@ -25,6 +26,11 @@ UNUSED = 0.1  # of an equal share: what no gate gives more than is idle
 LEANS = 0.9  # weight of a task's own experts, or of one expert
 UNEVEN = 2.0  # ratio of two tasks' weights
 EVEN = 0.98  # entropy of a gate that does not choose
+LEARNT = 0.51  # AUC from which on a task has learnt something
+FAR = 1.25  # predicted events for each that came, or the other way round, that chance does not explain
+STEADY, STEADY_FOR = {"auc": 0.004, "r2": 0.004, "ne": 0.003}, 2  # a loss that grew in so many epochs, one by one
+MENDS = "`calibration:` mends levels"
+BELOW = 0.002  # AUC by which a score is worse than popularity
 DROPPED = {"auc": 0.01, "r2": 0.02, "ne": 0.02}  # from a task's best epoch to the kept one
 
 Metrics = Mapping[str, "float | None"]
@@ -35,13 +41,22 @@ class _Finding(NamedTuple):
     sentence: str
 
 
-def diagnose(balance: Balance, epochs: Sequence[Mapping[str, Metrics]] = (), best_epoch: int = 0) -> list[str]:
+def diagnose(
+    balance: Balance,
+    epochs: Sequence[Mapping[str, Metrics]] = (),
+    best_epoch: int = 0,
+    *,
+    calibrated: Collection[str] = (),
+    ranking: Mapping[str, Metrics] | None = None,
+) -> list[str]:
     """What is worth saying about a training, the most important first: at most `MOST_LINES` lines.
 
     Args:
         balance: the numbers after the last reading.
         epochs: validation metrics by task, of each epoch.
         best_epoch: the kept one, from 1; 0 where there is none.
+        calibrated: tasks whose predictions are calibrated after training, so that their level says nothing.
+        ranking: of the validation split, as `mtcl_torchrec.evaluation.report.Evaluation` has it.
 
     Example:
         >>> gates = [GateUse(1, "click", [0.5, 0.5, 0.0], 0.6), GateUse(1, "like", [0.7, 0.29, 0.01], 0.6)]
@@ -58,7 +73,10 @@ def diagnose(balance: Balance, epochs: Sequence[Mapping[str, Metrics]] = (), bes
         several = len({use.level for use in balance.gates}) > 1
         found += _about_experts(uses, f" of level {level}" if several else "", balance.readings >= SETTLED)
     if 0 < best_epoch <= len(epochs):
-        found += _about_metrics([{task: _defined(of) for task, of in epoch.items()} for epoch in epochs], best_epoch)
+        defined = [{task: _defined(of) for task, of in epoch.items()} for epoch in epochs]
+        found += _about_metrics(defined, best_epoch)
+        found += _about_levels({t: m for t, m in defined[best_epoch - 1].items() if t not in calibrated})
+        found += _about_popularity(ranking or {}, defined[best_epoch - 1])
     found.sort(key=lambda finding: -finding.weight)
     lines = [finding.sentence for finding in found]
     if len(lines) > MOST_LINES:
@@ -173,7 +191,7 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
         value = kept.get(name)
         if value is None:
             continue
-        learnt = {"auc": value >= 0.51, "r2": value > 0, "ne": value < 1}[name]
+        learnt = {"auc": value >= LEARNT, "r2": value > 0, "ne": value < 1}[name]
         if name == "auc" and not learnt and _chance(kept) > VAGUE:
             vague[task] = round((kept.get("count") or 0) * (kept.get("base_rate") or 0))
         elif learnt:
@@ -190,16 +208,58 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
             yield _Finding(2.5 + len(tasks) / 100, _no_better(name, tasks))
 
 
+def _about_levels(kept: Mapping[str, Metrics]) -> Iterator[_Finding]:
+    """Tasks whose probabilities are worse than a constant, or add up to another number of events than came."""
+    worse = {t: ne for t, m in kept.items() if (m.get("auc") or 0) >= LEARNT and (ne := m.get("ne")) and ne >= 1}
+    if worse:
+        than = "its base rate" if len(worse) == 1 else "their base rates"
+        said = f"predicted worse than by {than}, however ranked (validation NE {_span([*worse.values()], 2)})"
+        yield _Finding(1.4, f"{_are([*worse])} {said}; {MENDS}")
+    if far := _far_off(kept):
+        came = "it" if len(far) == 1 else "they"
+        said = f"predicted {_span([*far.values()], 2)} times as often as {came} came in validation"
+        yield _Finding(1.4, f"{_are([*far])} {said}; {MENDS}")
+
+
+def _far_off(kept: Mapping[str, Metrics]) -> dict[str, float]:
+    """Task -> predicted events for each that came, where that is far from 1 by more than chance (Poisson)."""
+    found = {}
+    for task, metrics in kept.items():
+        ratio, events = metrics.get("calibration"), (metrics.get("count") or 0.0) * (metrics.get("base_rate") or 0.0)
+        if metrics.get("auc") is None or not ratio or not events:
+            continue
+        if abs(math.log(ratio)) > max(math.log(FAR), 3 / math.sqrt(events)):
+            found[task] = ratio
+    return found
+
+
+def _about_popularity(ranking: Mapping[str, Metrics], kept: Mapping[str, Metrics]) -> Iterator[_Finding]:
+    """Events that the fused score finds less well than the popularity of items does."""
+    ours, popular = ranking.get("fused", {}), ranking.get("popular", {})
+    below = {
+        task: (score, rival)
+        for task, metrics in kept.items()
+        if (score := ours.get(f"auc {task}")) is not None and (rival := popular.get(f"auc {task}")) is not None
+        if rival - score > BELOW and _chance(metrics) <= VAGUE
+    }
+    if below:
+        pairs = ", ".join(f"{score:.3f} against {rival:.3f}" for score, rival in below.values())
+        yield _Finding(2.2, f"{_listed(below)}: popularity ranks better than the fused score (validation AUC {pairs})")
+
+
+def _span(values: Sequence[float], digits: int) -> str:
+    """The smallest and the largest, one where they read alike."""
+    shown = [f"{value:.{digits}f}".replace("-", "−") for value in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(shown))
+
+
 def _no_better(name: str, tasks: Sequence[tuple[str, float]]) -> str:
     """One sentence about all tasks that learnt nothing by a metric, however many they are."""
     whose, s = ("its", "") if len(tasks) == 1 else ("their", "s")
     than = {"auc": "by chance", "r2": f"by {whose} mean{s}", "ne": f"by {whose} base rates"}
     label, digits = {"auc": ("AUC", 3), "r2": ("R²", 2), "ne": ("NE", 2)}[name]
-    values = [value for _, value in tasks]
-    shown = [f"{value:.{digits}f}".replace("-", "−") for value in (min(values), max(values))]
-    span = " to ".join(dict.fromkeys(shown))
-    who = f"{_listed([task for task, _ in tasks])} {'is' if len(tasks) == 1 else 'are'}"
-    return f"{who} predicted no better than {than[name]} (validation {label} {span})"
+    span = _span([value for _, value in tasks], digits)
+    return f"{_are([task for task, _ in tasks])} predicted no better than {than[name]} (validation {label} {span})"
 
 
 def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: int, chance: float) -> Iterator[_Finding]:
@@ -208,10 +268,15 @@ def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: in
     of_epoch = {epoch: sign * v for epoch, v in enumerate(values, 1) if v is not None}
     top = max(of_epoch, key=of_epoch.__getitem__)
     drop = of_epoch[top] - of_epoch[best_epoch]
-    if drop <= max(DROPPED[name], 2 * chance if name == "auc" else 0.0):
-        return
     label = {"auc": "AUC", "r2": "R²", "ne": "NE"}[name]
     then, now = values[top - 1], values[best_epoch - 1]
+    if drop <= max(DROPPED[name], 2 * chance if name == "auc" else 0.0):
+        if best_epoch - top >= STEADY_FOR and drop > max(STEADY[name], chance if name == "auc" else 0.0):
+            since = [of_epoch[epoch] for epoch in range(top, best_epoch + 1) if epoch in of_epoch]
+            if all(later < earlier for earlier, later in pairwise(since)):
+                said = f"{task} has become worse in every epoch since epoch {top}"
+                yield _Finding(1.3, f"{said} (validation {label} {then:.3f}, now {now:.3f})")
+        return
     why = "it overfits since" if top < best_epoch else "it still learns when the rest is done"
     yield _Finding(
         1.5 + min(drop, 0.4),
@@ -230,6 +295,11 @@ def _shares(of: Mapping[str, float]) -> str:
     """Shares of steps, the largest first."""
     largest = sorted(of, key=lambda task: -of[task])
     return _listed([f"{task} in {of[task]:.0%} of its steps" for task in largest])
+
+
+def _are(tasks: Sequence[str]) -> str:
+    """Subject and verb."""
+    return f"{_listed(tasks)} {'is' if len(tasks) == 1 else 'are'}"
 
 
 def _listed(parts: Iterable[str]) -> str:

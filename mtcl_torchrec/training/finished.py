@@ -13,7 +13,7 @@ from mtcl_torchrec.config import FusionConfig, RunConfig, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import Rows, read_rows
+from mtcl_torchrec.data.source import NoColumnError, Rows, read_rows
 from mtcl_torchrec.evaluation.predict import compares_candidates
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import ConfigError, DataError
@@ -65,7 +65,11 @@ def _with_items(catalogue: Catalogue | None, preprocessor: Preprocessor, items: 
     """The catalogue with the items of files."""
     if catalogue is None:
         raise ConfigError("this run has no catalogue that new items could join: score them as rows")
-    rows = read_rows([str(path) for path in items], [str(column) for column in catalogue.items.columns])
+    columns = [str(column) for column in catalogue.items.columns]
+    try:
+        rows = read_rows([str(path) for path in items], columns)
+    except NoColumnError as error:
+        raise DataError(f"{error}; new items have the item columns {', '.join(columns)}") from None
     return catalogue.with_items(preprocessor.conform(rows))
 
 

@@ -170,14 +170,17 @@ def _train(
         say("the fused score learns from predictions before calibration, and ranks by those after: see `mtcl fuse`")
     _open_directory(run, folder, preprocessor, splits.catalogue, where, keep=resume)
     history = _fit(run, folder, state, splits, where, console, say, after_epoch)
-    diagnosis = diagnose(history.balance, history.epochs, history.best_epoch)
-    say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     best = best_checkpoint(folder / CHECKPOINTS)
     if best is None:
         raise DataError(f"{folder}: the best epoch's checkpoint is gone, and no epoch is left to train: raise epochs")
     load_weights(state.model, best)
     calibration = calibrate_run(run, folder, plain_model(state.model), preprocessor, splits, where, say)
     evaluations = judge(run, folder, plain_model(state.model), preprocessor, splits, calibration, where)
+    diagnosis = diagnose(
+        history.balance, history.epochs, history.best_epoch, calibrated=calibrated,
+        ranking=evaluations["val"].ranking if "val" in evaluations else None,
+    )  # fmt: skip
+    say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     if where.first:
         cost = cost_of(plain_model(state.model), history, splits.train.rows_per_epoch, where)
         write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration, cost)

@@ -38,7 +38,7 @@ def load_data(run: RunConfig, where: Ranks, *, grown_from: FeatureEncoder | None
     """
     preprocessor = Preprocessor(run.data_schema, run.statistics, run.histories, run.next_labels)
     splits = load_splits(run, preprocessor, grown_from=grown_from, say=say)
-    for line in said_of_coverage(preprocessor.encoder.coverage(splits.encoded["val"]), "val"):
+    for line in said_of_coverage(preprocessor.encoder.covered(splits.encoded["val"]), "val", splits.raw["val"]):
         say(line)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")

@@ -95,6 +95,10 @@ class Models:
     def _stamp(self) -> Stamp:
         return tuple(file for path in self._files for file in stamp_of(path))
 
+    def _changed(self) -> list[Path]:
+        """The models and the files beside them that are not as they were when the current version was loaded."""
+        return [path for path in self._files if not set(stamp_of(path)) <= set(self.current.stamp)]
+
     async def reload(self, *, only_at: Stamp | None = None) -> Reload:
         """Load what the path holds now, if that has changed, and let it take over; else everything stays.
 
@@ -113,7 +117,8 @@ class Models:
                     raise DataError("it was written to while it was read")
             except Exception as error:
                 self._refused, self.problem = stamp, f"{type(error).__name__}: {error}"
-                log.error("refused the new model in %s, %s goes on (%s)", self.shown, self.current.name, self.problem)
+                where = ", ".join(map(str, self._changed())) or self.shown
+                log.error("refused the new model in %s, %s goes on (%s)", where, self.current.name, self.problem)
                 self.told("refused", self.current)
                 return "refused"
             log.info("model %s takes over from %s", version.name, self.current.name)
