@@ -9,9 +9,9 @@ import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import main
+from mtcl_torchrec.cli import main, twins
 from mtcl_torchrec.data import kuairand
-from mtcl_torchrec.data.draft import draft_run, twins
+from mtcl_torchrec.data.draft import draft_run
 
 
 @pytest.fixture
