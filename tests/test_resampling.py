@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import shop
+import yaml
 from rich.console import Console
 from test_cli import mtcl, one_line  # noqa: F401  (a fixture)
 
@@ -376,6 +377,12 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
     status, shown, error = mtcl("compare", "run", "again", "--draws", "20", "--html", "both.html")
     assert status == 0, error
     assert "both.html" in shown
+    assert "run and again say the same of every row" in shown
+    again = yaml.safe_load((tmp_path / "again/run.yaml").read_text())
+    (tmp_path / "again/run.yaml").write_text(yaml.safe_dump(again | {"evaluation": {"k": [4]}}))
+    assert mtcl("compare", "again", "run", "--draws", "20", "--json", "four.json")[0] == 0
+    stored = json.loads((tmp_path / "four.json").read_text())["against"]["run"]
+    assert {d["metric"].partition("@")[2].split()[0] for d in stored if "@" in d["metric"]} == {"4"}
     page = (tmp_path / "both.html").read_text()
     assert "<svg" in page
     assert "again" in page

@@ -11,6 +11,7 @@ import typer
 
 from mtcl_torchrec.cli.app import app, check_target, holds_json_with, screen
 from mtcl_torchrec.cli.fuse import task_numbers
+from mtcl_torchrec.config import EvaluationConfig, load_run
 from mtcl_torchrec.evaluation.bootstrap import DRAWS
 from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
 from mtcl_torchrec.evaluation.details import print_differences
@@ -29,7 +30,10 @@ def compare(
         typer.Argument(help="Run directories, or files of `mtcl evaluate --save`; the first is A for all others."),
     ],
     split: Annotated[str, typer.Option(help="Of the run directories: test or val.")] = "test",
-    k: Annotated[list[int] | None, typer.Option(min=1, help="Lengths of what is shown; may be repeated.")] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Lengths of what is shown; may be repeated.  Default: what A says, or 5 and 10."),
+    ] = None,
     value: Annotated[
         list[str] | None,
         typer.Option(help="task=number: what its event is worth; may be repeated.  Default: what A says."),
@@ -59,11 +63,12 @@ def compare(
         raise ConfigError(f"--html shows run directories, and {file} is none")
     first, console = _read(runs[0], split), screen()
     values = task_numbers(value, "--value") if value else None
+    lengths = list(dict.fromkeys(k or _lengths(runs[0])))
     found: dict[str, list[Difference]] = {}
     for run in runs[1:]:
         names = (str(runs[0]), str(run))
         found[str(run)] = compare_tables(
-            first, _read(run, split), k=list(dict.fromkeys(k or (5, 10))), values=values, draws=draws, seed=seed,
+            first, _read(run, split), k=lengths, values=values, draws=draws, seed=seed,
             names=names, only=(lambda of, metric: True) if every else is_headline,
         )  # fmt: skip
         print_differences(found[str(run)], names, console)
@@ -74,6 +79,12 @@ def compare(
     if page is not None:
         said = f"The runs side by side: {compare_html(runs, from_differences(list(found.values())), page)}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lengths(run: Path) -> list[int]:
+    """What a run is judged by: `evaluation.k` of its YAML."""
+    written = run / "run.yaml"
+    return load_run(written).evaluation.k if written.is_file() else EvaluationConfig().k
 
 
 def _read(run: Path, split: str) -> PredictionsTable:

@@ -64,9 +64,14 @@ def tune(
         return
     console, folder = screen(), out or Path("runs") / f"{run.name}-tuning"
     with ranks(device) as where:
-        result = tune_run(
-            run, folder, trials=trials, space=values, objective=objective, pruner=pruner, timeout=timeout,
-            overwrite=overwrite, device=device, console=console,
-        )  # fmt: skip
+        try:
+            result = tune_run(
+                run, folder, trials=trials, space=values, objective=objective, pruner=pruner, timeout=timeout,
+                overwrite=overwrite, device=device, console=console,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            if where.first:
+                typer.echo(f"mtcl: stopped; what was tried is kept in {folder}, the same command goes on", err=True)
+            raise
     if where.first:
         print_tuning(result, console)

@@ -78,7 +78,9 @@ def check_same_rows(a: PredictionsTable, b: PredictionsTable, names: Sequence[st
     """
     what = f"{names[0]} and {names[1]} were not judged on the same rows"
     if len(a) != len(b):
-        raise DataError(f"{what}: {len(a):,} and {len(b):,} rows")
+        raise DataError(
+            f"{what}: {len(a):,} and {len(b):,} rows; judge both by one file with `mtcl evaluate --data FILE --save`"
+        )
     for key in KEYS:
         if key in a.frame and key in b.frame:
             differ = a.key_texts(key) != b.key_texts(key)

@@ -59,6 +59,7 @@ def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
         cells = [evaluation.ranking[rule][f"{m}@{k} {name}"] for m in _SHOWN.values() for rule in rules]
         table.add_row(heading, *map(cell, cells))
     console.print(table)
+    sure = False
     for name in ("value", "coverage", "novelty"):
         told = []
         for rule in rules:
@@ -68,14 +69,17 @@ def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
                 told.append(f"{cell(value)}{'' if error is None else f' ± {cell(error)}'} ({rule})")
         if told:
             console.print(f"{name}@{k}: {', '.join(told)}", highlight=False)
-    console.print()
+            sure = sure or any("±" in of for of in told)
+    console.print("± is one standard error.\n" if sure else "", highlight=False)
 
 
 def print_segments(evaluation: Evaluation, console: Console) -> None:
     """Print, by segment, the quality of each task: AUC, 1 - NE of a multiclass one, R² of a regression."""
     tasks = [Task(name=n, kind="binary" if k == "multiclass" else k) for n, k in evaluation.kinds.items()]
     for name, values in evaluation.segments.items():
-        table = plain_table(f"By {name}: AUC, 1 - NE or R²", [name, "rows", *(task.name for task in tasks)])
+        table = plain_table(
+            f"By {name}: AUC (multiclass: 1 - NE; regression: R²)", [name, "rows", *(task.name for task in tasks)]
+        )
         for value, of in values.items():
             cells = []
             for task in tasks:
@@ -108,6 +112,11 @@ def print_differences(differences: Sequence[Difference], names: tuple[str, str],
         table.add_row(d.of, d.metric, *cells, cell(d.p), cell(d.p_holm), better)
     console.print(table)
     known = sum(d.p == d.p for d in differences)
+    if known and all(d.difference == 0 and d.low == d.high for d in differences if d.p == d.p):
+        console.print(
+            f"{names[0]} and {names[1]} say the same of every row, as far as these metrics go.", highlight=False
+        )
+        return
     console.print(
         f"{known} metrics are compared: of so many without any difference, {0.05 * known:.1f} would have p < 0.05 by "
         "chance.  p (Holm) allows for that; better: where it is below 0.05.",
