@@ -292,6 +292,14 @@ def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
     assert "of the requests have more than 5 rows" in shown  # 30-minute sessions of this shop are short
 
 
+def test_values_are_those_that_the_run_is_judged_by(trained, fuse, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    said = yaml.safe_load((folder / "run.yaml").read_text()) | {"evaluation": {"values": {"click": 2, "buy": 7}}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    shown = fuse(folder, "--trials", 1, "--folds", 2, "--dry-run")[1]
+    assert "values are evaluation.values of the run: click 2, buy 7" in shown
+
+
 def test_what_takes_long_says_how_far_it_is_without_a_terminal(trained, fuse, monkeypatch):
     monkeypatch.setattr("mtcl_torchrec.cli.fuse._TELL_EVERY", 0.0)
     options = ("--value", "click=1,buy=5", "--combiner", "weighted_mean", "--search", "none", "--folds", 2, "--dry-run")

@@ -49,7 +49,7 @@ def fuse(
         list[str] | None,
         typer.Option(
             help="task=number: what its event is worth, or, below 0, costs (of a regression: each unit of its label); "
-            "may be repeated.  Default: the weights of the run's `fusion`."
+            "may be repeated.  Default: the run's `evaluation.values`, or else the weights of its `fusion`."
         ),
     ] = None,
     combiner: Annotated[
@@ -197,12 +197,15 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
         return task_numbers(given, "--value"), ""
     if "@" not in target:
         return {}, ""
-    if run.config.fusion is None or not run.config.fusion.weights:
+    own = run.config.evaluation.values
+    weights = None if run.config.fusion is None else run.config.fusion.weights
+    values = dict(own or weights or {})
+    if not values:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
-    values = dict(run.config.fusion.weights)
     counted = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
     shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in counted) for task, v in values.items())
-    return values, f"values are the weights of the run's fusion: {shown}  (--value TASK=NUMBER for others)"
+    whence = "evaluation.values of the run" if own else "the weights of the run's fusion"
+    return values, f"values are {whence}: {shown}  (--value TASK=NUMBER for others)"
 
 
 def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
