@@ -139,25 +139,18 @@ def _key(what: Line, repeat: int) -> str:
 
 
 def in_process(
-    script: Path,
-    what: Line,
-    *,
-    timeout_s: float,
-    threads: int | None = None,
-    flags: Sequence[str] = (),
-    more: Mapping[str, str] | None = None,
+    script: Path, what: Line, *, timeout_s: float, threads: int | None = None, flags: Sequence[str] = ()
 ) -> Line | None:
     """What ``script --worker WHAT --result FILE`` wrote there, run in a process of its own; None where it failed.
 
     Args:
         threads: of OpenMP; None leaves it to the environment.
         flags: more options of the script.
-        more: of its environment.
     """
     with tempfile.TemporaryDirectory(prefix="mtcl-benchmark-") as temporary:
         result, log = Path(temporary) / "result.json", Path(temporary) / "log.txt"
         command = [sys.executable, str(script), "--worker", json.dumps(what), "--result", str(result), *flags]
-        environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}) | dict(more or {})
+        environment = dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
         run(command, log, timeout_s, environment)
         if not result.exists():
             CONSOLE.print(log.read_text(errors="replace")[-3000:], markup=False)

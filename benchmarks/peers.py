@@ -93,9 +93,10 @@ def todo(given: argparse.Namespace) -> list[Line]:
         sizes = (given.table_rows,) if given.table_rows else GROWING if name == "growing" else (case.table_rows,)
         for size in sizes:
             contenders = given.contenders or (["ours"] if name == "growing" else list(DEFAULT))
-            common = {"case": name, "rows": case.rows, "table_rows": size}
-            how = {"threads": given.threads, "sleeping": not given.spinning}
-            found += [{**common, "contender": who, **how} for who in contenders]
+            found += [
+                {"case": name, "rows": case.rows, "table_rows": size, "contender": who, "threads": given.threads}
+                for who in contenders
+            ]
     return found
 
 
@@ -103,11 +104,11 @@ def todo(given: argparse.Namespace) -> list[Line]:
 
 
 def by_size(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
-    """(case, rows, rows of a table, threads, whether they sleep while they wait) -> contender -> its repeats."""
+    """(case, rows, rows of a table, threads) -> contender -> its repeats."""
     groups: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
     for line in lines:
         what = line["what"]
-        size = (what["case"], what["rows"], what["table_rows"], what["threads"], what["sleeping"])
+        size = (what["case"], what["rows"], what["table_rows"], what["threads"])
         groups.setdefault(size, {}).setdefault(what["contender"], []).append(line)
     return groups
 
@@ -121,10 +122,9 @@ def slower(ours: list[Line], others: list[Line], key: str = "from_file_per_s") -
 
 def show(lines: list[Line]) -> None:
     """A table for each case."""
-    for (case, rows, table_rows, threads, sleeping), of in by_size(lines).items():
+    for (case, rows, table_rows, threads), of in by_size(lines).items():
         repeats = max(map(len, of.values()))
-        how = f"threads: {threads or 'default'}{'' if sleeping else ', spinning'}"
-        title = f"{case}: {rows:,} rows, tables of {table_rows:,}, {how}, median of {repeats}"
+        title = f"{case}: {rows:,} rows, tables of {table_rows:,}, threads: {threads or 'default'}, median of {repeats}"
         table = plain_table(title, ["", "samples/s", "from file", "ms a step", "cpu", "ours is … times as fast",
                                     "log-loss", "parameters", "peak GB", "ready, s"])  # fmt: skip
         for who, repeated in of.items():
@@ -187,8 +187,6 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, "ours_bf16"], help="default: all of them in fp32")
     parser.add_argument("--rows", type=int, help="of the training file, instead of the case's")
     parser.add_argument("--table-rows", type=int, help="of each table, instead of the case's")
-    waiting = "OpenMP's threads wait as they do by default; else they sleep, for all contenders, as `mtcl train` has it"
-    parser.add_argument("--spinning", action="store_true", help=waiting)
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "mtcl-peers",
                         help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=1200)
@@ -213,7 +211,7 @@ def _measured(given: argparse.Namespace) -> list[Line]:
     def one(what: Line) -> Line | None:
         result = in_process(
             Path(__file__).resolve(), what, timeout_s=given.timeout, threads=given.threads,
-            flags=["--data", str(given.data)], more={"OMP_WAIT_POLICY": "PASSIVE"} if what["sleeping"] else {},
+            flags=["--data", str(given.data)],
         )  # fmt: skip
         if result:
             CONSOLE.print(f"{what['case']}, {what['contender']}: {result['from_file_per_s']:,.0f} samples/s from file")

@@ -1,11 +1,5 @@
 """Multi-task collaborative learning for recommenders, as a plugin to TorchRec."""
 
-import os
-import sys
-
-if "torch" not in sys.modules:  # OpenMP reads it once, when torch loads it; what is set already stays
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 try:
     import fbgemm_gpu  # noqa: F401
     import torchrec  # noqa: F401

@@ -260,8 +260,7 @@ def trained(who, case, files):
 def test_peers_are_compared_repeat_by_repeat(tmp_path, capsys):
     peers = script("peers")
     lines = [
-        {"what": {"case": case, "rows": 10, "table_rows": size, "contender": who, "threads": None,
-                  "sleeping": True}, "repeat": repeat,
+        {"what": {"case": case, "rows": 10, "table_rows": size, "contender": who, "threads": None}, "repeat": repeat,
          "samples_per_s": speed * (repeat + 1), "from_file_per_s": speed * (repeat + 1), "step_ms": 1.0,
          "step_cpu_ms": 1.0, "log_loss": 0.5, "table_parameters": 100, "dense_parameters": dense, "ready_s": 1.0,
          "peak_rss_bytes": 1e9, "about": script("measure").about()}

@@ -70,15 +70,13 @@ class Ranks:
 
 
 def _calm_threads() -> int:
-    """This process's share of the cores; half of it where OpenMP's threads spin while they wait for each other.
+    """Half of this process's share of the cores.
 
-    Spinning, with a thread on each core and one core busy elsewhere, training was measured to be 12 to 18 times slower
-    than with one thread less.  So this package asks them to sleep (OMP_WAIT_POLICY=PASSIVE), which works where it is
-    imported before torch.  Set OMP_NUM_THREADS to decide yourself.
+    OpenMP's threads spin while they wait for each other: with a thread on each core and one core busy elsewhere,
+    training was measured to be 18 times slower than with one thread less.  Set OMP_NUM_THREADS to decide yourself.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    sleeping = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-    return max(1, len(os.sched_getaffinity(0)) // (processes if sleeping else 2 * processes))
+    return max(1, len(os.sched_getaffinity(0)) // (2 * processes))
 
 
 _groups = itertools.count()
