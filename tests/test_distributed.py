@@ -314,7 +314,7 @@ EVERY_CASE = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_ranks_and_sharding_change_nothing(world_size):
     """Each way to cut tables trains the unsharded reference's tables, dense parameters and losses: to 1e-5 after
     `STEPS` steps with warm-up and decay in force, uneven rows, narrow and shared tables, empty bags, a last batch that

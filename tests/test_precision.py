@@ -55,7 +55,9 @@ def train_shop_on_ranks(data, folder, pipeline):
     return found
 
 
-@pytest.mark.parametrize(("world_size", "pipeline"), [(1, "sparse_dist"), (2, "base")])
+@pytest.mark.parametrize(
+    ("world_size", "pipeline"), [pytest.param(1, "sparse_dist", marks=pytest.mark.full), (2, "base")]
+)
 def test_a_run_in_bf16_learns_what_one_in_fp32_does(data, tmp_path, world_size, pipeline):
     (expected, auc), *others = run_ranks(train_shop_on_ranks, world_size, data, tmp_path, pipeline)
     assert others == [[expected, auc]] * (world_size - 1)

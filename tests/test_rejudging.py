@@ -120,7 +120,9 @@ def test_dry_runs_write_nothing_and_options_that_clash_are_refused(trained, fuse
     assert "--rejudge judges the run by the score that it has and does nothing else: leave --set out" in error
 
 
-@pytest.mark.parametrize("at", ["first file", "second file", "metrics"])
+@pytest.mark.parametrize(
+    "at", ["second file", *(pytest.param(at, marks=pytest.mark.full) for at in ("first file", "metrics"))]
+)
 def test_an_interruption_leaves_whole_files_and_shows(trained, fuse, monkeypatch, at):
     before = tables(trained)
     calls = []
@@ -207,6 +209,7 @@ def test_training_rows_are_told_and_left_out(trained, fuse, tmp_path):
     assert trained_on(config, Rows(log.drop(columns="time"))) is None
 
 
+@pytest.mark.full
 def test_what_stood_there_is_said_with_what_it_was_worth(trained, fuse):
     options = ("--value", "click=1,buy=5", "--combiner", "weighted_mean", "--search", "none", "--folds", 2)
     status, shown, _ = fuse(trained, *options)

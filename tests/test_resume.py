@@ -136,7 +136,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(data, tmp_path, k
     assert straight["evaluations"]["val"]["tasks"]["click"]["auc"] > 0.6
 
 
-@pytest.mark.parametrize("kind", ["stream", "memory"])
+@pytest.mark.parametrize("kind", [pytest.param("stream", marks=pytest.mark.full), "memory"])
 def test_a_run_goes_on_with_another_number_of_ranks(data, tmp_path, kind):
     run = runs(data)[kind]
     run_ranks(train, 2, dump_run(run), tmp_path / "run", "refuse", 12)
