@@ -10,13 +10,12 @@ take turns in one process; `auto` is the form that the module takes by itself.  
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CONSOLE, Line, alternate, figure, in_process, median, options, read, said, save, sweep
+from measure import CONSOLE, Line, alternate, carry_out, figure, in_process, median, options, said, save, sweep
 
 from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.modules.experts import BatchedExperts
@@ -116,15 +115,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options(parser, repeats=3, timeout_s=600)
     given = parser.parse_args()
-    if given.worker:
-        given.result.write_text(json.dumps(work(given.worker)))
-        return
-    if not (given.out or given.show):
-        parser.error("--out FILE to measure, --show FILE to look")
-    lines = read(given.show) if given.show else _measured(given)
-    show(lines)
-    if given.picture:
-        draw(lines, given.picture)
+    carry_out(parser, given, work=work, measured=lambda: _measured(given), show=show, draw=draw)
 
 
 def _measured(given: argparse.Namespace) -> list[Line]:

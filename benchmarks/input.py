@@ -17,7 +17,6 @@ spent waiting for the next batch: our loop on the same file, MMoE with 4 experts
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from measure import CONSOLE, Line, figure, in_process, median, options, peak_rss, read, said, save, sweep
+from measure import CONSOLE, Line, carry_out, figure, in_process, median, options, peak_rss, said, save, sweep
 
 from mtcl_torchrec.config import RunConfig, parse_run
 from mtcl_torchrec.data.batch import MTBatch
@@ -208,17 +207,11 @@ def main() -> None:
                         help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=900)
     given = parser.parse_args()
-    if given.worker:
-        if given.worker["threads"]:
-            torch.set_num_threads(given.worker["threads"])
-        given.result.write_text(json.dumps(work(given.worker, given.data)))
-        return
-    if not (given.out or given.show):
-        parser.error("--out FILE to measure, --show FILE to look")
-    lines = read(given.show) if given.show else _measured(given)
-    show(lines)
-    if given.picture:
-        draw(lines, given.picture)
+    if given.worker and given.worker["threads"]:
+        torch.set_num_threads(given.worker["threads"])
+    carry_out(
+        parser, given, work=lambda what: work(what, given.data), measured=lambda: _measured(given), show=show, draw=draw
+    )
 
 
 def _measured(given: argparse.Namespace) -> list[Line]:

@@ -214,6 +214,34 @@ def options(parser: argparse.ArgumentParser, *, repeats: int, timeout_s: float) 
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
 
 
+def carry_out(
+    parser: argparse.ArgumentParser,
+    given: argparse.Namespace,
+    *,
+    work: Callable[[Line], Line],
+    measured: Callable[[], list[Line]],
+    show: Callable[[list[Line]], None],
+    draw: Callable[[list[Line], Path], None],
+) -> None:
+    """What such a benchmark is asked for: one measurement in a worker, or all that are missing, and their table.
+
+    Args:
+        parser, given: with `options`.
+        work: measures what a worker is told.
+        measured: all lines, those that were missing too.
+        show, draw: tables, and a picture.
+    """
+    if given.worker:
+        given.result.write_text(json.dumps(work(given.worker)))
+        return
+    if not (given.out or given.show):
+        parser.error("--out FILE to measure, --show FILE to look")
+    lines = read(given.show) if given.show else measured()
+    show(lines)
+    if given.picture:
+        draw(lines, given.picture)
+
+
 def said(lines: Sequence[Line]) -> str:
     """Machine, versions, commit and dates of the lines that a table shows."""
     if not lines:

@@ -20,7 +20,6 @@ The cases: `small` is of the size of census-income; `middle` has 5 tables of 150
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -30,8 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from measure import CONSOLE, Line, figure, in_process, median, options, peak_rss, said, save, sweep
-from measure import read as read_lines
+from measure import CONSOLE, Line, carry_out, figure, in_process, median, options, peak_rss, said, save, sweep
 from peer_cases import CASES, GROWING, Case, files_of
 
 from mtcl_torchrec.evaluation.report import plain_table
@@ -191,16 +189,11 @@ def main() -> None:
                         help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=1200)
     given = parser.parse_args()
-    if given.worker:
-        given.result.write_text(json.dumps(work(given.worker, given.data)))
-        return
-    if not (given.out or given.show):
-        parser.error("--out FILE to measure, --show FILE to look")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU
-    lines = read_lines(given.show) if given.show else _measured(given)
-    show(lines)
-    if given.picture:
-        draw(lines, given.picture)
+    if not given.worker:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU
+    carry_out(
+        parser, given, work=lambda what: work(what, given.data), measured=lambda: _measured(given), show=show, draw=draw
+    )
 
 
 def _measured(given: argparse.Namespace) -> list[Line]:

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import sys
 import warnings
 
 import numpy as np
@@ -15,7 +14,6 @@ import yaml
 from rich.console import Console
 
 from mtcl_torchrec import ConfigError, DataError
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import FusionConfig, load_run, parse_run
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.predict import predict
@@ -37,20 +35,6 @@ def trained(tmp_path_factory):
     run = parse_run(shop.RUN.replace("epochs: 4", "epochs: 2"), folder=folder)
     train_run(run, folder / "run", device="cpu", console=Console(quiet=True))
     return folder / "run"
-
-
-@pytest.fixture
-def fuse(monkeypatch, capsys):
-    """Runs `mtcl fuse` and gives (exit status, what it printed, what it said on stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", "fuse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
 
 
 def held_out(folder, split="val", **options):

@@ -45,20 +45,6 @@ def trained(once, tmp_path):
     return tmp_path / "copy/run"
 
 
-@pytest.fixture
-def fuse(monkeypatch, capsys):
-    """Runs `mtcl fuse` and gives (exit status, what it printed, what it said on stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", "fuse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
-
-
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 

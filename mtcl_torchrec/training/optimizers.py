@@ -18,7 +18,7 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.mc_embeddingbag import ShardedManagedCollisionEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
@@ -31,7 +31,7 @@ from mtcl_torchrec.modules.balance.weighting import LossWeighting
 from mtcl_torchrec.modules.losses import MultiTaskLoss
 from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.planning.constraints import sequence_tables
+from mtcl_torchrec.training.planning.constraints import sequence_tables, table_configs
 from mtcl_torchrec.training.sharding import is_table
 
 # What TorchRec fuses into backward.  Its own classes for SGD and the like stand for FBGEMM's and take its options.
@@ -74,7 +74,7 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
             Adagrad under managed collision on the CPU, where FBGEMM cannot reset the state of an evicted row; Adam on
             the CPU for a table that a history looks up.
     """
-    for table, of in _table_configs(module).items():
+    for table, of in table_configs(module).items():
         if of.data_type == DataType.BF16 and device.type == "cpu":
             raise ConfigError(f"table {table!r}: bf16 has no kernel on the CPU; use fp16 or fp32, or train on CUDA")
         if of.data_type != DataType.FP32 and not is_fused(config, device):
@@ -90,25 +90,11 @@ def check_tables(module: nn.Module, config: TableOptimizerConfig, device: torch.
             )
     managed = (ManagedCollisionEmbeddingBagCollection, ShardedManagedCollisionEmbeddingBagCollection)
     if device.type == "cpu" and config.kind == "rowwise_adagrad":
-        for table in (t for m in module.modules() if isinstance(m, managed) for t in _table_configs(m)):
+        for table in (t for m in module.modules() if isinstance(m, managed) for t in table_configs(m)):
             raise ConfigError(
                 f"table {table!r}: under managed collision, rowwise_adagrad cannot reset an evicted row on the CPU; "
                 "use adagrad or sgd, or train on CUDA"
             )
-
-
-def _table_configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
-    found: dict[str, BaseEmbeddingConfig] = {}
-    for collection in module.modules():
-        if isinstance(collection, EmbeddingBagCollection):
-            found |= {config.name: config for config in collection.embedding_bag_configs()}
-        elif isinstance(collection, ShardedEmbeddingBagCollection):
-            found |= {config.name: config for config in collection._embedding_bag_configs}
-        elif isinstance(collection, EmbeddingCollection):
-            found |= {config.name: config for config in collection.embedding_configs()}
-        elif isinstance(collection, ShardedEmbeddingCollection):
-            found |= {config.name: config for config in collection._embedding_configs}
-    return found
 
 
 def fuse_table_optimizer(module: nn.Module, config: TableOptimizerConfig) -> None:

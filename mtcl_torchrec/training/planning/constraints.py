@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
@@ -33,13 +35,17 @@ COLUMN_STEP = 4  # FBGEMM's kernels read four numbers at a time
 
 
 def table_configs(module: nn.Module) -> dict[str, BaseEmbeddingConfig]:
-    """Table name -> its configuration, for all EmbeddingBagCollections and EmbeddingCollections in a module."""
+    """Table name -> its configuration, for all collections of embeddings in a module, sharded or not."""
     found: dict[str, BaseEmbeddingConfig] = {}
     for collection in module.modules():
         if isinstance(collection, EmbeddingBagCollection):
             found |= {config.name: config for config in collection.embedding_bag_configs()}
+        elif isinstance(collection, ShardedEmbeddingBagCollection):
+            found |= {config.name: config for config in collection._embedding_bag_configs}
         elif isinstance(collection, EmbeddingCollection):
             found |= {config.name: config for config in collection.embedding_configs()}
+        elif isinstance(collection, ShardedEmbeddingCollection):
+            found |= {config.name: config for config in collection._embedding_configs}
     return found
 
 
