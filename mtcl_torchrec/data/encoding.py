@@ -321,7 +321,7 @@ class FeatureEncoder:
         dense = [c for f in self.schema.dense_features for c in self._dense_columns(f, rows)]
         labels, weights = self._no_labels(len(rows)), None
         if with_labels:
-            labels, weights = labels_of(rows, self.schema.tasks, self._label_classes)
+            labels, weights = self.labels(rows)
         return EncodedRows(
             dense=torch.from_numpy(np.stack(dense, 1)) if dense else torch.empty(len(rows), 0),
             keys=self.keys,
@@ -332,6 +332,17 @@ class FeatureEncoder:
             requests=requests_of(rows, self.schema.request_column) if with_labels else None,
             rewards=rewards_of(rows, self.schema.reward) if with_labels and with_rewards else None,
         )
+
+    def labels(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Labels (N, T) float32, NaN where missing or masked out, and sample weights (N, T), None where all are 1.
+
+        Args:
+            rows: at least the columns of `Schema.label_columns`.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        return labels_of(rows, self.schema.tasks, self._label_classes)
 
     def _history(self, feature: Feature, rows: Rows, lists: Listed | Earlier) -> Jagged:
         """A history's or companion's values as row numbers."""

@@ -141,8 +141,14 @@ def _train(
         data = load_data(run, where, grown_from=earlier_encoder(folder) if resume else None, say=say)
     preprocessor, splits = data.preprocessor, data.splits
     check_segments(run, splits)
+    tasks = [task.name for task in run.data_schema.tasks]  # of a network alone, fewer than were counted
     model = build_model(
-        run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, precision=run.training.precision
+        run.model,
+        preprocessor.encoder,
+        run.fusion,
+        seed=run.training.seed,
+        precision=run.training.precision,
+        base_rates={name: rate for name, rate in splits.base_rates.items() if name in tasks},
     )
     start = start_of(folder, splits, say) if resume else Start()
     state = _state_at(start, run, model, splits, where)
