@@ -8,11 +8,11 @@ from made_run import table
 from sklearn.metrics import auc as area
 from sklearn.metrics import roc_auc_score
 
+from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of, gauc_estimate
 from mtcl_torchrec.evaluation.metrics import gauc
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.weights import influence_of
 from mtcl_torchrec.report.curves import precision_recall_points, reliability, roc_points
-from mtcl_torchrec.report.errors import auc_estimate, clusters_of, gauc_estimate
 from mtcl_torchrec.report.facts import Event, Gap, TaskFact
 from mtcl_torchrec.report.influence import shares_of_ranking
 from mtcl_torchrec.report.verdict import do_tasks_help, is_it_good, learnt, sign_of, what_does_fusion

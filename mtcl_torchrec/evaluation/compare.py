@@ -154,7 +154,7 @@ def compare_tables(
 def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
     """A table with what another says of the same rows: a ranking can be judged by an event that it does not predict."""
     more = [task for task in other.tasks if task.name not in {own.name for own in table.tasks}]
-    columns = [*KEYS, "popularity", *(f"label.{task.name}" for task in more)]
+    columns = [*KEYS, "popularity", "popular", *(f"label.{task.name}" for task in more)]
     known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
     return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
 

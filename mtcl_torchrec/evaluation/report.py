@@ -33,9 +33,11 @@ class Evaluation:
             `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; the fused score and what it is compared with.
         rows: number of rows.
         values: task -> what its event is worth, in value@k.
-        segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"`` and ``"ranking"``, by the
-            fused score.
+        segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"``, ``"ranking"``, by the
+            fused score, and ``"quality"``, of `mtcl_torchrec.evaluation.segments.of_segment`.
         intervals: task or ``"ranking"`` -> metric -> how sure it is.
+        against_popularity: event -> whether the fused score ranks better than popularity; see
+            `mtcl_torchrec.evaluation.rivals.against_popularity`.
         same_event: task -> the task before it that has the same labels: as events, the two are one.
         knowable: of rows of a synthetic world, task -> how much of what is knowable is known, and so ``"score"``; see
             `mtcl_torchrec.evaluation.knowable`.
@@ -50,6 +52,7 @@ class Evaluation:
     intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
     knowable: dict[str, Metrics] | None = None
     same_event: dict[str, str] = field(default_factory=dict)
+    against_popularity: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def evaluate_predictions(
@@ -68,7 +71,7 @@ def evaluate_predictions(
         predictions: what `predict` returned; a task without a prediction is left out.
         labels: (N, T) in the order of `tasks`.
         users: (N,) keys for GAUC, missing (NaN) where the user is not known.
-        popularity: (N,) how popular each row's item was in the training split.
+        popularity: (N,) how popular each row's item was in the training split; see `mtcl_torchrec.data.popularity`.
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
         thresholds: binary task -> from which probability on a yes is said.
         weights: task -> (N,) sample weights, of those that have some: `weighted_metrics` are told beside the others,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtcl_torchrec.evaluation.compare import Difference
+from mtcl_torchrec.evaluation.confidence import SURE
+from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents, read_contents
-from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.report.facts import same_rows
 from mtcl_torchrec.report.fusion_pictures import dots
 from mtcl_torchrec.report.knowable import known_of_all

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from mtcl_torchrec.evaluation.estimates import clusters_of
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.report import same_events
-from mtcl_torchrec.report.errors import clusters_of
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
 from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, PREDICTIONS, readable_folder

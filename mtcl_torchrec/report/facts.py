@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.confidence import SURE
+from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, chance_error, clusters_of, gauc_estimate
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, chance_error, clusters_of, gauc_estimate
 from mtcl_torchrec.report.influence import shares_of_ranking
 
 SINGLE = ("single_task", "single-task", "single", "twin")  # in the name of the baseline that trains each task alone

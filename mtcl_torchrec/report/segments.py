@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
-from mtcl_torchrec.report.errors import auc_estimate, clusters_of
 
 FEWEST = 50  # rows of a segment that is shown
 EVENTS = 10  # and as many others: of fewer, an AUC and its error say nothing

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.evaluation.report import BASE
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import SURE
 from mtcl_torchrec.report.facts import Event, Gap, TaskFact, chosen_name, is_single_task, stored_error
 from mtcl_torchrec.report.segments import EVENTS, segment_aucs, segment_masks
 from mtcl_torchrec.report.verdict import sign_of

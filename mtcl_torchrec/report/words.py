@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mtcl_torchrec.report.errors import SURE
+from mtcl_torchrec.evaluation.confidence import SURE
 
 
 def listed(parts: Sequence[str]) -> str:

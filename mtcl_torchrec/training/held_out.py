@@ -101,7 +101,7 @@ def held_out_of(
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
     rankings: dict[str, np.ndarray] = {}
     if run.catalogue is not None and schema.item is not None:
-        rankings["popularity"] = rows.frame[schema.item].map(run.catalogue.popularity).fillna(0.0).to_numpy(float)
+        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item])
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),

@@ -80,10 +80,10 @@ def judge(
 
 
 def evaluation_as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All of an evaluation; what is not defined is None, ``"knowable"`` stands there of a world only, and
-    ``"same_event"`` where tasks have the same labels."""
+    """All of an evaluation; what is not defined is None, ``"knowable"`` stands there of a world only,
+    ``"same_event"`` where tasks have the same labels, ``"against_popularity"`` where that is known."""
     values = finite(asdict(evaluation))
-    return {k: v for k, v in values.items() if v or k not in ("knowable", "same_event")}
+    return {k: v for k, v in values.items() if v or k not in ("knowable", "same_event", "against_popularity")}
 
 
 def worth_of(run: RunConfig) -> dict[str, float]:
@@ -229,6 +229,7 @@ def _keys(
     if catalogue is not None and schema.item is not None:
         popularity = frame[schema.item].map(catalogue.popularity)
         keys["popularity"] = popularity.to_numpy(dtype=np.float32, na_value=np.nan)
+        keys["popular"] = catalogue.popularity_of(frame[schema.item]).astype(np.float32)
     seen = {"item": schema.item, "user": schema.user}
     of_catalogue = {
         "item": None if catalogue is None else catalogue.popularity.index,
