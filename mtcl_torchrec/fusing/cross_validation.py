@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.bootstrap import quantile_of
 from mtcl_torchrec.evaluation.ranking import mean_and_error
 from mtcl_torchrec.fusing.combiners import Combiner, Setting
 from mtcl_torchrec.fusing.fitted import Tried
@@ -111,12 +112,18 @@ def ahead_of(one: Tried, other: Tried, held_out: HeldOut, goal: Target) -> tuple
     return mean_and_error(one.of_fold - other.of_fold)
 
 
+def sure_of(held_out: HeldOut, one: Tried) -> float:
+    """What the standard error of a lead is multiplied by, of a 95 % interval: over users (or requests); where the
+    target is no mean over requests, over folds."""
+    return quantile_of(len(one.of_fold) if np.isnan(one.error) else len(np.unique(held_out.clusters)))
+
+
 def best_of(
     tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target
 ) -> tuple[Tried, tuple[str, float, float] | None]:
     """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
-    is as good within two standard errors (after the one-standard-error rule; Breiman et al., CART, 1984), and then
-    what was left for it, and its lead."""
+    is as good but for chance (its interval of 95 % holds 0; after the one-standard-error rule, Breiman et al., CART,
+    1984), and then what was left for it, its lead, and half of that interval."""
     able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
     if not able:
         raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
@@ -125,9 +132,10 @@ def best_of(
         value_models = [t for t in feasible if t.method == "values" and t.combiner in VALUE_MODELS]
         by_values = max(value_models, key=lambda t: t.mean, default=best)
         ahead, error = ahead_of(best, by_values, held_out, goal)
-        if best is by_values or ahead > (0.0 if np.isnan(error) else 2 * error):
+        half = sure_of(held_out, best) * error
+        if best is by_values or ahead > (0.0 if np.isnan(half) else half):
             return best, None
-        return by_values, (best.name, ahead, error)
+        return by_values, (best.name, ahead, half)
 
     def missed(one: Tried) -> float:
         return sum(c.violation(one.kept[c.text]) / (abs(c.bound) or 1.0) for c in constraints[one.combiner])

@@ -22,8 +22,9 @@ from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.learned import train_setting
 from mtcl_torchrec.fusing.pareto import pareto_front
+from mtcl_torchrec.fusing.rivals import does_fusing_pay
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
-from mtcl_torchrec.fusing.targets import Constraint, OfRows, parse_constraints, parse_target
+from mtcl_torchrec.fusing.targets import Constraint, OfRows, check_choice, parse_constraints, parse_target
 from mtcl_torchrec.fusing.weights import (
     NoWeightsError,
     check_influence,
@@ -60,10 +61,10 @@ def fit_fusion(
     are calibrated); stacking, in closed form; a search on the target itself, also of thresholds, exponents and the
     like, where a combiner has them; training, where it learns.  Beside them stand each task's own head alone and the
     other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of the best mean
-    that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights that are
-    better by more than two standard errors, request by request (by ``auc`` and ``gauc``, fold by fold): a smaller lead
-    is mostly noise.  A method that finds no weights on some fold, such as stacking where nothing happened in it, is
-    left out; ``about["left_out"]`` says why.
+    that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights whose
+    lead has a 95 % interval that leaves out 0, request by request (by ``auc`` and ``gauc``, fold by fold): a smaller
+    lead is mostly noise.  A method that finds no weights on some fold, such as stacking where nothing happened in it,
+    is left out; ``about["left_out"]`` says why.
 
     Args:
         held_out: predictions for rows that the model was not trained on.
@@ -89,8 +90,8 @@ def fit_fusion(
         The fused score with its weights, their spread over the folds, everything tried, and the Pareto front.
 
     Raises:
-        ConfigError: an option that does not fit; or no combiner keeps to the constraints, and then how far the nearest
-            came.
+        ConfigError: an option that does not fit; a K that leaves no choice; or no combiner keeps to the constraints,
+            and then how far the nearest came.
 
     Example:
         >>> import torch
@@ -106,6 +107,7 @@ def fit_fusion(
     kinds = resolved(combiners, held_out)
     _check_rewards(held_out, values, target)
     check_influence(influence or {}, entering)
+    check_choice(held_out, goal)
     if influence or any(text.strip().startswith("share:") for text in constraints):
         kinds = [c for c in kinds if c.feature is not None]
         if not kinds:
@@ -157,6 +159,7 @@ def fit_fusion(
         seed=seed,
         folds=folds,
         left_for_values=left_for_values,
+        pays=does_fusing_pay(held_out, best.scores, entering, goal, values or {}, fold=fold),
         about={
             "rows": len(held_out), "requests": held_out.requests, "requests_are": held_out.requests_are,
             "users": None if held_out.user is None else len(np.unique(held_out.user)),
@@ -248,6 +251,8 @@ def _candidates(
     if values and any(values.get(task) for task in tasks):
         worth = {task: float(values.get(task, 0.0)) for task in tasks}
         found["values"] = partial(_given, worth if is_mean else unit(worth))
+        if unit(worth) == unit(alike):
+            del found["all alike"]  # the same ranking
     task = str(target).partition(":")[2] if isinstance(target, str) and not values else ""
 
     def reward_of(rows: HeldOut) -> np.ndarray:
