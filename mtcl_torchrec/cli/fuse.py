@@ -27,6 +27,7 @@ from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, reada
 from mtcl_torchrec.training.finished import FinishedRun, RunWarning
 from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion, save_fusion, set_weights
 from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
+from mtcl_torchrec.training.judging import worth_of
 from mtcl_torchrec.training.known_rows import trained_on
 from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
 
@@ -49,7 +50,7 @@ def fuse(
         list[str] | None,
         typer.Option(
             help="task=number: what its event is worth, or, below 0, costs (of a regression: each unit of its label); "
-            "may be repeated.  Default: the run's `evaluation.values`, or else the weights of its `fusion`."
+            "may be repeated.  Default: the run's `evaluation.values`, or else what its `fusion.weights` say of events."
         ),
     ] = None,
     combiner: Annotated[
@@ -124,6 +125,12 @@ def fuse(
     whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former, whither
     training on (`mtcl train --resume`) moves the whole: it was fitted for other predictions.
 
+    **Values and weights** are two things.  Values say what an event is worth to you, and judge: `evaluation.values` in
+    run.yaml, by which value@k counts wherever it is printed, or `--value` here, for this fit alone.  Weights make the
+    score: `fusion.weights` in run.yaml, until what is fitted here takes their place.  Without values, the weights stand
+    for them, of binary tasks; with calibrated predictions, the values themselves are good weights, and are kept unless
+    others are better by more than chance.
+
     **By what events are worth:** mtcl fuse RUN_DIR --target value@5 --value click=1 --value like=8 --value report=-60
 
     **By hand, at once:** mtcl fuse RUN_DIR --set click=0.5,like=2
@@ -161,7 +168,7 @@ def fuse(
         held_out = _held_out(run, run_dir, data, "val", session_minutes, context=context)
         fitted = _fit_with_bar(
             held_out,
-            values=values or None,
+            values=(_with_weighed(values, run, held_out) if whence else values) or None,
             target=target,
             combiners=kinds,
             folds=folds,
@@ -197,15 +204,28 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
         return task_numbers(given, "--value"), ""
     if "@" not in target:
         return {}, ""
-    own = run.config.evaluation.values
-    weights = None if run.config.fusion is None else run.config.fusion.weights
-    values = dict(own or weights or {})
+    values = dict(worth_of(run.config))
     if not values:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
-    counted = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
-    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in counted) for task, v in values.items())
-    whence = "evaluation.values of the run" if own else "the weights of the run's fusion"
+    by_unit = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
+    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in by_unit) for task, v in values.items())
+    whence = "evaluation.values of the run"
+    if run.config.evaluation.values is None:
+        whence = "the weights of the run's fusion"
+        if left := [task for task in _weighed(run) if task not in values]:
+            shown += f"; nothing is counted for {', '.join(left)}, as in the run's own value@k"
     return values, f"values are {whence}: {shown}  (--value TASK=NUMBER for others)"
+
+
+def _with_weighed(values: dict[str, float], run: FinishedRun, held_out: HeldOut) -> dict[str, float]:
+    """What counts for nothing, such as a class, may be worth a weight all the same: it stays in the score."""
+    entering = [task for task in _weighed(run) if task in held_out.parts and task in held_out.labels]
+    return dict.fromkeys(entering, 0.0) | values
+
+
+def _weighed(run: FinishedRun) -> list[str]:
+    """The tasks that run.yaml gives a weight in the score."""
+    return list((run.config.fusion.weights or {}) if run.config.fusion is not None else {})
 
 
 def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
