@@ -15,7 +15,7 @@ from mtcl_torchrec.config import RunConfig, load_run
 from mtcl_torchrec.config.evaluation import MIN_DRAWS
 from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
-from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
+from mtcl_torchrec.evaluation.details import print_details, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.knowable import print_knowable
 from mtcl_torchrec.evaluation.predictions_file import is_predictions, write_predictions
@@ -116,8 +116,6 @@ def evaluate(
     if apart:
         console.print()
         print_segments(result, console)
-    if bootstrap:
-        print_intervals(result.intervals, console)
     if save is not None:
         write_predictions(save, table)
     if write is not None:
