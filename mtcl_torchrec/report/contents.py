@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from mtcl_torchrec.evaluation.estimates import clusters_of
+from mtcl_torchrec.evaluation.naming import parts_of
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.schema import DataError
@@ -82,6 +83,12 @@ class RunContents:
     def split(self) -> str:
         """The split that the report judges by: test, or else validation; empty where none was evaluated."""
         return next((s for s in ("test", "val") if s in self.metrics.get("evaluations", {})), "")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of what is shown, that the run was judged by."""
+        found = [parts_of(key) for of in (self.evaluation.get("ranking") or {}).values() for key in of or {}]
+        return sorted({int(parts.k) for parts in found if parts.measure == "choice"})
 
     @property
     def evaluation(self) -> dict[str, Any]:
