@@ -256,7 +256,7 @@ def test_what_the_metrics_lack_is_said(made, tmp_path, fast, change, expected):
         ("baselines", "The baselines' predictions for this split are missing"),
         ("baselines.json", "No baselines were trained"),
         ("checkpoints", "There is no complete checkpoint"),
-        ("metrics.json", "Training did not finish (no metrics.json)"),
+        ("metrics.json", "Training did not finish (preprocessing/, metrics.json missing)"),
     ],
 )
 def test_what_the_directory_lacks_is_said(made, tmp_path, fast, gone, expected):

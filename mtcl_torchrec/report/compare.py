@@ -19,9 +19,9 @@ from mtcl_torchrec.report.contents import RunContents, read_contents
 from mtcl_torchrec.report.facts import same_rows
 from mtcl_torchrec.report.fusion_pictures import dots
 from mtcl_torchrec.report.knowable import known_of_all
+from mtcl_torchrec.report.layout import Section
 from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.pictures import followed
-from mtcl_torchrec.report.sections import Section
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
 from mtcl_torchrec.report.tables import Table, cost_tables, number
 from mtcl_torchrec.report.verdict import Answer

@@ -22,6 +22,7 @@ from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, PREDI
 from mtcl_torchrec.training.fitted import REPORT
 from mtcl_torchrec.training.fitted_fusion import DECLARED, fusion_fingerprint
 from mtcl_torchrec.training.rejudging import JUDGED_BY
+from mtcl_torchrec.training.unfinished import is_begun, lacking
 
 BASELINES = "baselines"
 _Read = TypeVar("_Read")
@@ -155,7 +156,9 @@ def read_contents(folder: str | Path, *, baselines: Path | None = None) -> RunCo
     """
     folder = Path(folder)
     if not (folder / "run.yaml").is_file():
-        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+        begun = is_begun(folder)
+        what = "a run was begun here and has written nothing yet" if begun else "no run here"
+        raise DataError(f"{folder}: {what} (run.yaml is missing)")
     found = RunContents(folder, (folder / "run.yaml").read_text(encoding="utf-8"))
     _read_metrics(found)
     for split in ("val", "test"):
@@ -187,8 +190,8 @@ def _read_metrics(found: RunContents) -> None:
         found.history = read_about(newest).get("history", {}) if newest else {}
         found.metrics = {"balance": found.history.get("balance") or {}}
         found.missing.append(
-            "Training did not finish (no metrics.json): this is what its newest checkpoint knows. "
-            "`mtcl train --resume` goes on with it."
+            f"Training did not finish ({', '.join(lacking(folder))} missing): this is what its newest checkpoint "
+            "knows. `mtcl train --resume` goes on with it."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from mtcl_torchrec.evaluation.naming import glossary
 from mtcl_torchrec.evaluation.rivals import Gap
@@ -24,11 +23,11 @@ from mtcl_torchrec.report.facts import (
 from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
 from mtcl_torchrec.report.fusion_verdict import what_does_fusion, worth_in_a_line
 from mtcl_torchrec.report.knowable import knowable_picture, knowable_sentence, knowable_table
+from mtcl_torchrec.report.layout import Report, Section
 from mtcl_torchrec.report.segments import segment_tables
 from mtcl_torchrec.report.sharing import do_tasks_help
-from mtcl_torchrec.report.studio import Picture, Studio
+from mtcl_torchrec.report.studio import Studio
 from mtcl_torchrec.report.tables import (
-    Table,
     baseline_tables,
     cost_tables,
     event_table,
@@ -42,51 +41,6 @@ from mtcl_torchrec.report.verdict import Answer, is_it_good, learnt
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
-
-
-@dataclass
-class Section:
-    """A part of the page.
-
-    Args:
-        key: its anchor.
-        title: its heading.
-        text: sentences before the rest.
-        pictures, tables: what it shows.
-        missing: what it would show, and how to get it.
-        code: shown folded, such as the run's YAML.
-    """
-
-    key: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    code: str = ""
-
-
-@dataclass
-class Report:
-    """A page.
-
-    Args:
-        title: of the run.
-        subtitle: what was judged.
-        answers: the verdict.
-        sections: in the order of the page.
-        notes: what is missing altogether.
-        worth: what the fused score is worth, in a line; empty where that is not known.
-        glossary: label and explanation of each measure on the page.
-    """
-
-    title: str
-    subtitle: str
-    answers: list[Answer]
-    sections: list[Section]
-    notes: list[str]
-    worth: str = ""
-    glossary: list[tuple[str, str]] = field(default_factory=list)
 
 
 def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = lambda doing: None) -> Report:
