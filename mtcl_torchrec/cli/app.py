@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.directory import METRICS
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.sharding import Device
+from mtcl_torchrec.training.unfinished import unfinished_line
 
 app = typer.Typer(
     add_completion=False,
@@ -96,5 +96,14 @@ def screen() -> Console:
 def note_if_unfinished(run: FinishedRun, *folders: Path) -> None:
     """Say so on stderr, of the runs that the run was read of."""
     for folder in folders if not run.finished else ():
-        if not (folder / METRICS).is_file():
-            typer.echo(f"mtcl: training of {folder} did not finish; this is its best epoch so far", err=True)
+        say_unfinished(folder, "this is its best epoch so far")
+
+
+def say_unfinished(folder: Path, meanwhile: str) -> None:
+    """Say on stderr that training of a run has not finished, where that is so.
+
+    Args:
+        meanwhile: what is shown for the time being.
+    """
+    if line := unfinished_line(folder):
+        typer.echo(f"mtcl: {line}; {meanwhile}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,16 +12,17 @@ import typer
 from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, check_target, holds_json_with, note_if_unfinished, screen
-from mtcl_torchrec.config import RunConfig, load_run
+from mtcl_torchrec.config import EvaluationConfig, RunConfig, load_run
 from mtcl_torchrec.config.evaluation import MIN_DRAWS
 from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.evaluation.calibration import print_calibration
-from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
+from mtcl_torchrec.evaluation.details import print_details, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.knowable import print_knowable
 from mtcl_torchrec.evaluation.predictions_file import is_predictions, write_predictions
 from mtcl_torchrec.evaluation.report import print_evaluation
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.evaluation.segments import DERIVED, there_are
+from mtcl_torchrec.schema import ConfigError, DataError, nearest
 from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
@@ -95,6 +97,7 @@ def evaluate(
     lengths = list(dict.fromkeys(k or run.config.evaluation.k))
     config = run.config.evaluation.model_copy(update={"segments": apart, "k": lengths})
     there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
+    _check_segments(config, there)
     wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
     columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *config.columns(), *wanted]))
     raw = run.preprocessor.conform(read_rows(data, columns))
@@ -116,12 +119,17 @@ def evaluate(
     if apart:
         console.print()
         print_segments(result, console)
-    if bootstrap:
-        print_intervals(result.intervals, console)
     if save is not None:
         write_predictions(save, table)
     if write is not None:
         replace_file(write, json.dumps(evaluation_as_json(result), indent=1))
+
+
+def _check_segments(config: EvaluationConfig, there: Collection[str]) -> None:
+    for name in config.columns():
+        if name not in there:
+            columns = [*sorted(there), *DERIVED]
+            raise DataError(f"--segments: no column {name!r}{nearest(name, columns)}; {there_are(columns)}")
 
 
 def _note_known(config: RunConfig, rows: Rows) -> None:

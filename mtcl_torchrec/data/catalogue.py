@@ -124,7 +124,7 @@ class Catalogue:
 
     def popularity_of(self, items: pd.Series) -> np.ndarray:
         """(N,) float64: what ranks by popularity, the smoothed share of an item's training rows in which the first
-        binary task's event happened (`mtcl_torchrec.data.popularity`); of an item that has none, the mean share.  Without
+        binary task's event happened (`mtcl_torchrec.data.popularity`); of an item without any, the mean share.  Without
         a binary task, in how many rows it was.
         """
         if self.shown is None:

@@ -15,6 +15,7 @@ from mtcl_torchrec.evaluation.estimates import task_estimates
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.schema import DataError, nearest
 
+DERIVED = ("item_seen", "user_seen", "hour_of_day")  # beside the columns of the data
 MOST_VALUES = 24  # of a segment; more are cut at quantiles, or the rarer ones taken together
 QUANTILES = 5
 OTHER, MISSING = "(other)", "(missing)"

@@ -24,6 +24,7 @@ from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predicti
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
+from mtcl_torchrec.evaluation.worth import values_of_events
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
@@ -87,12 +88,10 @@ def evaluation_as_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def worth_of(run: RunConfig) -> dict[str, float]:
-    """Task -> what its event is worth, in value@k: as the run says, or else the weights of its fused score."""
-    if run.evaluation.values is not None:
-        return run.evaluation.values
-    weights = {} if run.fusion is None else run.fusion.weights or {}
+    """Task -> what its event is worth, in value@k; see `mtcl_torchrec.evaluation.worth.values_of_events`."""
+    weights = None if run.fusion is None else run.fusion.weights
     binary = [task.name for task in run.data_schema.tasks if task.kind == "binary"]
-    return {task: weight for task, weight in weights.items() if task in binary}
+    return values_of_events(run.evaluation.values, weights, binary)
 
 
 def fused_tasks(model: MTCL) -> Sequence[str]:

@@ -17,7 +17,9 @@ from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingCon
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.naming import label_of
 from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.evaluation.report import cell
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.training.balance import read_step
 from mtcl_torchrec.training.checkpoint.state import TrainingState
@@ -320,9 +322,8 @@ def _epoch_line(
     for name, of in metrics.items():
         for key in ("auc", "ne", "r2"):
             if key in of:
-                shown.append(f"{name} {key.upper()} {of[key]:.4f}")
+                shown.append(f"{name} {label_of(key)} {cell(of[key])}")
                 break
-    mark = " (best so far)" if best else ""
-    return (
-        f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; validation: {', '.join(shown)}; mean {value:.4f}{mark}"
-    )
+    found = f"validation: {', '.join(shown)}" if shown else "no task has a label in the validation rows"
+    mean = "" if np.isnan(value) else f"; mean {value:.4f}"
+    return f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; {found}{mean}{' (best so far)' if best else ''}"
