@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtcl_torchrec.cli.app import app, check_target, holds_json_with, screen
 from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
-from mtcl_torchrec.evaluation.bootstrap import DRAWS
-from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
-from mtcl_torchrec.evaluation.details import print_differences
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
-from mtcl_torchrec.report import compare_html, from_differences
+from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import replace_file
-from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import predictions_path
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.evaluation.compare import Difference
+    from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 
 @app.command()
@@ -61,6 +59,11 @@ def compare(
     check_target(write, "--json", holds_json_with("a", "against"))
     if page is not None and (file := next((run for run in runs if not run.is_dir()), None)):
         raise ConfigError(f"--html shows run directories, and {file} is none")
+    from mtcl_torchrec.evaluation.compare import compare_tables, is_headline
+    from mtcl_torchrec.evaluation.details import print_differences
+    from mtcl_torchrec.report import compare_html, from_differences
+    from mtcl_torchrec.training.history import finite
+
     first, console = _read(runs[0], split), screen()
     values = task_numbers(value, "--value") if value else None
     lengths = list(dict.fromkeys(k or _lengths(runs[0])))
@@ -88,6 +91,9 @@ def _lengths(run: Path) -> list[int]:
 
 
 def _read(run: Path, split: str) -> PredictionsTable:
+    from mtcl_torchrec.evaluation.predictions_file import read_predictions
+    from mtcl_torchrec.training.judging import predictions_path
+
     path = predictions_path(run, split) if run.is_dir() else run
     if run.is_dir() and not path.is_file():
         raise DataError(

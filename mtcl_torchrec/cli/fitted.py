@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import parse_target

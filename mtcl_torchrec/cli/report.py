@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.cli.app import app
-from mtcl_torchrec.report import write_report
+from mtcl_torchrec.cli.app import app, check_run
 from mtcl_torchrec.schema import ConfigError
 
 
@@ -32,6 +31,9 @@ def report(
     """
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file, such as {out / 'report.html'}")
+    check_run(run_dir)
+    from mtcl_torchrec.report import write_report
+
     path = write_report(run_dir, out, png=png, baselines=baselines)
     typer.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)" + (f"; pictures in {png}" if png else ""))
     if open_:
@@ -40,6 +42,8 @@ def report(
 
 def report_of_demo(folder: Path, console: Console) -> None:
     """Write the report and say where it is; without what it is drawn with, say what to install."""
+    from mtcl_torchrec.report import write_report
+
     try:
         said = f"\nThe report, to be opened in a browser: {write_report(folder)}"
     except ConfigError as error:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
-DRAWS = 400  # the standard error of a standard error is then 1 / √(2 · 400), 3.5 %
 _NUMBERS_AT_ONCE = 10**7  # of weights
 
 
