@@ -22,7 +22,7 @@ import input as reading
 import peers
 from measure import CONSOLE, about, median, read
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "ratios.json"

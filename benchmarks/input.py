@@ -36,7 +36,7 @@ from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.stream import StreamRows
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise

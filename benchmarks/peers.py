@@ -32,7 +32,7 @@ import torch
 from measure import CONSOLE, Line, carry_out, figure, in_process, median, options, peak_rss, said, save, sweep
 from peer_cases import CASES, GROWING, Case, files_of
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 
 DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
 PEERS = ("torch-rechub", "deepctr-torch")

@@ -52,7 +52,7 @@ from mtcl_torchrec.data.splits import load_splits
 from mtcl_torchrec.data.synthetic_files import write_parquet
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
 from mtcl_torchrec.data.worlds import READY_WORLDS, ready_world, world_run
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise

@@ -18,7 +18,7 @@ from ranks import run_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtcl_torchrec.cli import app
+from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import dump_run, parse_run
 from mtcl_torchrec.evaluation.naming import TASK_MEASURES, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions

@@ -13,19 +13,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mtcl_torchrec.baselines.entries import read_entries, write_entry
 from mtcl_torchrec.baselines.fused import fused_score, score_of
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
-from mtcl_torchrec.baselines.store import (
-    FOLDER,
-    key_of,
-    load_part,
-    read_entries,
-    save_part,
-    write_entry,
-)
+from mtcl_torchrec.baselines.store import FOLDER, key_of, load_part, save_part
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
@@ -37,8 +32,6 @@ from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.judging import evaluation_as_json, predictions_path, rows_predicted, worth_of
 from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
-
-MAX_ROWS = 2_000_000
 
 
 def run_baselines(

@@ -1,4 +1,4 @@
-"""What baselines came to, in files: an entry of baselines.json each, and tasks that are done of one that is not."""
+"""Baselines that are not done yet, in files: what was found for some of their tasks, and for which run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ import numpy as np
 from mtcl_torchrec.baselines.search import Found, Trial
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.files import without_paths
-from mtcl_torchrec.schema import DataError
-from mtcl_torchrec.training.directory import replace_file
 
-FILE = "baselines.json"
 FOLDER = "baselines"
 _FORMAT = 2  # part of every key: what another version found is searched for again
-_ENTRY = ("trials", "seconds", "metrics")  # what each has at least
 
 
 def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
@@ -37,33 +33,6 @@ def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
     judged_by = [run.evaluation.threshold, run.evaluation.values]
     said = json.dumps([_FORMAT, without_paths(counts), judged_by, files, options], sort_keys=True, default=str)
     return sha256(said.encode()).hexdigest()[:16]
-
-
-def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Baseline -> its entry: key, about, settings, trials, seconds, metrics, searched, notes and rows.
-
-    Raises:
-        DataError: the file does not hold that.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            raise ValueError("no entries by baseline")
-        for name, entry in entries.items():
-            if lacking := [key for key in _ENTRY if key not in entry]:
-                raise ValueError(f"{name} has no {lacking[0]}")
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it to begin anew") from None
-    return entries
-
-
-def write_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    """Add or replace the entry of one baseline."""
-    entries = read_entries(folder) | {name: entry}
-    replace_file(folder / FILE, json.dumps(entries, indent=1))
 
 
 def save_part(path: Path, key: str, found: Found) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.training.directory import METRICS
 
 THIS_RUN = "this run"

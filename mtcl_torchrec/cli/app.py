@@ -7,15 +7,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.sharding import Device
+from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config.commands import Device
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.unfinished import unfinished_line
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.training.finished import FinishedRun
 
 app = typer.Typer(
     add_completion=False,
@@ -86,6 +89,42 @@ def holds_json_with(*keys: str) -> Callable[[Path], bool]:
         return isinstance(content, dict) and set(keys) <= content.keys()
 
     return is_one
+
+
+def check_run(folder: Path) -> None:
+    """See that a run is there, before torch is loaded.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not (folder / "run.yaml").is_file():
+        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+
+
+def check_model(places: list[Path]) -> None:
+    """See that runs, or a file that one was exported to, are there, before torch is loaded.
+
+    Raises:
+        DataError: one is not.
+    """
+    for place in places:
+        if not place.exists():
+            raise DataError(f"{place}: no such file, and no run")
+        if place.is_dir():
+            check_run(place)
+
+
+def check_files(run: RunConfig) -> None:
+    """See that the run's rows are there, before torch is loaded.
+
+    Raises:
+        DataError: a path names nothing.
+    """
+    named = [path for split in ("train", "val", "test", "log") for path in getattr(run.data, split) or ()]
+    if named:
+        from mtcl_torchrec.data.source import find_files
+
+        find_files(named)
 
 
 def screen() -> Console:

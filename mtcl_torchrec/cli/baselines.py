@@ -8,20 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.baselines import BASELINES, Budget, print_baselines, read_entries, run_baselines
-from mtcl_torchrec.baselines.run import MAX_ROWS
-from mtcl_torchrec.baselines.store import FILE
+from mtcl_torchrec.baselines.entries import ABOUT, FILE, read_entries
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
+from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import load_run
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.config.commands import BASELINE_ROWS
 
 
 @app.command()
 def baselines(
     run_yaml: Annotated[Path, typer.Argument(help="The run to compare with: its YAML, or its directory.")],
-    only: Annotated[
-        str | None, typer.Option(help=f"Some of them, separated by commas: {', '.join(BASELINES)}.")
-    ] = None,
+    only: Annotated[str | None, typer.Option(help=f"Some of them, separated by commas: {', '.join(ABOUT)}.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings that each baseline tries, for each task.")] = 8,
     budget: Annotated[
         float | None,
@@ -35,7 +32,7 @@ def baselines(
     ] = None,
     max_rows: Annotated[
         int, typer.Option(min=100, help="Baselines other than networks learn from a sample of a larger training split.")
-    ] = MAX_ROWS,
+    ] = BASELINE_ROWS,
     seed: Annotated[int, typer.Option(min=0, help="Of the search, of samples and of what draws.")] = 0,
     list_: Annotated[
         bool, typer.Option("--list", help="Show which baselines there are and which are done; do nothing.")
@@ -59,6 +56,9 @@ def baselines(
     if list_:
         _list(folder, console)
         return
+    from mtcl_torchrec.baselines import Budget, print_baselines, run_baselines
+
+    if_stopped(f"what is done is kept in {folder}, the same command goes on")
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
     entries = run_baselines(
         run, folder, only=names, budget=Budget(trials, budget), seed=seed, max_rows=max_rows, device=device,
@@ -71,11 +71,13 @@ def baselines(
 
 def _list(folder: Path, console: Console) -> None:
     """What there is, and what was done in a folder."""
+    from mtcl_torchrec.evaluation.plain_table import plain_table
+
     entries = read_entries(folder)
     table = plain_table(f"Baselines; those done are in {folder / FILE}", ["baseline", "trials", "seconds"])
     table.add_column("what it is")
-    for name, baseline in BASELINES.items():
+    for name, about in ABOUT.items():
         entry = entries.get(name)
         cost = [str(entry["trials"]), f"{entry['seconds']:,.1f}"] if entry else ["–", "–"]
-        table.add_row(name, *cost, baseline.about)
+        table.add_row(name, *cost, about)
     console.print(table)

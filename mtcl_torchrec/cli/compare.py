@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtcl_torchrec.cli.app import app, check_target, holds_json_with, say_unfinished, screen
 from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
-from mtcl_torchrec.evaluation.bootstrap import DRAWS
-from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
-from mtcl_torchrec.evaluation.details import print_differences
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
-from mtcl_torchrec.report import compare_html, from_differences
+from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import replace_file
-from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import predictions_path
 from mtcl_torchrec.training.unfinished import unfinished_line
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.evaluation.compare import Difference
+    from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 
 @app.command()
@@ -62,6 +60,11 @@ def compare(
     check_target(write, "--json", holds_json_with("a", "against"))
     if page is not None and (file := next((run for run in runs if not run.is_dir()), None)):
         raise ConfigError(f"--html shows run directories, and {file} is none")
+    from mtcl_torchrec.evaluation.compare import compare_tables, is_headline
+    from mtcl_torchrec.evaluation.details import print_differences
+    from mtcl_torchrec.report import compare_html, from_differences
+    from mtcl_torchrec.training.history import finite
+
     console = screen()
     there = [run for run in runs if _is_there(run, split)]
     if page is None or not there:
@@ -97,10 +100,15 @@ def _lengths(run: Path) -> list[int]:
 
 
 def _is_there(run: Path, split: str) -> bool:
+    from mtcl_torchrec.training.judging import predictions_path
+
     return not run.is_dir() or predictions_path(run, split).is_file() or not unfinished_line(run)
 
 
 def _read(run: Path, split: str) -> PredictionsTable:
+    from mtcl_torchrec.evaluation.predictions_file import read_predictions
+    from mtcl_torchrec.training.judging import predictions_path
+
     path = predictions_path(run, split) if run.is_dir() else run
     if run.is_dir() and not path.is_file():
         if line := unfinished_line(run):

@@ -13,7 +13,7 @@ import pandas as pd
 from rich.console import Console
 
 from mtcl_torchrec.evaluation.bootstrap import quantile_of
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.fusing.cross_validation import sure_of
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut

@@ -6,30 +6,27 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
-from mtcl_torchrec.cli.fitted import print_fitted, print_former, print_test
+from mtcl_torchrec.cli.app import app, check_run, note_if_unfinished, screen
+from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import RunConfig, load_run
-from mtcl_torchrec.data.source import Rows, read_rows
-from mtcl_torchrec.fusing.combiners import ALL, USUAL, Combiner, known_kinds, signed_weights
-from mtcl_torchrec.fusing.fit import fit_fusion
-from mtcl_torchrec.fusing.fitted import FittedFusion
-from mtcl_torchrec.fusing.held_out import HeldOut
-from mtcl_torchrec.fusing.search import Search
+from mtcl_torchrec.config.commands import SESSION_MINUTES, USUAL_COMBINERS, Search
+from mtcl_torchrec.config.fusion import KINDS
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, readable_folder
-from mtcl_torchrec.training.finished import FinishedRun, RunWarning
-from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion, save_fusion, set_weights
-from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
-from mtcl_torchrec.training.judging import worth_of
-from mtcl_torchrec.training.known_rows import trained_on
-from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
+from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, RunWarning, readable_folder
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.data.source import Rows
+    from mtcl_torchrec.fusing.combiners import Combiner
+    from mtcl_torchrec.fusing.fitted import FittedFusion
+    from mtcl_torchrec.fusing.held_out import HeldOut
+    from mtcl_torchrec.training.finished import FinishedRun
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
 _TELL_EVERY = 10.0  # seconds, where stderr is no terminal
@@ -56,8 +53,9 @@ def fuse(
     combiner: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}; or all.  Default: "
-            f"{', '.join(USUAL)}, and expected_value where a task's label counts after another's event, or a price."
+            help=f"A kind to try; may be repeated.  One of {', '.join(KINDS)}; or all.  Default: "
+            f"{', '.join(USUAL_COMBINERS)}, and expected_value where a task's label counts after another's event, or a "
+            "price."
         ),
     ] = None,
     feature: Annotated[
@@ -152,6 +150,11 @@ def fuse(
         return
     if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
         raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
+    check_run(run_dir)
+    if_stopped(f"{run_dir} ranks as before")
+    from mtcl_torchrec.cli.fitted import print_fitted, print_former, print_test
+    from mtcl_torchrec.training.finished import FinishedRun
+
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
     before = run.model.output.fused_score
@@ -204,6 +207,8 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
         return task_numbers(given, "--value"), ""
     if "@" not in target:
         return {}, ""
+    from mtcl_torchrec.training.judging import worth_of
+
     values = dict(worth_of(run.config))
     if not values:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
@@ -247,6 +252,9 @@ def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
 
 def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | None) -> list[str | Combiner] | None:
     """What is tried; a context-gated mean with the features that it reads."""
+    from mtcl_torchrec.fusing.combiners import ALL
+    from mtcl_torchrec.training.held_out import gate_of
+
     if features and not {_GATED, ALL} & set(kinds or ()):
         raise ConfigError(f"--feature says what the weights of a {_GATED} depend on: it needs --combiner {_GATED}")
     if not kinds:
@@ -258,6 +266,9 @@ def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | 
 def _held_out(
     run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float, *, context: bool
 ) -> HeldOut:
+    from mtcl_torchrec.data.source import read_rows
+    from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
+
     columns, config = columns_needed(run), load_run(folder / "run.yaml")
     rows = _unseen(config, read_rows(data, columns)) if data else rows_of_split(config, columns, split)
     return held_out_of(run, rows, session_minutes=session_minutes, context=context)
@@ -265,6 +276,8 @@ def _held_out(
 
 def _unseen(config: RunConfig, rows: Rows) -> Rows:
     """The rows of --data without those that the run was trained on, where that can be told."""
+    from mtcl_torchrec.training.known_rows import trained_on
+
     seen = trained_on(config, rows)
     if seen is None or not seen.any():
         return rows
@@ -282,6 +295,8 @@ def _refuse_more(given: dict[str, Any], what: str) -> None:
 
 def _judge_anew(folder: Path, console: Console) -> None:
     """Bring predictions and metrics.json up to the score that the run has now, or say why they are not."""
+    from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
+
     with (
         Status("judging the run by the score that it has now", console=Console(stderr=True)),
         warnings.catch_warnings(),
@@ -298,6 +313,8 @@ def _judge_anew(folder: Path, console: Console) -> None:
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
+    from mtcl_torchrec.fusing.fit import fit_fusion
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     err = Console(stderr=True)
     told = time.monotonic()
@@ -315,6 +332,8 @@ def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
 
 
 def _reset(folder: Path, console: Console, dry_run: bool) -> None:
+    from mtcl_torchrec.training.fitted_fusion import DECLARED, reset_fusion
+
     fitted = readable_folder(folder / FUSION) / DECLARED
     if not (folder / "run.yaml").is_file():
         raise DataError(f"{folder}: no run here (run.yaml is missing)")
@@ -328,6 +347,9 @@ def _reset(folder: Path, console: Console, dry_run: bool) -> None:
 
 
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
+    from mtcl_torchrec.fusing.combiners import signed_weights
+    from mtcl_torchrec.training.fitted_fusion import save_fusion, set_weights
+
     try:
         config = set_weights(run.model, run.fusion, weights, run.preprocessor.encoder)
     except ConfigError as error:
@@ -341,6 +363,8 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
 
 
 def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console) -> None:
+    from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion
+
     assert fitted.config is not None  # combiners given by name have one
     try:
         import matplotlib  # noqa: F401

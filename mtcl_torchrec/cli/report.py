@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mtcl_torchrec.cli.app import app, say_unfinished
-from mtcl_torchrec.report import write_report
+from mtcl_torchrec.cli.app import app, check_run, say_unfinished
 from mtcl_torchrec.schema import ConfigError
 
 
@@ -33,6 +32,7 @@ def report(
     """
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file, such as {out / 'report.html'}")
+    check_run(run_dir)
     say_unfinished(run_dir, "the report is of what there is")
     path = _written(run_dir, Console(stderr=True), out, png=png, baselines=baselines)
     typer.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)" + (f"; pictures in {png}" if png else ""))
@@ -42,6 +42,8 @@ def report(
 
 def _written(run_dir: Path, console: Console, out: Path | None = None, **options: Any) -> Path:
     """Write the report; on a terminal, a line says what is being done."""
+    from mtcl_torchrec.report import write_report
+
     with console.status("a report") as status:
         return write_report(run_dir, out, say=lambda doing: status.update(Text(f"report: {doing}")), **options)
 

@@ -22,12 +22,13 @@ from mtcl_torchrec.data.columns import (
     split_bag,
 )
 from mtcl_torchrec.data.contents import CodeRows, Contents, VectorRows, read_contents
+from mtcl_torchrec.data.earlier import Earlier
 from mtcl_torchrec.data.fitting import SplitSummary, summarise
 from mtcl_torchrec.data.labels import labels_of, requests_of, rewards_of, unmasked
 from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.spans import Earlier
+from mtcl_torchrec.data.spans import ages_of, spans_of
 from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
 from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task, nearest
 
@@ -349,8 +350,8 @@ class FeatureEncoder:
         size = self.num_embeddings(feature.table_name)
         if isinstance(lists, Earlier):
             if lists.values is None:
-                return lists.aged(size)
-            return lists.spans(self._row_numbers(feature, lists.values, rows, lists.first_owner()))
+                return ages_of(lists, size)
+            return spans_of(lists, self._row_numbers(feature, lists.values, rows, lists.first_owner()))
         if feature.encoding == "log_bucket":
             found = age_rows(feature, lists, rows, size)
         else:

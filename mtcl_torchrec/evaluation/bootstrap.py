@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.evaluation.confidence import FEWEST, clipped, too_little
 from mtcl_torchrec.evaluation.naming import bounds_of, parts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
-DRAWS = 400  # the standard error of a standard error is then 1 / √(2 · 400), 3.5 %
 _NUMBERS_AT_ONCE = 10**7  # of weights
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from mtcl_torchrec.data.cold_split import SEGMENTS
 from mtcl_torchrec.data.popularity import SMOOTHING, smoothed_rates
 from mtcl_torchrec.evaluation.metrics import auc
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 
 NEW_USERS = "new users"
 EXPLAINED = f"{', '.join(SEGMENTS)}: items as training met them, for known users; {NEW_USERS}: known items only"

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE
 from mtcl_torchrec.evaluation.metrics import Metrics, auc
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import Task
 
 KS = (1, 5, 10)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from mtcl_torchrec.evaluation.bootstrap import Interval
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, weighted_metrics, whole_task_metrics
 from mtcl_torchrec.evaluation.naming import BASE, WEIGHTED, bounds_of, label_of
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
 _WEIGHTED = ("auc", "top1", "log_loss", "ne", "calibration", "mse", "mae", "r2", "base_rate")
@@ -146,29 +146,6 @@ def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
 def cell(value: float | None, digits: int = 4) -> str:
     """A number of a table; a dash where it is not defined."""
     return "–" if value is None or np.isnan(value) else f"{value:z.{digits}f}"
-
-
-class _PlainTable(Table):
-    """A name in brackets is a name, and no style; the heading above is as wide as the screen, not as the table."""
-
-    heading: Text | None = None
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.heading is not None:
-            yield self.heading
-        yield from super().__rich_console__(console, options)
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
-
-
-def plain_table(title: str, columns: list[str]) -> Table:
-    """A table of numbers that fits a terminal of 80 columns; the first column is text."""
-    table = _PlainTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.heading = Text(title, style="bold") if title else None
-    for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
-    return table
 
 
 def print_columns(
