@@ -73,6 +73,7 @@ class RunConfig(Part):
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
         self._check_id_dropout()
         self.training.metrics.check(self.data_schema)
+        self.training.regularisers.check(self.data_schema)
         if self.model.trunk.kind in ("shared_bottom", "single_task"):
             for name in ("expert_orthogonality", "gate_balance"):
                 if getattr(self.training.regularisers, name):
