@@ -85,13 +85,13 @@ FACTORS = Task.binary("rated", head={**DOT, "dim": 4, "factors": ["u", "hour", "
 
 
 def test_factors_are_added_to_the_vector_of_their_side_as_they_are():
-    """⟨p_u + p_hour + W_U x_U, q_i + W_I x_I⟩ / √d, x being the other columns, row by row; biases are linear in all."""
+    """⟨d^¼ (p_u + p_hour) + W_U x_U, d^¼ q_i + W_I x_I⟩ / √d, x the other columns; biases are linear in all."""
     of, data = model(None, [FACTORS]), batch(tasks=1)
     bags, head = of.embedding_bag_collection.embedding_bags, of.tower.dot_heads["0"]
     row = {f: bags[f"t_{f}"].weight[data.sparse_features[f].values()].detach() for f in ("u", "hour", "i")}
     d, user, item = data.dense_features, head.user.weight.detach(), head.item.weight.detach()
-    p = row["u"] + row["hour"] + d[:, [0, 2]] @ user[:4, 8:].T
-    q = row["i"] + d[:, [1]] @ item[:4, 4:].T
+    p = 2**0.5 * (row["u"] + row["hour"]) + d[:, [0, 2]] @ user[:4, 8:].T
+    q = 2**0.5 * row["i"] + d[:, [1]] @ item[:4, 4:].T
     biases = torch.cat([row["u"], row["hour"], d[:, [0, 2]], row["i"], d[:, [1]]], 1) @ torch.cat([user[4], item[4]])
     expected = torch.tensor([float(p[b] @ q[b]) / 2 for b in range(24)]) + biases + head.bias.detach()
     assert not user[:4, :8].any()  # what the maps do not read is nothing
@@ -113,12 +113,12 @@ def test_with_maps_of_zero_it_is_classic_matrix_factorisation_and_learns_as_it_d
     users, items = (bags[f"t_{f}"].weight.detach().clone().requires_grad_() for f in ("u", "i"))
     bias = torch.zeros(1, requires_grad=True)
     train = MTCLTrain(of, regularisers={"l2_embedding": {"u": 0.04, "i": 0.02}})
-    ours = torch.optim.SGD([p for p in train.parameters() if p.requires_grad], lr=2.0)
-    plain = torch.optim.SGD([users, items, bias], lr=2.0)
+    ours = torch.optim.SGD([p for p in train.parameters() if p.requires_grad], lr=1.0)
+    plain = torch.optim.SGD([users, items, bias], lr=1.0)
     u, i = (data.sparse_features[f].values() for f in ("u", "i"))
     for _ in range(20):
         p, q = users[u], items[i]
-        logit = (p * q).sum(1) / 2 + bias
+        logit = (p * q).sum(1) + bias
         expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, data.labels[:, 0])
         expected = expected + 0.04 * p.square().sum(1).mean() + 0.02 * q.square().sum(1).mean()
         loss, _ = train(data)

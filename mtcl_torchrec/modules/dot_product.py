@@ -11,10 +11,10 @@ item and context together are of neither side and left out: the item's vector mu
 head reads the input as the embeddings give it, before any gate or interaction, which would mix the sides; it has no
 part in trunk or towers.  In a task restricted by `Task.inputs` it reads what the task may see.
 
-With `Head.factors`, u = Σ p + W_U x_U and v = Σ q + W_I x_I, where p and q are the embeddings of the features that it
-names, as they are, and the maps read the other columns (the biases read all).  Of a user's and an item's id, p and q
-are the factors of matrix factorisation.  Their L2 is ``l2_embedding`` (`mtcl_torchrec.modules.regularisers`): of
-embeddings that go through a map, it would only make the map larger.
+With `Head.factors`, u = d^¼ Σ p + W_U x_U and v = d^¼ Σ q + W_I x_I, where p and q are the embeddings of the features
+that it names, and the maps read the other columns (the biases read all).  Of a user's and an item's id, p and q are the
+factors of matrix factorisation, and their part of the logit is ⟨p, q⟩.  Their L2 is ``l2_embedding``
+(`mtcl_torchrec.modules.regularisers`): of embeddings that go through a map, it would only make the map larger.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class DotHead(nn.Module):
         if not len(factors):
             return linear(seen).float()
         own = x.index_select(1, factors).float().unflatten(1, (len(factors) // self.dim, self.dim)).sum(1)
-        return F.linear(seen, linear.weight * mapped).float() + F.pad(own, (0, 1))
+        return F.linear(seen, linear.weight * mapped).float() + F.pad(self.dim**0.25 * own, (0, 1))
 
 
 def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], list[int]]:
