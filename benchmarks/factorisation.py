@@ -68,7 +68,7 @@ def fit(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0) ->
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * (1 - epoch / EPOCHS)
         for rows in torch.randperm(len(labels), generator=draw).split(BATCH):
-            p, q = model.users[users[rows]], model.items[items[rows]]
+            p, q = F.embedding(users[rows], model.users), F.embedding(items[rows], model.items)
             penalty = settings["l2_user"] * p.square().sum(1) + settings["l2_item"] * q.square().sum(1)
             loss = F.binary_cross_entropy_with_logits(model(p, q), labels[rows]) + penalty.mean()
             optimizer.zero_grad()

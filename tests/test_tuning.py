@@ -95,7 +95,7 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(found):
     assert [t.state for t in result.trials] == ["complete", "complete", "failed", "complete"]
     assert result.trials[2].error == NOT_FINITE
     assert f"failed: {NOT_FINITE}" in said
-    assert re.search(r"best so far 0\.\d+ \(trial \d\); 2 to go, about \d+\.\d min", said)
+    assert re.search(r"best so far -?0\.\d+ \(trial \d\); 2 to go, about \d+\.\d min", said)
     assert f"1 trial failed: {NOT_FINITE}" in result.hints
 
 
