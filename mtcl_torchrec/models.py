@@ -376,7 +376,7 @@ class MTCLTrain(nn.Module):
         *,
         loss_weighting: LossWeighting | None = None,
         gradient_surgery: GradientSurgery | None = None,
-        regularisers: Mapping[str, float] | None = None,
+        regularisers: Mapping[str, float | Mapping[str, float]] | None = None,
         fused_loss: FusedLoss | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,

@@ -19,7 +19,7 @@ from mtcl_torchrec.config.fusion import FusionConfig
 from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
 from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
-from mtcl_torchrec.config.tuning import SpaceConfig
+from mtcl_torchrec.config.tuning import TuningConfig
 from mtcl_torchrec.schema import ConfigError, Schema, check_unique, nearest
 
 
@@ -60,7 +60,7 @@ class RunConfig(Part):
     fusion: FusionConfig | None = None
     calibration: CalibrationConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    tuning: SpaceConfig | None = None
+    tuning: TuningConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -73,6 +73,7 @@ class RunConfig(Part):
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
         self._check_id_dropout()
         self.training.metrics.check(self.data_schema)
+        self.training.regularisers.check(self.data_schema)
         if self.model.trunk.kind in ("shared_bottom", "single_task"):
             for name in ("expert_orthogonality", "gate_balance"):
                 if getattr(self.training.regularisers, name):

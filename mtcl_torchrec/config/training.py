@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import math
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mtcl_torchrec.config.base import Fraction, Part
-from mtcl_torchrec.schema import Schema, check_unique
+from mtcl_torchrec.schema import Schema, check_unique, nearest
 
 
 class TableOptimizerConfig(Part):
@@ -78,16 +87,49 @@ class RegularisersConfig(Part):
     """The weight λ of each penalty in the loss; see `mtcl_torchrec.modules.regularisers.Regularisers`.
 
     Args:
-        l2_embedding: of the mean of ‖pooled embeddings‖² over rows.
+        l2_embedding: of the mean of ‖pooled embeddings‖² over rows; one number for all features, or feature -> λ.
         l2_dense: of the sum of squares of all dense weights.
         expert_orthogonality: of the mean squared cosine between the outputs of two experts.
         gate_balance: of CV² of the experts' importance.
     """
 
-    l2_embedding: NonNegativeFloat = 0.0
+    l2_embedding: float | dict[str, float] = 0.0
     l2_dense: NonNegativeFloat = 0.0
     expert_orthogonality: NonNegativeFloat = 0.0
     gate_balance: NonNegativeFloat = 0.0
+
+    @field_validator("l2_embedding", mode="plain")
+    @classmethod
+    def _one_or_by_feature(cls, value: Any) -> float | dict[str, float]:
+        # By hand: pydantic would say of a wrong number, too, that it is no mapping.
+        if not isinstance(value, dict):
+            return _penalty(value)
+        return {str(feature): _penalty(weight, f"of {feature!r} ") for feature, weight in value.items()}
+
+    def check(self, schema: Schema) -> None:
+        """See that what l2_embedding names has embeddings.
+
+        Raises:
+            ValueError: naming the feature.
+        """
+        if isinstance(self.l2_embedding, dict):
+            embedded = [f.name for f in schema.sparse_features]
+            for name in self.l2_embedding:
+                if name not in embedded:
+                    raise ValueError(
+                        f"training.regularisers.l2_embedding: no feature {name!r} that has embeddings"
+                        f"{nearest(name, embedded)}"
+                    )
+
+
+def _penalty(value: Any, of: str = "") -> float:
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if isinstance(value, bool) or not 0 <= weight < math.inf:
+        raise ValueError(f"the penalty {of}is a number of at least 0, not {value!r}")
+    return weight
 
 
 MetricKind = Literal["ne", "auc", "gauc", "calibration", "mse", "top1"]
