@@ -129,9 +129,10 @@ class MTCL(nn.Module):
         feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs` or has a dot
             head (`Task.head`).
         dense_groups: groups of each dense column; likewise.
-        precision: ``"bf16"`` computes everything after the embeddings under autocast, in evaluation too; parameters,
-            logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss
-            would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is slower in it.
+        precision: ``"bf16"`` computes everything between the embeddings and the heads under autocast, in evaluation
+            too; parameters, heads, losses and predictions stay float32.  It needs no GradScaler, and must have none: a
+            scaled loss would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is
+            slower in it.
         epnet, ppnet: PEPNet's gates on the embeddings and on the towers, see `mtcl_torchrec.modules.gates`.
         calibration: of the predictions that it returns and fuses, not of the logits that train; may be set after
             training, too, as ``model.output.calibration``.

@@ -48,7 +48,7 @@ class MultiTaskTower(nn.Module):
 
     Args:
         dims: key of each pooled embedding -> its width.
-        precision: ``"bf16"`` computes it under autocast; its parameters and logits stay float32.
+        precision: ``"bf16"`` computes it under autocast, but for the heads; its parameters and logits stay float32.
         histories: those that `lstm_towers` may read.
         others: see `mtcl_torchrec.MTCL`.
     """
@@ -230,16 +230,21 @@ class MultiTaskTower(nn.Module):
             of_views = cut.through(self.trunk, inputs, tasks, places, (x, of_dots) if of_dots else None)
             reads = list(of_views.pop()) if of_dots else []
         h = self._of_tasks(of_views, inputs, frozen, alike, states)
+        if self.precision == "fp32":
+            logits = self._of_heads(h)
+        else:  # heads are small, and the 8 bits of a bf16 logit would tie rows that differ
+            with torch.autocast(x.device.type, enabled=False):
+                logits = self._of_heads(h.float())
+        for number, read in zip(of_dots, reads, strict=True):
+            logits |= self._of_dot(number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike)
+        return logits
+
+    def _of_heads(self, h: torch.Tensor) -> Logits:
+        """Logits of the tasks that go through the trunk, from what their heads read (T, B, H)."""
         logits = self.chains.imputed(h) if self.trunk_tasks else {}
-        for number, task in enumerate(self.tasks):
-            if task.in_trunk:
-                out = self.heads[number](h[number])
-                logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
-            else:
-                read = reads[of_dots.index(number)]
-                logits |= self._of_dot(
-                    number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike
-                )
+        for number in self.trunk_tasks:
+            task, out = self.tasks[number], self.heads[number](h[number])
+            logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
         return logits
 
     def _of_trunk(self, frozen: torch.Tensor | None) -> torch.Tensor | None:

@@ -145,7 +145,7 @@ class FinishedRun:
             preprocessor.encoder,
             config.fusion,
             table_device="cpu",
-            precision=config.training.precision,
+            precision="bf16" if config.training.precision == "bf16" else "fp32",  # auto: a run from before it was told
         )
         zeroed = zero_tables(config)
         for name, table in tables_of(model).items():
