@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from mtcl_torchrec.data import freed
 from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of
 from mtcl_torchrec.data.labels import label_of, unmasked
 from mtcl_torchrec.data.listed import listed_values
@@ -180,6 +181,7 @@ def summarise(
                 if summary.complete:
                     break
                 del rows
+                freed.give_back()  # see `StreamRows`
     except DataError as error:
         wrong = error
     if world_size > 1:
