@@ -18,7 +18,7 @@ from rich.console import Console
 from mtcl_torchrec.evaluation.report import plain_table
 
 Line = dict[str, Any]
-CONSOLE = Console(highlight=False, soft_wrap=True, width=150)
+CONSOLE = Console(highlight=False, soft_wrap=True, width=180)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ PAPER = "Estimated on paper by TorchRec's planner from bandwidths, the embedding
 
 def work(what: Line) -> Line:
     """The plan for one cluster."""
+    plan = TERABYTE if what["plan"] == TERABYTE.name else Path(what["plan"])
     report = plan_offline(
-        load_run(TERABYTE if what["plan"] == TERABYTE.name else Path(what["plan"])), what["world_size"], what["device"], batch_size=what["batch_size"],
-        timeout_s=what["planning_s"],
+        load_run(plan), what["world_size"], what["device"], batch_size=what["batch_size"], timeout_s=what["planning_s"]
     )  # fmt: skip
     told = {"on_paper": True, "fits": report.fits, "shortfall": report.shortfall, "planning_took_s": report.planning_s}
     if not report.fits:
