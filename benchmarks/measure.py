@@ -59,8 +59,18 @@ def about(*more: str) -> dict[str, Any]:
         "versions": {name: found for name in (*DISTRIBUTIONS, *more) if (found := _version(name))},
         "commit": commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_told(sys.argv[1:])]),
     }
+
+
+def _told(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that only say where something is kept."""
+    told, skip = [], False
+    for word in arguments:
+        if not skip and word not in ("--out", "--data", "--picture", "--again"):
+            told.append(word)
+        skip = not skip and word in ("--out", "--data", "--picture")
+    return told
 
 
 def processor() -> str:

@@ -6,9 +6,9 @@
     python benchmarks/suite.py --list                # what would be run, and how long it takes
 
 Each script is a process of its own with a time limit.  What it has measured stands in benchmarks/results/ as soon as it
-is measured; a script that fails, or takes too long, loses nothing of the others.  What has been measured at this commit,
-in this size, is not measured again, unless --again says so; a suite that was broken off goes on where it stopped.
-Afterwards the tables of benchmarks/README.md are filled.  The machine should have nothing else to do.
+is measured; a script that fails, or takes too long, loses nothing of the others.  What has been measured at this
+commit, in this size, is not measured again, unless --again says so; a suite that was broken off goes on where it
+stopped.  Afterwards the tables of benchmarks/README.md are filled.  The machine should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def main() -> int:
             failed.append(entry.script)
             CONSOLE.print(f"FAILED: {entry.script}; see {given.results / entry.script}.log", markup=False)
         planned += minutes(entry, size)
-    if not given.tiny:
-        subprocess.run([sys.executable, str(HERE / "tables.py"), "--results", str(given.results)], check=False)
+    if given.results == HERE / "results":
+        subprocess.run([sys.executable, str(HERE / "tables.py")], check=False)
     CONSOLE.print(f"{len(todo) - len(failed)} of {len(todo)} done in {(time.monotonic() - started) / 60:.0f} min"
                   + (f"; failed: {', '.join(failed)}; run it again to go on" if failed else ""))  # fmt: skip
     return int(bool(failed))
