@@ -59,8 +59,18 @@ def about(*more: str) -> dict[str, Any]:
         "versions": {name: found for name in (*DISTRIBUTIONS, *more) if (found := _version(name))},
         "commit": commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_told(sys.argv[1:])]),
     }
+
+
+def _told(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that only say where something is kept."""
+    told, skip = [], False
+    for word in arguments:
+        if not skip and word not in ("--out", "--data", "--picture", "--again"):
+            told.append(word)
+        skip = not skip and word in ("--out", "--data", "--picture")
+    return told
 
 
 def processor() -> str:
@@ -265,7 +275,7 @@ def benchmark(
     parser: argparse.ArgumentParser,
     given: argparse.Namespace,
     *,
-    work: Callable[[Line], Line],
+    work: Callable[[Line], Line | None],
     todo: Callable[[], Sequence[Line]],
     tables: Callable[[list[Line]], list[Table]],
     draw: Callable[[list[Line], Path], None],
@@ -277,7 +287,7 @@ def benchmark(
 
     Args:
         parser, given: with `options`.
-        work: measures what a worker is told.
+        work: measures what a worker is told; None where another rank tells.
         todo: all that is to be measured, in the order in which contenders take turns.
         tables, draw: of lines.
         one: makes one measurement; the default starts the script as a worker, with `flags`.
@@ -287,7 +297,8 @@ def benchmark(
         1 where a measurement has failed, else 0: what a process ends with.
     """
     if given.worker:
-        given.result.write_text(json.dumps(work(given.worker)))
+        if (found := work(given.worker)) is not None:
+            given.result.write_text(json.dumps(found))
         return 0
     if not (given.out or given.show):
         parser.error("--out FILE to measure, --show FILE to look")
