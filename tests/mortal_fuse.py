@@ -1,8 +1,9 @@
-"""`mtcl fuse RUN --set ...` that is killed at its n-th step of writing, for every n, or every few; test_killed.py runs this file.
+"""`mtcl fuse RUN --set ...` that is killed at its n-th step of writing, for every n, or every few.
 
-Called with the run directory, a folder to work in, the weights, and the stride of n.  Each life is a fork with a copy of the run: at its
-n-th change of that copy (a file opened for writing, renamed or removed; a folder made or removed) it is killed, as
-`kill -9` does.  Prints a line for each: the copy, and how the life ended (-9, or 0 where it was never reached).
+test_killed.py runs this file with the run directory, a folder to work in, the weights, and the stride of n.  Each life
+is a fork with a copy of the run: at its n-th change of that copy (a file opened for writing, renamed or removed; a
+folder made or removed) it is killed, as `kill -9` does.  Prints a line for each: the copy, and how the life ended (-9,
+or 0 where that step was never reached).
 """
 
 import os
