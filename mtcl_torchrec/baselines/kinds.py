@@ -108,7 +108,7 @@ def _unweighted(job: Job, tasks: Sequence[Task], settings: Settings) -> Predicti
 _collaborative = partial(Baseline, binary_only=True, needs=("user", "item"))
 _network = partial(Baseline, usual=networks.USUAL, space=networks.SPACE, network=True)
 
-# In the order of what they know.
+# In the order of `ABOUT`.
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
         ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, popularity.SPACE,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
+from mtcl_torchrec.baselines.entries import FILE as BASELINES
 from mtcl_torchrec.cli.app import app, check_run, note_if_unfinished, screen
 from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import RunConfig, load_run
@@ -308,8 +309,27 @@ def _judge_anew(folder: Path, console: Console) -> None:
             said = f"{METRICS} and {PREDICTIONS}/ still hold the score before: {error}"
         else:
             said = f"judged by it: {METRICS} and {PREDICTIONS}/ of {' and '.join(splits)}" if splits else ""
-    if said:
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    lines = [said] if said else []
+    lines += _rank_baselines_anew(folder)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rank_baselines_anew(folder: Path) -> list[str]:
+    """Baselines rank as the run does; of one that is not in memory, `mtcl baselines` sees to that."""
+    if not (folder / BASELINES).is_file():
+        return []
+    from mtcl_torchrec.baselines.run import rank_anew
+
+    run, lines = load_run(folder / "run.yaml"), list[str]()
+    if run.data.stream or run.data.synthetic is not None:
+        return [f"{folder / BASELINES} ranks by the score before, until `mtcl baselines {folder}` is called"]
+    try:
+        with Status("ranking the baselines by it, too", console=Console(stderr=True)):
+            rank_anew(run, folder, say=lines.append)
+    except (ConfigError, DataError, OSError) as error:
+        lines.append(f"{folder / BASELINES} still ranks by the score before: {error}")
+    return lines
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
