@@ -8,7 +8,6 @@ from pathlib import Path
 import yaml
 
 from mtcl_torchrec.schema import DataError
-from mtcl_torchrec.training.checkpoint.store import best_checkpoint
 from mtcl_torchrec.training.directory import (
     CALIBRATION,
     CHECKPOINTS,
@@ -64,6 +63,8 @@ def is_begun(folder: Path) -> bool:
 
 
 def _keeps_an_epoch(folder: Path) -> bool:
+    from mtcl_torchrec.training.checkpoint.store import best_checkpoint
+
     try:
         return best_checkpoint(folder / CHECKPOINTS) is not None
     except DataError:  # damaged, or replaced just now
