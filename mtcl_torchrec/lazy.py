@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that a mistake is answered before torch is loaded."""
+"""Names of a package that are imported when they are first used: a mistake is answered before torch is loaded."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ def fuse(
         list[str] | None,
         typer.Option(
             help=f"A kind to try; may be repeated.  One of {', '.join(KINDS)}; or all.  Default: "
-            f"{', '.join(USUAL_COMBINERS)}, and expected_value where a task's label counts after another's event, or a price."
+            f"{', '.join(USUAL_COMBINERS)}, and expected_value where a task's label counts after another's event, or "
+            "a price."
         ),
     ] = None,
     feature: Annotated[

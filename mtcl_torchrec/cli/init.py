@@ -24,6 +24,9 @@ def init(
     user: Annotated[str | None, typer.Option(help="The user column, where the guess is wrong.")] = None,
     item: Annotated[str | None, typer.Option(help="The item column.")] = None,
     time: Annotated[str | None, typer.Option(help="The time column.")] = None,
+    request: Annotated[
+        str | None, typer.Option(help="The column that names rows offered together: a request, visit or session.")
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(help="A 0/1 column to predict; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the screen by default.")] = None,
 ) -> None:
@@ -45,7 +48,7 @@ def init(
         assert files is not None
         # Paths in a YAML start at its own folder.
         paths = files if out is None else [os.path.relpath(f, out.resolve().parent) for f in files]
-        text = draft_run(files, written_as=paths, user=user, item=item, time=time, labels=label or [])
+        text = draft_run(files, written_as=paths, user=user, item=item, time=time, request=request, labels=label or [])
     if out is None:
         typer.echo(text, nl=False)
     else:
