@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from mtcl_torchrec.data.defaults import Defaults, defaults_for
 from mtcl_torchrec.data.guesses import (
     SEPARATORS,
     Guess,
@@ -26,6 +27,7 @@ from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.schema import DataError, nearest
 
 SAMPLE_ROWS = 200_000
+_MOST_KINDS = 50  # of items, that a user has met often enough to say what they think of one
 UNWANTED_WORDS = ("hate", "hide", "report", "skip", "dislike", "block", "unfollow", "unsubscribe", "refund", "return")
 _ROLES = {
     "user": "who it is about: GAUC, recommend --user",
@@ -91,6 +93,7 @@ class _Draft:
     events: list[str] = field(default_factory=list)
     outcomes: list[tuple[str, str]] = field(default_factory=list)
     features: list[str] = field(default_factory=list)
+    kinds_of_item: list[str] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
     maybe_events: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -105,21 +108,32 @@ class _Draft:
         elif guess.kind == "outcome":
             self.outcomes.append((name, guess.why))
         elif guess.kind == "feature":
-            self.features.append(_feature_line(column, name, guess))
+            line = _feature_line(column, name, guess, self._defaults().most_dims)
+            self.features.append(line)
+            is_item = name == self.roles.item
+            if guess.group == "item" and not is_item and "kind: id" in line and 2 < column.nunique() <= _MOST_KINDS:
+                self.kinds_of_item.append(name)
         elif is_binary(column):
             self.maybe_events.append(name)
         elif guess.kind == "unsure":
-            self.unsure.append(_feature_line(column, name, guess))
+            self.unsure.append(_feature_line(column, name, guess, self._defaults().most_dims))
 
     def text(self) -> str:
         """The YAML."""
-        parts = [self._head(), self._data(), self._schema(), self._statistics(), _model(self._few()), self._training(),
-                 self._evaluation(), self._fusion()]  # fmt: skip
+        parts = [
+            self._head(),
+            self._data(),
+            self._schema(),
+            self._statistics(),
+            _model(self._defaults()),
+            self._training(),
+            self._evaluation(),
+            self._fusion(),
+        ]
         return "\n".join(line for part in parts if part for line in [*part, ""]).rstrip("\n") + "\n"
 
-    def _few(self) -> bool:
-        """Whether there are so few rows that a small network learns as much, and sooner."""
-        return len(self.rows) < 200_000
+    def _defaults(self) -> Defaults:
+        return defaults_for(len(self.rows))
 
     def _head(self) -> list[str]:
         name = re.sub(r"[^\w-]+", "_", Path(self.paths[0]).stem).strip("_") or "run"
@@ -200,24 +214,26 @@ class _Draft:
         return lines
 
     def _statistics(self) -> list[str]:
-        keys = [key for key in (self.roles.user, self.roles.item) if key]
+        keys = [plain(key) for key in (self.roles.user, self.roles.item) if key]
         if self.roles.time is None or not keys or not self.events:
             return []
+        if self.roles.user is not None and self.kinds_of_item:  # what a user thinks of an item's like
+            keys.append(f"[{plain(self.roles.user)}, {plain(self.kinds_of_item[0])}]")
         return [
             "# Features from the log itself: counts and rates of these events, from strictly earlier rows only.",
             "statistics:",
-            f"  keys: [{', '.join(map(plain, keys))}]",
+            f"  keys: [{', '.join(keys)}]",
             f"  outcomes: [{', '.join(map(plain, self.events))}]",
             "  smoothing: 20",
         ]
 
     def _training(self) -> list[str]:
-        batch = 256 if self._few() else 1024 if len(self.rows) < 5_000_000 else 4096
+        suits = self._defaults()
         return [
             "training:",
-            "  epochs: 20",
-            f"  batch_size: {batch}   # rows per step and rank",
-            "  patience: 3        # stop after so many epochs without a better mean validation AUC",
+            f"  epochs: {suits.epochs}",
+            f"  batch_size: {suits.batch_size}   # rows per step and rank",
+            f"  patience: {suits.patience}        # stop after so many epochs without a better mean validation AUC",
         ]
 
     def _evaluation(self) -> list[str]:
@@ -250,14 +266,13 @@ class _Draft:
         ]
 
 
-def _model(few: bool) -> list[str]:
-    layers, dropout = ("[64, 32]", 0.3) if few else ("[128, 64]", 0.1)
+def _model(suits: Defaults) -> list[str]:
     return [
         "model:",
         "  # or kind: shared_bottom, ple, adatt, home, stem, single_task",
-        f"  trunk: {{kind: mmoe, num_experts: 4, expert_layers: {layers}, dropout: 0.1}}",
+        f"  trunk: {{kind: mmoe, num_experts: 4, expert_layers: {list(suits.expert_layers)}, dropout: 0.1}}",
         "  tower_layers: [32]",
-        f"  embedding_dropout: {dropout}" + ("   # few rows are soon learnt by heart" if few else ""),
+        f"  embedding_dropout: {suits.embedding_dropout}",
         "",
         "optimizers:",
         "  tables: {kind: rowwise_adagrad, lr: 0.02}",
@@ -265,13 +280,13 @@ def _model(few: bool) -> list[str]:
     ]
 
 
-def _feature_line(column: pd.Series, name: str, guess: Guess) -> str:
+def _feature_line(column: pd.Series, name: str, guess: Guess, most_dims: int) -> str:
     start = f"{{name: {plain(name)}, group: {guess.group}, "
     if is_list(column):
-        return start + "kind: bag, embedding_dim: 16, min_count: 2}"
+        return start + f"kind: bag, embedding_dim: {most_dims}, min_count: 2}}"
     if guess.separator is not None:
         assert guess.separator in SEPARATORS
-        return start + f'kind: bag, separator: "{guess.separator}", embedding_dim: 16, min_count: 2}}'
+        return start + f'kind: bag, separator: "{guess.separator}", embedding_dim: {most_dims}, min_count: 2}}'
     distinct = column.nunique()
     named_id = re.search(r"(id|key|uuid)$", name.lower()) is not None
     is_float = pd.api.types.is_float_dtype(column) and not named_id
@@ -279,7 +294,7 @@ def _feature_line(column: pd.Series, name: str, guess: Guess) -> str:
     if is_float or many:
         skewed = column.min() >= 0 and column.max() > 20 * max(float(column.median()), 1e-9)
         return start + f"kind: dense{', transform: log' if skewed else ''}}}"
-    dim = 4 if distinct < 20 else 8 if distinct < 1000 else 16
+    dim = 4 if distinct < 20 else min(8 if distinct < 1000 else 16, most_dims)
     return start + f"kind: id, embedding_dim: {dim}}}"
 
 
