@@ -58,7 +58,7 @@ def test_from_a_file_of_ones_own_to_recommendations(mtcl, log, tmp_path):
         "user_id", "product_id", "time",
     )  # fmt: skip
 
-    (tmp_path / "run.yaml").write_text(text.replace("epochs: 10", "epochs: 2").replace("lr: 0.01}", "lr: 0.1}"))
+    (tmp_path / "run.yaml").write_text(text.replace("epochs: 20", "epochs: 2").replace("lr: 0.02}", "lr: 0.1}"))
     status, shown, _ = mtcl("train", "run.yaml", "--device", "cpu")
     assert status == 0
     assert "epoch 2/2" in shown
@@ -117,7 +117,7 @@ def test_init_copes_with_odd_names_and_columns(mtcl, tmp_path):
     assert {"a: b, c", "yes"} <= set(names)
     assert not {"second_time", "nothing"} & set(names)
     assert drafted["schema"]["tasks"][1] == {"name": "buy #1", "kind": "binary", "label": "is_buy #1"}
-    (tmp_path / "run.yaml").write_text(text.replace("epochs: 10", "epochs: 1"))
+    (tmp_path / "run.yaml").write_text(text.replace("epochs: 20", "epochs: 1"))
     assert mtcl("train", "run.yaml", "--device", "cpu")[0] == 0
 
 
@@ -139,7 +139,7 @@ def test_init_takes_no_outcome_for_an_input_and_weighs_a_skip_down(mtcl, tmp_pat
     assert drafted["schema"]["time"] == "time"
     assert features["genres"]["kind"] == "bag"
     assert "No item column was found" in text
-    (tmp_path / "run.yaml").write_text(text.replace("epochs: 10", "epochs: 1"))
+    (tmp_path / "run.yaml").write_text(text.replace("epochs: 20", "epochs: 1"))
     assert mtcl("train", "run.yaml", "--device", "cpu")[0] == 0
 
 
@@ -288,6 +288,25 @@ def test_a_world_is_drafted_and_written(mtcl, tmp_path):
     assert "--overwrite replaces it" in one_line(mtcl("synth", "a.parquet", "--rows", 10)[2])
     assert "missing" in one_line(mtcl("synth", "c.parquet", "--rows", 10, "--set", "mising=0.5")[2])
     assert "either files" in one_line(mtcl("init")[2])
+
+
+def test_a_world_has_the_sizes_that_are_asked_for_and_trains_from_a_file_as_it_does_without(mtcl, tmp_path):
+    sizes = ["--rows", 600, "--users", 20, "--items", 12]
+    assert mtcl("init", "--world", "video", *sizes, "--out", "small.yaml")[0] == 0
+    made = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    world = {"rows": 600, "val_rows": 60, "test_rows": 60, "num_users": 20, "num_items": 12}
+    assert world.items() <= made["data"]["synthetic"].items()
+    assert mtcl("train", "small.yaml", "--device", "cpu")[0] == 0
+    assert mtcl("synth", "rows.parquet", "--world", "video", *sizes)[1].count("mtcl train rows.run.yaml") == 1
+    beside = yaml.safe_load((tmp_path / "rows.run.yaml").read_text())
+    assert {**beside, "data": None} == {**made, "data": None}
+    (tmp_path / "rows.run.yaml").write_text((tmp_path / "rows.run.yaml").read_text().replace("epochs: 20", "epochs: 1"))
+    assert "test split" in mtcl("train", "rows.run.yaml", "--device", "cpu")[1]
+    assert "--users belongs to --world" in one_line(mtcl("init", "rows.parquet", "--users", 3)[2])
+    assert "--item belongs to a file" in one_line(mtcl("init", "--world", "shop", "--item", "x")[2])
+    # The file that goes on with the world has no settings of its own.
+    assert mtcl("synth", "more.parquet", "--world", "video", *sizes, "--start", 600)[0] == 0
+    assert not (tmp_path / "more.run.yaml").exists()
 
 
 def test_a_world_is_written_as_of_a_moment_with_its_titles(mtcl, tmp_path):

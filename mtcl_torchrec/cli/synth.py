@@ -38,23 +38,25 @@ def synth(
 ) -> None:
     """Write rows of a synthetic world, whose true probabilities are known, to a Parquet file.
 
+    Beside `shop.parquet` it writes `shop.run.yaml`, which trains on it.
+
     Each row follows from the seed and its number alone: `--start` goes on with the same world in another file, when
     both are given the same `--horizon`.  Titles (`--set text=0.5`), positions (`--set position_bias=1`) and events that
     arrive late (`--set delay=2`, in days; `delay_spread=1` makes the delays log-normal) are dials, too.
     """
     from mtcl_torchrec.data.synthetic_files import write_items, write_parquet
-    from mtcl_torchrec.data.worlds import ready_world
+    from mtcl_torchrec.data.worlds import ready_world, world_run
 
     if catalogue is not None and catalogue.resolve() == out.resolve():
         raise ConfigError(f"--catalogue: {catalogue} is where the rows go; choose another file")
-    for file in (out, catalogue):
+    settings = out.with_suffix(".run.yaml") if start == 0 else None
+    for file in (out, catalogue, settings):
         if file is not None and file.is_dir():
             raise ConfigError(f"{file} is a folder; name a Parquet file")
         if file is not None and file.exists() and not overwrite:
             raise ConfigError(f"{file} exists already; --overwrite replaces it")
-    dials = dict(_dial(pair) for pair in set_ or [])
-    made = ready_world(world, **{"num_users": users, "num_items": items, "seed": seed, **dials},
-                       horizon=horizon or start + rows)  # fmt: skip
+    dials = {"num_users": users, "num_items": items, "seed": seed} | dict(_dial(pair) for pair in set_ or [])
+    made = ready_world(world, **dials, horizon=horizon or start + rows)
     moment = None if as_of is None else made.moment(as_of)
     if moment is not None:
         rows = min(rows, made.rows_by(moment) - start)
@@ -66,6 +68,9 @@ def synth(
             made, out, rows, start=start, as_of=moment, progress=lambda done: bar.update(task, completed=done)
         )
     screen().print(f"wrote {rows:,} rows of world {world!r} to {out}", highlight=False, soft_wrap=True)
+    if settings is not None:
+        settings.write_text(world_run(world, log=out.name, rows=rows, **dials), encoding="utf-8")
+        screen().print(f"wrote {settings}, which trains on it: mtcl train {settings}", highlight=False, soft_wrap=True)
     if catalogue is not None:
         write_items(made, catalogue)
         screen().print(f"wrote its {made.num_items:,} items to {catalogue}", highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ and one of context, ``return``: whether the user comes back, which the user and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mtcl_torchrec.data.defaults import FEW, defaults_for
 from mtcl_torchrec.data.outcomes import Outcome
 from mtcl_torchrec.data.synthetic import World
 from mtcl_torchrec.schema import ConfigError, Feature, Task, nearest
@@ -152,14 +154,18 @@ def world_run(
     name: str,
     *,
     rows: int = 1_000_000,
-    val_rows: int = 50_000,
-    test_rows: int = 50_000,
+    val_rows: int | None = None,
+    test_rows: int | None = None,
+    log: str | None = None,
     **dials: Any,
 ) -> str:
     """A commented run on a ready world: YAML for `mtcl train`.
 
     Args:
-        rows, val_rows, test_rows: of the splits, which follow each other in time.
+        rows, val_rows, test_rows: of the splits, which follow each other in time; a tenth of `rows`, and at most
+            50,000, validate and test.
+        log: a file that holds the world's rows: train on it.  `rows` is their number, and tenths of it validate and
+            test.
         dials: as for `ready_world`; those given stand in the YAML.
 
     Raises:
@@ -174,23 +180,15 @@ def world_run(
         ...
     """
     dials = {"seed": 0, "num_users": 100_000, "num_items": 100_000} | dials
-    settings: dict[str, Any] = {"horizon": rows + val_rows + test_rows} | dials
+    held_out = max(1, min(50_000, rows // 10))
+    val_rows, test_rows = val_rows or held_out, test_rows or held_out
+    settings: dict[str, Any] = {"horizon": rows + (0 if log else val_rows + test_rows)} | dials
     world = ready_world(name, **settings)
     schema = world.schema()
+    few = defaults_for(rows) if rows < FEW else None  # of more, two passes know most of what can be known
+    epochs, batch_size, patience = (few.epochs, few.batch_size, few.patience) if few else (2, 1024, 1)
     lines = [
-        f'# The ready world "{name}": rows come from known probabilities and are computed while training.',
-        f"name: {name}",
-        "",
-        "data:",
-        "  synthetic:   # row numbers are split: the first train, the next validate, the last test",
-        f"    world: {name}",
-        f"    rows: {rows}",
-        f"    val_rows: {val_rows}",
-        f"    test_rows: {test_rows}",
-        *(f"    {dial}: {_flow(value)}" for dial, value in dials.items()),
-        "    # More dials: rates: {TASK: mean of its label}, imbalance (1 and up), correlation and conflict between",
-        "    # tasks, signal, context, missing, cold_items, user_exponent and item_exponent (Zipf), text (of titles),",
-        "    # position_bias, delay (in days, of events; log-normal with a delay_spread), …",
+        *(_from_rows(name, rows, val_rows, test_rows, dials) if log is None else _from_log(name, log)),
         "",
         "schema:",
         f"  user: {schema.user}",
@@ -215,15 +213,46 @@ def world_run(
         "  dense: {kind: adamw, lr: 0.001, weight_decay: 0.01}",
         "",
         "training:",
-        "  epochs: 2",
-        "  batch_size: 1024   # rows per step and rank",
-        "  patience: 1        # stop after so many epochs without a better mean validation AUC",
+        f"  epochs: {epochs}",
+        f"  batch_size: {batch_size}   # rows per step and rank",
+        f"  patience: {patience}        # stop after so many epochs without a better mean validation AUC",
         "",
         "# The score that ranks: a weighted mean of the predictions, in [0, 1].  A negative weight lowers it.",
         "fusion:",
         f"  weights: {_flow(world.fusion_weights())}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _from_rows(name: str, rows: int, val_rows: int, test_rows: int, dials: Mapping[str, Any]) -> list[str]:
+    return [
+        f'# The ready world "{name}": rows come from known probabilities and are computed while training.',
+        f"name: {name}",
+        "",
+        "data:",
+        "  synthetic:   # row numbers are split: the first train, the next validate, the last test",
+        f"    world: {name}",
+        f"    rows: {rows}",
+        f"    val_rows: {val_rows}",
+        f"    test_rows: {test_rows}",
+        *(f"    {dial}: {_flow(value)}" for dial, value in dials.items()),
+        "    # More dials: rates: {TASK: mean of its label}, imbalance (1 and up), correlation and conflict between",
+        "    # tasks, signal, context, missing, cold_items, user_exponent and item_exponent (Zipf), text (of titles),",
+        "    # position_bias, delay (in days, of events; log-normal with a delay_spread), …",
+    ]
+
+
+def _from_log(name: str, log: str) -> list[str]:
+    return [
+        f'# Rows of the ready world "{name}", as mtcl synth wrote them.',
+        f"name: {name}",
+        "",
+        "data:",
+        f"  log: {json.dumps(log, ensure_ascii=False)}",
+        "  # The newest rows validate and test.",
+        "  val_fraction: 0.1",
+        "  test_fraction: 0.1",
+    ]
 
 
 def _declared(part: Feature | Task) -> dict[str, Any]:
