@@ -6,8 +6,7 @@
 `eager` is the trained model as it is; `graph` an export, run by torch; `compiled` the same as machine code (where the
 machine has a C++ compiler); of each kind of tables one export.  "times as fast" is candidates/s of one user over those
 of `eager`, repeat by repeat.  `MB` is the export's file, catalogue and vocabularies included, or the numbers of the
-eager model alone; `differs by`, how far the
-export's predictions are from the eager ones at most.
+eager model alone; `differs by`, how far the export's predictions are from the eager ones at most.
 
 Each way of serving is asked the same: one user at a time, each with a draw of candidates and a context of their own;
 one user with the whole catalogue; 16 users together.  A time runs from the user's key to the data frame with the best

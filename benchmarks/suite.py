@@ -62,6 +62,7 @@ SUITE = (
     Entry("memory", "--rows 1_000_000 4_000_000 --repeats 1",
           "--rows 1_000_000 10_000_000 100_000_000 --repeats 1 --timeout 7200",
           "--rows 2000 4000 --vocabulary 200 --window 1000 --batch-size 256 --repeats 1", 1, 25),
+    Entry("sequences", "--repeats 1", "--repeats 3", "--encoders mean --rows 16 --rounds 1 --repeats 1", 1, 3),
     Entry("training", "--ranks 1,2 --vocabulary 100_000 --steps 20", "--ranks 1,2 --repeats 3 "
           "--vocabulary 100_000,1_000_000,30_000_000",
           "--ranks 1 --vocabulary 300 --batch-size 32 --steps 2 --warmup-steps 1 --apart-steps 1", 0.7, 25),
