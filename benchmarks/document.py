@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 
 Line = dict[str, Any]
 CONSOLE = Console(highlight=False, soft_wrap=True, width=180)

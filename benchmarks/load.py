@@ -40,7 +40,7 @@ from rich.console import Console
 from serving import trained
 
 from mtcl_torchrec.data.catalogue import Catalogue
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.training.directory import CATALOGUE, readable_folder
 

@@ -335,12 +335,13 @@ def test_what_has_become_slower_is_named(tmp_path, capsys):
     case = {"case": "middle", "rows": 1, "table_rows": 1, "threads": None, "sleeping": True}
     sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
     of_file = {"rows": 1, "ids": 5, "numbers": 0, "threads": None}
+    grown = {"case": "stream", "freed": "on"}
     lines = {
         "peers": [line(case | {"contender": who}, i, from_file_per_s=speed * (i + 1))
                   for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0))],
         "experts": [line(sized, 0, auto="loop", ms={f: {"wall": ms} for f, ms in (("batched", 6.0), ("loop", 4.0))})],
         "input": [line(of_file | {"way": way}, 0, rows_per_s=speed) for way, speed in (("pyarrow", 8), ("batches", 2))],
-        "memory": [line({"case": "stream", "rows": n, "freed": "on"}, 0, peak_rss_bytes=n - 1) for n in (6, 5)],
+        "memory": [line(grown | {"rows": n}, 0, peak_rss_bytes=b) for n, b in ((9, 5), (5, 4))],
     }  # fmt: skip
     for name, of in lines.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(of))

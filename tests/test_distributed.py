@@ -87,7 +87,8 @@ def train_module(device="meta", trunk="shared_bottom"):
     ebc = EmbeddingBagCollection(tables=configs, device=torch.device(device))
     torch.manual_seed(7)
     model = MTCL(ebc, 2, TRUNKS[trunk](), TASKS, WeightedMean({"click": 1.0, "rare": 1.0}), tower_layers=[4])
-    return MTCLTrain(model, regularisers={"l2_embedding": 0.01})
+    of_features = {"user": 0.02, "item": 0.01, "last_item": 0.005, "hour": 0.01, "tags": 0.03}
+    return MTCLTrain(model, regularisers={"l2_embedding": of_features})
 
 
 def eps_of(kind):

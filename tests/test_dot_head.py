@@ -81,6 +81,67 @@ def test_the_logit_is_that_of_matrix_factorisation_over_each_sides_columns():
     assert set(logits) == {"click", "rated", "back", "stars", *vector_names(TASKS[1])}
 
 
+FACTORS = Task.binary("rated", head={**DOT, "dim": 4, "factors": ["u", "hour", "i"]}, negative_rate=0.5)
+
+
+def test_factors_are_added_to_the_vector_of_their_side_as_they_are():
+    """⟨d^¼ (p_u + p_hour) + W_U x_U, d^¼ q_i + W_I x_I⟩ / √d, x the other columns; biases are linear in all."""
+    of, data = model(None, [FACTORS]), batch(tasks=1)
+    bags, head = of.embedding_bag_collection.embedding_bags, of.tower.dot_heads["0"]
+    row = {f: bags[f"t_{f}"].weight[data.sparse_features[f].values()].detach() for f in ("u", "hour", "i")}
+    d, user, item = data.dense_features, head.user.weight.detach(), head.item.weight.detach()
+    p = 2**0.5 * (row["u"] + row["hour"]) + d[:, [0, 2]] @ user[:4, 8:].T
+    q = 2**0.5 * row["i"] + d[:, [1]] @ item[:4, 4:].T
+    biases = torch.cat([row["u"], row["hour"], d[:, [0, 2]], row["i"], d[:, [1]]], 1) @ torch.cat([user[4], item[4]])
+    expected = torch.tensor([float(p[b] @ q[b]) / 2 for b in range(24)]) + biases + head.bias.detach()
+    assert not user[:4, :8].any()  # what the maps do not read is nothing
+    assert not item[:4, :4].any()
+    logits = logits_of(of, data)
+    torch.testing.assert_close(logits["rated"].detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[vector_names(FACTORS)[1]][:, :4].detach(), q, atol=1e-5, rtol=1e-5)
+
+
+def test_with_maps_of_zero_it_is_classic_matrix_factorisation_and_learns_as_it_does():
+    """Against p_u · q_i + b in plain PyTorch, 20 steps of gradient descent, L2 by feature included."""
+    task = Task.binary("rated", head={"kind": "dot", "dim": 4, "factors": ["u", "i"]})
+    of, data = model(None, [task]), batch(tasks=1)
+    data.labels[:] = torch.where(torch.isnan(data.labels), 1.0, data.labels)
+    head, bags = of.tower.dot_heads["0"], of.embedding_bag_collection.embedding_bags
+    for linear in (head.user, head.item):
+        linear.weight.detach().zero_()
+        linear.weight.requires_grad_(False)
+    users, items = (bags[f"t_{f}"].weight.detach().clone().requires_grad_() for f in ("u", "i"))
+    bias = torch.zeros(1, requires_grad=True)
+    train = MTCLTrain(of, regularisers={"l2_embedding": {"u": 0.04, "i": 0.02}})
+    ours = torch.optim.SGD([p for p in train.parameters() if p.requires_grad], lr=1.0)
+    plain = torch.optim.SGD([users, items, bias], lr=1.0)
+    u, i = (data.sparse_features[f].values() for f in ("u", "i"))
+    for _ in range(20):
+        p, q = users[u], items[i]
+        logit = (p * q).sum(1) + bias
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, data.labels[:, 0])
+        expected = expected + 0.04 * p.square().sum(1).mean() + 0.02 * q.square().sum(1).mean()
+        loss, _ = train(data)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        for optimizer, value in ((ours, loss), (plain, expected)):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    torch.testing.assert_close(bags["t_u"].weight, users, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(bags["t_i"].weight, items, atol=1e-4, rtol=1e-3)
+
+
+def test_factors_of_a_tables_copies_are_those_the_task_may_see():
+    head = Task.binary("rated", head={"kind": "dot", "dim": 4, "factors": ["u", "i"]})
+    of = model(STEM([6]), [TASKS[0], head], of=with_own_tables(tables(), ["click", "rated"]))
+    dot = of.tower.dot_heads["1"]
+    assert len(dot.user_factors) == len(dot.item_factors) == 8  # the shared row, and the task's own
+    dims = {name: slice(at, at + 4) for at, name in zip(range(0, 60, 4), of.tower.concat.keys, strict=True)}
+    seen = set(dot.user_factors.tolist()) | set(dot.item_factors.tolist())
+    names = {name for name, columns in dims.items() if columns.start in seen}
+    assert names == {"u@t_u", "u@t_u@rated", "i@t_i", "i@t_i@rated"}
+
+
 def test_trunk_and_towers_are_those_of_the_other_tasks_alone():
     """As if the tasks with a dot head were not there."""
     others = [TASKS[0], TASKS[2]]
@@ -143,6 +204,7 @@ def test_the_users_vector_is_computed_once_for_each_kind_of_rows(gates):
         ({"head": "dot", "after": "b", "chain": "aitm"}, "task 'a': chain aitm reads a tower, and head dot has none"),
         ({"head": "dot", "after": "b", "chain": "escm2_dr"}, "task 'a': chain escm2_dr reads a tower"),
         ({"head": {"kind": "dot", "sampled_softmax": {"temperature": 0}}}, "greater than 0"),
+        ({"head": {"kind": "tower", "factors": ["u"]}}, "factors belongs to head dot, not to tower"),
         ({"kind": "multiclass", "num_classes": 3, "head": "dot"}, "task 'a': head dot gives one logit"),
         ({"kind": "regression", "head": {"kind": "dot", "sampled_softmax": {}}}, "belongs to binary tasks"),
     ],
@@ -156,6 +218,24 @@ def test_what_does_not_fit_the_model_is_refused():
     with pytest.raises(ValidationError, match="after: aitm reads the tower of 'b', and head dot has none"):
         Schema(features=[{"name": "u", "group": "user"}], tasks=[
             Task.binary("b", head="dot"), Task.binary("a", after="b", chain="aitm")])  # fmt: skip
+    features = [
+        {"name": "u", "group": "user", "embedding_dim": 8},
+        {"name": "n", "group": "item", "kind": "dense"},
+    ]
+    for factors, message in (
+        (["uu"], r"task 'a': head.factors: no feature 'uu' that has embeddings \(did you mean 'u'\?\)"),
+        (["n"], "no feature 'n' that has embeddings"),
+        (["u"], "head.factors: 'u' has embedding_dim 8, and the head dim 32; make them equal"),
+        (["u", "u"], "head.factors of task 'a': 'u' is declared twice"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Schema(features=features, tasks=[Task.binary("a", head={"kind": "dot", "factors": factors})])
+    for name, dim, message in (
+        ("ui", 4, "'ui' is no feature that its user's or item's vector reads"),
+        ("u", 8, "'u' has embeddings of width 4, and the head dim 8"),
+    ):
+        with pytest.raises(ConfigError, match=f"task 'a': head.factors: {message}"):
+            model(None, [Task.binary("a", head={"kind": "dot", "dim": dim, "factors": [name]})])
     dot = [Task.binary("a", head="dot")]
     collection = EmbeddingBagCollection(tables=tables())
     with pytest.raises(ConfigError, match=r"task 'a': head dot tells .* feature_groups must name the group of 'u'"):
@@ -265,7 +345,7 @@ schema:
     - {name: price, group: item, kind: dense}
   tasks:
     - {name: click, kind: binary}
-    - {name: buy, kind: binary, after: click, head: {kind: dot, dim: 8, l2: 1e-3}}
+    - {name: buy, kind: binary, after: click, head: {kind: dot, dim: 8, l2: 1e-3, factors: [user_id, product_id]}}
     - {name: stars, kind: regression, head: dot, mask: buy}
 model: {trunk: {kind: shared_bottom, expert_layers: [8]}, tower_layers: []}
 calibration: platt

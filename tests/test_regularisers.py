@@ -1,6 +1,7 @@
 """Penalties equal loops over rows, experts and weights."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
 from mtcl_torchrec import MTCL, PLE, MMoE, MTBatch, MTCLTrain, SharedBottom, SingleTask, Task
-from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.config import dump_run, parse_run
+from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.regularisers import REGULARISERS, Regularisers
+from mtcl_torchrec.modules.trunks import STEM
 from mtcl_torchrec.schema import ConfigError
 
 TASKS = [Task.binary("click"), Task.binary("like"), Task.regression("stars", inputs=("user",))]
@@ -151,6 +154,92 @@ def test_a_penalty_that_is_not_finite_skips_the_batch_under_its_name_and_leaves_
         assert not bag.weight.grad.any()
 
 
+def plain_l2(train, of_features):
+    """Σ λ ‖row of the table‖² of each look-up, mean over the rows with a label, from the tables themselves."""
+    data, bags = batch(), train.model.embedding_bag_collection.embedding_bags
+    total = 0.0
+    for feature, weight in of_features.items():
+        rows = bags[f"t_{feature}"].weight[data.sparse_features[feature].values()]
+        total = total + weight * rows[3:].square().sum(1).mean()
+    return total
+
+
+@pytest.mark.parametrize("of_features", [{"u": 0.04, "i": 0.01}, {"i": 0.3}, {"u": 0.2, "i": 0.0}])
+def test_l2_of_embeddings_by_feature_is_that_of_each_look_up(of_features):
+    train = train_module(SharedBottom([6]), {"l2_embedding": of_features})
+    got, expected = penalty(train, "l2_embedding"), plain_l2(train, of_features)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    tables = train.model.embedding_bag_collection.embedding_bags
+    weights = {name: tables[f"t_{name}"].weight for name in ("u", "i")}
+    by_hand = torch.autograd.grad(expected, list(weights.values()), allow_unused=True)
+    added = torch.autograd.grad(got, list(weights.values()))
+    bare = MTCLTrain(copy.deepcopy(train.model))
+    alone = torch.autograd.grad(
+        bare(batch())[0], [bare.model.embedding_bag_collection.embedding_bags[f"t_{n}"].weight for n in weights]
+    )
+    for of, hand, base in zip(added, by_hand, alone, strict=True):
+        torch.testing.assert_close(of, base + (0 if hand is None else hand), rtol=1e-4, atol=1e-6)
+
+
+def test_one_number_is_the_same_number_for_every_feature_and_no_number_above_0_is_none():
+    one = penalty(train_module(MMoE(2, [6]), {"l2_embedding": 0.1}), "l2_embedding")
+    each = penalty(train_module(MMoE(2, [6]), {"l2_embedding": {"u": 0.1, "i": 0.1}}), "l2_embedding")
+    torch.testing.assert_close(one, each)
+    none = train_module(MMoE(2, [6]), {"l2_embedding": {"u": 0.0}})
+    assert none.loss.regularisers.active == ()
+    assert penalty(none, "l2_embedding") == 0
+
+
+def test_a_feature_of_several_tables_is_pulled_at_in_all_of_them():
+    torch.manual_seed(0)
+    tables = [EmbeddingBagConfig(name="t", num_embeddings=50, embedding_dim=8, feature_names=["u", "i"])]
+    model = MTCL(EmbeddingBagCollection(tables=with_own_tables(tables, ["click", "like"])), 0, STEM([6]), TASKS[:2])
+    train = MTCLTrain(model, regularisers={"l2_embedding": {"i": 0.5}})
+    data, bags = batch(), model.embedding_bag_collection.embedding_bags
+    ids = data.sparse_features["i"].values()[3:]
+    expected = 0.5 * sum(bags[name].weight[ids].square().sum(1).mean() for name in ("t", "t@click", "t@like"))
+    data.labels = data.labels[:, :2]
+    got = train(data)[0] - MTCLTrain(copy.deepcopy(model))(data)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+RUN = """
+data: {log: a.parquet}
+schema:
+  time: t
+  features: [{name: user_id, group: user}, {name: price, group: item, kind: dense}]
+  tasks: [{name: click, kind: binary}]
+training: {regularisers: {l2_embedding: GIVEN}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{usr_id: 1}", r"training.regularisers.l2_embedding: no feature 'usr_id' .*\(did you mean 'user_id'\?\)"),
+        ("{price: 1}", "training.regularisers.l2_embedding: no feature 'price' that has embeddings"),
+        ("{user_id: -1}", "training.regularisers.l2_embedding: the penalty of 'user_id' is a number of at least 0"),
+        ("{user_id: true}", "the penalty of 'user_id' is a number of at least 0, not True"),
+        ("-1", "the penalty is a number of at least 0, not -1"),
+        ("much", "the penalty is a number of at least 0, not 'much'"),
+        ("[1]", "the penalty is a number of at least 0"),
+        (".inf", "the penalty is a number of at least 0, not inf"),
+    ],
+)
+def test_yaml_refuses_what_is_no_penalty_on_embeddings_in_one_line(given, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        parse_run(RUN.replace("GIVEN", given))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [0.04, {"user_id": 0.04}, {"user_id": 0.0}])
+def test_yaml_keeps_a_penalty_on_embeddings_as_it_was_said(given):
+    run = parse_run(RUN.replace("GIVEN", json.dumps(given)))
+    assert run.training.regularisers.l2_embedding == given
+    assert parse_run(dump_run(run)) == run
+    assert parse_run(RUN.replace("GIVEN", "1e-4")).training.regularisers.l2_embedding == 1e-4  # to YAML, a text
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -180,6 +269,14 @@ def test_unknown_names_and_negative_weights_are_refused():
         Regularisers({"l2_embedding": -1.0})
     with pytest.raises(ValueError, match="'l2_dense' needs the model's tower"):
         Regularisers({"l2_dense": 1.0})
+    with pytest.raises(ValueError, match=r"l2_embedding.u': a weight is a number of at least 0, not -1"):
+        train_module(MMoE(2, [6]), {"l2_embedding": {"u": -1.0}})
+    with pytest.raises(ConfigError, match="regulariser 'l2_embedding': no embedded feature 'v'"):
+        train_module(MMoE(2, [6]), {"l2_embedding": {"v": 1.0}})
+    with pytest.raises(ValueError, match="'l2_dense': a weight is one number; l2_embedding alone is by feature"):
+        train_module(MMoE(2, [6]), {"l2_dense": {"u": 1.0}})
+    with pytest.raises(ValueError, match="'l2_embedding' by feature needs the model's lookups"):
+        Regularisers({"l2_embedding": {"u": 1.0}})
 
 
 @pytest.mark.parametrize("name", ["expert_orthogonality", "gate_balance"])

@@ -108,7 +108,11 @@ def test_a_run_read_back_predicts_the_same(data, finished):
         {"optimizers.tables.kind": "adam", "optimizers.tables.lr": 0.01},
         {"optimizers.dense.kind": "sgd", "optimizers.dense.lr": 0.3, "training.decay": "cosine"},
         {"training.averaging": 0.9, "training.regularisers.l2_embedding": 1e-4, "training.decay": "none"},
-        {"sharding.kinds": "row_wise", "training.pipeline": "base"},
+        {
+            "sharding.kinds": "row_wise",
+            "training.pipeline": "base",
+            "training.regularisers.l2_embedding": {"user_id": 1e-3, "topics": 1e-4},
+        },
         {"sharding.kinds": "data_parallel", "model.tower_layers": []},
         {
             "model.embedding_dropout": 0.2,

@@ -221,12 +221,14 @@ schema:
   tasks:
     - {name: click, kind: binary}
     - {name: liked, kind: binary, label: click, pairwise: 0.1, negative_rate: 0.8,
-       head: {kind: dot, dim: 8, l2: 1e-4, sampled_softmax: {weight: 0.1, temperature: 0.7}}}
+       head: {kind: dot, dim: 8, l2: 1e-4, factors: [user_id, product_id],
+              sampled_softmax: {weight: 0.1, temperature: 0.7}}}
     - {name: buy, kind: binary, after: click, head: {kind: dot, sampled_softmax: {weight: 0.05, correction: none}}}
     - {name: stars, kind: regression, inputs: [user, item], head: dot, weight: 0.3}
 model: {trunk: {kind: mmoe, num_experts: 3, expert_layers: [16]}, tower_layers: [8]}
 optimizers: {tables: {lr: 0.2}, dense: {lr: 0.02}}
-training: {batch_size: 40, patience: 0, checkpoint: {every_steps: 7}, MORE}
+training:
+  {batch_size: 40, patience: 0, checkpoint: {every_steps: 7}, regularisers: {l2_embedding: {user_id: 1e-3}}, MORE}
 BALANCE
 fusion: {weights: {click: 1, liked: 1, buy: 2, stars: 0.2}}
 """

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import sqlite3
 
@@ -13,7 +14,7 @@ from ranks import run_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtcl_torchrec.cli.app import app
+from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.run import train_run
@@ -94,6 +95,8 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(found):
     assert [t.state for t in result.trials] == ["complete", "complete", "failed", "complete"]
     assert result.trials[2].error == NOT_FINITE
     assert f"failed: {NOT_FINITE}" in said
+    assert re.search(r"best so far -?0\.\d+ \(trial \d\); 2 to go, about \d+\.\d min", said)
+    assert f"1 trial failed: {NOT_FINITE}" in result.hints
 
 
 def test_the_test_split_is_not_looked_at_and_the_data_is_read_once(found):
@@ -108,9 +111,9 @@ def test_the_best_run_is_written_and_trains_to_the_same_number(data, found):
     run = load_run(result.best_yaml)
     assert run.tuning is None
     head = result.best_yaml.read_text().splitlines()[0]
-    assert head.startswith(f"# Found by mtcl tune: mean_auc {result.best.value:.5f} on the validation split")
+    assert head.startswith(f"# Found by mtcl tune: mean_skill {result.best.value:.5f} on the validation split")
     again = train_run(run, data / "again", device="cpu", console=Console(quiet=True))
-    assert again.history.best_auc == result.best.value
+    assert Objective.named("mean_skill", run).kept(again.history) == result.best.value
     assert "test" in again.evaluations
     assert "- ../log.parquet" in result.best_yaml.read_text() or "[../log.parquet]" in result.best_yaml.read_text()
 
@@ -127,7 +130,8 @@ def test_what_is_found_is_kept_for_others(data, found):
     assert "epoch 2/2" in (result.folder / "logs/0000.txt").read_text()
     out = io.StringIO()
     print_tuning(result, Console(file=out, width=120))
-    for part in (f"{TRIALS} trials:", "click auc", f"mtcl train {result.best_yaml}"[:40]):
+    assert told["hints"] == result.hints
+    for part in (f"{TRIALS} trials:", "click auc", "- 1 trial failed: step 3", f"mtcl train {result.best_yaml}"[:40]):
         assert part in out.getvalue()
 
 
@@ -181,7 +185,7 @@ def test_other_data_is_another_search_and_another_folder_to_start_from_is_not(da
 
     def told(path):
         run = load_run(path)
-        return about(Space.of(run, run.tuning), Objective.named("mean_auc", run))
+        return about(Space.of(run, run.tuning.space), Objective.named("mean_skill", run))
 
     before = told(tmp_path / "run.yaml")
     monkeypatch.chdir(tmp_path)
@@ -190,6 +194,21 @@ def test_other_data_is_another_search_and_another_folder_to_start_from_is_not(da
     log.loc[at, "click"] = 1
     log.to_csv(tmp_path / "log.csv", index=False)
     assert told("run.yaml") != before
+
+
+def test_the_objective_of_the_yaml_is_taken_unless_another_is_named(data, tmp_path, monkeypatch):
+    judged = []
+
+    def attempted(self, proposal, reached):
+        judged.append(self.objective.name)
+        raise FloatingPointError(NOT_FINITE)
+
+    monkeypatch.setattr(tuning_run._Search, "_train", attempted)
+    run = parse_run(RUN + "tuning: {objective: ne:buy}", folder=data)
+    for number, named in enumerate((None, "auc:click")):
+        with pytest.raises(ConfigError, match="no trial came to its end: step 3"):
+            tune_run(run, tmp_path / str(number), trials=1, objective=named, device="cpu", console=Console(quiet=True))
+    assert judged == ["ne:buy", "auc:click"]
 
 
 @pytest.mark.parametrize("damage", ["no database", "another table"])
@@ -208,10 +227,10 @@ def test_a_study_that_cannot_be_read_is_one_clear_line(data, tmp_path, damage):
 
 def test_trials_that_drop_other_shares_of_ids_do_so(data, tmp_path):
     run = parse_run(RUN + "tuning:\n  training.id_dropout.user_id: {uniform: [0, 0.5]}\n", folder=data)
-    space = Space.of(run, run.tuning)
+    space = Space.of(run, run.tuning.space)
     where = Ranks(0, 1, torch.device("cpu"))
     search = tuning_run._Search(
-        tmp_path, space, Objective.named("mean_auc", run), where, "cpu", Console(file=io.StringIO())
+        tmp_path, space, Objective.named("mean_skill", run), where, "cpu", Console(file=io.StringIO())
     )
     path = "training.id_dropout.user_id"
     shares = [
@@ -276,7 +295,7 @@ def test_the_command_shows_what_would_be_searched(data):
     (data / "run.yaml").write_text(RUN)
     shown = CliRunner().invoke(app, ["tune", str(data / "run.yaml"), "--show-space"]).output
     run = parse_run(RUN + shown, folder=data)
-    assert set(run.tuning) >= {"optimizers.dense.lr", "model.trunk.kind", "schema.tasks.buy.weight"}
+    assert set(run.tuning.space) >= {"optimizers.dense.lr", "model.trunk.kind", "schema.tasks.buy.weight"}
     (data / "space.yaml").write_text("optimizers.dense.lrr: {log: [1e-3, 1e-1]}")
     command = ["tune", str(data / "run.yaml"), "--space", str(data / "space.yaml"), "--show-space"]
     error = CliRunner().invoke(app, command).exception

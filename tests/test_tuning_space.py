@@ -1,21 +1,30 @@
 """What `mtcl tune` may change: paths, values, conditions, and the space that a run gets by itself."""
 
+import math
+import re
+
+import numpy as np
 import pytest
 import shop
 
 from mtcl_torchrec.config import RunConfig, dump_run, parse_run
 from mtcl_torchrec.config.paths import model_at, put, resolve, value_at
 from mtcl_torchrec.config.tuning import ParameterConfig
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.evaluation.metrics import task_metrics
+from mtcl_torchrec.schema import ConfigError, Task
+from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.tuning import Objective, Space, default_space, read_space
+from mtcl_torchrec.training.tuning.hints import hints
+from mtcl_torchrec.training.tuning.objective import skill
 from mtcl_torchrec.training.tuning.space import complete
+from mtcl_torchrec.training.tuning.study import Finished
 
 RUN = parse_run(shop.RUN)
 WHOLE = complete(RUN)
 
 
 def space(text, run=RUN):
-    return Space.of(run, parse_run(shop.RUN + "tuning:\n" + text).tuning)
+    return Space.of(run, parse_run(shop.RUN + "tuning:\n" + text).tuning.space)
 
 
 class Chosen:
@@ -160,7 +169,7 @@ def test_mistakes_are_named(text, message):
 
 def test_a_space_in_a_file_is_that_of_a_run(tmp_path):
     (tmp_path / "space.yaml").write_text("model.trunk.kind: [mmoe, ple]\nmodel.cross_layers: {integer: [0, 2]}\n")
-    found = Space.of(RUN, read_space(tmp_path / "space.yaml"))
+    found = Space.of(RUN, read_space(tmp_path / "space.yaml").space)
     assert found.as_json() == {
         "model.cross_layers": {"integer": [0, 2]}, "model.trunk.kind": {"choices": ["mmoe", "ple"]},
     }  # fmt: skip
@@ -201,12 +210,122 @@ def test_any_run_gets_a_space_in_which_it_is_itself(changes):
 
 
 def test_objectives():
-    assert [t.name for t in Objective.named("mean_auc", RUN).tasks] == ["click", "buy", "taste", "stars"]
-    assert Objective.named("stars.mse", RUN).direction == "minimize"
+    assert [t.name for t in Objective.named("mean_skill", RUN).tasks] == ["click", "buy", "taste", "stars"]
+    assert Objective.named("mse:stars", RUN).direction == "minimize"
     for name, message in (
-        ("clik.auc", "did you mean 'click.auc'"),
-        ("click.auk", "no metric 'auk' of binary task 'click' \\(did you mean 'auc'"),
-        ("auc", "neither mean_auc nor a task and its metric, such as click.auc"),
+        ("auc:clik", "did you mean 'auc:click'"),
+        ("auk:click", "no metric 'auk' of binary task 'click' \\(did you mean 'auc'"),
+        ("auc", "neither mean_skill nor a metric and its task, such as auc:click"),
     ):
         with pytest.raises(ConfigError, match=message):
             Objective.named(name, RUN)
+
+
+def test_mean_skill_is_one_scale_for_every_kind_of_task():
+    """What the metrics' own definitions say of predictions that are perfect, know nothing, or lie between."""
+    history = TrainingHistory(
+        epochs=[
+            {"click": {"auc": 1.0}, "buy": {"auc": 1.0}, "taste": {"ne": 0.0}, "stars": {"r2": 1.0}},
+            {"click": {"auc": 0.5}, "buy": {"auc": 0.5}, "taste": {"ne": 1.0}, "stars": {"r2": 0.0}},
+            {"click": {"auc": 0.8}, "buy": {"auc": None}, "taste": {"ne": 0.9}, "stars": {"r2": -0.5}},
+        ],
+        best_epoch=3,
+    )
+    objective = Objective.named("mean_skill", RUN)
+    assert [objective.of_epoch(history, epoch) for epoch in (1, 2)] == [1.0, 0.0]
+    assert objective.kept(history) == pytest.approx((0.6 + 0.1 - 0.5) / 3)  # buy is not defined there
+    watching = parse_run(shop.RUN.replace("training: {", "training: {watch: [taste, click], "))
+    assert Objective.named("mean_skill", watching).kept(history) == pytest.approx((0.6 + 0.1) / 2)
+    nothing = TrainingHistory(epochs=[{t.name: {} for t in RUN.data_schema.tasks}], best_epoch=1)
+    assert math.isnan(objective.kept(nothing))
+
+
+def test_skill_orders_binary_predictions_as_auc_and_regressions_as_squared_error_does():
+    draw = np.random.default_rng(0)
+    labels, values = draw.integers(0, 2, 200).astype(float), draw.normal(size=200)
+    scores = [labels + draw.normal(size=200) * noise for noise in (0.5, 1.0, 4.0)]
+    skills = [skill(Task.binary("a"), task_metrics(Task.binary("a"), labels, 1 / (1 + np.exp(-s)))) for s in scores]
+    positives, negatives = labels == 1, labels == 0
+    for score, found in zip(scores, skills, strict=True):  # Somers' D: pairs in order less pairs in the wrong one
+        pairs = np.sign(score[positives][:, None] - score[negatives][None]).mean()
+        assert found == pytest.approx(pairs, abs=1e-6)
+    task = Task.regression("b")
+    assert skill(task, task_metrics(task, values, np.full(200, values.mean()))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("0.0", {"": {"choices": [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]}}),
+        ("0.01", {"": {"log": (0.001, 0.1)}}),
+        (
+            "{user_id: 0.04, genre: 0.0, topics: 0.5}",
+            {".user_id": {"log": (0.004, 0.4)}, ".topics": {"log": (0.05, 5)}},
+        ),
+    ],
+)
+def test_the_l2_of_embeddings_is_searched_around_what_the_run_has(given, expected):
+    text = shop.RUN.replace("training: {", f"training: {{regularisers: {{l2_embedding: {given}}}, ")
+    run = parse_run(text)
+    path = "training.regularisers.l2_embedding"
+    found = Space.of(run, {p: c for p, c in default_space(run).items() if p.startswith(path)})
+    for parameter in found.parameters:
+        values = expected.pop(parameter.path.removeprefix(path))
+        assert parameter.config.choices == values.get("choices")
+        assert parameter.config.log == (None if "choices" in values else pytest.approx(values["log"]))
+    assert not expected
+    first = found.parameters[0]
+    changed = found.with_values({first.path: first.examples[-1]}).training.regularisers.l2_embedding
+    assert first.examples[-1] in ([changed] if isinstance(changed, float) else changed.values())
+    assert first.own in ([0.0, 0.01] if given[0] != "{" else [0.04, 0.5])
+
+
+def test_an_objective_stands_beside_the_space_and_is_written_back():
+    run = parse_run(shop.RUN + "tuning: {objective: ne:buy, optimizers.dense.lr: {log: [1e-3, 1e-2]}}")
+    assert (run.tuning.objective, list(run.tuning.space)) == ("ne:buy", ["optimizers.dense.lr"])
+    assert parse_run(dump_run(run)) == run
+    with pytest.raises(ConfigError, match=r"tuning.objective: .* valid string"):
+        parse_run(shop.RUN + "tuning: {objective: [ne, buy]}")
+
+
+# ---------------------------------------------------------------------- hints
+
+
+HINTED = [
+    ("optimizers.dense.lr: {log: [1e-3, 0.1]}", 0.099, "the best, 0.099, is at the edge .*0.001 to 0.1.: widen it"),
+    ("optimizers.dense.lr: {log: [1e-3, 0.1]}", 0.00105, "the best, 0.00105, is at the edge"),
+    ("optimizers.dense.lr: {log: [1e-3, 0.1]}", 0.01, None),
+    ("model.tower_dropout: {uniform: [0, 0.4]}", 0.01, None),  # no less than none
+    ("model.tower_dropout: {uniform: [0, 0.4]}", 0.4, "model.tower_dropout: the best, 0.4, is at the edge"),
+    ("model.tower_dropout: {uniform: [0, 0.99]}", 0.98, None),  # and no more than all
+    ("model.cross_layers: {integer: [1, 3]}", 3, "the best, 3, is at the edge"),
+    ("model.cross_layers: {integer: [1, 3]}", 2, None),
+    ("model.trunk.num_experts: [2, 3, 4]", 4, "the best, 4, is at the edge of what was searched .2, 3, 4.: widen it"),
+    ("model.trunk.num_experts: [2, 3, 4]", 3, None),
+    ("model.trunk.num_experts: [3, 4]", 4, None),  # a choice of two is no range
+    ("model.trunk.expert_layers: {times: [0.5, 1, 2]}", 2.0, "the best, ×2, is at the edge"),
+    ("training.regularisers.l2_embedding: [0, 0.001, 0.01]", 0, None),
+    ("model.trunk.kind: [mmoe, ple, shared_bottom]", "ple", None),
+]
+
+
+@pytest.mark.parametrize(("values", "value", "message"), HINTED)
+def test_a_best_value_at_the_edge_of_its_range_is_told_where_there_is_more(values, value, message):
+    searched = space("  " + values)
+    own, best = (Finished(n, {searched.parameters[0].path: value}, "complete", 0.5, {}, "", 1.0) for n in (0, 1))
+    found = hints(searched, [own, best], best)
+    assert len(found) == (message is not None)
+    assert not found or re.search(message, found[0])
+    assert hints(searched, [own, best], own) == []  # the run's own settings were not found in the range
+
+
+def test_trials_that_still_improve_and_those_that_failed_are_told():
+    searched = space("  optimizers.dense.lr: {log: [1e-3, 1e-1]}")
+    trials = [Finished(n, {"optimizers.dense.lr": 0.01}, "complete", n / 10, {}, "", 1.0) for n in range(10)]
+    assert hints(searched, trials, trials[8]) == [
+        "the best is trial 8 of 10: trials still improve; go on with --trials 15"
+    ]
+    assert hints(searched, trials, trials[5]) == []
+    assert hints(searched, trials[:6], trials[5]) == []  # too few to tell
+    failed = [Finished(10 + n, {}, "failed", None, {}, why, 1.0) for n, why in enumerate(["no memory", "NaN", "NaN"])]
+    assert hints(searched, [*trials, *failed], trials[5]) == ["2 trials failed: NaN", "1 trial failed: no memory"]

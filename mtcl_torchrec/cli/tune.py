@@ -9,10 +9,9 @@ import typer
 import yaml
 
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
+from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import load_run
-from mtcl_torchrec.training.sharding import ranks
-from mtcl_torchrec.training.tuning import Space, default_space, print_tuning, read_space, tune_run
-from mtcl_torchrec.training.tuning.study import Pruner
+from mtcl_torchrec.config.commands import Pruner
 
 
 @app.command()
@@ -24,8 +23,11 @@ def tune(
     ] = None,
     space: Annotated[Path | None, typer.Option(help="YAML of path: values, in place of the run's `tuning`.")] = None,
     objective: Annotated[
-        str, typer.Option(help="mean_auc (over training.watch), or a task's metric: like.ne, watch_ratio.r2.")
-    ] = "mean_auc",
+        str | None,
+        typer.Option(
+            help="mean_skill (over training.watch; the default), or a metric and its task: ne:like, auc:click."
+        ),
+    ] = None,
     pruner: Annotated[Pruner, typer.Option(help="How trials that lag behind are given up after an epoch.")] = "median",
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial is begun.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Forget the search in --out, instead of going on with it.")] = False,
@@ -41,8 +43,8 @@ def tune(
     train`, tuning.json, parallel.png, and metrics and log of every trial.
 
     What is searched stands in the run under `tuning`, or in --space; without either, learning rates, widths of
-    embeddings, trunk, dropout and loss weights around what the run has (--show-space prints it).  Any key of the run
-    may be named:
+    embeddings and their L2, trunk, dropout and loss weights around what the run has (--show-space prints it).  Any key
+    of the run may be named:
 
         tuning:
           optimizers.dense.lr: {log: [1e-4, 1e-2]}
@@ -52,26 +54,35 @@ def tune(
           model.cross_layers: {integer: [0, 3]}
           schema.features.*.embedding_dim: {times: [0.5, 1, 2]}
           schema.tasks.like.weight: {log: [0.5, 8]}
+          objective: auc:click
+
+    Trials are ranked by **mean_skill** of the epoch that they keep: the mean over the tasks of 2·AUC - 1 (binary), 1 -
+    NE (multiclass) or R² (regression), which are 1 for a perfect prediction and 0 for one that knows nothing of the
+    row.  `objective`, there or as an option, names another.
 
     A trial whose loss is not finite, or that does not fit into memory, is recorded as failed, and the search goes on.
     Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec tune run.yaml**.
     """
+    from mtcl_torchrec.training.tuning import Space, default_space, read_space
+
     run = load_run(run_yaml)
-    values = read_space(space) if space is not None else run.tuning
+    tuning = read_space(space) if space is not None else run.tuning
+    values = tuning.space if tuning is not None else {}
+    named = objective or (tuning.objective if tuning is not None else None)
+    searched = Space.of(run, values or default_space(run))  # a mistake in it is told before torch is loaded
     if show_space:
-        found = Space.of(run, values or default_space(run)).as_json()
+        found = ({"objective": named} if named else {}) | searched.as_json()
         typer.echo(yaml.safe_dump({"tuning": found}, sort_keys=False, default_flow_style=None, width=110), nl=False)
         return
     console, folder = screen(), out or Path("runs") / f"{run.name}-tuning"
+    from mtcl_torchrec.training.sharding import ranks
+    from mtcl_torchrec.training.tuning import print_tuning, tune_run
+
+    if_stopped(f"what was tried is kept in {folder}, the same command goes on")
     with ranks(device) as where:
-        try:
-            result = tune_run(
-                run, folder, trials=trials, space=values, objective=objective, pruner=pruner, timeout=timeout,
-                overwrite=overwrite, device=device, console=console,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            if where.first:
-                typer.echo(f"mtcl: stopped; what was tried is kept in {folder}, the same command goes on", err=True)
-            raise
+        result = tune_run(
+            run, folder, trials=trials, space=values, objective=named, pruner=pruner, timeout=timeout,
+            overwrite=overwrite, device=device, console=console,
+        )  # fmt: skip
     if where.first:
         print_tuning(result, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError, model_validator
@@ -19,7 +19,7 @@ from mtcl_torchrec.config.fusion import FusionConfig
 from mtcl_torchrec.config.model import ModelConfig
 from mtcl_torchrec.config.sharding import COLUMN_CUTS, ShardingConfig
 from mtcl_torchrec.config.training import OptimizersConfig, TrainingConfig
-from mtcl_torchrec.config.tuning import SpaceConfig
+from mtcl_torchrec.config.tuning import TuningConfig
 from mtcl_torchrec.schema import ConfigError, Schema, check_unique, nearest
 
 
@@ -60,7 +60,7 @@ class RunConfig(Part):
     fusion: FusionConfig | None = None
     calibration: CalibrationConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    tuning: SpaceConfig | None = None
+    tuning: TuningConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
@@ -73,6 +73,7 @@ class RunConfig(Part):
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
         self._check_id_dropout()
         self.training.metrics.check(self.data_schema)
+        self.training.regularisers.check(self.data_schema)
         if self.model.trunk.kind in ("shared_bottom", "single_task"):
             for name in ("expert_orthogonality", "gate_balance"):
                 if getattr(self.training.regularisers, name):
@@ -281,17 +282,27 @@ def _short(value: Any) -> str:
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:
     """The keys that are known at a place in the YAML."""
     model: Any = RunConfig
+    any_key = False
     for part in path:
         if isinstance(part, int):
+            continue
+        if any_key:  # of a mapping, whose values are of the model
+            any_key = False
             continue
         fields = {f.alias or n: f for n, f in model.model_fields.items()}
         part = "root" if issubclass(model, RootModel) else part  # whatever the key is called
         if part not in fields:
             return []
+        any_key = _is_mapping(fields[part].annotation)
         model = _model_in(fields[part].annotation)
         if model is None:
             return []
     return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether an annotation is a dict, or one or nothing."""
+    return get_origin(annotation) is dict or any(get_origin(part) is dict for part in get_args(annotation))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

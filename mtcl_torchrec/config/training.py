@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import math
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mtcl_torchrec.config.base import Fraction, Part
-from mtcl_torchrec.schema import Schema, check_unique
+from mtcl_torchrec.schema import Schema, check_unique, nearest
 
 
 class TableOptimizerConfig(Part):
@@ -78,16 +87,49 @@ class RegularisersConfig(Part):
     """The weight λ of each penalty in the loss; see `mtcl_torchrec.modules.regularisers.Regularisers`.
 
     Args:
-        l2_embedding: of the mean of ‖pooled embeddings‖² over rows.
+        l2_embedding: of the mean of ‖pooled embeddings‖² over rows; one number for all features, or feature -> λ.
         l2_dense: of the sum of squares of all dense weights.
         expert_orthogonality: of the mean squared cosine between the outputs of two experts.
         gate_balance: of CV² of the experts' importance.
     """
 
-    l2_embedding: NonNegativeFloat = 0.0
+    l2_embedding: float | dict[str, float] = 0.0
     l2_dense: NonNegativeFloat = 0.0
     expert_orthogonality: NonNegativeFloat = 0.0
     gate_balance: NonNegativeFloat = 0.0
+
+    @field_validator("l2_embedding", mode="plain")
+    @classmethod
+    def _one_or_by_feature(cls, value: Any) -> float | dict[str, float]:
+        # By hand: pydantic would say of a wrong number, too, that it is no mapping.
+        if not isinstance(value, dict):
+            return _penalty(value)
+        return {str(feature): _penalty(weight, f"of {feature!r} ") for feature, weight in value.items()}
+
+    def check(self, schema: Schema) -> None:
+        """See that what l2_embedding names has embeddings.
+
+        Raises:
+            ValueError: naming the feature.
+        """
+        if isinstance(self.l2_embedding, dict):
+            embedded = [f.name for f in schema.sparse_features]
+            for name in self.l2_embedding:
+                if name not in embedded:
+                    raise ValueError(
+                        f"training.regularisers.l2_embedding: no feature {name!r} that has embeddings"
+                        f"{nearest(name, embedded)}"
+                    )
+
+
+def _penalty(value: Any, of: str = "") -> float:
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if isinstance(value, bool) or not 0 <= weight < math.inf:
+        raise ValueError(f"the penalty {of}is a number of at least 0, not {value!r}")
+    return weight
 
 
 MetricKind = Literal["ne", "auc", "gauc", "calibration", "mse", "top1"]
@@ -164,7 +206,10 @@ class TrainingConfig(Part):
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
         regularisers: penalties in the loss.
         pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
-        precision: ``bf16`` computes the dense part (everything after the embeddings, up to the losses) under autocast.
+        precision: of the dense part (everything after the embeddings, up to the heads): ``bf16`` computes it under
+            autocast; ``auto`` is bf16 where the machine of every rank has it in hardware (CUDA from compute capability
+            8.0 on; a CPU with AVX512-BF16, and from 65,536 dense parameters on), else fp32.  The run directory's
+            run.yaml tells which it was, and a run that is resumed keeps it.
         log_every: steps between two readings of the losses and of how the tasks get along, which wait for the device.
         metrics: what is told of the predictions of the training steps, and how often.
         max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
@@ -186,7 +231,7 @@ class TrainingConfig(Part):
     regularisers: RegularisersConfig = Field(default_factory=RegularisersConfig)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: PositiveInt = 20
     metrics: TrainingMetricsConfig = Field(default_factory=TrainingMetricsConfig)
     max_skipped_steps: NonNegativeInt = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
 
 from mtcl_torchrec.config.base import Part
 
@@ -61,5 +61,31 @@ def _as_choices(value: Any) -> Any:
     return {"choices": value} if isinstance(value, list) else value
 
 
+_Values = Annotated[ParameterConfig, BeforeValidator(_as_choices)]
 # Path in the run -> its values.  A path names the elements of a list by their name, and all of them by `*`.
-SpaceConfig = dict[str, Annotated[ParameterConfig, BeforeValidator(_as_choices)]]
+SpaceConfig = dict[str, _Values]
+
+
+class TuningConfig(Part):
+    """What is searched, path by path, and by what it is judged.
+
+    Args:
+        objective: ``mean_skill`` (the default), or a metric and its task, such as ``auc:click``; see
+            `mtcl_torchrec.training.tuning.objective.Objective`.
+        others: path -> its values.
+
+    Example:
+        >>> tuning = TuningConfig.model_validate({"objective": "ne:like", "optimizers.dense.lr": {"log": [1e-4, 1e-2]}})
+        >>> tuning.objective, list(tuning.space)
+        ('ne:like', ['optimizers.dense.lr'])
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: SpaceConfig = Field(init=False)  # type: ignore[assignment]
+
+    objective: str | None = None
+
+    @property
+    def space(self) -> SpaceConfig:
+        """Path -> its values; empty where only the objective is named."""
+        return dict(self.__pydantic_extra__)

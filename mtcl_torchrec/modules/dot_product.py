@@ -10,6 +10,11 @@ asks and when: those of the groups user and context; x_I are those of the item a
 item and context together are of neither side and left out: the item's vector must be the same for all who ask.  The
 head reads the input as the embeddings give it, before any gate or interaction, which would mix the sides; it has no
 part in trunk or towers.  In a task restricted by `Task.inputs` it reads what the task may see.
+
+With `Head.factors`, u = d^¼ Σ p + W_U x_U and v = d^¼ Σ q + W_I x_I, where p and q are the embeddings of the features
+that it names, and the maps read the other columns (the biases read all).  Of a user's and an item's id, p and q are the
+factors of matrix factorisation, and their part of the logit is ⟨p, q⟩.  Their L2 is ``l2_embedding``
+(`mtcl_torchrec.modules.regularisers`): of embeddings that go through a map, it would only make the map larger.
 """
 
 from __future__ import annotations
@@ -21,9 +26,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mtcl_torchrec.modules.embeddings import InputBlock
-from mtcl_torchrec.schema import ConfigError, Task
+from mtcl_torchrec.schema import ConfigError, Task, nearest
 
 
 class DotProduct(NamedTuple):
@@ -45,9 +51,11 @@ class DotHead(nn.Module):
     Args:
         task: whose head it is.
         blocks: what the columns of the concatenated input are, with their groups.
+        start: (1,) where b starts; None is at even odds.
 
     Raises:
-        ConfigError: the columns' groups are not known, or a side has none.
+        ConfigError: the columns' groups are not known, or a side has none; one of `Head.factors` is of no side, or of
+            another width than the head.
 
     Example:
         >>> blocks = [InputBlock(4, "user", groups=("user",)), InputBlock(2, "item", groups=("item",))]
@@ -59,18 +67,31 @@ class DotHead(nn.Module):
 
     user_columns: torch.Tensor
     item_columns: torch.Tensor
+    user_factors: torch.Tensor
+    item_factors: torch.Tensor
+    user_mapped: torch.Tensor
+    item_mapped: torch.Tensor
 
-    def __init__(self, task: Task, blocks: Sequence[InputBlock]) -> None:
+    def __init__(self, task: Task, blocks: Sequence[InputBlock], start: torch.Tensor | None = None) -> None:
         super().__init__()
         users, items = side_columns(task, blocks)
         self.dim = task.head.dim
         self.register_buffer("user_columns", torch.tensor(users), persistent=False)
         self.register_buffer("item_columns", torch.tensor(items), persistent=False)
+        factors = factor_columns(task, blocks, users, items)
+        self.register_buffer("user_factors", torch.tensor(factors[0], dtype=torch.int64), persistent=False)
+        self.register_buffer("item_factors", torch.tensor(factors[1], dtype=torch.int64), persistent=False)
         self.user = nn.Linear(len(users), self.dim + 1, bias=False)
         self.item = nn.Linear(len(items), self.dim + 1, bias=False)
-        # Even odds in what the task's loss sees, as every head starts; a chain's conditional logit has no shift.
-        start = 0.0 if task.conditional_name is not None else -task.logit_shift
-        self.bias = nn.Parameter(torch.full((1,), start))
+        for side, columns, of in (("user", users, factors[0]), ("item", items, factors[1])):
+            mapped = torch.ones(self.dim + 1, len(columns))
+            mapped[: self.dim, [columns.index(column) for column in of]] = 0.0
+            self.register_buffer(f"{side}_mapped", mapped, persistent=False)
+            with torch.no_grad():
+                getattr(self, side).weight.mul_(mapped)
+        # Even odds in what the task's loss sees; a chain's conditional logit has no shift.
+        even = 0.0 if task.conditional_name is not None else -task.logit_shift
+        self.bias = nn.Parameter(torch.full((1,), even) if start is None else start.clone())
 
     def forward(
         self, x: torch.Tensor, of_row: torch.Tensor | None = None, first: torch.Tensor | None = None
@@ -82,11 +103,21 @@ class DotHead(nn.Module):
             of_row, first: see `mtcl_torchrec.modules.towers.Alike`: a user's vector is computed once.
         """
         asking = x if first is None else x.index_select(0, first)
-        user = self.user(asking.index_select(1, self.user_columns)).float()
+        user = self._vector(self.user, asking, self.user_columns, self.user_factors, self.user_mapped)
         user = user if of_row is None else user.index_select(0, of_row)
-        item = self.item(x.index_select(1, self.item_columns)).float()
+        item = self._vector(self.item, x, self.item_columns, self.item_factors, self.item_mapped)
         product = (user[:, : self.dim] * item[:, : self.dim]).sum(1) / math.sqrt(self.dim)
         return DotProduct(product + user[:, self.dim] + item[:, self.dim] + self.bias, user, item)
+
+    def _vector(
+        self, linear: nn.Linear, x: torch.Tensor, columns: torch.Tensor, factors: torch.Tensor, mapped: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, d + 1) of a side."""
+        seen = x.index_select(1, columns)
+        if not len(factors):
+            return linear(seen).float()
+        own = x.index_select(1, factors).float().unflatten(1, (len(factors) // self.dim, self.dim)).sum(1)
+        return F.linear(seen, linear.weight * mapped).float() + F.pad(self.dim**0.25 * own, (0, 1))
 
 
 def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], list[int]]:
@@ -118,6 +149,44 @@ def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], l
         if not columns:
             raise ConfigError(f"task {task.name!r}: head dot sees no column of the {side}")
     return sides["user"], sides["item"]
+
+
+def factor_columns(
+    task: Task, blocks: Sequence[InputBlock], users: Sequence[int], items: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Of the columns of each side, those of the features in `Head.factors`, one feature after the other.
+
+    Raises:
+        ConfigError: see `DotHead`.
+
+    Example:
+        >>> blocks = [InputBlock(2, "user", groups=("user",)), InputBlock(2, "item", groups=("item",))]
+        >>> task = Task.binary("liked", head={"kind": "dot", "dim": 2, "factors": ["item"]})
+        >>> factor_columns(task, blocks, [0, 1], [2, 3])
+        ([], [2, 3])
+    """
+    found: tuple[list[int], list[int]] = ([], [])
+    starts = list(accumulate((block.width for block in blocks), initial=0))
+    for name in task.head.factors:
+        of = [(start, b.width) for start, b in zip(starts, blocks, strict=False) if b.feature == name]
+        sides = [(side, start, width) for start, width in of
+                 for side, columns in enumerate((users, items)) if start in columns]  # fmt: skip
+        if not sides:
+            known = [
+                b.feature for start, b in zip(starts, blocks, strict=False) if b.feature and start in (*users, *items)
+            ]
+            raise ConfigError(
+                f"task {task.name!r}: head.factors: {name!r} is no feature that its user's or item's vector reads"
+                f"{nearest(name, known)}"
+            )
+        for side, start, width in sides:
+            if width != task.head.dim:
+                raise ConfigError(
+                    f"task {task.name!r}: head.factors: {name!r} has embeddings of width {width}, and the head dim "
+                    f"{task.head.dim}"
+                )
+            found[side].extend(range(start, start + width))
+    return found
 
 
 def vector_names(task: Task) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mtcl_torchrec.modules.embeddings import Pooled, inputs_as_one
+from mtcl_torchrec.modules.embeddings import Pooled, inputs_as_one, pooled_by_key
 from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.modules.lookups import Lookups
 from mtcl_torchrec.schema import ConfigError, nearest
@@ -48,7 +48,9 @@ def is_weight(name: str) -> bool:
 class Regularisers(nn.Module):
     """Σ λₖ Rₖ of one batch.
 
-    - ``l2_embedding``: mean of ‖pooled embeddings‖² over rows, which pulls at the table rows that the batch looked up.
+    - ``l2_embedding``: mean of ‖pooled embeddings‖² over rows, which pulls at the table rows that the batch looked up,
+      as often as they were: what matrix factorisation adds to each rating (Koren, Bell and Volinsky, Computer 2009,
+      eq. 5).  λ is one number for all inputs, or feature -> λ; a feature that is left out has 0.
     - ``l2_dense``: Σ W² over all dense weights, biases and scales of norms left out.  Under Adam this is not AdamW's
       decay, which the dense optimizer has as `weight_decay`.
     - ``expert_orthogonality``: mean of cos² between the outputs of two experts, over rows and pairs of a level: 0 where
@@ -60,13 +62,15 @@ class Regularisers(nn.Module):
       over Σₑ evenₑ, which is CV² where all gates see all experts.
 
     Args:
-        weights: name -> λ; a name that is left out has 0.
+        weights: name -> λ; a name that is left out has 0.  That of ``l2_embedding`` may be feature -> λ.
         tower: holds the dense parameters and tells its levels of experts; needed for all but ``l2_embedding``.  It
             does not become a part of this module.
-        lookups: the inputs beside the tables; their weights are dense weights, too.  It does not become a part either.
+        lookups: the inputs beside the tables; their weights are dense weights, too.  Needed for a λ by feature.  It
+            does not become a part either.
 
     Raises:
-        ValueError: an unknown name, a negative λ, or (a ConfigError) a penalty on experts where there are none.
+        ValueError: an unknown name, a negative λ, or (a ConfigError) a penalty on experts where there are none, or an
+            unknown feature.
 
     Example:
         >>> Regularisers({"l2_embedding": 1e-4}).active
@@ -74,15 +78,28 @@ class Regularisers(nn.Module):
     """
 
     def __init__(
-        self, weights: Mapping[str, float] | None = None, tower: _Mixing | None = None, lookups: Lookups | None = None
+        self,
+        weights: Mapping[str, float | Mapping[str, float]] | None = None,
+        tower: _Mixing | None = None,
+        lookups: Lookups | None = None,
     ) -> None:
         super().__init__()
-        for name, weight in (weights or {}).items():
+        self.weights: dict[str, float] = {}
+        self._of_inputs: dict[str, float] = {}  # key of an input -> λ, where `l2_embedding` tells them apart
+        given = dict(weights or {})
+        for name in given:
             if name not in REGULARISERS:
                 raise ValueError(f"no regulariser {name!r}{nearest(name, REGULARISERS)}")
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"regulariser {name!r}: a weight is a number of at least 0, not {weight}")
-        self.weights = {name: float(w) for name in REGULARISERS if (w := (weights or {}).get(name, 0.0)) > 0}
+        for name in (name for name in REGULARISERS if name in given):
+            weight = given[name]
+            if isinstance(weight, Mapping):
+                if name != "l2_embedding":
+                    raise ValueError(f"regulariser {name!r}: a weight is one number; l2_embedding alone is by feature")
+                self._of_inputs = _by_key(weight, lookups)
+                weight = 1.0 if self._of_inputs else 0.0
+            check_weight(name, weight)
+            if weight > 0:
+                self.weights[name] = float(weight)
         self._tower = (tower,)  # in a tuple, so that its parameters are not counted twice
         self._lookups = (lookups,)
         for name in self.active:
@@ -126,6 +143,12 @@ class Regularisers(nn.Module):
 
     def _l2_embedding_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         lookups = self._lookups[0]
+        if self._of_inputs:
+            assert lookups is not None
+            inputs, of_row = pooled_by_key(pooled, lookups.dims), 0.0
+            for key, weight in self._of_inputs.items():
+                of_row = of_row + weight * stop_gradient_if(inputs[key], skip).float().square().sum(1)
+            return (labelled * of_row).sum().reshape(1)
         if lookups is not None and len(lookups):
             if not lookups.penalised:
                 return labelled.new_zeros(1)
@@ -190,6 +213,30 @@ class Regularisers(nn.Module):
         if not mixing:
             raise ConfigError(_no_experts(name))
         return mixing
+
+
+def check_weight(name: str, weight: float) -> None:
+    """See that a λ is a finite number of at least 0.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"regulariser {name!r}: a weight is a number of at least 0, not {weight}")
+
+
+def _by_key(of_features: Mapping[str, float], lookups: Lookups | None) -> dict[str, float]:
+    """Key of an input -> λ of its feature, where that is above 0: a feature may be looked up in several tables."""
+    if lookups is None:
+        raise ValueError("regulariser 'l2_embedding' by feature needs the model's lookups")
+    keys: dict[str, list[str]] = {}
+    for key in lookups.penalised:
+        keys.setdefault(key.partition("@")[0], []).append(key)
+    for feature, weight in of_features.items():
+        check_weight(f"l2_embedding.{feature}", weight)
+        if feature not in keys:
+            raise ConfigError(f"regulariser 'l2_embedding': no embedded feature {feature!r}{nearest(feature, keys)}")
+    return {key: float(weight) for feature, weight in of_features.items() if weight > 0 for key in keys[feature]}
 
 
 def _no_experts(name: str) -> str:

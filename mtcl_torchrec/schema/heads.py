@@ -40,6 +40,8 @@ class Head(Declared):
         kind: ``"tower"`` (trunk, tower, linear head) or ``"dot"``, matrix factorisation over the shared embeddings, see
             `mtcl_torchrec.modules.dot_product`.
         dim: width of the vectors of a dot head.
+        factors: features of a dot head whose embeddings, of width `dim`, enter the product as they are: p_u and q_i of
+            matrix factorisation, beside what linear maps make of the other columns.
         l2: λ of λ(‖u‖² + ‖v‖² + b_u² + b_v²), averaged over the task's rows, in a dot head's loss.
         sampled_softmax: what else trains a dot head's vectors.
 
@@ -54,6 +56,7 @@ class Head(Declared):
 
     kind: HeadKind = "tower"
     dim: PositiveInt = 32
+    factors: tuple[str, ...] = ()
     l2: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
     sampled_softmax: SampledSoftmax | None = None
 

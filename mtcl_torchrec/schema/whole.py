@@ -64,6 +64,7 @@ class Schema(Declared):
                 )
         for task in self.tasks:
             self._check_softmax(task)
+            self._check_factors(task)
         paired = next((t.name for t in self.tasks if t.pairwise), None)
         if paired is not None and (self.request or self.user) is None:
             raise ValueError(f"task {paired!r}: pairwise compares rows of one request, and needs request or user")
@@ -92,6 +93,19 @@ class Schema(Declared):
                 f"task {task.name!r}: head.sampled_softmax compares items: name the id feature that tells them apart "
                 "(item), or the schema's item column, with an id feature of it"
             )
+
+    def _check_factors(self, task: Task) -> None:
+        """Raise ValueError where a dot head's vectors cannot take a feature's embeddings as they are."""
+        what, embedded = f"task {task.name!r}: head.factors", {f.name: f for f in self.sparse_features}
+        check_unique(f"head.factors of task {task.name!r}:", task.head.factors)
+        for name in task.head.factors:
+            if name not in embedded:
+                raise ValueError(f"{what}: no feature {name!r} that has embeddings{nearest(name, embedded)}")
+            dim = embedded[name].embedding_dim
+            if dim != task.head.dim:
+                raise ValueError(
+                    f"{what}: {name!r} has embedding_dim {dim}, and the head dim {task.head.dim}; make them equal"
+                )
 
     @property
     def item_feature(self) -> str | None:

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from mtcl_torchrec.config import run_as_data, run_from_data, with_paths_from
 from mtcl_torchrec.config.paths import value_at
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
 from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.tuning.hints import hints
 from mtcl_torchrec.training.tuning.objective import Objective
 from mtcl_torchrec.training.tuning.picture import draw_parallel
 from mtcl_torchrec.training.tuning.space import Parameter, Space, Value, plain, shown
@@ -41,6 +42,7 @@ class TuningResult:
         importances: path -> share of what the objective varies by.
         changes: path -> what the best run has there, and what it was; of the settings that were searched.
         kinds: task -> its kind.
+        hints: what to do next, a line each.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class TuningResult:
     importances: dict[str, float]
     changes: dict[str, str]
     kinds: dict[str, str]
+    hints: list[str]
 
     @property
     def best_yaml(self) -> Path:
@@ -97,6 +100,7 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
         importances=study.importances(),
         changes=_changes(space, best),
         kinds={task.name: task.kind for task in space.run.data_schema.tasks},
+        hints=hints(space, trials, best),
     )
     content = {
         "objective": objective.name,
@@ -105,6 +109,7 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
         "own": space.own(),
         "best": best.number,
         "importances": result.importances,
+        "hints": result.hints,
         "trials": [asdict(trial) for trial in trials],
     }
     replace_file(folder / SUMMARY, json.dumps(finite(content), indent=1))
@@ -188,6 +193,8 @@ def print_tuning(result: TuningResult, console: Console) -> None:
         console.print(table, "")
     if best is own or best.number == 0:
         console.print("No trial was better than the run as it is.", highlight=False)
+    for hint in result.hints:
+        console.print(f"- {hint}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"The best run: {result.best_yaml}.  Its figure is the best of many on one split, and so a little too good; "
         f"the test split was not looked at:\n  mtcl train {result.best_yaml}",

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.status import Status
 
 from mtcl_torchrec.config import RunConfig
-from mtcl_torchrec.config.tuning import SpaceConfig
+from mtcl_torchrec.config.tuning import SpaceConfig, TuningConfig
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING
 from mtcl_torchrec.training.history import TrainingHistory
@@ -48,7 +48,7 @@ def tune_run(
     *,
     trials: int = 20,
     space: SpaceConfig | None = None,
-    objective: str = MEAN,
+    objective: str | None = None,
     pruner: Pruner = "median",
     timeout: float | None = None,
     overwrite: bool = False,
@@ -69,7 +69,7 @@ def tune_run(
         folder: of this search; on several ranks, one that all of them share.
         trials: how many there are to be in all, those of earlier calls included.
         space: path -> values; the default is the run's ``tuning``, or else `default_space`.
-        objective: see `Objective`.
+        objective: see `Objective`; the default is that of the run's ``tuning``, or else ``mean_skill``.
         pruner: how trials that lag behind are given up after an epoch: below the median of the others at that epoch, by
             Hyperband (Li et al., JMLR 2018), or not.
         timeout: seconds after which no trial is begun.
@@ -82,8 +82,9 @@ def tune_run(
         FileExistsError: `folder` holds something else.
     """
     screen = console or Console()
-    searched = Space.of(run, space or run.tuning or default_space(run))
-    judged_by = Objective.named(objective, run)
+    said = run.tuning or TuningConfig()
+    searched = Space.of(run, space or said.space or default_space(run))
+    judged_by = Objective.named(objective or said.objective or MEAN, run)
     with ranks(device) as where:
         search = _Search(folder, searched, judged_by, where, device, screen)
         try:

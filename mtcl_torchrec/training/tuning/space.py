@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from mtcl_torchrec.config import RunConfig, run_as_data, run_from_data
 from mtcl_torchrec.config.paths import EVERY, Keys, model_at, put, resolve, value_at
-from mtcl_torchrec.config.tuning import ParameterConfig, SpaceConfig
+from mtcl_torchrec.config.tuning import ParameterConfig, SpaceConfig, TuningConfig
 from mtcl_torchrec.schema import ConfigError
 
 Value = str | int | float | bool | None  # as the study stores it
 _SCALAR = (str, int, float, bool, type(None))
 
 
-def read_space(path: Path) -> SpaceConfig:
-    """The space of a YAML file: path -> values, as in a run's `tuning` part.
+def read_space(path: Path) -> TuningConfig:
+    """The space of a YAML file: path -> values, and maybe an objective, as in a run's `tuning` part.
 
     Raises:
         ConfigError: it cannot be read, or is none.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TypeAdapter(SpaceConfig).validate_python(raw)
+        return TuningConfig.model_validate(raw)
     except ValidationError as error:
         found = error.errors()
         lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in found]
@@ -224,11 +224,16 @@ class Space:
 
     def _changes_nothing(self, parameter: Parameter, value: Value) -> bool:
         try:
-            return complete(self._written([(parameter, value)])) == self.whole
+            return complete(self.written([(parameter, value)])) == self.whole
         except ConfigError:
             return False
 
-    def _written(self, settings: list[tuple[Parameter, Value]]) -> RunConfig:
+    def written(self, settings: list[tuple[Parameter, Value]]) -> RunConfig:
+        """The run with these parameters at these values, which need not be among theirs where they are ranges.
+
+        Raises:
+            ConfigError: the run does not take one.
+        """
         raw = copy.deepcopy(self.raw)
         for parameter, value in settings:
             parameter.write(raw, self.whole, value)
@@ -245,13 +250,13 @@ class Space:
             beside = found
         for value in parameter.examples:
             try:
-                self._written([*beside, (parameter, value)])
+                self.written([*beside, (parameter, value)])
             except ConfigError as error:
                 raise ConfigError(f"tuning of {parameter.path} to {value}: {str(error).splitlines()[0]}") from None
 
     def _complete_or_own(self, settings: list[tuple[Parameter, Value]]) -> dict[str, Any]:
         try:
-            return complete(self._written(settings))
+            return complete(self.written(settings))
         except ConfigError:
             return self.whole
 
@@ -283,7 +288,7 @@ class Space:
         Raises:
             ConfigError: they do not fit together.
         """
-        return self._written([(p, values[p.path]) for p in self.parameters if p.path in values])
+        return self.written([(p, values[p.path]) for p in self.parameters if p.path in values])
 
     def as_json(self) -> dict[str, Any]:
         """As the YAML would say it."""
@@ -307,8 +312,8 @@ def shown(value: Value) -> str:
 
 
 def default_space(run: RunConfig) -> SpaceConfig:
-    """What is worth looking at in any run, around what it has: learning rates, widths of embeddings, the trunk,
-    dropout, weights of the losses.
+    """What is worth looking at in any run, around what it has: learning rates, widths of embeddings and their L2, the
+    trunk, dropout, weights of the losses.
 
     Example:
         >>> from mtcl_torchrec.config import parse_run
@@ -326,6 +331,7 @@ def default_space(run: RunConfig) -> SpaceConfig:
         found["schema.features.*.embedding_dim"] = {"times": [0.5, 1.0, 2.0]}
         if tables.lr_of:
             found["optimizers.tables.lr_of.*"] = {"times": [0.2, 0.5, 1.0, 2.0, 5.0]}
+        found |= _around_l2(run)
     found["optimizers.dense.lr"] = {"log": (dense.lr / 10, dense.lr * 10)}
     found["model.embedding_dropout"] = {"uniform": (0.0, max(0.5, run.model.embedding_dropout))}
     if any(task.in_trunk for task in run.data_schema.tasks) and trunk.import_path is None:
@@ -334,6 +340,15 @@ def default_space(run: RunConfig) -> SpaceConfig:
         weighed = [task for task in run.data_schema.tasks if task.weight > 0][1:]
         found |= {f"schema.tasks.{t.name}.weight": {"log": (t.weight / 4, t.weight * 4)} for t in weighed}
     return {path: ParameterConfig.model_validate(values) for path, values in found.items()}
+
+
+def _around_l2(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Of the embeddings: one number for all features where the run has none, else around what it has."""
+    path, own = "training.regularisers.l2_embedding", run.training.regularisers.l2_embedding
+    if isinstance(own, dict):
+        said = {name: weight for name, weight in own.items() if weight > 0 and "." not in name}
+        return {f"{path}.{name}": {"log": (weight / 10, weight * 10)} for name, weight in said.items()}
+    return {path: {"log": (own / 10, own * 10)} if own > 0 else {"choices": [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]}}
 
 
 def _around_trunk(run: RunConfig) -> dict[str, dict[str, Any]]:
