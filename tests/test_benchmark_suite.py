@@ -282,7 +282,7 @@ def counted(kind):
         return dict(traffic.bytes), volume.by_formula(tables, dense, **cut), {table.kind for table in tables}
 
 
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "data_parallel"])
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", pytest.param("data_parallel", marks=pytest.mark.full)])
 def test_bytes_between_ranks_are_those_of_the_formula(kind):
     of_ranks = run_ranks(counted, 2, kind)
     sent = {part: sum(of.get(part, 0) for of, *_ in of_ranks) for part in script("volume").PARTS}
@@ -328,7 +328,7 @@ def test_memory_goes_through_all_rows_and_says_what_giving_back_costs(tmp_path, 
     assert memory.growth(of, 300) == 10
 
 
-def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
+def test_what_is_shown_has_ratios_first(tmp_path):
     scaling, serving, load, paper = map(script, ("scaling", "serving", "load", "scaling_paper"))
     setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto"}
     lines = [
@@ -362,6 +362,21 @@ def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
     assert float(sequences.tables(lines)[0].rows[0][1]) > 0
     sequences.draw(lines, tmp_path / "sequences.png")
 
+    surgery = script("surgery_cost")
+    lines = [
+        line(
+            {"cases": ["none", "upgrad/trunk"], "ranks": 1, "batch_size": 8, "tasks": 3},
+            i,
+            cases={
+                "none": {"ratio": 1.0, "median_ms": 2.0, "least_ms": 1.0},
+                "upgrad/trunk": {"ratio": 1.5 + i, "median_ms": 3.0, "least_ms": 1.0},
+            },
+        )
+        for i in (0, 1)
+    ]
+    assert surgery.tables(lines)[0].rows[1][:2] == ["upgrad/trunk", "2.00 (1.50–2.50)"]
+    surgery.draw(lines, tmp_path / "surgery.png")
+
     what = {"plan": "one_terabyte.yaml", "device": "h200", "batch_size": None, "planning_s": 1}
     lines = [line(what | {"world_size": n}, fits=n > 8, step_ms=4.0 * n, phase_ms={"fwd_comms": 4.0}, rows_per_s=1e6,
                   tightest_rank_gb=1.0) for n in (8, 16, 32)]  # fmt: skip
@@ -370,7 +385,11 @@ def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
     assert "not measured" in table.note
     paper.draw(lines, tmp_path / "paper.png")
     assert (
-        min((tmp_path / f"{n}.png").stat().st_size for n in ("scaling", "serving", "load", "sequences", "paper")) > 5000
+        min(
+            (tmp_path / f"{n}.png").stat().st_size
+            for n in ("scaling", "serving", "load", "sequences", "surgery", "paper")
+        )
+        > 5000
     )
 
 
