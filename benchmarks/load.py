@@ -265,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--url", help="a service that runs already, instead of one that is started here")
     parser.add_argument("--serve-option", action="append", default=[], help="of mtcl serve; may be repeated")
     parser.add_argument("--json", type=Path, help="without --out: write the figures to this file")
+    parser.add_argument("--train-rows", type=int, help="where no run is given: train on the first rows alone")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
                         help="folder of the run that is trained where none is given (%(default)s)")  # fmt: skip
     options(parser, repeats=1, timeout_s=600)
@@ -273,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         return benchmark(parser, given, work=lambda what: None, todo=lambda: [], tables=tables, draw=draw)
     if given.run_dir is None:
         given.data.mkdir(parents=True, exist_ok=True)
-        given.run_dir = trained(given.data)
+        given.run_dir = trained(given.data, given.train_rows)
     load = Load(given.candidates, given.k, given.seconds, given.warmup_seconds, given.seed)
     catalogue = (
         Catalogue.load(readable_folder(given.run_dir / CATALOGUE))
@@ -287,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         _wait_until_healthy(at.url, time.monotonic() + 10)
         if given.out:
             todo = [
-                {"clients": int(n), **asdict(load), "serve_options": given.serve_option}
+                {"clients": int(n), **asdict(load), "train_rows": given.train_rows, "serve_options": given.serve_option}
                 for n in given.clients.split(",")
             ]  # fmt: skip
             return benchmark(

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -219,7 +220,11 @@ def in_process(
 
 
 def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mapping[str, str]) -> None:
-    """Run a command; what takes longer is ended, with the time to end what it has started itself."""
+    """Run a command; what takes longer is ended, with the time to end what it has started itself.
+
+    It also ends where this process is told to.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -234,6 +239,7 @@ def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mappin
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+            signal.signal(signal.SIGTERM, before)
 
 
 def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm: int = 3) -> dict[str, dict[str, float]]:

@@ -5,8 +5,8 @@
 
 `eager` is the trained model as it is; `graph` an export, run by torch; `compiled` the same as machine code (where the
 machine has a C++ compiler); of each kind of tables one export.  "times as fast" is candidates/s of one user over those
-of `eager`, repeat by repeat.  `MB` is the export's file, or the numbers of the eager model; `differs by`, how far the
-export's predictions are from the eager ones at most.
+of `eager`, repeat by repeat.  `MB` is the export's file, catalogue and vocabularies included, or the numbers of the
+eager model alone; `differs by`, how far the export's predictions are from the eager ones at most.
 
 Each way of serving is asked the same: one user at a time, each with a draw of candidates and a context of their own;
 one user with the whole catalogue; 16 users together.  A time runs from the user's key to the data frame with the best
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from document import Table, median, ranged, ratios
@@ -93,22 +94,31 @@ def measure(recommender: Recommender, *, candidates: int, times: int, seed: int 
 # ---------------------------------------------------------------------- what is served
 
 
-def trained(folder: Path) -> Path:
-    """A run on the demo's data, one epoch, trained where it is not there yet."""
-    place = folder / "run"
-    if not (folder / "trained").exists():
+def trained(folder: Path, rows: int | None = None) -> Path:
+    """A run on the demo's data, one epoch, trained where it is not there yet.
+
+    Args:
+        rows: of training, the first; None takes all.
+    """
+    name = f"demo-{rows}" if rows else "demo"
+    if not (folder / f"{name}.trained").exists():
+        kuairand.write(folder / name / "data")
+        for path in (folder / name / "data").glob("*.parquet"):
+            if rows:
+                pd.read_parquet(path).head(rows).to_parquet(path, index=False)
         raw = yaml.safe_load(kuairand.example_run())
         raw["training"] |= {"epochs": 1}
-        train_run(parse_run(yaml.safe_dump(raw)), place, device="cpu", console=Console(quiet=True))
-        (folder / "trained").touch()
-    return place
+        run = parse_run(yaml.safe_dump(raw), folder=folder / name)
+        train_run(run, folder / name / "run", device="cpu", console=Console(quiet=True))
+        (folder / f"{name}.trained").touch()
+    return folder / name / "run"
 
 
 def exported(run_dir: Path, folder: Path, kinds: list[str], compiled: str) -> dict[str, dict[str, Any]]:
     """Way -> what is known of its export, made where it is not there yet."""
     ways: dict[str, dict[str, Any]] = {EAGER: {}}
     for tables in kinds:
-        path, note = folder / f"{tables}-{compiled}.mtcl", folder / f"{tables}-{compiled}.json"
+        path, note = (folder / f"{run_dir.parent.name}-{tables}-{compiled}{end}" for end in (".mtcl", ".json"))
         if not note.exists():
             started = time.perf_counter()
             made = export_run(FinishedRun.load(run_dir), path, tables=tables, compiled=compiled)
@@ -191,25 +201,32 @@ def main() -> int:
     parser.add_argument("--candidates", type=int, default=500, help="of one user (%(default)s)")
     parser.add_argument("--times", type=int, default=200, help="requests to time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-rows", type=int, help="where no run is given: train on the first rows alone")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
                         help="folder of the run and of its exports (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=600)
     given = parser.parse_args()
     given.data.mkdir(parents=True, exist_ok=True)
-    run_dir = given.run_dir or given.data / "run"
+    run_dir = given.run_dir or Path()
+
+    flags = ["--data", str(given.data)]
 
     def todo() -> list[Line]:
-        if given.run_dir is None:
-            trained(given.data)
+        nonlocal run_dir
+        run_dir = given.run_dir or trained(given.data, given.train_rows)
+        flags[:0] = [str(run_dir)]
         return [
-            {"way": way, "run": run_dir.name, "kinds": given.tables, "compiled": given.compiled,
-             "candidates": given.candidates, "times": given.times, "seed": given.seed, "threads": given.threads}
+            {
+                "way": way, "run": given.run_dir.name if given.run_dir else "demo", "train_rows": given.train_rows,
+                "kinds": given.tables, "compiled": given.compiled, "candidates": given.candidates,
+                "times": given.times, "seed": given.seed, "threads": given.threads,
+            }
             for way in exported(run_dir, given.data, given.tables, given.compiled)
         ]  # fmt: skip
 
     return benchmark(
         parser, given, work=lambda what: work(what, given.data, run_dir), todo=todo, tables=tables, draw=draw,
-        flags=[str(run_dir), "--data", str(given.data)],
+        flags=flags,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What gradient surgery costs: time of a training step with each kind and cut, against the plain sum.
 
-    python benchmarks/surgery_cost.py --batch-size 2048
-    torchrun --nproc_per_node 2 benchmarks/surgery_cost.py --cases upgrad/trunk,upgrad/tables
+    python benchmarks/surgery_cost.py --out results/surgery_cost.jsonl
+    python benchmarks/surgery_cost.py --ranks 2 --cases upgrad/trunk,upgrad/tables --steps 10 --out try.jsonl
 
 All cases are trained in one process, each with a model of its own, and their steps are interleaved: in every round each
 case takes one step, in an order that moves on by one from round to round.  Shown are the median step and the median,
@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from document import Table, ranged
+from measure import Line, benchmark, figure, in_process, options, save
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec import MTCL, MMoE, MTBatch, MTCLTrain, Task
 from mtcl_torchrec.config import OptimizersConfig
-from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.modules.balance.surgery import KINDS, GradientSurgery
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.sharding import Ranks, ranks
@@ -121,37 +121,65 @@ def _wall(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def main() -> None:
-    """Measure and print."""
+def work(what: Line) -> Line | None:
+    """All cases in turn, on this process's ranks; the first tells."""
+    with ranks(what["device"]) as where:
+        found = measure(argparse.Namespace(**what), where)
+        return {"cases": found} if where.first else None
+
+
+def tables(lines: list[Line]) -> list[Table]:
+    """A row for each case."""
+    what, cells = lines[0]["what"], []
+    for case in what["cases"]:
+        of = [line["cases"][case] for line in lines]
+        cells.append([case, *(ranged([one[name] for one in of]) for name in ("ratio", "median_ms", "least_ms"))])
+    title = f"surgery: {what['ranks']} ranks, {what['batch_size']:,} rows a rank, {what['tasks']} tasks"
+    return [Table(title, ["", "× the plain sum's step", "ms a step", "least"], cells)]
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """The ratio of each case."""
+    drawn, (axis,) = figure(wide=6.4)
+    cases = lines[0]["what"]["cases"]
+    values = [statistics.median(line["cases"][case]["ratio"] for line in lines) for case in cases]
+    axis.bar_label(axis.bar(cases, values), fmt="%.2f", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7, rotation=30)
+    axis.set_ylabel("a step over the plain sum's", fontsize=8)
+    save(drawn, path)
+
+
+def main() -> int:
+    """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=2048, help="rows a step and rank")
-    parser.add_argument("--rows", type=int, default=100_000, help="of each table")
-    parser.add_argument("--features", type=int, default=26, help="single ids but for one bag, each with its table")
-    parser.add_argument("--tasks", type=int, default=3, help="two at least")
-    parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--expert-layers", default="128,64")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--warmup-steps", type=int, default=5)
-    parser.add_argument("--pipeline", choices=["sparse_dist", "base"], default="sparse_dist")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--clock", choices=["processor", "wall"], default="processor")
-    parser.add_argument("--cases", default=",".join(CASES), help="kind/cut, ...; the plain sum is always the first")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    options = parser.parse_args()
-    options.cases = [PLAIN, *(case for case in options.cases.split(",") if case != PLAIN)]
-    with ranks(options.device) as where:
-        found = measure(options, where)
-        if where.first:
-            table = plain_table(
-                f"{where.world_size} ranks, {options.batch_size} rows", ["case", "ms a step", "least", "ratio"]
-            )
-            for case, of in found.items():
-                table.add_row(case, f"{of['median_ms']:.2f}", f"{of['least_ms']:.2f}", f"{of['ratio']:.3f}")
-            Console(highlight=False).print(table)
-            if options.json:
-                about = {name: str(value) for name, value in vars(options).items() if name != "json"}
-                options.json.write_text(json.dumps({"options": about, "ranks": where.world_size, "cases": found}))
+    option = parser.add_argument
+    option("--ranks", type=int, default=1, help="(%(default)s)")
+    option("--batch-size", type=int, default=2048, help="rows a step and rank")
+    option("--rows", type=int, default=100_000, help="of each table")
+    option("--features", type=int, default=26, help="single ids but for one bag, each with its table")
+    option("--tasks", type=int, default=3, help="two at least")
+    option("--experts", type=int, default=4)
+    option("--expert-layers", default="128,64")
+    option("--steps", type=int, default=40)
+    option("--warmup-steps", type=int, default=5)
+    option("--pipeline", choices=["sparse_dist", "base"], default="sparse_dist")
+    option("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    option("--clock", choices=["processor", "wall"], default="processor")
+    option("--cases", default=",".join(CASES), help="kind/cut, ...; the plain sum is always the first")
+    options(parser, repeats=1, timeout_s=1800)
+    given = parser.parse_args()
+    names = ("ranks", "batch_size", "rows", "features", "tasks", "experts", "expert_layers", "steps", "warmup_steps",
+             "pipeline", "device", "clock")  # fmt: skip
+    cases = [PLAIN, *(case for case in given.cases.split(",") if case != PLAIN)]
+    what = {name: getattr(given, name) for name in names} | {"cases": cases}
+
+    def one(what: Line) -> Line | None:
+        several = what["ranks"] if what["ranks"] > 1 else None
+        script = Path(__file__).resolve()
+        return in_process(script, what, timeout_s=given.timeout, threads=given.threads or 1, ranks=several)
+
+    return benchmark(parser, given, work=work, todo=lambda: [what], tables=tables, draw=draw, one=one)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,11 @@
 """The frame of the benchmarks: one form of results, generated tables, a suite that loses nothing, bytes that add up."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +104,26 @@ def test_a_benchmark_says_so_where_something_failed(tmp_path, capsys):
     assert found["complete"]
     assert found["picture"] == "b.png"
     assert found["tables"][0]["rows"] == [["4"]]
+
+
+def test_what_was_started_ends_with_who_started_it(tmp_path):
+    log = tmp_path / "log"
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def tell():
+        while not (log.exists() and log.read_text().endswith("\n")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    child = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(100)"]
+    with pytest.raises(SystemExit):
+        script("measure").run(child, log, 60, dict(os.environ))
+    teller.join()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 # ---------------------------------------------------------------------- generated tables
@@ -258,7 +282,7 @@ def counted(kind):
         return dict(traffic.bytes), volume.by_formula(tables, dense, **cut), {table.kind for table in tables}
 
 
-@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "data_parallel"])
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", pytest.param("data_parallel", marks=pytest.mark.full)])
 def test_bytes_between_ranks_are_those_of_the_formula(kind):
     of_ranks = run_ranks(counted, 2, kind)
     sent = {part: sum(of.get(part, 0) for of, *_ in of_ranks) for part in script("volume").PARTS}
@@ -304,7 +328,7 @@ def test_memory_goes_through_all_rows_and_says_what_giving_back_costs(tmp_path, 
     assert memory.growth(of, 300) == 10
 
 
-def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
+def test_what_is_shown_has_ratios_first(tmp_path):
     scaling, serving, load, paper = map(script, ("scaling", "serving", "load", "scaling_paper"))
     setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto"}
     lines = [
@@ -332,6 +356,27 @@ def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
     load.draw(lines, tmp_path / "load.png")
     assert load.answered({"requests": 3, "failed": 1}) is None
 
+    sequences = script("sequences")
+    what = {"encoder": "mean", "rows": 8, "mean": 3, "cap": 5, "dim": 4, "rounds": 2, "device": "cpu"}
+    lines = [line(what, **sequences.work(what))]
+    assert float(sequences.tables(lines)[0].rows[0][1]) > 0
+    sequences.draw(lines, tmp_path / "sequences.png")
+
+    surgery = script("surgery_cost")
+    lines = [
+        line(
+            {"cases": ["none", "upgrad/trunk"], "ranks": 1, "batch_size": 8, "tasks": 3},
+            i,
+            cases={
+                "none": {"ratio": 1.0, "median_ms": 2.0, "least_ms": 1.0},
+                "upgrad/trunk": {"ratio": 1.5 + i, "median_ms": 3.0, "least_ms": 1.0},
+            },
+        )
+        for i in (0, 1)
+    ]
+    assert surgery.tables(lines)[0].rows[1][:2] == ["upgrad/trunk", "2.00 (1.50–2.50)"]
+    surgery.draw(lines, tmp_path / "surgery.png")
+
     what = {"plan": "one_terabyte.yaml", "device": "h200", "batch_size": None, "planning_s": 1}
     lines = [line(what | {"world_size": n}, fits=n > 8, step_ms=4.0 * n, phase_ms={"fwd_comms": 4.0}, rows_per_s=1e6,
                   tightest_rank_gb=1.0) for n in (8, 16, 32)]  # fmt: skip
@@ -339,7 +384,13 @@ def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
     assert [row[1] for row in table.rows] == ["does not fit", "100", "50"]
     assert "not measured" in table.note
     paper.draw(lines, tmp_path / "paper.png")
-    assert min((tmp_path / f"{n}.png").stat().st_size for n in ("scaling", "serving", "load", "paper")) > 5000
+    assert (
+        min(
+            (tmp_path / f"{n}.png").stat().st_size
+            for n in ("scaling", "serving", "load", "sequences", "surgery", "paper")
+        )
+        > 5000
+    )
 
 
 def test_memory_that_was_freed_may_be_given_back(monkeypatch):

@@ -378,12 +378,14 @@ def test_the_check_fails_outside_of_its_band_and_stores_nothing_half(tmp_path, c
     assert ended(now) == 1
 
 
-def test_a_script_that_fails_loses_its_own_ratios_alone(tmp_path, capsys):
+def test_a_script_that_fails_loses_its_own_ratios_alone(tmp_path, capsys, monkeypatch):
     check = script("check")
+    (tmp_path / "peers.py").write_text("raise SystemExit(1)")
+    monkeypatch.setattr(check, "HERE", tmp_path)
     sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
     times = {form: {"wall": ms} for form, ms in (("batched", 6.0), ("loop", 4.0))}
     (tmp_path / "experts.jsonl").write_text(json.dumps({"what": sized, "repeat": 0, "auto": "loop", "ms": times}))
-    assert list(check.measured(tmp_path, {"peers": "--no-such-option"}, 1).values()) == [1.5]
+    assert list(check.measured(tmp_path, {"peers": "--case middle"}, 1).values()) == [1.5]
     assert "FAILED" in capsys.readouterr().out
 
 
