@@ -434,7 +434,7 @@ def rows_of(
 
 def show(results: list[dict[str, Any]], data: str, steps: dict[str, dict[str, float]], markdown: bool = False) -> None:
     """Print one table."""
-    from mtcl_torchrec.evaluation.report import plain_table
+    from mtcl_torchrec.evaluation.plain_table import plain_table
 
     heads, rows = rows_of(results, data, steps)
     title = f"{data}: test AUC and Δm, mean ± standard deviation over seeds"

@@ -317,7 +317,7 @@ def cell(results: Sequence[dict[str, Any]], task: str, metric: str, segment: str
 
 def show(results: Sequence[dict[str, Any]], task: str, metric: str = "auc", *, markdown: bool) -> None:
     """The table of one task and metric, for each set of data."""
-    from mtcl_torchrec.evaluation.report import plain_table
+    from mtcl_torchrec.evaluation.plain_table import plain_table
 
     for name, of_set in _sets(results).items():
         seeds = len({r["seed"] for r in of_set})

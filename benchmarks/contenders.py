@@ -84,8 +84,9 @@ def ours(case: Case, train: Path, val: Path, seed: int, precision: str = "fp32")
         data = load_data(run, where, say=lambda _: None)
         read_s = time.perf_counter() - started
         model = build_model(
-            run.model, data.preprocessor.encoder, run.fusion, seed=seed, precision=run.training.precision
-        )
+            run.model, data.preprocessor.encoder, run.fusion, seed=seed, precision=run.training.precision,
+            base_rates=data.splits.base_rates,
+        )  # fmt: skip
         sharded, optimizer = parallelise(
             MTCLTrain(model, seed=seed), where, run.optimizers, sharding=run.sharding, batch_size=case.batch_size
         )

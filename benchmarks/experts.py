@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from measure import CONSOLE, Line, alternate, carry_out, figure, in_process, median, options, said, save, sweep
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.modules.experts import BatchedExperts
 
 SIZES = ("4x512", "4x256", "8x256", "8x128", "16x128", "16x64", "32x64", "32x32", "64x32")

@@ -1,7 +1,7 @@
 """From Parquet to batches, without a model: how fast, beside what pyarrow takes to read the file alone.
 
-    python benchmarks/input.py --out results/input.jsonl --picture results/input.png
-    python benchmarks/input.py --rows 100_000 --features 5 --repeats 1 --out try.jsonl
+    python benchmarks/input.py --training --out results/input.jsonl
+    python benchmarks/input.py --rows 100_000 --files 5x0 --repeats 1 --out try.jsonl
 
 Every step on the way takes its turn, over the same file, which the operating system keeps in memory:
 
@@ -17,6 +17,7 @@ spent waiting for the next batch: our loop on the same file, MMoE with 4 experts
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from measure import CONSOLE, Line, carry_out, figure, in_process, median, options, peak_rss, said, save, sweep
+from document import Table, median, ranged, ratios
+from measure import Line, benchmark, figure, options, peak_rss, save
 
 from mtcl_torchrec.config import RunConfig, parse_run
 from mtcl_torchrec.data.batch import MTBatch
@@ -36,7 +38,6 @@ from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.stream import StreamRows
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
@@ -154,22 +155,26 @@ def waiting(what: Line, run: RunConfig, preprocessor: Preprocessor, files: Parqu
     return {"waiting_share": waited / seconds, "rows_per_s": what["batch_size"] * (steps - warm) / seconds}
 
 
-def show(lines: list[Line]) -> None:
+def tables(lines: list[Line]) -> list[Table]:
     """A table for each kind of file."""
+    found = []
     for (rows, ids, numbers, _), of in by_file(lines).items():
-        table = plain_table(f"{rows:,} rows of {ids} ids, {numbers} numbers and {TASKS} labels",
-                            ["", "rows/s", "GB/s", "of pyarrow", "cpu µs a row", "peak GB"])  # fmt: skip
-        best = median(of["pyarrow"], "rows_per_s") if "pyarrow" in of else float("nan")
-        for name in (n for n in WAYS if n in of):
-            speed = median(of[name], "rows_per_s")
-            table.add_row(name, f"{speed:,.0f}", f"{median(of[name], 'gb_per_s'):.3f}", f"{speed / best:.0%}",
-                          f"{median(of[name], 'cpu_us_per_row'):.2f}",
-                          f"{median(of[name], 'peak_rss_bytes') / 1e9:.2f}")  # fmt: skip
-        CONSOLE.print(table, "")
+        heads = ["", "of pyarrow's speed", "rows/s", "GB/s", "cpu µs a row", "peak GB"]
+        cells = [
+            [
+                name, ranged(ratios(of[name], of.get("pyarrow", []), "rows_per_s")),
+                f"{median(of[name], 'rows_per_s'):,.0f}", f"{median(of[name], 'gb_per_s'):.3f}",
+                f"{median(of[name], 'cpu_us_per_row'):.2f}", f"{median(of[name], 'peak_rss_bytes') / 1e9:.2f}",
+            ]
+            for name in WAYS if name in of
+        ]  # fmt: skip
+        note = ""
         if "training" in of:
-            share, speed = median(of["training"], "waiting_share"), median(of["training"], "rows_per_s")
-            CONSOLE.print(f"training: {share:.1%} of a step is spent waiting for input, at {speed:,.0f} samples/s", "")
-    CONSOLE.print(said(lines))
+            share, speed = [line["waiting_share"] for line in of["training"]], median(of["training"], "rows_per_s")
+            note = f"training: {ranged(share, '.1%')} of a step is spent waiting for input, at {speed:,.0f} samples/s."
+        title = f"input: {rows:,} rows of {ids} ids, {numbers} numbers and {TASKS} labels"
+        found.append(Table(title, heads, cells, note))
+    return found
 
 
 def by_file(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
@@ -195,7 +200,7 @@ def draw(lines: list[Line], path: Path) -> None:
     save(drawn, path)
 
 
-def main() -> None:
+def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000)
@@ -209,12 +214,13 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker and given.worker["threads"]:
         torch.set_num_threads(given.worker["threads"])
-    carry_out(
-        parser, given, work=lambda what: work(what, given.data), measured=lambda: _measured(given), show=show, draw=draw
-    )
+    return benchmark(
+        parser, given, work=lambda what: work(what, given.data), todo=lambda: _todo(given), tables=tables, draw=draw,
+        flags=["--data", str(given.data)],
+    )  # fmt: skip
 
 
-def _measured(given: argparse.Namespace) -> list[Line]:
+def _todo(given: argparse.Namespace) -> list[Line]:
     ways = [*given.ways, *(["training"] if given.training and "training" not in given.ways else [])]
     todo = []
     for kind in given.files:
@@ -225,12 +231,8 @@ def _measured(given: argparse.Namespace) -> list[Line]:
              "threads": given.threads}
             for name in ways
         ]  # fmt: skip
-    script, flags = Path(__file__).resolve(), ["--data", str(given.data)]
-    return sweep(
-        given.out, todo, given.repeats,
-        lambda what: in_process(script, what, timeout_s=given.timeout, threads=given.threads, flags=flags),
-    )  # fmt: skip
+    return todo
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.worlds import READY_WORLDS, world_run
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.training.run import train_run
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mtcl_torchrec.config import RunConfig, TrunkConfig, parse_run
 from mtcl_torchrec.data import kuairand
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.training.run import train_run
 
 EVENTS = ("click", "long_view", "like")

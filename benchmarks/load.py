@@ -1,5 +1,6 @@
 """How many requests `mtcl serve` answers, and how fast, with a real HTTP client against a real process.
 
+    python benchmarks/load.py --out results/load.jsonl                  # trains a run on the demo's data first
     python benchmarks/load.py RUN_DIR
     python benchmarks/load.py model.mtcl
     python benchmarks/load.py RUN_DIR --clients 1,4,16 --candidates 500 --seconds 10 --json load.json
@@ -23,6 +24,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +34,13 @@ from typing import Any
 
 import httpx
 import numpy as np
+from document import Table, median, ranged, ratios
+from measure import Line, benchmark, commit, figure, options, save
 from rich.console import Console
+from serving import trained
 
 from mtcl_torchrec.data.catalogue import Catalogue
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.training.directory import CATALOGUE, readable_folder
 
@@ -147,6 +152,11 @@ def measure(url: str, catalogue: Catalogue, clients: int, load: Load) -> Figures
     )
 
 
+def answered(figures: Line) -> Line | None:
+    """The figures, or None where a request has failed or there was none: then they are not of this service."""
+    return figures if figures["requests"] and not figures["failed"] else None
+
+
 def _ask(
     http: httpx.Client, users: list, items: list, load: Load, name: str, seconds: float
 ) -> list[tuple[float, str | None]]:
@@ -212,10 +222,40 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def tables(lines: list[Line]) -> list[Table]:
+    """One table, a row for each number of clients."""
+    groups: dict[int, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line["what"]["clients"], []).append(line)
+    fewest = groups[min(groups)]
+    cells = [
+        [
+            str(clients), ranged(ratios(of, fewest, "requests_per_s")), f"{median(of, 'requests_per_s'):.1f}",
+            *(f"{median(of, name):.1f}" for name in ("p50_ms", "p90_ms", "p99_ms", "max_ms", "requests_per_batch")),
+            f"{sum(line['failed'] for line in of)} of {sum(line['requests'] for line in of)}",
+        ]
+        for clients, of in groups.items()
+    ]  # fmt: skip
+    heads = ["clients", "× requests/s of the fewest", "requests/s", "p50 ms", "p90 ms", "p99 ms", "max ms",
+             "in a batch", "failed"]  # fmt: skip
+    title = f"load: mtcl serve, one user × {lines[0]['what']['candidates']} candidates a request, clients beside it"
+    return [Table(title, heads, cells)]
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Latency by requests a second."""
+    drawn, (axis,) = figure(wide=4.6, high=3.2)
+    for name in ("p50_ms", "p99_ms"):
+        axis.plot([line["requests_per_s"] for line in lines], [line[name] for line in lines], "o", label=name)
+    axis.set(xlabel="requests/s", ylabel="ms", xlim=(0, None), ylim=(0, None))
+    axis.legend(fontsize=8, frameon=False)
+    save(drawn, path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure what the command line says; 1 if a request failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, help="a run directory with a catalogue")
+    parser.add_argument("run_dir", type=Path, nargs="?", help="a run directory with a catalogue, or an export")
     parser.add_argument("--clients", default="1,4,16", help="numbers of clients at a time (default: 1,4,16)")
     parser.add_argument("--candidates", type=int, default=Load.candidates)
     parser.add_argument("--k", type=int, default=Load.k)
@@ -224,8 +264,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Load.seed)
     parser.add_argument("--url", help="a service that runs already, instead of one that is started here")
     parser.add_argument("--serve-option", action="append", default=[], help="of mtcl serve; may be repeated")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="without --out: write the figures to this file")
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
+                        help="folder of the run that is trained where none is given (%(default)s)")  # fmt: skip
+    options(parser, repeats=1, timeout_s=600)
     given = parser.parse_args(arguments)
+    if given.show:
+        return benchmark(parser, given, work=lambda what: None, todo=lambda: [], tables=tables, draw=draw)
+    if given.run_dir is None:
+        given.data.mkdir(parents=True, exist_ok=True)
+        given.run_dir = trained(given.data)
     load = Load(given.candidates, given.k, given.seconds, given.warmup_seconds, given.seed)
     catalogue = (
         Catalogue.load(readable_folder(given.run_dir / CATALOGUE))
@@ -237,6 +285,15 @@ def main(arguments: list[str] | None = None) -> int:
     running = contextlib.nullcontext(Running(given.url)) if given.url else service(given.run_dir, given.serve_option)
     with running as at:
         _wait_until_healthy(at.url, time.monotonic() + 10)
+        if given.out:
+            todo = [
+                {"clients": int(n), **asdict(load), "serve_options": given.serve_option}
+                for n in given.clients.split(",")
+            ]  # fmt: skip
+            return benchmark(
+                parser, given, work=lambda what: None, todo=lambda: todo, tables=tables, draw=draw,
+                one=lambda what: answered(asdict(measure(at.url, catalogue, what["clients"], load))),
+            )  # fmt: skip
         figures = [measure(at.url, catalogue, int(clients), load) for clients in given.clients.split(",")]
     show(figures, load)
     if given.json is not None:

@@ -2,12 +2,14 @@
 
 Ratios are what these figures are for, so contenders take turns (A B A B, all once and then all again), each in a
 process of its own where memory or threads would tell; medians are shown.  Every measurement is a JSON line, written at
-once and never made twice, so that a run that was broken off goes on where it stopped.
+once and never made twice at one commit, so that a run that was broken off goes on where it stopped.  What the lines say
+together is a document beside them; see `document.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -19,16 +21,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from document import CONSOLE, Line, Table, median, said, written
 
+__all__ = [
+    "CONSOLE", "Line", "about", "alternate", "benchmark", "carry_out", "figure", "in_process", "median", "options",
+    "peak_rss", "read", "run", "said", "save", "sweep",
+]  # fmt: skip
 DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
-Line = dict[str, Any]
-CONSOLE = Console(highlight=False, soft_wrap=True, width=150)
+# Of a processor's flags, those by which kernels are chosen.
+FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "f16c", "bf16", "asimd", "sve")
 
 
 # ---------------------------------------------------------------------- who measured
@@ -43,25 +50,42 @@ def about(*more: str) -> dict[str, Any]:
     return {
         "machine": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "flags": [flag for flag in _cpuinfo("flags", "Features").split() if any(of in flag for of in FLAGS)],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
         "python": platform.python_version(),
         "versions": {name: found for name in (*DISTRIBUTIONS, *more) if (found := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_told(sys.argv[1:])]),
     }
+
+
+def _told(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that only say where something is kept."""
+    told, skip = [], False
+    for word in arguments:
+        if not skip and word not in ("--out", "--data", "--picture", "--again"):
+            told.append(word)
+        skip = not skip and word in ("--out", "--data", "--picture")
+    return told
 
 
 def processor() -> str:
     """What the processor is called."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def _cpuinfo(*names: str) -> str:
+    """What Linux says of the first processor under one of these names; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
 
 
 def peak_rss() -> int:
@@ -76,12 +100,23 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+@cache
+def commit() -> str | None:
+    """The last commit that changed the package or a benchmark, and a digest of what has changed since.
+
+    Results and documents do not count: figures that are committed are still of the code that was measured.
+    """
+    root, code = Path(__file__).parents[1], ["mtcl_torchrec", "benchmarks/*.py", "pyproject.toml"]
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", str(root), *words, "--", *code], capture_output=True, check=True).stdout
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        last = git("log", "-1", "--format=%h", "--abbrev=12").decode().strip()
+        changed = git("diff", "HEAD") + git("ls-files", "--others", "--exclude-standard")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{last}-dirty-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else last
 
 
 # ---------------------------------------------------------------------- in which order, and what is kept
@@ -98,6 +133,11 @@ def read(path: Path) -> list[Line]:
     return found
 
 
+def latest(lines: Iterable[Line]) -> list[Line]:
+    """Of each repeat of each measurement the newest line."""
+    return list({_key(line["what"], line["repeat"]): line for line in lines}.values())
+
+
 def sweep(
     out: Path,
     todo: Sequence[Line],
@@ -105,33 +145,44 @@ def sweep(
     measure: Callable[[Line], Line | None],
     *,
     versions: Iterable[str] = (),
+    again: bool = False,
 ) -> list[Line]:
-    """Measure what is not in the file yet, all of `todo` once, then all again.
+    """Measure what the file does not have of this commit, all of `todo` once, then all again.
 
     Args:
         out: JSON lines: ``what``, ``repeat``, ``about``, and what `measure` returned.
         todo: what is measured; plain data, by which a line is known again.
         measure: one measurement; None where it failed, which is tried again another time.
         versions: see `about`.
+        again: measure also what is there.
 
     Returns:
-        All lines of the file that are of `todo`.
+        The lines of this commit that are of `todo`.
     """
-    done = {_key(line["what"], line["repeat"]) for line in read(out)}
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+
+    def known() -> list[Line]:
+        return latest(
+            line for line in read(out)
+            if line["about"]["commit"] == commit() and not (again and line["about"]["date"] < started)
+        )  # fmt: skip
+
+    done = {_key(line["what"], line["repeat"]) for line in known()}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for repeat in range(repeats):
         for what in todo:
             if _key(what, repeat) in done:
                 continue
-            said, started = about(*versions), time.perf_counter()
+            who, begun = about(*versions), time.perf_counter()
             result = measure(what)
             if result is None:
                 CONSOLE.print(f"FAILED: {what}", markup=False)
                 continue
-            took = time.perf_counter() - started
+            took = time.perf_counter() - begun
             with out.open("a") as file:
-                file.write(json.dumps({"what": what, "repeat": repeat, **result, "took_s": took, "about": said}) + "\n")
-    wanted = {_key(what, 0) for what in todo}
-    return [line for line in read(out) if _key(line["what"], 0) in wanted]
+                file.write(json.dumps({"what": what, "repeat": repeat, **result, "took_s": took, "about": who}) + "\n")
+    wanted = {_key(what, repeat) for what in todo for repeat in range(repeats)}
+    return [line for line in known() if _key(line["what"], line["repeat"]) in wanted]
 
 
 def _key(what: Line, repeat: int) -> str:
@@ -139,17 +190,26 @@ def _key(what: Line, repeat: int) -> str:
 
 
 def in_process(
-    script: Path, what: Line, *, timeout_s: float, threads: int | None = None, flags: Sequence[str] = ()
+    script: Path,
+    what: Line,
+    *,
+    timeout_s: float,
+    threads: int | None = None,
+    flags: Sequence[str] = (),
+    ranks: int | None = None,
 ) -> Line | None:
     """What ``script --worker WHAT --result FILE`` wrote there, run in a process of its own; None where it failed.
 
     Args:
         threads: of OpenMP; None leaves it to the environment.
         flags: more options of the script.
+        ranks: start so many processes by torchrun, of which the first writes; None starts one without it.
     """
     with tempfile.TemporaryDirectory(prefix="mtcl-benchmark-") as temporary:
         result, log = Path(temporary) / "result.json", Path(temporary) / "log.txt"
-        command = [sys.executable, str(script), "--worker", json.dumps(what), "--result", str(result), *flags]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        command = [sys.executable, *torchrun, str(script), "--worker", json.dumps(what), "--result", str(result)]
+        command += flags
         environment = dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
         run(command, log, timeout_s, environment)
         if not result.exists():
@@ -194,24 +254,75 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm: int 
     }
 
 
-def median(lines: Iterable[Line], figure: str) -> float:
-    """Of a figure of several lines."""
-    return statistics.median(line[figure] for line in lines)
-
-
 # ---------------------------------------------------------------------- how it is shown
 
 
 def options(parser: argparse.ArgumentParser, *, repeats: int, timeout_s: float) -> None:
     """The options of every benchmark that keeps lines."""
-    parser.add_argument("--out", type=Path, help="JSON lines, one a measurement; what is there is not done again")
+    parser.add_argument("--out", type=Path, help="JSON lines, one a measurement; what is there of this commit is not "
+                        "done again; beside it, .json has the figures and tables, .png the picture")  # fmt: skip
     parser.add_argument("--show", type=Path, help="measure nothing, print the tables of such a file")
-    parser.add_argument("--picture", type=Path, help="draw it, too (PNG)")
+    parser.add_argument("--picture", type=Path, help="draw it there (PNG; default: beside --out)")
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--repeats", type=int, default=repeats, help="of each measurement, interleaved (%(default)s)")
     parser.add_argument("--timeout", type=float, default=timeout_s, help="seconds for one measurement (%(default)g)")
     parser.add_argument("--threads", type=int, help="of OpenMP, in every process; default: as each comes")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+
+
+def benchmark(
+    parser: argparse.ArgumentParser,
+    given: argparse.Namespace,
+    *,
+    work: Callable[[Line], Line | None],
+    todo: Callable[[], Sequence[Line]],
+    tables: Callable[[list[Line]], list[Table]],
+    draw: Callable[[list[Line], Path], None],
+    one: Callable[[Line], Line | None] | None = None,
+    flags: Sequence[str] = (),
+    versions: Sequence[str] = (),
+) -> int:
+    """What a benchmark is asked for: one measurement in a worker, or all that are missing, their tables and picture.
+
+    Args:
+        parser, given: with `options`.
+        work: measures what a worker is told; None where another rank tells.
+        todo: all that is to be measured, in the order in which contenders take turns.
+        tables, draw: of lines.
+        one: makes one measurement; the default starts the script as a worker, with `flags`.
+        versions: see `about`.
+
+    Returns:
+        1 where a measurement has failed, else 0: what a process ends with.
+    """
+    if given.worker:
+        if (found := work(given.worker)) is not None:
+            given.result.write_text(json.dumps(found))
+        return 0
+    if not (given.out or given.show):
+        parser.error("--out FILE to measure, --show FILE to look")
+    script = Path(sys.argv[0]).resolve()
+
+    def started(what: Line) -> Line | None:
+        return in_process(script, what, timeout_s=given.timeout, threads=given.threads, flags=flags)
+
+    if given.show:
+        lines, complete = latest(read(given.show)), True
+    else:
+        wanted = todo()
+        lines = sweep(given.out, wanted, given.repeats, one or started, versions=versions, again=given.again)
+        complete = len(lines) == given.repeats * len(wanted)
+    shown = tables(lines) if lines else []
+    for table in shown:
+        table.print()
+    CONSOLE.print(said(lines))
+    picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
+    if picture and lines:
+        draw(lines, picture)
+    if given.out:
+        written(given.out.with_suffix(".json"), lines, shown, complete=complete, picture=picture if lines else None)
+    return int(not complete)
 
 
 def carry_out(
@@ -223,13 +334,11 @@ def carry_out(
     show: Callable[[list[Line]], None],
     draw: Callable[[list[Line], Path], None],
 ) -> None:
-    """What such a benchmark is asked for: one measurement in a worker, or all that are missing, and their table.
+    """As `benchmark`, of a script that prints its tables itself.
 
     Args:
-        parser, given: with `options`.
-        work: measures what a worker is told.
         measured: all lines, those that were missing too.
-        show, draw: tables, and a picture.
+        show: prints tables.
     """
     if given.worker:
         given.result.write_text(json.dumps(work(given.worker)))
@@ -240,22 +349,6 @@ def carry_out(
     show(lines)
     if given.picture:
         draw(lines, given.picture)
-
-
-def said(lines: Sequence[Line]) -> str:
-    """Machine, versions, commit and dates of the lines that a table shows."""
-    if not lines:
-        return "nothing was measured"
-    abouts = [line["about"] for line in lines]
-    machine = abouts[-1]
-    commits = ", ".join(dict.fromkeys(str(of["commit"]) for of in abouts))
-    dates = sorted(of["date"] for of in abouts)
-    load = statistics.median(of["load"][0] for of in abouts)
-    versions = ", ".join(f"{name} {of}" for name, of in machine["versions"].items())
-    return (
-        f"{machine['gpu'] or machine['machine']}, {machine['cores']} cores, {machine['capability']}; {versions}; "
-        f"commit {commits}; {dates[0][:16]} to {dates[-1][:16]}; load before a measurement, median {load:.1f}"
-    )
 
 
 def figure(*, wide: float = 7.0, high: float = 3.6, columns: int = 1) -> tuple[Any, Any]:

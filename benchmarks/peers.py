@@ -1,17 +1,18 @@
 """How fast this package trains beside what people would use instead: on the same rows, by the same kind of optimizer.
 
-    python benchmarks/peers.py --case small middle large growing --out results/peers.jsonl --picture results/peers.png
+    pip install -e '.[bench]'
+    python benchmarks/peers.py --case all --out results/peers.jsonl
     python benchmarks/peers.py --show results/peers.jsonl
     python benchmarks/peers.py --case middle --rows 100_000 --contenders ours torchrec --repeats 1 --out try.jsonl
 
 One pass over a Parquet file, each contender in a process of its own, in turn (see `contenders.py` for who they are;
-`rechub` and `deepctr` need ``pip install torch-rechub==0.9.0 deepctr-torch==0.3.0 requests``).  The first steps do not
-count.
+`rechub` and `deepctr` are of the extra "bench").  The first steps do not count.
 
-`samples/s` is of training, with whatever the contender's loader costs it; `from file` counts what it reads before it
-trains, too.  `cpu` is the processor time of a step, of all threads, which other programs on the machine disturb less
-than the rest.  `log-loss` of held-out rows afterwards shows that it has learnt; what is listed as parameters, that all
-trained as many.
+"ours is … times as fast" comes first: the median of the repeats' ratios (least–most), each of two processes that ran
+one after the other, reading included.  `log-loss` of held-out rows shows that a contender has learnt, `parameters` that
+all trained as many; `peak GB` is the most memory that its process had.  `samples/s` is of training, with whatever the
+contender's loader costs it; `from file` counts what it reads before it trains, too.  `cpu` is the processor time of a
+step, of all threads, which other programs on the machine disturb less than the rest.
 
 The cases: `small` is of the size of census-income; `middle` has 5 tables of 150,000 rows; `large` one of 10 million;
 `growing` is ours alone, the middle one with two tables of 100,000 to 30 million rows.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from measure import CONSOLE, Line, carry_out, figure, in_process, median, options, peak_rss, said, save, sweep
+from document import Table, median, ranged, ratios
+from measure import CONSOLE, Line, benchmark, figure, in_process, options, peak_rss, save
 from peer_cases import CASES, GROWING, Case, files_of
-
-from mtcl_torchrec.evaluation.report import plain_table
 
 DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
 PEERS = ("torch-rechub", "deepctr-torch")
@@ -86,7 +86,7 @@ def log_loss(labels: np.ndarray, predictions: np.ndarray) -> float:
 def todo(given: argparse.Namespace) -> list[Line]:
     """What is to be measured, contenders of a case in turn."""
     found = []
-    for name in given.case:
+    for name in CASES if "all" in given.case else given.case:
         case = CASES[name].sized(given.rows)
         sizes = (given.table_rows,) if given.table_rows else GROWING if name == "growing" else (case.table_rows,)
         for size in sizes:
@@ -111,33 +111,27 @@ def by_size(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
     return groups
 
 
-def slower(ours: list[Line], others: list[Line], key: str = "from_file_per_s") -> float:
-    """How often as fast ours are: the median over the repeats that both have."""
-    of = {line["repeat"]: line[key] for line in others}
-    ratios = [line[key] / of[line["repeat"]] for line in ours if line["repeat"] in of]
-    return statistics.median(ratios) if ratios else float("nan")
-
-
-def show(lines: list[Line]) -> None:
+def tables(lines: list[Line]) -> list[Table]:
     """A table for each case."""
+    found = []
     for (case, rows, table_rows, threads), of in by_size(lines).items():
         repeats = max(map(len, of.values()))
         title = f"{case}: {rows:,} rows, tables of {table_rows:,}, threads: {threads or 'default'}, median of {repeats}"
-        table = plain_table(title, ["", "samples/s", "from file", "ms a step", "cpu", "ours is … times as fast",
-                                    "log-loss", "parameters", "peak GB", "ready, s"])  # fmt: skip
-        for who, repeated in of.items():
-            ratio = slower(of["ours"], repeated) if "ours" in of else float("nan")
-            table.add_row(
-                who, f"{median(repeated, 'samples_per_s'):,.0f}", f"{median(repeated, 'from_file_per_s'):,.0f}",
-                f"{median(repeated, 'step_ms'):.1f}", f"{median(repeated, 'step_cpu_ms'):.1f}", f"{ratio:.2f}",
-                f"{median(repeated, 'log_loss'):.4f}",
+        heads = ["", "ours is … times as fast", "log-loss", "peak GB", "samples/s", "from file", "ms a step", "cpu",
+                 "ready, s", "parameters"]  # fmt: skip
+        cells = [
+            [
+                who, ranged(ratios(of.get("ours", []), repeated, "from_file_per_s")),
+                f"{median(repeated, 'log_loss'):.4f}", f"{median(repeated, 'peak_rss_bytes') / 1e9:.2f}",
+                f"{median(repeated, 'samples_per_s'):,.0f}", f"{median(repeated, 'from_file_per_s'):,.0f}",
+                f"{median(repeated, 'step_ms'):.1f}", f"{median(repeated, 'step_cpu_ms'):.1f}",
+                f"{median(repeated, 'ready_s'):.1f}",
                 f"{repeated[0]['table_parameters']:,} + {repeated[0]['dense_parameters']:,}",
-                f"{median(repeated, 'peak_rss_bytes') / 1e9:.2f}", f"{median(repeated, 'ready_s'):.1f}",
-            )  # fmt: skip
-        CONSOLE.print(table, "")
-        for problem in unequal(of):
-            CONSOLE.print(f"NOT EQUAL: {problem}")
-    CONSOLE.print(said(lines))
+            ]
+            for who, repeated in of.items()
+        ]  # fmt: skip
+        found.append(Table(title, heads, cells, " ".join(f"NOT EQUAL: {problem}." for problem in unequal(of))))
+    return found
 
 
 def unequal(of: dict[str, list[Line]]) -> list[str]:
@@ -178,10 +172,10 @@ def draw(lines: list[Line], path: Path) -> None:
     save(drawn, path)
 
 
-def main() -> None:
+def main() -> int:
     """Measure what is missing, print tables, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=["small", "middle", "large"])
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "all"], default=["small", "middle", "large"])
     parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, "ours_bf16"], help="default: all of them in fp32")
     parser.add_argument("--rows", type=int, help="of the training file, instead of the case's")
     parser.add_argument("--table-rows", type=int, help="of each table, instead of the case's")
@@ -191,15 +185,6 @@ def main() -> None:
     given = parser.parse_args()
     if not given.worker:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU
-    carry_out(
-        parser, given, work=lambda what: work(what, given.data), measured=lambda: _measured(given), show=show, draw=draw
-    )
-
-
-def _measured(given: argparse.Namespace) -> list[Line]:
-    wanted = todo(given)
-    for what in wanted:
-        files_of(CASES[what["case"]].sized(what["rows"], what["table_rows"]), given.data)
 
     def one(what: Line) -> Line | None:
         result = in_process(
@@ -210,8 +195,18 @@ def _measured(given: argparse.Namespace) -> list[Line]:
             CONSOLE.print(f"{what['case']}, {what['contender']}: {result['from_file_per_s']:,.0f} samples/s from file")
         return result
 
-    return sweep(given.out, wanted, given.repeats, one, versions=PEERS)
+    return benchmark(
+        parser, given, work=lambda what: work(what, given.data), todo=lambda: _todo(given), tables=tables, draw=draw,
+        one=one, versions=PEERS,
+    )  # fmt: skip
+
+
+def _todo(given: argparse.Namespace) -> list[Line]:
+    wanted = todo(given)
+    for what in wanted:
+        files_of(CASES[what["case"]].sized(what["rows"], what["table_rows"]), given.data)
+    return wanted
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

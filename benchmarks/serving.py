@@ -1,7 +1,12 @@
 """How fast a run is served: one user's candidates ranked, eager and exported, with tables of several precisions.
 
-    python benchmarks/serving.py runs/kuairand
-    python benchmarks/serving.py runs/kuairand --tables fp32,int8 --compiled no --candidates 500 --json serving.json
+    python benchmarks/serving.py --out results/serving.jsonl                     # trains a run on the demo's data first
+    python benchmarks/serving.py runs/kuairand --tables fp32 int8 --compiled no --candidates 500 --out serving.jsonl
+
+`eager` is the trained model as it is; `graph` an export, run by torch; `compiled` the same as machine code (where the
+machine has a C++ compiler); of each kind of tables one export.  "times as fast" is candidates/s of one user over those
+of `eager`, repeat by repeat.  `MB` is the export's file, or the numbers of the eager model; `differs by`, how far the
+export's predictions are from the eager ones at most.
 
 Each way of serving is asked the same: one user at a time, each with a draw of candidates and a context of their own;
 one user with the whole catalogue; 16 users together.  A time runs from the user's key to the data frame with the best
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,16 +27,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import about
+import yaml
+from document import Table, median, ranged, ratios
+from measure import Line, benchmark, commit, figure, options, peak_rss, save
 from rich.console import Console
-from rich.table import Table
 
+from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.export import export_run
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.run import train_run
 
 TOGETHER = 16  # users in one call
+EAGER = "eager"
 
 
 def timed(ask: Callable[[int], Any], times: int, warm: int = 5) -> dict[str, float]:
@@ -79,81 +90,128 @@ def measure(recommender: Recommender, *, candidates: int, times: int, seed: int 
     return result
 
 
-def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every way of serving the run."""
-    run = FinishedRun.load(given.run_dir)
-    ways: list[dict[str, Any]] = []
+# ---------------------------------------------------------------------- what is served
 
-    def add(name: str, load: Callable[[], Recommender], **about: Any) -> None:
-        start = time.perf_counter()
-        recommender = load()
-        loading = time.perf_counter() - start
-        ways.append({"way": name, "load_s": loading, **about})
-        ways[-1] |= measure(recommender, candidates=given.candidates, times=given.times, seed=given.seed)
 
-    add("eager", lambda: Recommender.load(given.run_dir))
-    for path in given.file:
-        artefact, about = Artefact.load(path), {"file_mb": path.stat().st_size / 1e6}
-        for compiled in (False, True) if artefact.compiled else (False,):
-            way = f"{artefact.manifest['tables']} {'compiled' if compiled else 'graph'}"
-            add(way, lambda path=path, code=compiled: Recommender(Artefact.load(path, compiled=code)), **about)
-    with tempfile.TemporaryDirectory() as name:
-        for tables in given.tables:
-            path = Path(name) / f"{tables}.mtcl"
-            start = time.perf_counter()
-            made = export_run(run, path, tables=tables, compiled=given.compiled)
-            about = {"export_s": time.perf_counter() - start, "file_mb": made.bytes / 1e6,
-                     "difference": max(made.difference.values())}  # fmt: skip
-            add(f"{tables} graph", lambda path=path: Recommender(Artefact.load(path, compiled=False)), **about)
-            if made.compiled:
-                add(f"{tables} compiled", lambda path=path: Recommender(Artefact.load(path, compiled=True)), **about)
+def trained(folder: Path) -> Path:
+    """A run on the demo's data, one epoch, trained where it is not there yet."""
+    place = folder / "run"
+    if not (folder / "trained").exists():
+        raw = yaml.safe_load(kuairand.example_run())
+        raw["training"] |= {"epochs": 1}
+        train_run(parse_run(yaml.safe_dump(raw)), place, device="cpu", console=Console(quiet=True))
+        (folder / "trained").touch()
+    return place
+
+
+def exported(run_dir: Path, folder: Path, kinds: list[str], compiled: str) -> dict[str, dict[str, Any]]:
+    """Way -> what is known of its export, made where it is not there yet."""
+    ways: dict[str, dict[str, Any]] = {EAGER: {}}
+    for tables in kinds:
+        path, note = folder / f"{tables}-{compiled}.mtcl", folder / f"{tables}-{compiled}.json"
+        if not note.exists():
+            started = time.perf_counter()
+            made = export_run(FinishedRun.load(run_dir), path, tables=tables, compiled=compiled)
+            known = {"export_s": time.perf_counter() - started, "model_mb": made.bytes / 1e6,
+                     "difference": max(made.difference.values()), "compiled": bool(made.compiled)}  # fmt: skip
+            note.write_text(json.dumps(known))
+        known = json.loads(note.read_text())
+        ways[f"{tables} graph"] = known | {"file": str(path), "code": False}
+        if known["compiled"]:
+            ways[f"{tables} compiled"] = known | {"file": str(path), "code": True}
     return ways
 
 
-def show(ways: list[dict[str, Any]], console: Console) -> None:
-    """Print a table: milliseconds, unless it is said."""
-    first = ways[0]
-    table = Table(title=f"1 user × {first['candidates']} candidates, × {first['items']:,} items, "
-                        f"{TOGETHER} users × {first['candidates']}")  # fmt: skip
-    for column in ("", "p50", "p99", "cpu", "cand/s", "all p50", "16 users p50", "cand/s", "file MB", "differs by"):
-        table.add_column(column, justify="left" if not column else "right")
-    for way in ways:
-        one = way["one_user"]
-        table.add_row(
-            way["way"], *(f"{one[n]:.1f}" for n in ("p50", "p99", "cpu")), f"{way['candidates_per_s']:,.0f}",
-            f"{way['catalogue']['p50']:.0f}", f"{way['together']['p50']:.0f}", f"{way['together_per_s']:,.0f}",
-            f"{way['file_mb']:.1f}" if "file_mb" in way else "",
-            f"{way['difference']:.1g}" if "difference" in way else "",
-        )  # fmt: skip
-    console.print(table)
+def work(what: Line, folder: Path, run_dir: Path) -> Line:
+    """One way of serving, in this process."""
+    torch.set_num_threads(what["threads"] or 1)
+    known = exported(run_dir, folder, what["kinds"], what["compiled"])[what["way"]]
+    started = time.perf_counter()
+    if what["way"] == EAGER:
+        recommender = Recommender.load(run_dir)
+        model = FinishedRun.load(run_dir).model
+        known = {"model_mb": sum(value.nbytes for value in model.state_dict().values()) / 1e6}
+    else:
+        recommender = Recommender(Artefact.load(Path(known["file"]), compiled=known["code"]))
+    found = {"load_s": time.perf_counter() - started}
+    found |= {name: known[name] for name in ("export_s", "model_mb", "difference") if name in known}
+    found |= measure(recommender, candidates=what["candidates"], times=what["times"], seed=what["seed"])
+    return found | {"peak_rss_bytes": peak_rss()}
 
 
-def arguments() -> argparse.Namespace:
+# ---------------------------------------------------------------------- shown
+
+
+def by_way(lines: list[Line]) -> dict[str, list[Line]]:
+    """Way -> repeats."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line["what"]["way"], []).append(line)
+    return groups
+
+
+def tables(lines: list[Line]) -> list[Table]:
+    """One table: milliseconds, unless it is said."""
+    first, groups, cells = lines[0], by_way(lines), []
+    for way, of in groups.items():
+        one = [line["one_user"] for line in of]
+        cells.append([
+            way, ranged(ratios(of, groups.get(EAGER, []), "candidates_per_s")),
+            f"{median(of, 'candidates_per_s'):,.0f}", *(f"{median(one, n):.1f}" for n in ("p50", "p99", "cpu")),
+            f"{median([line['catalogue'] for line in of], 'p50'):.0f}",
+            f"{median([line['together'] for line in of], 'p50'):.0f}", f"{median(of, 'together_per_s'):,.0f}",
+            f"{median(of, 'model_mb'):.1f}", f"{of[0]['difference']:.1g}" if "difference" in of[0] else "",
+            f"{median(of, 'load_s'):.1f}",
+        ])  # fmt: skip
+    heads = ["", "times as fast", "cand/s", "p50 ms", "p99 ms", "cpu ms", "catalogue, p50", f"{TOGETHER} users, p50",
+             "their cand/s", "MB", "differs by", "loads in s"]  # fmt: skip
+    title = f"serving: 1 user × {first['candidates']} candidates of {first['items']:,} items"
+    return [Table(title, heads, cells)]
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Candidates a second, and sizes, of each way."""
+    groups = by_way(lines)
+    drawn, axes = figure(wide=8.4, high=3.2, columns=2)
+    for axis, name, said in ((axes[0], "candidates_per_s", "candidates/s, one user at a time"),
+                             (axes[1], "model_mb", "MB")):  # fmt: skip
+        values = [median(of, name) for of in groups.values()]
+        axis.bar_label(axis.bar(list(groups), values), fmt="%.0f", fontsize=8)
+        axis.tick_params(axis="x", labelsize=7, rotation=20)
+        axis.set_title(said, fontsize=9)
+    save(drawn, path)
+
+
+def main() -> int:
+    """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, help="what `mtcl demo` or `mtcl train` wrote")
-    parser.add_argument("--tables", default="fp32,int8", help="precisions to export (%(default)s)")
+    parser.add_argument("run_dir", type=Path, nargs="?", help="what `mtcl demo` or `mtcl train` wrote")
+    parser.add_argument("--tables", nargs="+", default=["fp32", "int8"], help="precisions to export (%(default)s)")
     parser.add_argument("--compiled", choices=["auto", "yes", "no"], default="auto", help="machine code (%(default)s)")
-    parser.add_argument(
-        "--file", type=Path, action="append", default=[], help="an export of the run that stands already"
-    )
     parser.add_argument("--candidates", type=int, default=500, help="of one user (%(default)s)")
     parser.add_argument("--times", type=int, default=200, help="requests to time (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all numbers")
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
+                        help="folder of the run and of its exports (%(default)s)")  # fmt: skip
+    options(parser, repeats=3, timeout_s=600)
     given = parser.parse_args()
-    given.tables = [name for name in given.tables.split(",") if name]
-    return given
+    given.data.mkdir(parents=True, exist_ok=True)
+    run_dir = given.run_dir or given.data / "run"
 
+    def todo() -> list[Line]:
+        if given.run_dir is None:
+            trained(given.data)
+        return [
+            {"way": way, "run": run_dir.name, "kinds": given.tables, "compiled": given.compiled,
+             "candidates": given.candidates, "times": given.times, "seed": given.seed, "threads": given.threads}
+            for way in exported(run_dir, given.data, given.tables, given.compiled)
+        ]  # fmt: skip
 
-def main() -> None:
-    given = arguments()
-    torch.set_num_threads(given.threads)
-    ways = compare(given)
-    show(ways, Console(width=130))
-    if given.json:
-        given.json.write_text(json.dumps({"about": about(), "ways": ways}, indent=1) + "\n", encoding="utf-8")
+    return benchmark(
+        parser, given, work=lambda what: work(what, given.data, run_dir), todo=todo, tables=tables, draw=draw,
+        flags=[str(run_dir), "--data", str(given.data)],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

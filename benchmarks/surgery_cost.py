@@ -28,7 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec import MTCL, MMoE, MTBatch, MTCLTrain, Task
 from mtcl_torchrec.config import OptimizersConfig
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.modules.balance.surgery import KINDS, GradientSurgery
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.sharding import Ranks, ranks

@@ -5,10 +5,10 @@ One setting, on one rank or under torchrun:
     python benchmarks/training.py --vocabulary 1_000_000
     torchrun --nproc_per_node 2 benchmarks/training.py --vocabulary 1_000_000 --trunk ple --json two.json
 
-Lists of settings: each runs in processes of its own, interleaved, as often as --repeats says; of each setting, the
-repeat of median speed is shown.
+Lists of settings and of numbers of ranks: each runs in processes of its own, in turn, as often as --repeats says.
 
-    python benchmarks/training.py --ranks 1,2,4 --vocabulary 100_000,1_000_000,30_000_000 --repeats 3 --json all.json
+    python benchmarks/training.py --ranks 1,2,4 --vocabulary 100_000,1_000_000,30_000_000 --out results/training.jsonl
+    python benchmarks/training.py --show results/training.jsonl
 
 samples/s and ms per step are measured on the train pipeline of `mtcl train`, with nothing added but a clock.  After
 that, further steps are made by hand with no overlap and a clock around each part (on CUDA the device is waited for at
@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -35,12 +33,13 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import yaml
-from measure import about, peak_rss
-from measure import run as run_command
-from rich.console import Console
+from document import CONSOLE
+from measure import Line, about, benchmark, in_process, options, peak_rss
 from step_parts import PARTS, take_apart
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from training_tables import draw, tables
+from volume import Traffic, by_formula, placed
 
 from mtcl_torchrec.config import RunConfig, parse_run
 from mtcl_torchrec.config.sharding import ShardingKind
@@ -52,14 +51,12 @@ from mtcl_torchrec.data.splits import load_splits
 from mtcl_torchrec.data.synthetic_files import write_parquet
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
 from mtcl_torchrec.data.worlds import READY_WORLDS, ready_world, world_run
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.sharding import Ranks, local_shards, ranks, tables_of
 
-METHOD = (__doc__ or "").rsplit("\n\n", 1)[-1].strip().replace("\n", " ")
 INPUTS = ("memory", "generated", "parquet")
 MEMORY_ROWS = 500_000
 
@@ -86,10 +83,6 @@ class Setting:
     window: int = 65_536
     workers: int = 1
     device: str = "auto"
-
-    def flags(self) -> list[str]:
-        """The setting as options of the command line."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items()]
 
     def rows_for(self, world_size: int) -> int:
         """Rows of the training split, whole steps of all ranks."""
@@ -209,6 +202,8 @@ def _train(
     if isinstance(pipeline, TrainPipelineSparseDist):
         pipeline.detach()
     apart = take_apart(sharded, optimizer, schedule, batches, where.device, setting.apart_steps)
+    dense = sum(p.numel() for p in model.tower.parameters())
+    sent, computed = _volume(setting, sharded, optimizer, batches, where, dense)
     cuda = where.device.type == "cuda"
     return {
         "seconds": seconds,
@@ -219,8 +214,26 @@ def _train(
         "peak_rss_bytes": peak_rss(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated(where.device) if cuda else None,
         "table_bytes": _table_bytes(sharded),
-        "dense_parameters": sum(p.numel() for p in model.tower.parameters()),
+        "dense_parameters": dense,
+        "sent_bytes": sent,
+        "computed_bytes": computed,
     }
+
+
+def _volume(
+    setting: Setting, model: DistributedModelParallel, optimizer: Any, batches: Batches, where: Ranks, dense: int
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Bytes that this rank sends in one step, and what all ranks must send by formula; see `volume.py`."""
+    with Traffic() as traffic:
+        optimizer.zero_grad()
+        loss, _ = model(next(batches).to(where.device))
+        loss.backward()
+        optimizer.step()
+    try:
+        cut = {"ranks": where.world_size, "batch_size": setting.batch_size}
+        return dict(traffic.bytes), by_formula(placed(model), dense, **cut)
+    except NotImplementedError:
+        return dict(traffic.bytes), None
 
 
 def _settle(where: Ranks) -> None:
@@ -256,103 +269,40 @@ def _over_ranks(setting: Setting, of_ranks: list[dict[str, Any]]) -> dict[str, A
         "peak_rss_bytes": max(own["peak_rss_bytes"] for own in of_ranks),
         "peak_cuda_bytes": max(own["peak_cuda_bytes"] or 0 for own in of_ranks) or None,
         "table_bytes": sum(own["table_bytes"] for own in of_ranks),
+        "sent_bytes": {
+            part: sum(own["sent_bytes"].get(part, 0.0) for own in of_ranks)
+            for part in sorted({part for own in of_ranks for part in own["sent_bytes"]})
+        },
+        "computed_bytes": of_ranks[0]["computed_bytes"],
         "of_ranks": of_ranks,
     }
 
 
-# ---------------------------------------------------------------------- several settings
+# ---------------------------------------------------------------------- several settings, and what is shown
 
 
-def sweep(
-    settings: list[tuple[int, Setting]], repeats: int, timeout_s: float, out: Path | None, console: Console
-) -> list[dict[str, Any]]:
-    """Measure each setting in processes of its own, all settings once, then all again.
-
-    Args:
-        settings: number of ranks and setting.
-        timeout_s: for one run; what takes longer is stopped and reported as failed.
-        out: written after each run, so that nothing is lost if the sweep is broken off.
-
-    Returns:
-        One result for each run that did not fail.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `_launch`, which ends torchrun and so the ranks
-    results: list[dict[str, Any]] = []
-    for repeat, (world_size, setting) in product(range(repeats), settings):
-        name = f"{world_size} × {setting.vocabulary:,} rows, {setting.input}"
-        load = os.getloadavg()[0]
-        result = _launch(world_size, setting, timeout_s, console)
-        if result is None:
-            console.print(f"FAILED: {name}", highlight=False)
-            continue
-        results.append(result | {"repeat": repeat, "load_before": load})
-        write(results, out)
-        console.print(f"{name}: {result['samples_per_s']:,.0f} samples/s (load {load:.1f})", highlight=False)
-    return results
+def work(what: Line) -> Line | None:
+    """One setting on this process's ranks; the first tells."""
+    with ranks(what["setting"]["device"]) as where:
+        result = measure(Setting(**what["setting"]), where)
+        return {name: value for name, value in result.items() if name != "setting"} if where.first else None
 
 
-def _launch(world_size: int, setting: Setting, timeout_s: float, console: Console) -> dict[str, Any] | None:
-    with tempfile.TemporaryDirectory(prefix="mtcl-benchmark-") as temporary:
-        out, log = Path(temporary) / "result.json", Path(temporary) / "log.txt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command += [str(Path(__file__).resolve()), *setting.flags(), f"--json={out}"]
-        # One thread each, so that numbers of ranks can be compared.
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        run_command(command, log, timeout_s, environment)
-        if not out.exists():
-            console.print(log.read_text(errors="replace")[-3000:], highlight=False, markup=False)
-            return None
-        return json.loads(out.read_text())["runs"][0]
-
-
-def of_median_speed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each setting the repeat whose samples/s are the median (of an even number: the slower of the two)."""
-    by_setting: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        by_setting.setdefault(json.dumps([result["ranks"], result["setting"]]), []).append(result)
-    ordered = [sorted(group, key=lambda r: r["samples_per_s"]) for group in by_setting.values()]
-    return [group[(len(group) - 1) // 2] for group in ordered]
-
-
-# ---------------------------------------------------------------------- what is shown and stored
-
-
-def show(results: list[dict[str, Any]], console: Console) -> None:
-    """A table for each input and vocabulary, with a column for each number of ranks."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault((result["setting"]["input"], result["setting"]["vocabulary"]), []).append(result)
-    for (source, vocabulary), group in groups.items():
-        title = f"{vocabulary:,} users and as many items, input: {source}"
-        table = plain_table(title, ["", *(f"{r['ranks']} rank{'s' * (r['ranks'] > 1)}" for r in group)])
-        table.add_row("samples/s", *(f"{r['samples_per_s']:,.0f}" for r in group))
-        for name, key in (("ms per step", "mean"), ("  median", "median"), ("  90th percentile", "p90"),
-                          ("  waiting for input", "waiting for input")):  # fmt: skip
-            table.add_row(name, *(f"{r['step_ms'][key]:,.1f}" for r in group))
-        for part in ("step", *PARTS):
-            name = "the step taken apart, ms" if part == "step" else f"  {part}"
-            table.add_row(name, *(f"{r['apart_ms'][part]:,.1f}" for r in group))
-        table.add_row("tables, all ranks, GB", *(f"{r['table_bytes'] / 1e9:.2f}" for r in group))
-        table.add_row("peak memory, a rank, GB", *(f"{r['peak_rss_bytes'] / 1e9:.2f}" for r in group))
-        if any(r["peak_cuda_bytes"] for r in group):
-            table.add_row("peak on the GPU, GB", *(f"{(r['peak_cuda_bytes'] or 0) / 1e9:.2f}" for r in group))
-        table.add_row("data ready after, s", *(f"{r['setup_s']['data']:.1f}" for r in group))
-        table.add_row("model ready after, s", *(f"{r['setup_s']['model']:.1f}" for r in group))
-        console.print(table, "")
-
-
-def write(results: list[dict[str, Any]], out: Path | None) -> None:
-    """All results as JSON."""
-    if out is not None:
-        content = {"about": about(), "method": METHOD, "parts": PARTS, "runs": results}
-        out.write_text(json.dumps(content, indent=1) + "\n")
+def started(what: Line, *, timeout_s: float, threads: int | None) -> Line | None:
+    """The same in processes of its own; one thread each where nothing is said, so that ranks can be compared."""
+    result = in_process(
+        Path(__file__).resolve(), what, timeout_s=timeout_s, threads=threads or 1, ranks=what["ranks"]
+    )  # fmt: skip
+    if result:
+        CONSOLE.print(f"{what['ranks']} × {what['setting']['batch_size']:,} rows: {result['samples_per_s']:,.0f}/s")
+    return result
 
 
 def _whole(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option, default = parser.add_argument, Setting()
     option("--world", choices=READY_WORLDS, default=default.world)
@@ -379,38 +329,40 @@ def _arguments() -> argparse.Namespace:
     option("--device", choices=["auto", "cpu", "cuda"], default=default.device)
     option("--ranks", type=_whole, metavar="N[,N…]", help="numbers of ranks to start; without it, and under torchrun, "
            "one setting is measured in this process")  # fmt: skip
-    option("--repeats", type=int, default=1, help="of each setting")
-    option("--timeout", type=float, default=600, help="seconds for one run of several")
-    option("--json", type=Path, help="write all results")
-    arguments = parser.parse_args()
-    wrong = [kind for kind in arguments.input if kind not in INPUTS]
-    if wrong:
-        parser.error(f"--input: {wrong[0]!r} is none of {', '.join(INPUTS)}")
-    return arguments
+    option("--json", type=Path, help="of one setting in this process: write its result")
+    options(parser, repeats=1, timeout_s=600)
+    return parser
 
 
 def main() -> int:
-    """Measure, print, write JSON; 1 where a run of several failed."""
-    given = _arguments()
+    """Measure, print, keep; 1 where a run of several failed."""
+    parser = _parser()
+    given = parser.parse_args()
+    wrong = [kind for kind in given.input if kind not in INPUTS]
+    if wrong:
+        parser.error(f"--input: {wrong[0]!r} is none of {', '.join(INPUTS)}")
     single = {f.name: getattr(given, f.name) for f in fields(Setting) if f.name not in ("vocabulary", "input")}
     settings = [
         replace(Setting(**single), input=source, vocabulary=vocabulary)
         for source, vocabulary in product(given.input, given.vocabulary)
     ]
-    console = Console(soft_wrap=True)
-    if given.ranks is None and given.repeats == 1 and len(settings) == 1:
-        with ranks(given.device) as where:
-            results, planned, first = [measure(settings[0], where)], 1, where.first
-    elif "RANK" in os.environ:
-        raise SystemExit("under torchrun, give one setting: no --ranks, no --repeats, no lists")
-    else:
-        combinations = [(n, setting) for setting in settings for n in given.ranks or [1]]
-        results, first = sweep(combinations, given.repeats, given.timeout, given.json, console), True
-        planned = given.repeats * len(combinations)
+    if given.worker or given.out or given.show:
+        todo = [{"ranks": n, "setting": asdict(setting)} for setting in settings for n in given.ranks or [1]]
+        return benchmark(
+            parser, given, work=work, todo=lambda: todo, tables=tables, draw=draw,
+            one=lambda what: started(what, timeout_s=given.timeout, threads=given.threads),
+        )  # fmt: skip
+    if given.ranks or len(settings) > 1:
+        parser.error("several settings need --out FILE")
+    with ranks(given.device) as where:
+        result, first = measure(settings[0], where), where.first
     if first:
-        show(of_median_speed(results), console)
-        write(results, given.json)
-    return int(len(results) < planned)
+        line = {"what": {"ranks": result["ranks"], "setting": result["setting"]}, "repeat": 0, **result}
+        for table in tables([line]):
+            table.print()
+        if given.json:
+            given.json.write_text(json.dumps({"about": about(), "parts": PARTS, "result": result}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

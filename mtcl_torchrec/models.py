@@ -129,9 +129,10 @@ class MTCL(nn.Module):
         feature_groups: sparse feature -> its groups; needed where a task is restricted by `Task.inputs` or has a dot
             head (`Task.head`).
         dense_groups: groups of each dense column; likewise.
-        precision: ``"bf16"`` computes everything after the embeddings under autocast, in evaluation too; parameters,
-            logits, losses and predictions stay float32.  It needs no GradScaler, and must have none: a scaled loss
-            would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is slower in it.
+        precision: ``"bf16"`` computes everything between the embeddings and the heads under autocast, in evaluation
+            too; parameters, heads, losses and predictions stay float32.  It needs no GradScaler, and must have none: a
+            scaled loss would reach tables whose optimizer is fused into backward.  A CPU without bf16 instructions is
+            slower in it.
         epnet, ppnet: PEPNet's gates on the embeddings and on the towers, see `mtcl_torchrec.modules.gates`.
         calibration: of the predictions that it returns and fuses, not of the logits that train; may be set after
             training, too, as ``model.output.calibration``.
@@ -140,9 +141,13 @@ class MTCL(nn.Module):
             histories and their candidates are looked up; `lookups` holds a
             `mtcl_torchrec.modules.sequences.Sequences` then.
         lstm_towers: an LSTM for each task beside its representation.
+        base_rates: binary task -> how often its event happens among all rows, such as ``{"click": 0.44}``; multiclass
+            task -> the share of each class.  The untrained model then predicts about that, where it would begin at even
+            odds and learn first that a like is rare.  Runs from a YAML count them.
 
     Raises:
-        ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups.
+        ValueError: tasks of one name, a fused score over an unknown task, a restricted task without groups, or base
+            rates that do not fit, see `mtcl_torchrec.modules.heads.starting_logits`.
 
     Example:
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -202,6 +207,7 @@ class MTCL(nn.Module):
         lookups: Sequence[nn.Module] = (),
         embedding_collection: nn.Module | Sequence[nn.Module] | None = None,
         lstm_towers: LSTMTowers | None = None,
+        base_rates: Mapping[str, float | Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -247,6 +253,7 @@ class MTCL(nn.Module):
             ppnet=ppnet,
             lstm_towers=lstm_towers,
             histories={name: of for part in sequences for name, of in part.inputs().items()},
+            base_rates=base_rates,
         )
         self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score), dims, calibration)
 

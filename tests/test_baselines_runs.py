@@ -11,6 +11,7 @@ import shop
 
 from mtcl_torchrec.baselines import BASELINES, Budget, run_baselines
 from mtcl_torchrec.baselines import run as baselines_run
+from mtcl_torchrec.baselines.progress import Doing
 from mtcl_torchrec.baselines.search import Found
 from mtcl_torchrec.baselines.store import load_part, save_part
 from mtcl_torchrec.cli import main
@@ -115,8 +116,8 @@ def test_what_is_done_is_not_done_again(mtcl, folder, monkeypatch):
     assert shown.count("done before") == 2
     assert json.loads((where / "baselines.json").read_text()) == before
     status, shown, _ = mtcl("baselines", "run.yaml", "--list")
-    assert re.search(r"popularity +6 +\d", shown)
-    assert re.search(r"trees +– +– +gradient", shown)
+    assert re.search(r"popularity +what an item usually gets; done, 6 trials, \d+ s", shown)
+    assert re.search(r"trees +gradient-boosted, .*learn\n", shown)
     # Networks hang on all of the run, the others on its data: another trunk leaves them done, other rows do not.
     (folder / "run.yaml").write_text(SMALL.replace("num_experts: 3", "num_experts: 2"))
     assert mtcl(*arguments)[1].count("done before") == 2
@@ -126,9 +127,11 @@ def test_what_is_done_is_not_done_again(mtcl, folder, monkeypatch):
     assert len(loaded) == 2
 
 
-def test_after_an_interruption_the_search_goes_on_with_the_next_task(folder, monkeypatch):
+def test_after_an_interruption_the_search_goes_on_with_the_next_trial(folder, monkeypatch):
     run = parse_run(SMALL, folder=folder)
     usual, called = BASELINES["popularity"], []
+
+    lines, told = list[str](), list[Doing]()
 
     def fit(job, tasks, settings, until=99):
         if len(called) == until:
@@ -138,15 +141,23 @@ def test_after_an_interruption_the_search_goes_on_with_the_next_task(folder, mon
 
     def go(**changes):
         monkeypatch.setitem(BASELINES, "popularity", dataclasses.replace(usual, **changes))
-        return run_baselines(run, folder / "out", only=["popularity"], budget=Budget(2), say=lambda line: None)
+        options = {"budget": Budget(2), "say": lines.append, "progress": told.append}
+        return run_baselines(run, folder / "out", only=["popularity"], **options)
 
     with pytest.raises(KeyboardInterrupt):
         go(fit=lambda *a: fit(*a, until=3))
     assert called == ["buy", "buy", "click"]  # buy counts most in the fused score, and is done
     assert not (folder / "out" / "baselines.json").exists()
     entry = go(fit=fit)["popularity"]
-    assert called[3:] == ["click", "click", "stars", "stars"]
+    assert called[3:] == ["click", "stars", "stars"]
     assert entry["trials"] == 6
+    assert any(
+        re.fullmatch(r"popularity: goes on after 3 trials done before, which took \d+ s", line) for line in lines
+    )
+    assert [(doing.title, doing.trial, doing.done) for doing in told[-3:]] == [
+        ("click", 2, 3), ("stars", 1, 4), ("stars", 2, 5),
+    ]  # fmt: skip
+    assert all(doing.total == 6 and doing.seconds >= 0 for doing in told[-3:])
     again = run_baselines(run, folder / "again", only=["popularity"], budget=Budget(2), say=lambda line: None)
     assert again["popularity"]["metrics"] == entry["metrics"]
 
@@ -249,10 +260,67 @@ def test_what_cannot_be_run_says_so(folder, monkeypatch):
         run_baselines(numbers, folder / "other", only=["als"], say=lambda line: None)
 
 
-def test_beside_a_run_its_own_figures_stand_in_the_table(mtcl, folder):
-    assert mtcl("train", "run.yaml", "-o", "run", "--device", "cpu")[0] == 0
-    status, shown, _ = mtcl("baselines", "run", "--only", "popularity", "--trials", 1)
+def test_beside_a_run_its_own_figures_stand_in_the_table_and_all_rank_by_its_score_of_now(mtcl, folder, monkeypatch):
+    asked = ("--only", "popularity,als", "--trials", 1)
+    shown = mtcl("baselines", "run.yaml", *asked)[1]
+    assert "runs/ holds no finished run of run.yaml as it stands: the baselines stand alone in runs/shop-base" in shown
+    assert "this run" not in shown.split("What the search cost")[0]
+    assert mtcl("train", "run.yaml", "-o", "runs/one", "--device", "cpu")[0] == 0
+    status, shown, _ = mtcl("baselines", "run.yaml", *asked)
     assert status == 0
-    of_run = json.loads((folder / "run" / "metrics.json").read_text())["evaluations"]["test"]["tasks"]["click"]["auc"]
+    place = folder / "runs/one"
+    assert "run.yaml is the run in runs/one: the baselines are set beside it" in shown
+    of_run = json.loads((place / "metrics.json").read_text())["evaluations"]["test"]["tasks"]["click"]["auc"]
     assert re.search(rf"this run +{of_run:.4f}", shown)
-    assert (folder / "run" / "baselines" / "popularity" / "predictions" / "test.parquet").is_file()
+    assert "* is the best of its column" in shown
+    assert "± is half of a 95 % interval, paired over users" in shown
+    assert "– als: predicts events only, and 'stars' is a regression task" in shown
+    assert re.search(r"Who is ahead, beyond chance.*\n  (this run is ahead of|no difference|click|buy|stars)", shown)
+    table = read_predictions(place / "baselines/popularity/predictions/test.parquet")
+    own = read_predictions(place / "predictions/test.parquet")
+    labels = own.labels("click")
+    apart = auc(labels, table.predicted("click")) - auc(labels, own.predicted("click"))
+    assert f"{apart:+.4f} ± " in shown.split("split: quality")[1].split("AUC within")[0]
+
+    # The run ranks by another score: nothing is trained again, and nothing stale is left, whatever is asked for.
+    for name in ("popularity", "als"):
+        monkeypatch.setitem(BASELINES, name, dataclasses.replace(BASELINES[name], fit=None))
+    before = json.loads((place / "baselines.json").read_text())
+    status, shown, _ = mtcl("fuse", "runs/one", "--set", "click=1,buy=0,stars=0")
+    assert status == 0
+    assert "baselines that rank by it now, too, without training: popularity, als" in shown
+    table = read_predictions(place / "baselines/popularity/predictions/test.parquet")
+    np.testing.assert_allclose(table.score, table.predicted("click"), atol=1e-6)
+    after = json.loads((place / "baselines.json").read_text())
+    for name, entry in after.items():
+        same = {key: value for key, value in entry.items() if key not in ("metrics", "judged_by", "notes")}
+        assert same == {key: before[name][key] for key in same}
+        tasks = entry["metrics"]["test"]["tasks"]
+        assert tasks == before[name]["metrics"]["test"]["tasks"]
+        assert entry["metrics"]["test"]["ranking"]["fused"]["auc click"] == pytest.approx(tasks["click"]["auc"])
+    # So too by `mtcl baselines` alone, after the score was set by another hand.
+    text = (place / "fusion/fusion.yaml").read_text()
+    (place / "fusion/fusion.yaml").write_text(text.replace("click: 1.0", "click: 0.0").replace("buy: 0.0", "buy: 1.0"))
+    status, shown, _ = mtcl("baselines", "runs/one", "--only", "popularity", "--trials", 1)
+    assert status == 0
+    assert "without training: popularity, als" in shown
+    table = read_predictions(place / "baselines/als/predictions/val.parquet")
+    np.testing.assert_allclose(table.score, table.predicted("buy"), atol=1e-6)
+    assert "without training" not in mtcl("baselines", "runs/one", "--only", "als", "--trials", 1)[1]
+
+
+def test_another_configuration_or_other_files_are_another_run(folder):
+    from mtcl_torchrec.baselines.beside import run_directory_of
+
+    run = parse_run(SMALL, folder=folder)
+    assert run_directory_of(run, folder / "runs") is None
+    for name, text in (("one", SMALL), ("two", SMALL.replace("epochs: 1", "epochs: 2")), ("damaged", "schema: [")):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "run.yaml").write_text(text.replace("log: log", "log: ../../log"))
+    assert run_directory_of(run, folder / "runs") is None  # none has finished
+    for name in ("one", "two", "damaged"):
+        (folder / "runs" / name / "metrics.json").write_text("{}")
+    assert run_directory_of(run, folder / "runs") == folder / "runs/one"
+    shop.log(1500, seed=1).to_parquet(folder / "runs/log.parquet", index=False)
+    (folder / "runs/one/run.yaml").write_text(SMALL.replace("log: log", "log: ../log"))
+    assert run_directory_of(run, folder / "runs") is None

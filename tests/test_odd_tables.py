@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mtcl_torchrec.evaluation.compare import compare_tables
-from mtcl_torchrec.evaluation.details import print_details, print_differences, print_intervals, print_segments
+from mtcl_torchrec.evaluation.details import print_details, print_differences, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking
@@ -43,7 +43,6 @@ def judged(of, *tasks, segments=(), k=(1, 5), event="click"):
     print_evaluation(found, "test", console)
     print_details(found, console, k)
     print_segments(found, console)
-    print_intervals(found.intervals, console)
     print_differences(differences, ("a", "b"), console)
     return found, console.file.getvalue()
 

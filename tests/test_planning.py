@@ -14,7 +14,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from typer.testing import CliRunner
 
-from mtcl_torchrec.cli import app
+from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import ShardingConfig, TableOptimizerConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.source import Rows

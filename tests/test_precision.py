@@ -70,7 +70,7 @@ def test_a_run_in_bf16_learns_what_one_in_fp32_does(data, tmp_path, world_size, 
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
-def test_logits_are_float32_numbers_of_bf16_layers():
+def test_logits_are_float32_heads_of_bf16_layers():
     plain, short = train_module("cpu"), train_module("cpu")
     short.model.tower.precision = "bf16"
     batch = next(iterate(single_rows(), global_batches(ROWS, GLOBAL_BATCH)))
@@ -79,7 +79,8 @@ def test_logits_are_float32_numbers_of_bf16_layers():
     loss.backward()
     for name, value in logits.items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, value.bfloat16().float())
+        # The head itself is float32: rows that differ little are not tied.
+        assert not torch.equal(value, value.bfloat16().float())
         torch.testing.assert_close(value, exact_logits[name], atol=0.02, rtol=0.02)
         assert not torch.equal(value, exact_logits[name])
     assert loss.dtype == torch.float32

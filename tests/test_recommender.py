@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtcl_torchrec.cli import app
+from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.catalogue import NothingLeftError

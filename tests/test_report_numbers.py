@@ -8,14 +8,17 @@ from made_run import table
 from sklearn.metrics import auc as area
 from sklearn.metrics import roc_auc_score
 
+from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of, gauc_estimate
 from mtcl_torchrec.evaluation.metrics import gauc
+from mtcl_torchrec.evaluation.rivals import Gap, sign_of
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.weights import influence_of
 from mtcl_torchrec.report.curves import precision_recall_points, reliability, roc_points
-from mtcl_torchrec.report.errors import auc_estimate, clusters_of, gauc_estimate
-from mtcl_torchrec.report.facts import Event, Gap, TaskFact
+from mtcl_torchrec.report.facts import Event, TaskFact
+from mtcl_torchrec.report.fusion_verdict import what_does_fusion
 from mtcl_torchrec.report.influence import shares_of_ranking
-from mtcl_torchrec.report.verdict import do_tasks_help, is_it_good, learnt, sign_of, what_does_fusion
+from mtcl_torchrec.report.sharing import do_tasks_help
+from mtcl_torchrec.report.verdict import is_it_good, learnt
 
 NAN = math.nan
 
@@ -133,7 +136,7 @@ def test_shares_of_a_weighted_mean_are_its_influences():
 
 
 def fact(kind="binary", task="click", error=0.01, **metrics):
-    return TaskFact(task, kind, metrics, error)
+    return TaskFact(task, kind, metrics, {"auc": error, "r2": error, "ne": 0.005, "calibration": 0.05})
 
 
 @pytest.mark.parametrize(

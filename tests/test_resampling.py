@@ -14,7 +14,7 @@ from test_cli import mtcl, one_line  # noqa: F401  (a fixture)
 from mtcl_torchrec import Task
 from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, quantile_of, spread, weights
 from mtcl_torchrec.evaluation.compare import compare_tables, holm
-from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
+from mtcl_torchrec.evaluation.details import print_details, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
@@ -279,7 +279,6 @@ def test_everything_prints_within_a_terminal(capsys):
     console = Console(width=100)
     print_details(found, console, [3])
     print_segments(found, console)
-    print_intervals(found.intervals, console)
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "the first 3 of each of 30 requests" in shown
@@ -298,7 +297,7 @@ def test_runs_are_compared_on_the_command_line(mtcl, tmp_path):  # noqa: F811
     assert {"value@3", "ndcg@3 click"} <= {d["metric"] for d in stored}
     assert next(d for d in stored if d["metric"] == "auc")["p_holm"] < 0.05
     status, shown, _ = mtcl("compare", "a.parquet", "b", "--draws", "20", "--value", "buy=1", "--all")
-    assert "pr_auc" in shown
+    assert "PR-AUC" in shown
     write_predictions(tmp_path / "other.parquet", made(users=199))
     for arguments, said in (
         (["a.parquet", "other.parquet"], "not judged on the same rows"),
@@ -327,7 +326,7 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
         "first 3 of each",
         "By age",
         "By hour_of_day",
-        "95 % intervals",
+        "± is half of a 95 % interval, over users",
     ):
         assert said in shown
     stored = json.loads((tmp_path / "rows.json").read_text())

@@ -19,8 +19,8 @@ from rankers import asked
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtcl_torchrec.cli import app as commands
 from mtcl_torchrec.cli import main
+from mtcl_torchrec.cli.commands import app as commands
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.serving.http import process
 from mtcl_torchrec.serving.http.app import Limits

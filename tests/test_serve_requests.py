@@ -14,7 +14,7 @@ from rankers import SCHEMA, KnownRanker, asked
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli import main
-from mtcl_torchrec.cli.app import app as commands
+from mtcl_torchrec.cli.commands import app as commands
 from mtcl_torchrec.data.columns import ids_of
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.serving.http.app import Limits, create_app

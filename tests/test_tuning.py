@@ -14,7 +14,7 @@ from ranks import run_ranks
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mtcl_torchrec.cli.app import app
+from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.run import train_run

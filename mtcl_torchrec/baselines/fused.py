@@ -1,8 +1,9 @@
-"""The run's fused score of a baseline's predictions."""
+"""The fused score that a run ranks by now, of a baseline's predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,20 +12,38 @@ from torch import nn
 from mtcl_torchrec.baselines.popularity import prior_of
 from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.labels import requests_of
 from mtcl_torchrec.modules.fusion import RowContext, WeightedMean, fuse
 from mtcl_torchrec.modules.heads import in_unit_interval
 from mtcl_torchrec.schema import Task
+from mtcl_torchrec.training.fitted_fusion import build_fitted, fitted_config
 from mtcl_torchrec.training.fused import build_fused_score, is_learned
 
 
-def score_of(run: RunConfig, tasks: Sequence[Task]) -> tuple[nn.Module, str]:
+def score_of(
+    run: RunConfig, tasks: Sequence[Task], *, folder: Path | None = None, encoder: FeatureEncoder | None = None
+) -> tuple[nn.Module, str]:
     """The fused score that all baselines rank by, and what is to be said of it.
 
-    It is the run's own, so that they compare.  One that learns, or that reads inputs of the model, gives way to the
-    weighted mean of the declared weights, or of all binary tasks where there are none.
+    It is the one that the run ranks by now, so that they compare: fitted after training, or else as declared.  One that
+    reads inputs of the model, or learnt in training, gives way to the weighted mean of the declared weights, or of all
+    binary tasks where there are none.
+
+    Args:
+        folder: the run directory, where there is one.
+        encoder: fitted, with `folder`.
+
+    Raises:
+        DataError: what was fitted is damaged.
     """
-    config = run.fusion
+    fitted = None if folder is None else fitted_config(folder)
+    config = fitted or run.fusion
     reads = config is not None and bool(config.numbers or config.features)
+    if fitted is not None and not reads:
+        assert folder is not None
+        assert encoder is not None
+        return build_fitted(folder, fitted, tasks, encoder, {}), ""
     if config is None or not (is_learned(config) or reads):
         return build_fused_score(config, tasks), ""
     said = f"fusion.kind {config.kind} learns, or reads inputs: baselines rank by the weighted mean"
@@ -54,6 +73,9 @@ def fused_score(
         predicted = torch.from_numpy(np.array(found, np.float32))
         parts[task.name] = in_unit_interval(task, predicted, own).clamp(0, 1)
     requests = data.encoded[split].requests
+    if requests is None and getattr(fused, "within_request", False):  # fitted after training, which compared no rows
+        schema = data.preprocessor.declared
+        requests = requests_of(data.raw[split], schema.request_column or schema.user)
     context = RowContext(torch.zeros(len(rows), 0), {}, requests)
     with torch.no_grad():
         return fuse(fused, parts, context).numpy(), lacking

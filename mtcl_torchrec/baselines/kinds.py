@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mtcl_torchrec.baselines import collaborative, linear, networks, popularity, trees
+from mtcl_torchrec.baselines.entries import ABOUT
 from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.baselines.search import Predictions, Settings
 from mtcl_torchrec.config import RunConfig
@@ -107,32 +108,32 @@ def _unweighted(job: Job, tasks: Sequence[Task], settings: Settings) -> Predicti
 _collaborative = partial(Baseline, binary_only=True, needs=("user", "item"))
 _network = partial(Baseline, usual=networks.USUAL, space=networks.SPACE, network=True)
 
-# In the order of what they know.
+# In the order of `ABOUT`.
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
-        "what an item usually gets", _alone(popularity.fit_popularity), popularity.USUAL, popularity.SPACE,
+        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, popularity.SPACE,
         needs=("item",),
     ),
     "item_knn": _collaborative(
-        "items like those that a user had the event with; implicit", _alone(collaborative.fit_knn),
+        ABOUT["item_knn"], _alone(collaborative.fit_knn),
         collaborative.KNN_USUAL, collaborative.KNN_SPACE,
     ),
     "als": _collaborative(
-        "matrix factorisation by least squares; implicit", _alone(collaborative.fit_als, seeded=True),
+        ABOUT["als"], _alone(collaborative.fit_als, seeded=True),
         collaborative.ALS_USUAL, collaborative.ALS_SPACE,
     ),
     "bpr": _collaborative(
-        "matrix factorisation from pairs; implicit", _alone(collaborative.fit_bpr, seeded=True),
+        ABOUT["bpr"], _alone(collaborative.fit_bpr, seeded=True),
         collaborative.BPR_USUAL, collaborative.BPR_SPACE,
     ),
     "logistic_regression": Baseline(
-        "linear in one-hot features; scikit-learn", _alone(linear.fit_linear), linear.USUAL, linear.SPACE,
+        ABOUT["logistic_regression"], _alone(linear.fit_linear), linear.USUAL, linear.SPACE,
         most_classes=linear.MAX_CLASSES,
     ),
     "trees": Baseline(
-        "gradient-boosted, on target-encoded features; scikit-learn", _alone(trees.fit_trees, seeded=True),
+        ABOUT["trees"], _alone(trees.fit_trees, seeded=True),
         trees.USUAL, trees.SPACE, most_classes=trees.MAX_CLASSES,
     ),
-    "single_task": _network("the run's network once for each task", _single),
-    "unweighted": _network("the run's network, its tasks' losses just added up", _unweighted, joint=True),
+    "single_task": _network(ABOUT["single_task"], _single),
+    "unweighted": _network(ABOUT["unweighted"], _unweighted, joint=True),
 }  # fmt: skip

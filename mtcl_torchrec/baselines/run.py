@@ -6,45 +6,37 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from mtcl_torchrec.baselines.fused import fused_score, score_of
+from mtcl_torchrec.baselines.entries import read_entries, write_entry
+from mtcl_torchrec.baselines.fused import score_of
+from mtcl_torchrec.baselines.judge import JUDGED_BY, Judge
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
+from mtcl_torchrec.baselines.progress import Course, Progress, quiet
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
-from mtcl_torchrec.baselines.store import (
-    FOLDER,
-    key_of,
-    load_part,
-    read_entries,
-    save_part,
-    write_entry,
-)
+from mtcl_torchrec.baselines.store import FOLDER, judged_by, key_of, load_part, save_part
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
-from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
-from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
+from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
 from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import evaluation_as_json, predictions_path, rows_predicted, worth_of
 from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
-
-MAX_ROWS = 2_000_000
 
 
 def run_baselines(
     run: RunConfig,
     folder: Path,
     *,
+    run_dir: Path | None = None,
     only: Sequence[str] = (),
     tasks: Sequence[str] = (),
     budget: Budget | None = None,
@@ -52,17 +44,21 @@ def run_baselines(
     max_rows: int = MAX_ROWS,
     device: Device = "auto",
     say: Say = print,
+    progress: Progress = quiet,
     data: RunData | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train and tune baselines on a run's data, and judge them by its validation and test split.
 
-    Every baseline has the same budget.  One with a model for each task shares the seconds among its tasks, those of
-    the largest weight in the fused score first.  Each writes ``baselines/NAME/predictions/SPLIT.parquet`` and its entry
-    of ``baselines.json`` in the folder.  An interrupted one goes on after the last task that was done.
+    Every baseline has the same budget, but for networks, whose trials are trainings.  One with a model for each task
+    shares the seconds among its tasks, those of the largest weight in the fused score first.  Each writes
+    ``baselines/NAME/predictions/SPLIT.parquet`` and its entry of ``baselines.json`` in the folder.  An interrupted one
+    goes on after the last trial that was done.  All rank by the fused score that the run has now; entries of before
+    that were ranked by another, or judged by other values, are judged anew by the predictions that they keep.
 
     Args:
         run: to be compared with; its paths are taken as they are.
-        folder: may be the directory of the run.
+        folder: to write to; may be the directory of the run.
+        run_dir: the directory of the run, where it is another.
         only: names of baselines; all that the schema has the columns for, where it is empty.
         tasks: those that a baseline with a model for each task predicts; all that it can, where it is empty.
         budget: of each baseline.
@@ -70,6 +66,7 @@ def run_baselines(
         max_rows: of a larger training split, baselines other than networks learn from a sample.
         device: of networks.
         say: called with lines for the user.
+        progress: told of each trial that begins.
         data: what `mtcl_torchrec.training.run_data.load_data` read for the run; None reads it.
 
     Returns:
@@ -86,33 +83,99 @@ def run_baselines(
     if unknown := next((task for task in tasks if task not in known), None):
         raise ConfigError(f"no task {unknown!r}{nearest(unknown, known)}; there are {', '.join(known)}")
     files = files_fingerprint(run)
-    options: dict[str, Any] = {"budget": asdict(budget), "seed": seed, "max_rows": max_rows}
+    options: dict[str, Any] = {"seconds": budget.seconds, "seed": seed, "max_rows": max_rows}
     options |= {"tasks": sorted(tasks)} if tasks else {}
-    keys = {name: key_of(run, files, whole=BASELINES[name].network, name=name, **options) for name in names}
+    keys = {}
+    for name in names:
+        network = BASELINES[name].network
+        keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **options)
+    by = judged_by(run, fusion_fingerprint(run_dir or folder))
     entries = read_entries(folder)
     done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
     for name in done:
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
     left = [name for name in names if name not in done]
-    if left:
+    stale = [name for name, entry in entries.items() if name not in left and entry.get(JUDGED_BY) != by]
+    if left or stale:
         with locked(folder / FOLDER, "mtcl baselines"):
             rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
             job = Job(run, rows, folder / FOLDER, device, seed, tuple(tasks))
-            _go_on(job, folder, left, keys, budget, say)
+            fused, said = score_of(run, rows.tasks, folder=run_dir or folder, encoder=rows.encoder)
+            if said:
+                say(said)
+            judge = Judge(run, rows, fused, by)
+            if stale:
+                say("the run ranks, or is judged, otherwise than when its baselines were")
+            _judge_anew(judge, folder, stale, say)
+            _go_on(job, judge, folder, left, keys, budget, say, progress)
         entries = read_entries(folder)
     return {name: entries[name] for name in names}
 
 
-def _go_on(job: Job, folder: Path, names: Sequence[str], keys: dict[str, str], budget: Budget, say: Say) -> None:
-    """Those that are not done, one after the other."""
-    fused, said = score_of(job.run, job.data.tasks)
-    if said:
-        say(said)
+def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
+    """Let the baselines beside a run rank by the fused score that it has now, without training; nothing happens where
+    they do so already.
+
+    Args:
+        run: with paths as seen from here.
+        folder: the directory of the run, where the baselines are.
+        say: called with lines for the user.
+
+    Raises:
+        ConfigError: another process is at work on them.
+        DataError: the rows cannot be read.
+    """
+    by, entries = judged_by(run, fusion_fingerprint(folder)), read_entries(folder)
+    stale = [name for name, entry in entries.items() if entry.get(JUDGED_BY) != by]
+    if stale:
+        with locked(folder / FOLDER, "mtcl baselines"):
+            rows = load_data(run, max_rows=MAX_ROWS, seed=0, say=lambda line: None)
+            fused, said = score_of(run, rows.tasks, folder=folder, encoder=rows.encoder)
+            if said:
+                say(said)
+            _judge_anew(Judge(run, rows, fused, by), folder, stale, say)
+
+
+def _judge_anew(judge: Judge, folder: Path, names: Sequence[str], say: Say) -> None:
+    """Those that were judged by another fused score, other values or thresholds."""
+    entries, fresh = read_entries(folder), dict[str, dict[str, Any]]()
     for name in names:
+        if (entry := judge.entry_anew(folder / FOLDER / name, entries[name])) is not None:
+            fresh[name] = entry
+            write_entry(folder, name, entry)
+        else:
+            say(f"{name}: stands there as it was ranked before: it was judged by other rows than the run's")
+    if fresh:
+        say(f"baselines that rank by it now, too, without training: {', '.join(fresh)}")
+
+
+def _go_on(
+    job: Job,
+    judge: Judge,
+    folder: Path,
+    names: Sequence[str],
+    keys: dict[str, str],
+    budget: Budget,
+    say: Say,
+    progress: Progress,
+) -> None:
+    """Those that are not done, one after the other."""
+    for number, name in enumerate(names, 1):
         place = folder / FOLDER / name
-        write_entry(folder, name, _one(name, replace(job, folder=place), fused, budget, keys[name], say))
+        told = _Told(say, progress, number, len(names))
+        write_entry(folder, name, _one(name, replace(job, folder=place), judge, budget, keys[name], told))
         for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
             shutil.rmtree(rest, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Who is told of a baseline, and which of how many it is."""
+
+    say: Say
+    progress: Progress
+    place: int
+    places: int
 
 
 def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
@@ -132,11 +195,11 @@ def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
     return names
 
 
-def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: Say) -> dict[str, Any]:
+def _one(name: str, job: Job, judge: Judge, budget: Budget, key: str, told: _Told) -> dict[str, Any]:
     """Search for one baseline's settings, write its predictions, and make its entry."""
     baseline, data = BASELINES[name], job.data
     tasks, notes = list[Task](), list[str]()
-    for task in _by_weight(data.tasks, fused):
+    for task in _by_weight(data.tasks, judge.fused):
         if job.tasks and task.name not in job.tasks and not baseline.joint:
             continue
         if reason := baseline.why_not(task, data):
@@ -145,61 +208,72 @@ def _one(name: str, job: Job, fused: nn.Module, budget: Budget, key: str, say: S
             tasks.append(task)
     if not tasks:
         raise ConfigError(f"{name}: no task of the run is one that it predicts; leave it out with --only")
-    units = [tasks] if baseline.joint else [[task] for task in tasks]
-    began, searched, predictions = time.monotonic(), dict[str, Found](), Predictions()
-    for i, unit in enumerate(units):
-        title = "all tasks" if baseline.joint else unit[0].name
+    units = {"all tasks": tasks} if baseline.joint else {task.name: [task] for task in tasks}
+    settings = candidates_of(baseline, budget, job.seed)
+    parts = {title: job.folder / "parts" / f"{i}.npz" for i, title in enumerate(units)}
+    before = {title: load_part(path, key) or Found() for title, path in parts.items()}
+    course = Course(
+        name, told.place, told.places, dict.fromkeys(units, len(settings)), budget.seconds, told.progress
+    )  # fmt: skip
+    if earlier := [trial.seconds for found in before.values() for trial in found.trials]:
+        there = f"{len(earlier)} trial{'s' * (len(earlier) != 1)}"
+        told.say(f"{name}: goes on after {there} done before, which took {sum(earlier):.0f} s")
+        for seconds in earlier:
+            course.ended(seconds)
+    began, searched, predictions = time.monotonic() - sum(earlier), dict[str, Found](), Predictions()
+    for i, (title, unit) in enumerate(units.items()):
         until = float("inf") if budget.seconds is None else began + budget.seconds * (i + 1) / len(units)
-        found = _searched(baseline, job, unit, candidates_of(baseline, budget, job.seed), until, i, key)
+        found = _searched(baseline, job, unit, settings, until, before[title], parts[title], key, course)
         searched[title] = found
         trials = f"{len(found.trials)} trial{'s' * (len(found.trials) != 1)}"
-        say(f"{name}: {title}, {trials}, {found.seconds:.1f} s, {_shown(unit, found)}")
+        told.say(f"{name}: {title}, {trials}, {found.seconds:.1f} s, {_shown(unit, found)}")
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
-    metrics, thresholds, lacking = dict[str, Any](), dict[str, float](), list[str]()
-    for split, of_split in predictions.items():
-        score, lacking = fused_score(fused, data, split, of_split)
-        table = _table(job, split, of_split, score)
-        if split == "val":
-            thresholds = chosen_thresholds(table, job.run.evaluation.threshold)
-        table = replace(table, thresholds=thresholds)
-        write_predictions(predictions_path(job.folder, split), table)
-        fused_tasks: Sequence[str] = fused.tasks  # type: ignore[assignment]
-        metrics[split] = evaluation_as_json(evaluate_table(table, fused_tasks=fused_tasks, k=job.run.evaluation.k))
-    if lacking:
-        notes.append(f"in the fused score, {', '.join(lacking)} enters as the mean of the training rows")
     return {
         "key": key,
         "about": baseline.about,
         "settings": {title: found.settings for title, found in searched.items()},
         "trials": sum(len(found.trials) for found in searched.values()),
         "seconds": sum(found.seconds for found in searched.values()),
-        "metrics": metrics,
-        "budget": asdict(budget),
+        "budget": {"trials": budget.trials_of(baseline.network), "seconds": budget.seconds},
         "rows": data.total if baseline.network else len(data.train),
         "searched": {title: [finite(asdict(trial)) for trial in found.trials] for title, found in searched.items()},
-        "notes": notes,
+        **judge.entry(job.folder, predictions, notes),
     }
 
 
 def candidates_of(baseline: Baseline, budget: Budget, seed: int) -> list[Settings]:
     """The settings that a baseline tries."""
-    return candidates(baseline.usual, baseline.space, budget.trials, seed)
+    return candidates(baseline.usual, baseline.space, budget.trials_of(baseline.network), seed)
 
 
 def _searched(
-    baseline: Baseline, job: Job, unit: Sequence[Task], settings: Sequence[Settings], until: float, i: int, key: str
+    baseline: Baseline,
+    job: Job,
+    unit: Sequence[Task],
+    settings: Sequence[Settings],
+    until: float,
+    before: Found,
+    path: Path,
+    key: str,
+    course: Course,
 ) -> Found:
-    path = job.folder / "parts" / f"{i}.npz"
-    if (before := load_part(path, key)) is not None:
-        return before
+    title = "all tasks" if baseline.joint else unit[0].name
+    number = len(before.trials)
 
     def attempt(setting: Settings) -> tuple[Predictions, float]:
+        nonlocal number
+        number += 1
+        course.begins(title, number)
         predictions = baseline.fit(job, unit, setting)
         return predictions, _quality(job, unit, predictions["val"])
 
-    found = search(settings, attempt, until=until)
-    save_part(path, key, found)
+    def keep(found: Found) -> None:
+        course.ended(found.trials[-1].seconds)
+        save_part(path, key, found)
+
+    found = search(settings, attempt, until=until, before=before, keep=keep)
+    course.passed_over(len(settings) - len(found.trials))
     return found
 
 
@@ -220,12 +294,3 @@ def _by_weight(tasks: Sequence[Task], fused: nn.Module) -> list[Task]:
     """Tasks in the order in which they get their share of the seconds: the largest weight in the fused score first."""
     weights = dict(zip(fused.tasks, getattr(fused, "weights", [1.0] * len(fused.tasks)), strict=True))  # type: ignore
     return sorted(tasks, key=lambda task: -abs(float(weights.get(task.name, 0.0))))
-
-
-def _table(job: Job, split: str, predictions: dict[str, Any], score: np.ndarray) -> PredictionsTable:
-    """The predictions for one split, as those of a run."""
-    data = job.data
-    return rows_predicted(
-        data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
-        {**predictions, "score": score}, split=split, values=worth_of(job.run),
-    )  # fmt: skip

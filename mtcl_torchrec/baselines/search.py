@@ -1,4 +1,5 @@
-"""The search for a baseline's settings: every baseline has the same number of trials and the same seconds.
+"""The search for a baseline's settings: every baseline has the same seconds, and the same number of trials, but for
+networks, of which each trial is a training.
 
 It is random search (Bergstra & Bengio, JMLR 2012) by scikit-learn: the first trial is the baseline's usual setting, the
 others are drawn.  With two to five settings and some ten trials, optuna's TPE would still be in its random start.
@@ -28,10 +29,16 @@ class Budget:
         trials: settings that are tried for each task, the usual one included; at least 1.
         seconds: no trial begins that would probably end after so many; None is no limit.  The first trial of each
             task always runs.
+        network_trials: as `trials`, of networks, each a training; the usual setting is that of the run itself.
     """
 
     trials: int = 8
     seconds: float | None = None
+    network_trials: int = 1
+
+    def trials_of(self, network: bool) -> int:
+        """Of a baseline that is a network, or none."""
+        return self.network_trials if network else self.trials
 
 
 @dataclass
@@ -101,11 +108,15 @@ def search(
     *,
     until: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
+    before: Found | None = None,
+    keep: Callable[[Found], object] = lambda found: None,
 ) -> Found:
     """Try settings one after the other and keep the best.
 
     Args:
         settings: to try, the first of them always.
+        before: what an interrupted search had found; its trials are the first of these settings.
+        keep: is given all that was found so far, after each trial.
         attempt: predictions of a setting, and their quality on the validation split; what raises FloatingPointError
             (training that diverged) is a trial that failed.
         until: time of the clock at which it ends; what would take longer than the trials before is not begun.
@@ -118,8 +129,8 @@ def search(
         >>> found.settings, len(found.trials)
         ({'x': 2}, 3)
     """
-    found, failure = Found(), FloatingPointError()
-    for setting in settings:
+    found, failure = before or Found(), FloatingPointError("every trial failed")
+    for setting in settings[len(found.trials) :]:
         typical = found.seconds / max(len(found.trials), 1)
         if found.trials and clock() + typical > until:
             break
@@ -129,11 +140,13 @@ def search(
         except FloatingPointError as error:
             failure = error
             found.trials.append(Trial(setting, math.nan, clock() - began))
+            keep(found)
             continue
         found.trials.append(Trial(setting, quality, clock() - began))
         better = not quality <= found.quality if not math.isnan(quality) else not found.predictions
         if better:
             found.settings, found.quality, found.predictions = setting, quality, predictions
-    if not found.predictions and all(math.isnan(trial.quality) for trial in found.trials) and failure.args:
+        keep(found)
+    if not found.predictions and all(math.isnan(trial.quality) for trial in found.trials):
         raise failure
     return found

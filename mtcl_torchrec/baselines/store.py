@@ -1,4 +1,4 @@
-"""What baselines came to, in files: an entry of baselines.json each, and tasks that are done of one that is not."""
+"""Baselines that are not done yet, in files: their trials so far, and for which run."""
 
 from __future__ import annotations
 
@@ -14,60 +14,47 @@ import numpy as np
 from mtcl_torchrec.baselines.search import Found, Trial
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.files import without_paths
-from mtcl_torchrec.schema import DataError
-from mtcl_torchrec.training.directory import replace_file
+from mtcl_torchrec.training.judging import worth_of
 
-FILE = "baselines.json"
 FOLDER = "baselines"
-_FORMAT = 2  # part of every key: what another version found is searched for again
-_ENTRY = ("trials", "seconds", "metrics")  # what each has at least
+_FORMAT = 3  # part of every key: what another version found is searched for again
+# Of a configuration, what no prediction of a baseline hangs on: networks are trained without it, too.
+_JUDGES = {"name", "evaluation", "fusion", "calibration", "balance"}
 
 
 def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
-    """Equal for a baseline that would come to the same: by configuration, data and options.
+    """Equal for a baseline that would predict the same: by configuration, data and options.
 
     Args:
         files: their fingerprint.
-        whole: whether all of the configuration counts; otherwise what it says of data, labels and the fused score.
+        whole: whether all that trains a network counts; otherwise what is said of data and labels.
         options: whatever else counts.
     """
-    counts = run.model_dump(mode="json", by_alias=True, exclude={"name", "evaluation"})
-    for part in [] if whole else ["model", "optimizers", "training", "balance", "sharding", "calibration"]:
+    counts = run.model_dump(mode="json", by_alias=True, exclude=_JUDGES)
+    for part in [] if whole else ["model", "optimizers", "training", "sharding"]:
         counts.pop(part)
-    judged_by = [run.evaluation.threshold, run.evaluation.values]
-    said = json.dumps([_FORMAT, without_paths(counts), judged_by, files, options], sort_keys=True, default=str)
+    return _named([without_paths(counts), files, options])
+
+
+def judged_by(run: RunConfig, fitted: str) -> str:
+    """Equal where the same predictions would be judged the same: by fused score, values, thresholds and K.
+
+    Args:
+        fitted: names the fused score that was fitted after training, see
+            `mtcl_torchrec.training.fitted_fusion.fusion_fingerprint`.
+    """
+    config = run.evaluation
+    fusion = fitted or (None if run.fusion is None else run.fusion.model_dump(mode="json"))
+    return _named([fusion, worth_of(run), config.threshold, config.k])
+
+
+def _named(what: Any) -> str:
+    said = json.dumps([_FORMAT, what], sort_keys=True, default=str)
     return sha256(said.encode()).hexdigest()[:16]
 
 
-def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Baseline -> its entry: key, about, settings, trials, seconds, metrics, searched, notes and rows.
-
-    Raises:
-        DataError: the file does not hold that.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            raise ValueError("no entries by baseline")
-        for name, entry in entries.items():
-            if lacking := [key for key in _ENTRY if key not in entry]:
-                raise ValueError(f"{name} has no {lacking[0]}")
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it to begin anew") from None
-    return entries
-
-
-def write_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    """Add or replace the entry of one baseline."""
-    entries = read_entries(folder) | {name: entry}
-    replace_file(folder / FILE, json.dumps(entries, indent=1))
-
-
 def save_part(path: Path, key: str, found: Found) -> None:
-    """Keep what a search for some tasks came to, whole or not at all."""
+    """Keep what a search for some tasks has come to so far, whole or not at all."""
     arrays, names = dict[str, np.ndarray](), list[tuple[str, str]]()
     for split, of_split in found.predictions.items():
         for task, predicted in of_split.items():

@@ -4,103 +4,162 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.baselines.differences import Differences, differences, half_of, verdict
+from mtcl_torchrec.baselines.store import FOLDER
+from mtcl_torchrec.evaluation.compare import LOWER_IS_BETTER, Difference
+from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.resampled import RANKING
+from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import METRICS
+from mtcl_torchrec.training.judging import predictions_path
 
 THIS_RUN = "this run"
 _QUALITY = {"binary": ("auc", "AUC"), "multiclass": ("ne", "NE"), "regression": ("r2", "R²")}
-_LOW_IS_GOOD = {"ne"}
 # Of a ranking; CTR and conversion of what is shown are rates.
 _TOLD = ("auc ", "gauc ", "value@", "rate@")
-_PER_TABLE = 8  # columns that a screen holds
+_PER_TABLE = 5  # columns that a screen holds
 _MISSING = "–"
 
-# A column: its heading, and baseline -> number.
-Column = tuple[str, dict[str, float | None]]
+# What is shown: (task or "ranking", metric).
+Key = tuple[str, str]
 
 
 def evaluations_of(entries: Mapping[str, dict[str, Any]], split: str, folder: Path | None = None) -> dict[str, Any]:
-    """Baseline -> its evaluation of a split, and that of the run in the folder, where there is one."""
-    found = {name: entry["metrics"][split] for name, entry in entries.items() if split in entry["metrics"]}
+    """Baseline -> its evaluation of a split, and first that of the run in the folder, where there is one."""
+    found = {}
     if folder is not None and (folder / METRICS).is_file():
         of_run = json.loads((folder / METRICS).read_text(encoding="utf-8"))["evaluations"]
         if split in of_run:
             found[THIS_RUN] = of_run[split]
-    return found
+    return found | {name: entry["metrics"][split] for name, entry in entries.items() if split in entry["metrics"]}
 
 
 def print_baselines(
-    entries: Mapping[str, dict[str, Any]], console: Console, *, split: str = "test", folder: Path | None = None
+    entries: Mapping[str, dict[str, Any]],
+    console: Console,
+    *,
+    split: str = "test",
+    folder: Path | None = None,
+    run_dir: Path | None = None,
 ) -> None:
-    """Print what baselines reached: each task, within users, the fused score, and what the search cost.
+    """Print what baselines reached: each task, within users, the fused score, who is ahead, and what the search cost.
 
-    The best of each column has a star.
+    Beside a run, each figure has the paired difference to the run's below it.
 
     Args:
         entries: as in ``baselines.json``.
         split: of which; the validation split where no baseline has it.
-        folder: the directory of the run they are compared with, or None.
+        folder: where the baselines are.
+        run_dir: the directory of the run they are compared with, where it is another; or None.
     """
+    run_dir = run_dir or folder
     split = split if any(split in entry["metrics"] for entry in entries.values()) else "val"
-    found = evaluations_of(entries, split, folder)
+    found = evaluations_of(entries, split, run_dir)
     kinds: dict[str, str] = {}
     for evaluation in found.values():
         kinds |= {task: kind for task, kind in evaluation["kinds"].items() if "|" not in task}
-    quality = [_of_task(found, task, *_QUALITY[kind]) for task, kind in kinds.items()]
-    _print(console, f"{split} split: quality of each task", found, quality)
-    within = [_of_task(found, task, "gauc", "GAUC") for task, kind in kinds.items() if kind == "binary"]
-    _print(console, f"{split} split: AUC within users", found, within)
-    rankings = {name: evaluation["ranking"].get("fused", {}) for name, evaluation in found.items()}
-    told = (key for ranking in rankings.values() for key in ranking if key.startswith(_TOLD) and " error" not in key)
-    keys = list(dict.fromkeys(told))
-    fused = [(key.replace("gauc", "GAUC").replace("auc ", "AUC "), _at(rankings, key)) for key in keys]
-    _print(console, f"{split} split: all rows ranked by the fused score", found, fused)
+    quality = {(task, _QUALITY[kind][0]): f"{_QUALITY[kind][1]} {task}" for task, kind in kinds.items()}
+    within = {(task, "gauc"): f"GAUC {task}" for task, kind in kinds.items() if kind == "binary"}
+    told = dict[Key, str]()
+    for evaluation in found.values():
+        for key in evaluation["ranking"].get("fused", {}):
+            if key.startswith(_TOLD) and " error" not in key:
+                told[(RANKING, key)] = key.replace("gauc", "GAUC").replace("auc ", "AUC ")
+    apart = _apart(entries, folder, run_dir, split, {*quality, *within, *told})
+    _print(console, f"{split} split: quality of each task", found, quality, apart)
+    _print(console, f"{split} split: AUC within users", found, within, apart)
+    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
+    notes = ["* is the best of its column (of NE the lowest)"]
+    if apart:
+        notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
+    console.print("; ".join(notes), highlight=False, soft_wrap=True)
+    for line in _reasons(entries):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    values = {key: heading for key, heading in told.items() if key[1].startswith("value@")}
+    lines = verdict(apart, {key: key[0] for key in quality} | values)
+    if lines:
+        console.print(
+            "\n[bold]Who is ahead, beyond chance[/] (corrected for as many comparisons, Holm)", highlight=False
+        )
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print()
     table = plain_table("What the search cost", ["baseline", "trials", "seconds", "training rows"])
     for name, entry in entries.items():
         table.add_row(name, str(entry["trials"]), f"{entry['seconds']:,.1f}", f"{entry['rows']:,}")
     console.print(table)
 
 
-def _at(of: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float | None]:
-    return {name: values.get(key) for name, values in of.items()}
+def _apart(
+    entries: Mapping[str, dict[str, Any]], folder: Path | None, run_dir: Path | None, split: str, keys: set[Key]
+) -> dict[str, Differences]:
+    """Baseline -> its differences to the run; nothing where there is no run with predictions."""
+    if folder is None or run_dir is None:
+        return {}
+    own = _predictions(run_dir, split)
+    if own is None:
+        return {}
+    theirs = {name: _predictions(folder / FOLDER / name, split) for name in entries}
+    there = {name: table for name, table in theirs.items() if table is not None}
+    k = sorted({int(metric.split("@")[1].split(" ")[0]) for _, metric in keys if "@" in metric})
+    return differences(own, there, only=lambda of, metric: (of, metric) in keys, k=k, values=dict(own.values))
 
 
-def _of_task(found: Mapping[str, Any], task: str, key: str, heading: str) -> Column:
-    of_task = {name: evaluation["tasks"].get(task, {}) for name, evaluation in found.items()}
-    return f"{heading} {task}", _at(of_task, key)
+def _predictions(folder: Path, split: str) -> PredictionsTable | None:
+    try:
+        return read_predictions(predictions_path(folder, split))
+    except (DataError, OSError):
+        return None
 
 
-def _print(console: Console, title: str, names: Sequence[str] | Mapping[str, Any], columns: list[Column]) -> None:
-    columns = [(heading, values) for heading, values in columns if any(_known(v) for v in values.values())]
+def _reasons(entries: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What there is to say of baselines, such as why one does not predict a task; each once."""
+    said: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        for note in entry.get("notes") or ():
+            said.setdefault(note, []).append(name)
+    return [f"{_MISSING} {', '.join(names)}: {note}" for note, names in said.items()]
+
+
+def _print(
+    console: Console, title: str, found: Mapping[str, Any], shown: Mapping[Key, str], apart: Mapping[str, Differences]
+) -> None:
+    """A row for each baseline, a column for each metric that one of them has."""
+    columns = {key: {name: _value(of, key) for name, of in found.items()} for key in shown}
+    columns = {key: column for key, column in columns.items() if any(not math.isnan(v) for v in column.values())}
     for start in range(0, len(columns), _PER_TABLE):
-        part = columns[start : start + _PER_TABLE]
-        table = plain_table(
-            title if start == 0 else "", ["baseline", *(heading.replace(" ", "\n", 1) for heading, _ in part)]
-        )
-        best = [_best(heading, values) for heading, values in part]
-        for name in names:
-            cells = [_cell(values.get(name), top) for (_, values), top in zip(part, best, strict=True)]
-            if any(cell.strip() != _MISSING for cell in cells):
-                table.add_row(name, *cells)
+        part = list(columns)[start : start + _PER_TABLE]
+        headings = [shown[key].replace(" ", "\n", 1) for key in part]
+        table = plain_table(title if start == 0 else "", ["baseline", *headings])
+        for name in found:
+            if all(math.isnan(columns[key][name]) for key in part):
+                continue
+            cells = [_cell(columns[key], name, key, apart.get(name, {}).get(key)) for key in part]
+            table.add_row(name, *cells)
         console.print(table, "")
 
 
-def _known(value: float | None) -> bool:
-    return value is not None and not math.isnan(value)
+def _value(evaluation: Mapping[str, Any], key: Key) -> float:
+    of, metric = key
+    at = evaluation["ranking"].get("fused", {}) if of == RANKING else evaluation["tasks"].get(of, {})
+    value = at.get(metric)
+    return math.nan if value is None else float(value)
 
 
-def _best(heading: str, values: Mapping[str, float | None]) -> float:
-    known = [v for v in values.values() if v is not None and _known(v)]
-    return min(known) if heading.split(" ")[0].lower() in _LOW_IS_GOOD else max(known)
-
-
-def _cell(value: float | None, best: float) -> str:
-    if value is None or not _known(value):
+def _cell(column: Mapping[str, float], name: str, key: Key, apart: Difference | None) -> str:
+    value = column[name]
+    if math.isnan(value):
         return f"{_MISSING} "
-    return f"{value:.4f}*" if value == best else f"{value:.4f} "
+    known = [v for v in column.values() if not math.isnan(v)]
+    best = min(known) if key[1] in LOWER_IS_BETTER else max(known)
+    shown = f"{value:.4f}*" if value == best else f"{value:.4f} "
+    if apart is None or math.isnan(apart.low):
+        return shown
+    return f"{shown}\n{apart.difference:+z.4f} ± {half_of(apart):.4f} "

@@ -7,15 +7,18 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.directory import METRICS
-from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.sharding import Device
+from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config.commands import Device
+from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.training.unfinished import unfinished_line
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.training.finished import FinishedRun
 
 app = typer.Typer(
     add_completion=False,
@@ -88,6 +91,42 @@ def holds_json_with(*keys: str) -> Callable[[Path], bool]:
     return is_one
 
 
+def check_run(folder: Path) -> None:
+    """See that a run is there, before torch is loaded.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not (folder / "run.yaml").is_file():
+        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+
+
+def check_model(places: list[Path]) -> None:
+    """See that runs, or a file that one was exported to, are there, before torch is loaded.
+
+    Raises:
+        DataError: one is not.
+    """
+    for place in places:
+        if not place.exists():
+            raise DataError(f"{place}: no such file, and no run")
+        if place.is_dir():
+            check_run(place)
+
+
+def check_files(run: RunConfig) -> None:
+    """See that the run's rows are there, before torch is loaded.
+
+    Raises:
+        DataError: a path names nothing.
+    """
+    named = [path for split in ("train", "val", "test", "log") for path in getattr(run.data, split) or ()]
+    if named:
+        from mtcl_torchrec.data.source import find_files
+
+        find_files(named)
+
+
 def screen() -> Console:
     """A console wide enough for the tables when the output is a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=110)
@@ -96,5 +135,14 @@ def screen() -> Console:
 def note_if_unfinished(run: FinishedRun, *folders: Path) -> None:
     """Say so on stderr, of the runs that the run was read of."""
     for folder in folders if not run.finished else ():
-        if not (folder / METRICS).is_file():
-            typer.echo(f"mtcl: training of {folder} did not finish; this is its best epoch so far", err=True)
+        say_unfinished(folder, "this is its best epoch so far")
+
+
+def say_unfinished(folder: Path, meanwhile: str) -> None:
+    """Say on stderr that training of a run has not finished, where that is so.
+
+    Args:
+        meanwhile: what is shown for the time being.
+    """
+    if line := unfinished_line(folder):
+        typer.echo(f"mtcl: {line}; {meanwhile}", err=True)

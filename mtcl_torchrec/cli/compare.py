@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtcl_torchrec.cli.app import app, check_target, holds_json_with, screen
+from mtcl_torchrec.cli.app import app, check_target, holds_json_with, say_unfinished, screen
 from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
-from mtcl_torchrec.evaluation.bootstrap import DRAWS
-from mtcl_torchrec.evaluation.compare import Difference, compare_tables, is_headline
-from mtcl_torchrec.evaluation.details import print_differences
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
-from mtcl_torchrec.report import compare_html, from_differences
+from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import replace_file
-from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.judging import predictions_path
+from mtcl_torchrec.training.unfinished import unfinished_line
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.evaluation.compare import Difference
+    from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 
 @app.command()
@@ -61,12 +60,24 @@ def compare(
     check_target(write, "--json", holds_json_with("a", "against"))
     if page is not None and (file := next((run for run in runs if not run.is_dir()), None)):
         raise ConfigError(f"--html shows run directories, and {file} is none")
-    first, console = _read(runs[0], split), screen()
+    from mtcl_torchrec.evaluation.compare import compare_tables, is_headline
+    from mtcl_torchrec.evaluation.details import print_differences
+    from mtcl_torchrec.report import compare_html, from_differences
+    from mtcl_torchrec.training.history import finite
+
+    console = screen()
+    there = [run for run in runs if _is_there(run, split)]
+    if page is None or not there:
+        there = list(runs)  # what is missing is an error
+    for run in runs:
+        if run not in there:
+            say_unfinished(run, "it is shown beside the others, and is not in the comparison")
+    first = _read(there[0], split)
     values = task_numbers(value, "--value") if value else None
-    lengths = list(dict.fromkeys(k or _lengths(runs[0])))
+    lengths = list(dict.fromkeys(k or _lengths(there[0])))
     found: dict[str, list[Difference]] = {}
-    for run in runs[1:]:
-        names = (str(runs[0]), str(run))
+    for run in there[1:]:
+        names = (str(there[0]), str(run))
         found[str(run)] = compare_tables(
             first, _read(run, split), k=lengths, values=values, draws=draws, seed=seed,
             names=names, only=(lambda of, metric: True) if every else is_headline,
@@ -75,9 +86,10 @@ def compare(
         console.print()
     if write is not None:
         content = {run: [asdict(difference) for difference in of] for run, of in found.items()}
-        replace_file(write, json.dumps(finite({"a": str(runs[0]), "split": split, "against": content}), indent=1))
+        replace_file(write, json.dumps(finite({"a": str(there[0]), "split": split, "against": content}), indent=1))
     if page is not None:
-        said = f"The runs side by side: {compare_html(runs, from_differences(list(found.values())), page)}"
+        compared = from_differences(list(found.values())) if len(there) == len(runs) else None
+        said = f"The runs side by side: {compare_html(runs, compared, page)}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -87,9 +99,20 @@ def _lengths(run: Path) -> list[int]:
     return load_run(written).evaluation.k if written.is_file() else EvaluationConfig().k
 
 
+def _is_there(run: Path, split: str) -> bool:
+    from mtcl_torchrec.training.judging import predictions_path
+
+    return not run.is_dir() or predictions_path(run, split).is_file() or not unfinished_line(run)
+
+
 def _read(run: Path, split: str) -> PredictionsTable:
+    from mtcl_torchrec.evaluation.predictions_file import read_predictions
+    from mtcl_torchrec.training.judging import predictions_path
+
     path = predictions_path(run, split) if run.is_dir() else run
     if run.is_dir() and not path.is_file():
+        if line := unfinished_line(run):
+            raise DataError(f"no predictions for {split} of {run} to compare yet: {line}")
         raise DataError(
             f"{run}: no predictions for {split} ({path.relative_to(run)} is missing); `mtcl evaluate {run} --data ROWS "
             "--save FILE` writes them for a file of rows"

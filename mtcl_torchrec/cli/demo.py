@@ -5,25 +5,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
-from mtcl_torchrec.cli.films import show_films, write_films
 from mtcl_torchrec.cli.recommend import print_recommendations
 from mtcl_torchrec.cli.report import report_of_demo
+from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.cli.train import show
-from mtcl_torchrec.cli.twins import train_twins
 from mtcl_torchrec.config import RunConfig, load_run, parse_run
-from mtcl_torchrec.data import kuairand, movielens
+from mtcl_torchrec.config.commands import MOVIELENS, Device
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.directory import MARKER, Existing, claim_run_directory, fresh_run_directory
-from mtcl_torchrec.training.run import train_run
-from mtcl_torchrec.training.run_data import RunData, load_data
-from mtcl_torchrec.training.sharding import Device, Ranks, ranks
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.training.run_data import RunData
+    from mtcl_torchrec.training.sharding import Ranks
 
 DATA = "data"
 
@@ -38,7 +37,7 @@ def demo(
     seed: Annotated[int | None, typer.Option(min=0, help="Another random seed.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Items with texts: the films of MovieLens-1M.")] = False,
     folder: Annotated[
-        Path | None, typer.Option(help=f"With --text: where MovieLens-1M is; {movielens.SOURCE} has it.")
+        Path | None, typer.Option(help=f"With --text: where MovieLens-1M is; {MOVIELENS} has it.")
     ] = None,
     encoder: Annotated[
         str | None,
@@ -74,8 +73,13 @@ def demo(
         raise ConfigError(f"{'--encoder' if folder is None else '--folder'} belongs to --text")
     if text and folder is None:
         raise ConfigError(
-            f"--text needs --folder: MovieLens-1M, unpacked; {movielens.SOURCE} has it, the package ships none of it"
+            f"--text needs --folder: MovieLens-1M, unpacked; {MOVIELENS} has it, the package ships none of it"
         )
+    from mtcl_torchrec.cli.films import show_films, write_films
+    from mtcl_torchrec.data import kuairand
+    from mtcl_torchrec.training.run import train_run
+    from mtcl_torchrec.training.sharding import ranks
+
     console = screen()
     existing: Existing = "overwrite" if overwrite else "refuse"
     with ranks(device) as where:
@@ -83,6 +87,7 @@ def demo(
             raise ConfigError("--twins are trained in one process: start the demo without torchrun")
         place = out or fresh_run_directory("kuairand" if folder is None else "movielens", where)
         claim_run_directory(place, where, existing=existing)
+        if_stopped(f"{place} is not finished, the same command begins anew")
         run: RunConfig
         if folder is None:
             _written(kuairand.write, place, where)
@@ -120,6 +125,8 @@ def _measure_sharing(
     run: RunConfig, place: Path, data: RunData, seconds: float, console: Console, device: Device
 ) -> None:
     """Train the twins and say what they tell; without them, the report that follows says so."""
+    from mtcl_torchrec.cli.twins import train_twins
+
     try:
         answer = train_twins(run, place, data, seconds, console, device)
         said = "\n".join([f"\n{answer.question}  {answer.short}.", *(f"  {line}" for line in answer.sentences)])
@@ -131,6 +138,8 @@ def _measure_sharing(
 
 
 def _read_once(run: RunConfig, where: Ranks, console: Console) -> RunData:
+    from mtcl_torchrec.training.run_data import load_data
+
     return load_data(run, where, say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
 
 
@@ -148,6 +157,8 @@ def _written(write: Callable[[Path], None], place: Path, where: Ranks) -> None:
 
 
 def _show_videos(place: Path, console: Console) -> None:
+    from mtcl_torchrec.serving.recommender import Recommender
+
     recommender = Recommender.load(place)
     seen = recommender.catalogue.seen
     user = int(seen.loc[seen["user_id"] != 0, "user_id"].value_counts().index[0])

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
-from mtcl_torchrec.data.vectors import ItemVectors, read_vectors, same_space, write_codes
+from mtcl_torchrec.cli.stopping import if_stopped
+from mtcl_torchrec.config.commands import MAX_CHARS
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.text import (
-    CachedEncoder,
-    Codebook,
-    Embedded,
-    HashedTfidf,
-    ItemTexts,
-    codebook_use,
-    embed_items,
-    fit_codebook,
-    open_encoder,
-)
-from mtcl_torchrec.text.items import MAX_CHARS
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.data.vectors import ItemVectors
+    from mtcl_torchrec.text import Embedded
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")]
 Sizes = Annotated[str, typer.Option(help="Codes of each level: one number for all, or one for each: 256,64,64.")]
@@ -109,6 +101,9 @@ def embed(
         _refuse_existing(semantic_ids, overwrite)
         _refuse_existing(_codebook_beside(semantic_ids), overwrite)
         sizes = _sizes(codes, levels)
+    from mtcl_torchrec.data.vectors import read_vectors
+    from mtcl_torchrec.text import CachedEncoder, HashedTfidf, ItemTexts, embed_items, open_encoder
+
     console = screen()
     read = ItemTexts.open(items, _columns(text), key, encoding=encoding, prefix=prefix, max_chars=max_chars)
     if read.numeric:
@@ -135,6 +130,8 @@ def embed(
         encode.save(state)
     if not no_cache:
         encode = CachedEncoder(encode, cache or out.with_name(out.name + ".cache"))
+    if not no_cache:
+        if_stopped("what was encoded is kept in the cache, the same command goes on")
     with _bar() as bar:
         task = bar.add_task(encoder, total=len(read))
         done = embed_items(
@@ -178,6 +175,8 @@ def semantic_ids(
     if codebook is not None and (levels is not None or codes):
         raise ConfigError("--codebook has its levels and codes: no --levels and --codes")
     sizes = None if codebook is not None else _sizes(codes, levels)
+    from mtcl_torchrec.data.vectors import read_vectors
+
     read = read_vectors(vectors, key)
     _write_semantic_ids(screen(), read, vectors, out, codebook, sizes, seed, overwrite)
 
@@ -193,6 +192,11 @@ def _write_semantic_ids(
     overwrite: bool,
 ) -> None:
     """Fit a codebook, or take a saved one; write the codes, show how it is used."""
+    import numpy as np
+
+    from mtcl_torchrec.data.vectors import same_space, write_codes
+    from mtcl_torchrec.text import Codebook, codebook_use, fit_codebook
+
     book_path = saved or _codebook_beside(out)
     if sizes is None:
         book = Codebook.load(book_path)

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, check_run, newer_files, note_if_unfinished
+from mtcl_torchrec.config.commands import Compile, TablePrecision
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.export import Compile, export_run
-from mtcl_torchrec.serving.tables import TablePrecision
-from mtcl_torchrec.training.ensemble import load_ensemble
-from mtcl_torchrec.training.finished import FinishedRun
 
 
 @app.command()
@@ -40,6 +37,12 @@ def export(
     if out.exists() and (out.is_dir() or not overwrite):
         raise ConfigError(f"{out} stands there already; choose another name" + (" or --overwrite" * out.is_file()))
     newer = newer_files(contents, items)
+    for folder in run_dir:
+        check_run(folder)
+    from mtcl_torchrec.serving.export import export_run
+    from mtcl_torchrec.training.ensemble import load_ensemble
+    from mtcl_torchrec.training.finished import FinishedRun
+
     run = FinishedRun.load(run_dir[0], **newer) if len(run_dir) == 1 else load_ensemble(run_dir, **newer)
     note_if_unfinished(run, *run_dir)
     if compiled != "no":

@@ -12,14 +12,14 @@ from rich.console import Console
 from mtcl_torchrec.cli.app import screen
 from mtcl_torchrec.cli.embed import embed
 from mtcl_torchrec.cli.titles import short
+from mtcl_torchrec.config.commands import Device
 from mtcl_torchrec.data import movielens
 from mtcl_torchrec.data.vectors import read_vectors
 from mtcl_torchrec.evaluation.cold import EXPLAINED, print_segments, segment_masks, smoothed_popularity
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.sharding import Device
 
 LEVELS, CODES = 3, 64  # of the semantic ids
 TOP = 10

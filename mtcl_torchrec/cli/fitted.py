@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.bootstrap import quantile_of
+from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.fusing.cross_validation import sure_of
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
-from mtcl_torchrec.fusing.targets import parse_target
+from mtcl_torchrec.fusing.rivals import Verdict, does_fusing_pay
+from mtcl_torchrec.fusing.targets import longest_with_choice, parse_target
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import FUSION, readable_folder
 from mtcl_torchrec.training.finished import FinishedRun
@@ -26,10 +30,62 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _plus_minus(mean: float, error: float, digits: int = 4) -> str:
+SURE = "± is half of a 95 % interval"
+
+
+def _plus_minus(mean: float, half: float, digits: int = 4) -> str:
+    """A number and half of its interval; what rounds to nothing at all is told as such.
+
+    Example:
+        >>> _plus_minus(0.12, 0.01), _plus_minus(-0.00001, 0.00002), _plus_minus(0.0, 0.0)
+        ('0.1200 ± 0.0100', '-1e-05 ± 2e-05', 'the same')
+    """
     if math.isnan(mean):
         return "–"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    if mean == 0 and half == 0:
+        return "the same"
+    nothing = 0.5 * 10**-digits
+    if half > 0 and abs(mean) < nothing and half < nothing:
+        return f"{mean:.1g} ± {half:.1g}"
+    return f"{mean:z.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+z.{digits}f}"
+
+
+def verdict_lines(verdict: Verdict, of: str) -> list[str]:
+    """Whether fusing pays, in a line for each rival after the answer.
+
+    Args:
+        of: what rows, such as ``"on folds left out"``.
+
+    Example:
+        >>> from mtcl_torchrec.fusing.rivals import Rival
+        >>> found = Verdict("value@5", 2.312, (Rival("head click", 2.293, 0.019, 0.012),), "users")
+        >>> for line in verdict_lines(found, "on folds left out"):
+        ...     print(line)
+        Does fusing pay?  Yes: value@5 2.3120 on folds left out, +0.8 % ± 0.5 % on the best head, click (2.2930)
+        ± is half of a 95 % interval, paired over users
+    """
+    if not verdict.rivals or math.isnan(verdict.worth):
+        return []
+    parts = []
+    for rival in verdict.rivals:
+        head = rival.name.removeprefix("head ")
+        other = f"the best head, {head}" if head != rival.name else rival.name
+        if rival.ahead == 0 and not rival.half > 0:
+            parts.append(f"the same as {other}")
+            continue
+        lead, unit = (rival.per_cent, " %") if rival.per_cent else ((rival.ahead, rival.half), "")
+        digits = 1 if unit and lead[1] >= 0.05 else 2 if unit else 4
+        said = f"{_signed(lead[0], digits)}{unit}"
+        said += "" if math.isnan(lead[1]) else f" ± {lead[1]:.{digits}f}{unit}"
+        parts.append(f"{said} on {other} ({rival.worth:.4f})" + ", no difference that counts" * (rival.sign == 0))
+    word = {"yes": "Yes", "no": "No", "not shown": "Not shown"}[verdict.word]
+    lines = [f"Does fusing pay?  {word}: {verdict.measure} {verdict.worth:.4f} {of}, {'; '.join(parts)}"]
+    known = any(not math.isnan(rival.half) for rival in verdict.rivals)
+    return [*lines, f"{SURE}, paired over {verdict.paired}"] if known else lines
 
 
 def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
@@ -41,30 +97,34 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
     console.print()
     against = [f"better than {heads} alone"] if heads else []
     console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
-    table = plain_table("", ["ranked by", fitted.target.name, "± folds", *against])
+    table = plain_table("", ["ranked by", fitted.target.name, "sd of folds", *against])
     lines = fitted.table()
+    sure = quantile_of(len(np.unique(held_out.clusters)))
+    sure_of_lead = sure_of(held_out, fitted.chosen)
     for line in lines.to_dict("records"):
         mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
         if line["broken"]:
             mark = f"  breaks {line['broken']}"
         table.add_row(
-            f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["error"])), f"{line['std']:.4f}",
-            *([_plus_minus(float(line["better"]), float(line["better_error"]))] if heads else []),
+            f"{line['name']}{mark}", _plus_minus(float(line["target"]), sure * float(line["error"])),
+            f"{line['std']:.4f}",
+            *([_lead(str(line["name"]), heads, line["better"], sure_of_lead * line["better_error"])] if heads else []),
         )  # fmt: skip
     console.print(table)
     if fitted.left_for_values is not None:
-        name, ahead, error = fitted.left_for_values
+        name, ahead, half = fitted.left_for_values
         console.print(
-            f"the values stay the weights: {name} is better by {_plus_minus(ahead, error)}, which is no more than two "
-            "standard errors",
+            f"the values stay the weights: {name} is better by {_plus_minus(ahead, half)}, which may be chance",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     for name, why in fitted.about["left_out"].items():
         console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
     _warn_of_short_requests(fitted, held_out, console)
+    for line in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
     weight = "starts at" if fitted.combiner.learns else "weight"
-    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "± folds", "of the ranking"])
+    table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "sd of folds", "of the ranking"])
     for task, number in fitted.weights.items():
         share = "–" if fitted.influence is None else f"{fitted.influence.get(task, 0.0):.0%}"
         table.add_row(task, f"{number:.4g}", f"{fitted.weights_std[task]:.2g}", share)
@@ -78,6 +138,11 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
     _print_losses(fitted.task_losses(held_out), console)
 
 
+def _lead(name: str, head: str, better: float, half: float) -> str:
+    """By how much a line is better than the best head; of that head itself there is nothing to say."""
+    return "" if name == f"head {head}" else _plus_minus(better, half)
+
+
 def _warn_of_short_requests(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
     """A request of at most K rows is worth the same in any order."""
     name, _, k = fitted.target.name.partition("@")
@@ -87,7 +152,7 @@ def _warn_of_short_requests(fitted: FittedFusion, held_out: HeldOut, console: Co
     if longer < 0.2:
         console.print(
             f"only {longer:.1%} of the requests have more than {k} rows; the others are worth the same in any order: "
-            "take a smaller K, or longer requests (--session-minutes)",
+            f"take value@{longest_with_choice(held_out.rows_of_requests)}, or longer requests (--session-minutes)",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -113,10 +178,14 @@ def print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], ta
     title = f"test split: {len(held_out):,} rows, {held_out.requests:,} requests (each a {held_out.requests_are})"
     console.print(f"\n[bold]{title}[/]", highlight=False, soft_wrap=True)
     table = plain_table("", ["ranked by", goal.name, "fused is better by"])
+    sure = quantile_of(len(np.unique(held_out.clusters)))
     for line in lines.to_dict("records"):
-        gain = "" if line["name"] == "fused" else _plus_minus(float(line["better"]), float(line["better_error"]))
-        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), float(line["error"])), gain)
+        gain = "" if line["name"] == "fused" else _plus_minus(float(line["better"]), sure * float(line["better_error"]))
+        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), sure * float(line["error"])), gain)
     console.print(table)
+    found = does_fusing_pay(held_out, held_out.scores(fused), tasks, goal, values)
+    for said in verdict_lines(found, "on the test split"):
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_former(folder: Path, fitted: FittedFusion, console: Console) -> None:
@@ -139,14 +208,17 @@ def print_former(folder: Path, fitted: FittedFusion, console: Console) -> None:
         weights = ", ".join(f"{task} {weight:.4g}" for task, weight in (before.get("weights") or {}).items())
         line = f"{stood}{f' ({weights})' if weights else ''}, which was not judged on folds left out"
     else:
-        was = _plus_minus(float(found["target"]), _number(found.get("error")))
+        sure = quantile_of(int(before.get("users") or before.get("requests") or 0))
+        was = _plus_minus(float(found["target"]), sure * _number(found.get("error")))
         line = f"{stood}: {before['target']} {was} on folds left out"
         same = all(before.get(key) == value for key, value in _judged_on(fitted).items())
         if not same:
             line += ", of other rows, requests or another target: the two do not compare"
         else:
             ahead = now.mean - float(found["target"])
-            line += f"; the new one: {_plus_minus(now.mean, now.error)}, {'better' if ahead > 0 else 'no better'}"
+            line += (
+                f"; the new one: {_plus_minus(now.mean, sure * now.error)}, {'better' if ahead > 0 else 'no better'}"
+            )
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     if found.get("target") is not None and "as it was" in {t.name for t in fitted.tried}:
         console.print(

@@ -6,29 +6,28 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
-from mtcl_torchrec.cli.fitted import print_fitted, print_former, print_test
+from mtcl_torchrec.baselines.entries import FILE as BASELINES
+from mtcl_torchrec.cli.app import app, check_run, note_if_unfinished, screen
+from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import RunConfig, load_run
-from mtcl_torchrec.data.source import Rows, read_rows
-from mtcl_torchrec.fusing.combiners import ALL, USUAL, Combiner, known_kinds, signed_weights
-from mtcl_torchrec.fusing.fit import fit_fusion
-from mtcl_torchrec.fusing.fitted import FittedFusion
-from mtcl_torchrec.fusing.held_out import HeldOut
-from mtcl_torchrec.fusing.search import Search
+from mtcl_torchrec.config.commands import SESSION_MINUTES, USUAL_COMBINERS, Search
+from mtcl_torchrec.config.fusion import KINDS
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, readable_folder
-from mtcl_torchrec.training.finished import FinishedRun, RunWarning
-from mtcl_torchrec.training.fitted_fusion import DECLARED, PICTURE, reset_fusion, save_fusion, set_weights
-from mtcl_torchrec.training.held_out import SESSION_MINUTES, columns_needed, gate_of, held_out_of, rows_of_split
-from mtcl_torchrec.training.known_rows import trained_on
-from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
+from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, RunWarning, readable_folder
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.data.source import Rows
+    from mtcl_torchrec.fusing.combiners import Combiner
+    from mtcl_torchrec.fusing.fitted import FittedFusion
+    from mtcl_torchrec.fusing.held_out import HeldOut
+    from mtcl_torchrec.training.finished import FinishedRun
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
 _TELL_EVERY = 10.0  # seconds, where stderr is no terminal
@@ -49,14 +48,15 @@ def fuse(
         list[str] | None,
         typer.Option(
             help="task=number: what its event is worth, or, below 0, costs (of a regression: each unit of its label); "
-            "may be repeated.  Default: the run's `evaluation.values`, or else the weights of its `fusion`."
+            "may be repeated.  Default: the run's `evaluation.values`, or else what its `fusion.weights` say of events."
         ),
     ] = None,
     combiner: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A kind to try; may be repeated.  One of {', '.join(known_kinds())}; or all.  Default: "
-            f"{', '.join(USUAL)}, and expected_value where a task's label counts after another's event, or a price."
+            help=f"A kind to try; may be repeated.  One of {', '.join(KINDS)}; or all.  Default: "
+            f"{', '.join(USUAL_COMBINERS)}, and expected_value where a task's label counts after another's event, or a "
+            "price."
         ),
     ] = None,
     feature: Annotated[
@@ -124,6 +124,12 @@ def fuse(
     whatever the `fusion` of RUN_DIR/run.yaml says.  What was there before is kept in RUN_DIR/fusion/former, whither
     training on (`mtcl train --resume`) moves the whole: it was fitted for other predictions.
 
+    **Values and weights** are two things.  Values say what an event is worth to you, and judge: `evaluation.values` in
+    run.yaml, by which value@k counts wherever it is printed, or `--value` here, for this fit alone.  Weights make the
+    score: `fusion.weights` in run.yaml, until what is fitted here takes their place.  Without values, the weights stand
+    for them, of binary tasks; with calibrated predictions, the values themselves are good weights, and are kept unless
+    others are better by more than chance.
+
     **By what events are worth:** mtcl fuse RUN_DIR --target value@5 --value click=1 --value like=8 --value report=-60
 
     **By hand, at once:** mtcl fuse RUN_DIR --set click=0.5,like=2
@@ -145,6 +151,11 @@ def fuse(
         return
     if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
         raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
+    check_run(run_dir)
+    if_stopped(f"{run_dir} ranks as before")
+    from mtcl_torchrec.cli.fitted import print_fitted, print_former, print_test
+    from mtcl_torchrec.training.finished import FinishedRun
+
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
     before = run.model.output.fused_score
@@ -161,7 +172,7 @@ def fuse(
         held_out = _held_out(run, run_dir, data, "val", session_minutes, context=context)
         fitted = _fit_with_bar(
             held_out,
-            values=values or None,
+            values=(_with_weighed(values, run, held_out) if whence else values) or None,
             target=target,
             combiners=kinds,
             folds=folds,
@@ -197,15 +208,30 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
         return task_numbers(given, "--value"), ""
     if "@" not in target:
         return {}, ""
-    own = run.config.evaluation.values
-    weights = None if run.config.fusion is None else run.config.fusion.weights
-    values = dict(own or weights or {})
+    from mtcl_torchrec.training.judging import worth_of
+
+    values = dict(worth_of(run.config))
     if not values:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
-    counted = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
-    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in counted) for task, v in values.items())
-    whence = "evaluation.values of the run" if own else "the weights of the run's fusion"
+    by_unit = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
+    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in by_unit) for task, v in values.items())
+    whence = "evaluation.values of the run"
+    if run.config.evaluation.values is None:
+        whence = "the weights of the run's fusion"
+        if left := [task for task in _weighed(run) if task not in values]:
+            shown += f"; nothing is counted for {', '.join(left)}, as in the run's own value@k"
     return values, f"values are {whence}: {shown}  (--value TASK=NUMBER for others)"
+
+
+def _with_weighed(values: dict[str, float], run: FinishedRun, held_out: HeldOut) -> dict[str, float]:
+    """What counts for nothing, such as a class, may be worth a weight all the same: it stays in the score."""
+    entering = [task for task in _weighed(run) if task in held_out.parts and task in held_out.labels]
+    return dict.fromkeys(entering, 0.0) | values
+
+
+def _weighed(run: FinishedRun) -> list[str]:
+    """The tasks that run.yaml gives a weight in the score."""
+    return list((run.config.fusion.weights or {}) if run.config.fusion is not None else {})
 
 
 def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
@@ -227,6 +253,9 @@ def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
 
 def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | None) -> list[str | Combiner] | None:
     """What is tried; a context-gated mean with the features that it reads."""
+    from mtcl_torchrec.fusing.combiners import ALL
+    from mtcl_torchrec.training.held_out import gate_of
+
     if features and not {_GATED, ALL} & set(kinds or ()):
         raise ConfigError(f"--feature says what the weights of a {_GATED} depend on: it needs --combiner {_GATED}")
     if not kinds:
@@ -238,6 +267,9 @@ def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | 
 def _held_out(
     run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float, *, context: bool
 ) -> HeldOut:
+    from mtcl_torchrec.data.source import read_rows
+    from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
+
     columns, config = columns_needed(run), load_run(folder / "run.yaml")
     rows = _unseen(config, read_rows(data, columns)) if data else rows_of_split(config, columns, split)
     return held_out_of(run, rows, session_minutes=session_minutes, context=context)
@@ -245,6 +277,8 @@ def _held_out(
 
 def _unseen(config: RunConfig, rows: Rows) -> Rows:
     """The rows of --data without those that the run was trained on, where that can be told."""
+    from mtcl_torchrec.training.known_rows import trained_on
+
     seen = trained_on(config, rows)
     if seen is None or not seen.any():
         return rows
@@ -262,6 +296,8 @@ def _refuse_more(given: dict[str, Any], what: str) -> None:
 
 def _judge_anew(folder: Path, console: Console) -> None:
     """Bring predictions and metrics.json up to the score that the run has now, or say why they are not."""
+    from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
+
     with (
         Status("judging the run by the score that it has now", console=Console(stderr=True)),
         warnings.catch_warnings(),
@@ -273,11 +309,32 @@ def _judge_anew(folder: Path, console: Console) -> None:
             said = f"{METRICS} and {PREDICTIONS}/ still hold the score before: {error}"
         else:
             said = f"judged by it: {METRICS} and {PREDICTIONS}/ of {' and '.join(splits)}" if splits else ""
-    if said:
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    lines = [said] if said else []
+    lines += _rank_baselines_anew(folder)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rank_baselines_anew(folder: Path) -> list[str]:
+    """Baselines rank as the run does; of one that is not in memory, `mtcl baselines` sees to that."""
+    if not (folder / BASELINES).is_file():
+        return []
+    from mtcl_torchrec.baselines.run import rank_anew
+
+    run, lines = load_run(folder / "run.yaml"), list[str]()
+    if run.data.stream or run.data.synthetic is not None:
+        return [f"{folder / BASELINES} ranks by the score before, until `mtcl baselines {folder}` is called"]
+    try:
+        with Status("ranking the baselines by it, too", console=Console(stderr=True)):
+            rank_anew(run, folder, say=lines.append)
+    except (ConfigError, DataError, OSError) as error:
+        lines.append(f"{folder / BASELINES} still ranks by the score before: {error}")
+    return lines
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
+    from mtcl_torchrec.fusing.fit import fit_fusion
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     err = Console(stderr=True)
     told = time.monotonic()
@@ -295,6 +352,8 @@ def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
 
 
 def _reset(folder: Path, console: Console, dry_run: bool) -> None:
+    from mtcl_torchrec.training.fitted_fusion import DECLARED, reset_fusion
+
     fitted = readable_folder(folder / FUSION) / DECLARED
     if not (folder / "run.yaml").is_file():
         raise DataError(f"{folder}: no run here (run.yaml is missing)")
@@ -308,6 +367,9 @@ def _reset(folder: Path, console: Console, dry_run: bool) -> None:
 
 
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
+    from mtcl_torchrec.fusing.combiners import signed_weights
+    from mtcl_torchrec.training.fitted_fusion import save_fusion, set_weights
+
     try:
         config = set_weights(run.model, run.fusion, weights, run.preprocessor.encoder)
     except ConfigError as error:
@@ -321,6 +383,8 @@ def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], cons
 
 
 def _save(fitted: FittedFusion, run: FinishedRun, folder: Path, console: Console) -> None:
+    from mtcl_torchrec.training.fitted_fusion import PICTURE, save_fusion
+
     assert fitted.config is not None  # combiners given by name have one
     try:
         import matplotlib  # noqa: F401

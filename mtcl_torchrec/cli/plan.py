@@ -10,10 +10,7 @@ import typer
 
 from mtcl_torchrec.cli.app import app, screen
 from mtcl_torchrec.config import load_run
-from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.planning.hardware import KNOWN
-from mtcl_torchrec.training.planning.offline import parse_rows, plan_offline
-from mtcl_torchrec.training.planning.report import print_plan
 
 
 @app.command()
@@ -37,6 +34,10 @@ def plan(
     """
     console = screen()
     run = load_run(run_yaml)
+    from mtcl_torchrec.training.finished import FinishedRun
+    from mtcl_torchrec.training.planning.offline import parse_rows, plan_offline
+    from mtcl_torchrec.training.planning.report import print_plan
+
     encoder = None if fitted is None else FinishedRun.load(fitted).preprocessor.encoder
     with console.status(f"planning {len(run.data_schema.tables())} tables for {world_size} ranks …"):
         report = plan_offline(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished, screen
-from mtcl_torchrec.cli.titles import read_titles, titles_of
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, check_model, newer_files, note_if_unfinished, screen
 from mtcl_torchrec.config import DataConfig
-from mtcl_torchrec.data.source import read_rows
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.network import PART, SPREAD
-from mtcl_torchrec.serving.recommender import Recommender
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mtcl_torchrec.serving.recommender import Recommender
 
 
 @app.command()
@@ -61,6 +60,10 @@ def recommend(
         if not equals or not name:
             raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
         given[name.strip()] = value.strip()
+    check_model(run_dir)
+    from mtcl_torchrec.cli.titles import read_titles
+    from mtcl_torchrec.serving.recommender import Recommender
+
     recommender = Recommender.load(run_dir, **newer_files(contents, items))
     names = None if titles is None else read_titles(titles, str(recommender.schema.item))
     if recommender.run is not None:
@@ -82,6 +85,8 @@ def _has_test(data: DataConfig) -> bool:
 
 def _candidates(given: list[str] | None, item: str) -> list[Any] | None:
     """Keys of items, as they were named or as files hold them."""
+    from mtcl_torchrec.data.source import read_rows
+
     if not given:
         return None
     keys: list[Any] = []
@@ -118,6 +123,10 @@ def print_recommendations(
         ConfigError: `why`, and the fused score is no sum.
         DataError: as `Recommender.recommend`.
     """
+    from mtcl_torchrec.cli.titles import titles_of
+    from mtcl_torchrec.evaluation.plain_table import plain_table
+    from mtcl_torchrec.serving.network import PART, SPREAD
+
     ranked = recommender.recommend(user, context, candidates=candidates, k=max(top, 2) if why else top, seen=seen)
     parts = [str(name) for name in ranked if str(name).startswith(PART)]
     if why and not parts:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from mtcl_torchrec.cli.app import app
-from mtcl_torchrec.report import write_report
+from mtcl_torchrec.cli.app import app, check_run, say_unfinished
 from mtcl_torchrec.schema import ConfigError
 
 
@@ -32,16 +32,26 @@ def report(
     """
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file, such as {out / 'report.html'}")
-    path = write_report(run_dir, out, png=png, baselines=baselines)
+    check_run(run_dir)
+    say_unfinished(run_dir, "the report is of what there is")
+    path = _written(run_dir, Console(stderr=True), out, png=png, baselines=baselines)
     typer.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)" + (f"; pictures in {png}" if png else ""))
     if open_:
         typer.launch(str(path))
 
 
+def _written(run_dir: Path, console: Console, out: Path | None = None, **options: Any) -> Path:
+    """Write the report; on a terminal, a line says what is being done."""
+    from mtcl_torchrec.report import write_report
+
+    with console.status("a report") as status:
+        return write_report(run_dir, out, say=lambda doing: status.update(Text(f"report: {doing}")), **options)
+
+
 def report_of_demo(folder: Path, console: Console) -> None:
     """Write the report and say where it is; without what it is drawn with, say what to install."""
     try:
-        said = f"\nThe report, to be opened in a browser: {write_report(folder)}"
+        said = f"\nThe report, to be opened in a browser: {_written(folder, console)}"
     except ConfigError as error:
         said = f"\nNo report was written: {error}"
     console.print(said, highlight=False, markup=False, soft_wrap=True)

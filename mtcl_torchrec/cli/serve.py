@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, check_model, newer_files
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.serving.recommender import Recommender
 
 
 @app.command()
@@ -44,6 +43,9 @@ def serve(
     being dropped: found by looking, on SIGHUP, or on POST /reload.  GET /healthz, /metrics (Prometheus), /openapi.json
     and /docs.  SIGTERM finishes what is in flight.
     """
+    check_model(run_dir)
+    from mtcl_torchrec.serving.recommender import Recommender
+
     try:
         from mtcl_torchrec.serving.http.app import Limits
         from mtcl_torchrec.serving.http.process import serve

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.cli.app import DeviceOption, app, check_target, holds_json_with, note_if_unfinished, screen
-from mtcl_torchrec.config import RunConfig, load_run
+from mtcl_torchrec.cli.app import (
+    DeviceOption,
+    app,
+    check_files,
+    check_run,
+    check_target,
+    holds_json_with,
+    note_if_unfinished,
+    screen,
+)
+from mtcl_torchrec.cli.stopping import if_stopped
+from mtcl_torchrec.config import EvaluationConfig, RunConfig, load_run
 from mtcl_torchrec.config.evaluation import MIN_DRAWS
-from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
-from mtcl_torchrec.evaluation.calibration import print_calibration
-from mtcl_torchrec.evaluation.details import print_details, print_intervals, print_segments
-from mtcl_torchrec.evaluation.judged import evaluate_table
-from mtcl_torchrec.evaluation.knowable import print_knowable
-from mtcl_torchrec.evaluation.predictions_file import is_predictions, write_predictions
-from mtcl_torchrec.evaluation.report import print_evaluation
-from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.directory import Existing, fresh_run_directory, replace_file
-from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
-from mtcl_torchrec.training.known_rows import trained_on
-from mtcl_torchrec.training.oracle import knowable_of, truth_columns
-from mtcl_torchrec.training.run import RunResult, train_run
-from mtcl_torchrec.training.sharding import ranks
+from mtcl_torchrec.schema import ConfigError, DataError, nearest
+from mtcl_torchrec.training.directory import CHECKPOINTS, Existing, fresh_run_directory, replace_file
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.data.source import Rows
+    from mtcl_torchrec.training.run import RunResult
 
 
 @app.command()
@@ -53,12 +55,24 @@ def train(
         raise ConfigError("--resume needs --out: the run directory to go on with")
     existing: Existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     run = load_run(run_yaml)
+    check_files(run)
+    from mtcl_torchrec.training.run import train_run
+    from mtcl_torchrec.training.sharding import ranks
+
     with ranks(device) as where:
         folder = out or fresh_run_directory(run.name, where)
+        if_stopped(lambda: _kept(folder, run_yaml))
         result = train_run(run, folder, existing=existing, device=device, console=console)
     if where.first:
         show(result, console)
         console.print(f"\nThe run is in {folder}.", highlight=False, soft_wrap=True)
+
+
+def _kept(folder: Path, run_yaml: Path) -> str:
+    """What is left of a run that was stopped."""
+    if not any(folder.glob(f"{CHECKPOINTS}/step_*/state.json")):
+        return f"{folder} holds no checkpoint yet, the same command begins anew"
+    return f"the newest checkpoint is kept, this goes on: mtcl train {run_yaml} --out {folder} --resume"
 
 
 @app.command()
@@ -87,14 +101,26 @@ def evaluate(
     """Evaluate a finished run on other rows: each task, and the fused score beside popularity."""
     if 0 < bootstrap < MIN_DRAWS:
         raise ConfigError(f"--bootstrap: fewer than {MIN_DRAWS} draws say nothing of an interval; 0 is none")
-    check_target(save, "--save", is_predictions)
     check_target(write, "--json", holds_json_with("tasks", "ranking", "rows"))
+    check_run(run_dir)
+    from mtcl_torchrec.data.source import column_names, find_files, read_rows
+    from mtcl_torchrec.evaluation.details import print_details, print_segments
+    from mtcl_torchrec.evaluation.judged import evaluate_table
+    from mtcl_torchrec.evaluation.knowable import print_knowable
+    from mtcl_torchrec.evaluation.predictions_file import is_predictions, write_predictions
+    from mtcl_torchrec.evaluation.report import print_evaluation
+    from mtcl_torchrec.training.finished import FinishedRun
+    from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
+    from mtcl_torchrec.training.oracle import knowable_of, truth_columns
+
+    check_target(save, "--save", is_predictions)
     run, console = FinishedRun.load(run_dir), screen()
     named = (name.strip() for names in segments or () for name in names.split(","))
     apart = [name for name in dict.fromkeys(named) if name]
     lengths = list(dict.fromkeys(k or run.config.evaluation.k))
     config = run.config.evaluation.model_copy(update={"segments": apart, "k": lengths})
     there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
+    _check_segments(config, there)
     wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
     columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *config.columns(), *wanted]))
     raw = run.preprocessor.conform(read_rows(data, columns))
@@ -116,16 +142,25 @@ def evaluate(
     if apart:
         console.print()
         print_segments(result, console)
-    if bootstrap:
-        print_intervals(result.intervals, console)
     if save is not None:
         write_predictions(save, table)
     if write is not None:
         replace_file(write, json.dumps(evaluation_as_json(result), indent=1))
 
 
+def _check_segments(config: EvaluationConfig, there: Collection[str]) -> None:
+    from mtcl_torchrec.evaluation.segments import DERIVED, there_are
+
+    for name in config.columns():
+        if name not in there:
+            columns = [*sorted(there), *DERIVED]
+            raise DataError(f"--segments: no column {name!r}{nearest(name, columns)}; {there_are(columns)}")
+
+
 def _note_known(config: RunConfig, rows: Rows) -> None:
     """Say so, where the run was trained on some of the rows that it is judged by."""
+    from mtcl_torchrec.training.known_rows import trained_on
+
     seen = trained_on(config, rows)
     if seen is not None and seen.any():
         what = f"--data: {seen.sum():,} of {len(rows):,} rows are rows that the run was trained on"
@@ -133,6 +168,10 @@ def _note_known(config: RunConfig, rows: Rows) -> None:
 
 
 def show(result: RunResult, console: Console) -> None:
+    from mtcl_torchrec.evaluation.calibration import print_calibration
+    from mtcl_torchrec.evaluation.knowable import print_knowable
+    from mtcl_torchrec.evaluation.report import print_evaluation
+
     kept = f"epoch {result.history.best_epoch} of {len(result.history.epochs)}"
     for split, evaluation in result.evaluations.items():
         if split == "test" or len(result.evaluations) == 1:

@@ -9,10 +9,9 @@ import typer
 import yaml
 
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
+from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import load_run
-from mtcl_torchrec.training.sharding import ranks
-from mtcl_torchrec.training.tuning import Space, default_space, print_tuning, read_space, tune_run
-from mtcl_torchrec.training.tuning.study import Pruner
+from mtcl_torchrec.config.commands import Pruner
 
 
 @app.command()
@@ -64,24 +63,26 @@ def tune(
     A trial whose loss is not finite, or that does not fit into memory, is recorded as failed, and the search goes on.
     Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec tune run.yaml**.
     """
+    from mtcl_torchrec.training.tuning import Space, default_space, read_space
+
     run = load_run(run_yaml)
     tuning = read_space(space) if space is not None else run.tuning
     values = tuning.space if tuning is not None else {}
     named = objective or (tuning.objective if tuning is not None else None)
+    searched = Space.of(run, values or default_space(run))  # a mistake in it is told before torch is loaded
     if show_space:
-        found = ({"objective": named} if named else {}) | Space.of(run, values or default_space(run)).as_json()
+        found = ({"objective": named} if named else {}) | searched.as_json()
         typer.echo(yaml.safe_dump({"tuning": found}, sort_keys=False, default_flow_style=None, width=110), nl=False)
         return
     console, folder = screen(), out or Path("runs") / f"{run.name}-tuning"
+    from mtcl_torchrec.training.sharding import ranks
+    from mtcl_torchrec.training.tuning import print_tuning, tune_run
+
+    if_stopped(f"what was tried is kept in {folder}, the same command goes on")
     with ranks(device) as where:
-        try:
-            result = tune_run(
-                run, folder, trials=trials, space=values, objective=named, pruner=pruner, timeout=timeout,
-                overwrite=overwrite, device=device, console=console,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            if where.first:
-                typer.echo(f"mtcl: stopped; what was tried is kept in {folder}, the same command goes on", err=True)
-            raise
+        result = tune_run(
+            run, folder, trials=trials, space=values, objective=named, pruner=pruner, timeout=timeout,
+            overwrite=overwrite, device=device, console=console,
+        )  # fmt: skip
     if where.first:
         print_tuning(result, console)

@@ -10,9 +10,9 @@ from rich.status import Status
 
 from mtcl_torchrec.baselines import Budget, run_baselines
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config.commands import Device
 from mtcl_torchrec.report import Answer, do_tasks_help_in
 from mtcl_torchrec.training.run_data import RunData
-from mtcl_torchrec.training.sharding import Device
 
 TWINS, CHEAP = "single_task", ("popularity", "logistic_regression")
 MOST = 3  # tasks that have a twin

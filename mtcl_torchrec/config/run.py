@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError, model_validator
@@ -282,17 +282,27 @@ def _short(value: Any) -> str:
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:
     """The keys that are known at a place in the YAML."""
     model: Any = RunConfig
+    any_key = False
     for part in path:
         if isinstance(part, int):
+            continue
+        if any_key:  # of a mapping, whose values are of the model
+            any_key = False
             continue
         fields = {f.alias or n: f for n, f in model.model_fields.items()}
         part = "root" if issubclass(model, RootModel) else part  # whatever the key is called
         if part not in fields:
             return []
+        any_key = _is_mapping(fields[part].annotation)
         model = _model_in(fields[part].annotation)
         if model is None:
             return []
     return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether an annotation is a dict, or one or nothing."""
+    return get_origin(annotation) is dict or any(get_origin(part) is dict for part in get_args(annotation))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -206,7 +206,10 @@ class TrainingConfig(Part):
         averaging: decay of the exponential moving average of all weights that is evaluated and kept; 0 is off.
         regularisers: penalties in the loss.
         pipeline: TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
-        precision: ``bf16`` computes the dense part (everything after the embeddings, up to the losses) under autocast.
+        precision: of the dense part (everything after the embeddings, up to the heads): ``bf16`` computes it under
+            autocast; ``auto`` is bf16 where the machine of every rank has it in hardware (CUDA from compute capability
+            8.0 on; a CPU with AVX512-BF16, and from 65,536 dense parameters on), else fp32.  The run directory's
+            run.yaml tells which it was, and a run that is resumed keeps it.
         log_every: steps between two readings of the losses and of how the tasks get along, which wait for the device.
         metrics: what is told of the predictions of the training steps, and how often.
         max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
@@ -228,7 +231,7 @@ class TrainingConfig(Part):
     regularisers: RegularisersConfig = Field(default_factory=RegularisersConfig)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     log_every: PositiveInt = 20
     metrics: TrainingMetricsConfig = Field(default_factory=TrainingMetricsConfig)
     max_skipped_steps: NonNegativeInt = 10

@@ -22,12 +22,13 @@ from mtcl_torchrec.data.columns import (
     split_bag,
 )
 from mtcl_torchrec.data.contents import CodeRows, Contents, VectorRows, read_contents
+from mtcl_torchrec.data.earlier import Earlier
 from mtcl_torchrec.data.fitting import SplitSummary, summarise
 from mtcl_torchrec.data.labels import labels_of, requests_of, rewards_of, unmasked
 from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.spans import Earlier
+from mtcl_torchrec.data.spans import ages_of, spans_of
 from mtcl_torchrec.data.vocabulary import grow_vocabulary, table_rows
 from mtcl_torchrec.schema import ConfigError, DataError, Feature, Group, Schema, Task, nearest
 
@@ -321,7 +322,7 @@ class FeatureEncoder:
         dense = [c for f in self.schema.dense_features for c in self._dense_columns(f, rows)]
         labels, weights = self._no_labels(len(rows)), None
         if with_labels:
-            labels, weights = labels_of(rows, self.schema.tasks, self._label_classes)
+            labels, weights = self.labels(rows)
         return EncodedRows(
             dense=torch.from_numpy(np.stack(dense, 1)) if dense else torch.empty(len(rows), 0),
             keys=self.keys,
@@ -333,13 +334,24 @@ class FeatureEncoder:
             rewards=rewards_of(rows, self.schema.reward) if with_labels and with_rewards else None,
         )
 
+    def labels(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Labels (N, T) float32, NaN where missing or masked out, and sample weights (N, T), None where all are 1.
+
+        Args:
+            rows: at least the columns of `Schema.label_columns`.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        return labels_of(rows, self.schema.tasks, self._label_classes)
+
     def _history(self, feature: Feature, rows: Rows, lists: Listed | Earlier) -> Jagged:
         """A history's or companion's values as row numbers."""
         size = self.num_embeddings(feature.table_name)
         if isinstance(lists, Earlier):
             if lists.values is None:
-                return lists.aged(size)
-            return lists.spans(self._row_numbers(feature, lists.values, rows, lists.first_owner()))
+                return ages_of(lists, size)
+            return spans_of(lists, self._row_numbers(feature, lists.values, rows, lists.first_owner()))
         if feature.encoding == "log_bucket":
             found = age_rows(feature, lists, rows, size)
         else:

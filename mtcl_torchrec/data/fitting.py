@@ -9,18 +9,48 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch.distributed as dist
 
+from mtcl_torchrec.data import freed
 from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of
 from mtcl_torchrec.data.labels import label_of, unmasked
 from mtcl_torchrec.data.listed import listed_values
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.stream import WindowSource, in_order
+from mtcl_torchrec.data.stream import in_order
 from mtcl_torchrec.data.vocabulary import ValueCounts
 from mtcl_torchrec.schema import DataError, Feature, Schema, Task
+
+P = TypeVar("P")  # what is learnt from: the part of the split that a window holds
+
+
+class Summary(Protocol[P]):
+    """What is learnt part by part, and merged."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether more parts could teach nothing."""
+
+    def add(self, part: P, /) -> None:
+        """Learn from a part."""
+
+    def merge(self, other: Any, /) -> None:
+        """Learn what `other`, of the same kind, learnt from other parts."""
+
+
+class Parts(Protocol[P]):
+    """Windows of a split and how they are read, such as `mtcl_torchrec.data.parquet.ParquetFiles`."""
+
+    def windows(self) -> Sequence[Any]:
+        """All windows, the same on every rank."""
+
+    def read(self, window: Any, /) -> P:
+        """A window's part.  Called on several threads."""
+
+
+S = TypeVar("S", bound=Summary[Any])
 
 
 @dataclass
@@ -153,14 +183,12 @@ def _label_moments(rows: Rows, task: Task) -> Moments:
     return Moments(int(present.sum()), int((~present).sum()))
 
 
-def summarise(
-    summary: SplitSummary, source: WindowSource, workers: int = 1, progress: Callable[[float], None] | None = None
-) -> SplitSummary:
+def summarise(summary: S, source: Parts[Any], workers: int = 1, progress: Callable[[float], None] | None = None) -> S:
     """Learn from all rows of a source; each rank of the process group reads its part, and all get the whole.
 
     Args:
         summary: of no rows yet.
-        source: of the summary's columns.
+        source: of what the summary learns from.
         workers: threads that read ahead.
         progress: called with the share of this rank's part that is read.
 
@@ -173,13 +201,14 @@ def summarise(
     wrong: DataError | None = None
     try:
         with closing(in_order(reads, workers)) as parts:
-            for done, rows in enumerate(parts, start=1):
-                summary.add(rows)
+            for done, part in enumerate(parts, start=1):
+                summary.add(part)
                 if progress is not None:
                     progress(done / len(windows))
                 if summary.complete:
                     break
-                del rows
+                del part
+                freed.give_back()  # see `StreamRows`
     except DataError as error:
         wrong = error
     if world_size > 1:
@@ -189,8 +218,8 @@ def summarise(
     return summary
 
 
-def _merged_over_ranks(summary: SplitSummary, wrong: DataError | None) -> SplitSummary:
-    whole: SplitSummary | None = None
+def _merged_over_ranks(summary: S, wrong: DataError | None) -> S:
+    whole: S | None = None
     for rank in range(dist.get_world_size()):  # one after the other: no rank ever holds more than two of them
         mine = (summary, None if wrong is None else str(wrong)) if rank == dist.get_rank() else None
         box: list[Any] = [mine]

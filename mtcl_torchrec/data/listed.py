@@ -11,8 +11,8 @@ import torch
 
 from mtcl_torchrec.data.batch import members
 from mtcl_torchrec.data.columns import column_of, shown, split_bag
+from mtcl_torchrec.data.earlier import Earlier, log_buckets
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.spans import Earlier, log_buckets
 from mtcl_torchrec.schema import DataError, Feature, Schema
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from mtcl_torchrec.config.commands import MOVIELENS as SOURCE
 from mtcl_torchrec.data.cold_split import cold_split
 from mtcl_torchrec.data.source import UNREADABLE
 from mtcl_torchrec.schema import DataError, nearest
 
-SOURCE = "https://grouplens.org/datasets/movielens/1m/"
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 
 

@@ -16,12 +16,12 @@ from mtcl_torchrec.config import HistoryConfig, NextLabelConfig, StatisticsConfi
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import as_text, canonical
+from mtcl_torchrec.data.earlier import Earlier
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.histories import History
 from mtcl_torchrec.data.next_labels import with_next_labels
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.spans import Earlier
 from mtcl_torchrec.data.statistics import CausalStatistics, Progress, quiet
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema, nearest

@@ -16,7 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from mtcl_torchrec.config import DataConfig
-from mtcl_torchrec.data.spans import Earlier
+from mtcl_torchrec.data.earlier import Earlier
 from mtcl_torchrec.schema import DataError, nearest
 
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)

@@ -1,150 +1,14 @@
-"""Histories as spans of events that all rows share, so that N rows of up to M events need no N · M values.
-
-The events of each user lie one after the other in order of time.  What a row has seen before is then where its part of
-them starts and how long it is; its values are put together when a batch takes the row.
-"""
+"""Histories of `mtcl_torchrec.data.earlier`, encoded: values are put together when a batch takes the row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import torch
 
 from mtcl_torchrec.data.batch import Bag, members
-
-
-def log_buckets(seconds: np.ndarray, size: int) -> np.ndarray:
-    """(M,) int64: ⌊log₂(1 + s)⌋ + 1 of each age s, at most ``size - 1``; 0 where it is missing.
-
-    Args:
-        seconds: (M,) at least 0, or NaN.  Only whole seconds count, so that a bucket begins at exactly 2ᵏ - 1.
-        size: rows of the table.
-
-    Example:
-        >>> log_buckets(np.array([0.0, 0.9, 1.0, 6.99, 7.0, 1e12, np.nan]), 34).tolist()
-        [1, 1, 2, 3, 4, 33, 0]
-    """
-    exponent = np.frexp(np.floor(seconds) + 1.0)[1]  # of x = m · 2ᵉ with m in [1/2, 1): ⌊log₂ x⌋ = e - 1, exactly
-    return np.where(np.isnan(seconds), 0, np.minimum(exponent, size - 1)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """One column of lists: what N rows see of E events.
-
-    Args:
-        starts: (N,) int64, the first event that a row sees.
-        lengths: (N,) int32, how many.
-        codes: (E,) int32, which of `values` an event has, -1 where it has none; or None, where the list is of ages.
-        values: the different values.
-        owner: (E,) the row that an event was, for messages; None where it is not among these rows.
-        ages: the times from which ages follow.
-    """
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    codes: np.ndarray | None = None
-    values: pd.Series | None = None
-    owner: np.ndarray | None = None
-    ages: Ages | None = None
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def at(self, rows: np.ndarray) -> Earlier:
-        """Some rows, by number or mask."""
-        ages = None if self.ages is None else replace(self.ages, now=self.ages.now[rows])
-        return replace(self, starts=self.starts[rows], lengths=self.lengths[rows], ages=ages, owner=None)
-
-    def newest(self, most: int) -> Earlier:
-        """The last so many events of each row."""
-        cut = np.maximum(self.lengths - most, 0)
-        return replace(self, starts=self.starts + cut, lengths=self.lengths - cut) if cut.any() else self
-
-    def events(self) -> pd.Series:
-        """The value of every event that has one."""
-        assert self.values is not None
-        return self.values.iloc[self._codes()[self._codes() >= 0]]
-
-    def first_owner(self) -> np.ndarray:
-        """(V,) the row that each of `values` stands in first, 0 where that is not known."""
-        assert self.values is not None
-        first = np.zeros(len(self.values), np.int64)
-        if self.owner is not None:
-            there = np.flatnonzero(self._codes() >= 0)[::-1]
-            first[self._codes()[there]] = self.owner[there]
-        return first
-
-    def _codes(self) -> np.ndarray:
-        assert self.codes is not None
-        return self.codes
-
-    def spans(self, rows_of_values: np.ndarray) -> Spans:
-        """As row numbers of a table.
-
-        Args:
-            rows_of_values: (V,) int64 row number of each of `values`.
-        """
-        return Spans(
-            torch.from_numpy(self._codes()),
-            torch.from_numpy(np.append(rows_of_values, 0)),
-            torch.from_numpy(self.starts),
-            torch.from_numpy(self.lengths),
-        )
-
-    def aged(self, size: int) -> AgeSpans:
-        """Ages as row numbers of a table of `size` rows."""
-        assert self.ages is not None
-        return AgeSpans(self.ages, torch.from_numpy(self.starts), torch.from_numpy(self.lengths), size)
-
-    def lists(self, start: int, stop: int, *, exact: bool = False) -> pa.ListArray:
-        """The rows from `start` to `stop` (not included) as Arrow lists; ages in whole seconds, or exact."""
-        lengths = torch.from_numpy(self.lengths[start:stop]).to(torch.int64)
-        at = members(torch.from_numpy(self.starts[start:stop]), lengths).numpy()
-        offsets = pa.array(np.r_[0, lengths.numpy().cumsum()].astype(np.int32))
-        if self.ages is not None:
-            rows = np.repeat(np.arange(start, stop), lengths.numpy())
-            ages = self.ages.seconds(rows, at) if exact else self.ages.whole_seconds(rows, at).astype(np.int64)
-            return pa.ListArray.from_arrays(offsets, pa.array(ages))
-        assert self.values is not None
-        return pa.ListArray.from_arrays(offsets, decoded(self.values, self._codes()[at]))
-
-    def in_parts(self, rows: int) -> Iterator[pa.ListArray]:
-        """All rows as `lists`, so many at once."""
-        for start in range(0, len(self), rows):
-            yield self.lists(start, min(start + rows, len(self)))
-
-
-def decoded(values: pd.Series, codes: np.ndarray) -> pa.Array:
-    """(M,) the value of each code, null for -1."""
-    return pa.array(values, from_pandas=True).take(pa.array(codes, mask=codes < 0))
-
-
-@dataclass(frozen=True)
-class Ages:
-    """How long before a row an event was.
-
-    Args:
-        times: (E,) int64 or float64.
-        now: (N,) the time of each row.
-        per_second: how much of it a second is.
-    """
-
-    times: np.ndarray
-    now: np.ndarray
-    per_second: int
-
-    def seconds(self, rows: np.ndarray, events: np.ndarray) -> np.ndarray:
-        """(M,) float64: from each of M events to the row that sees it."""
-        return (self.now[rows] - self.times[events]) / self.per_second
-
-    def whole_seconds(self, rows: np.ndarray, events: np.ndarray) -> np.ndarray:
-        """(M,) float64: from each of M events to the row that sees it, rounded down."""
-        return np.floor_divide(self.now[rows] - self.times[events], self.per_second).astype(np.float64)
+from mtcl_torchrec.data.earlier import Ages, Earlier, log_buckets
 
 
 @dataclass(frozen=True)
@@ -188,7 +52,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class AgeSpans:
-    """Encoded ages of the events that N rows see: see `mtcl_torchrec.data.listed.log_buckets`.
+    """Encoded ages of the events that N rows see: see `mtcl_torchrec.data.earlier.log_buckets`.
 
     Args:
         ages: times of events and rows.
@@ -220,3 +84,23 @@ class AgeSpans:
         """All that it holds."""
         times, now = torch.from_numpy(self.ages.times), torch.from_numpy(self.ages.now)
         return times, now, self.starts, self.lengths
+
+
+def spans_of(earlier: Earlier, rows_of_values: np.ndarray) -> Spans:
+    """A history as row numbers of a table.
+
+    Args:
+        rows_of_values: (V,) int64 row number of each of `earlier.values`.
+    """
+    return Spans(
+        torch.from_numpy(earlier.coded),
+        torch.from_numpy(np.append(rows_of_values, 0)),
+        torch.from_numpy(earlier.starts),
+        torch.from_numpy(earlier.lengths),
+    )
+
+
+def ages_of(earlier: Earlier, size: int) -> AgeSpans:
+    """Ages as row numbers of a table of `size` rows."""
+    assert earlier.ages is not None
+    return AgeSpans(earlier.ages, torch.from_numpy(earlier.starts), torch.from_numpy(earlier.lengths), size)

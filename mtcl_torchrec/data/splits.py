@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.data.base_rates import BaseRates, LabelTotals, stream_totals
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
@@ -22,7 +23,7 @@ from mtcl_torchrec.data.world_windows import WorldWindows, recorded_by, world_of
 from mtcl_torchrec.schema import ConfigError
 
 QUIET_SECONDS = 20.0  # what takes longer says how far it is
-SAMPLE_ROWS = 200_000  # of a world, from which scales are learnt
+SAMPLE_ROWS = 200_000  # of a world, from which scales and base rates are learnt
 
 Say = Callable[[str], None]
 
@@ -36,12 +37,14 @@ class Splits:
         raw: split (val, test) -> its rows as they were read.
         encoded: the same splits, encoded.
         catalogue: what the log says of users and items, or None: of a stream, there is none.
+        base_rates: how often each event happens in the training split; see `mtcl_torchrec.data.base_rates`.
     """
 
     train: TrainingRows
     raw: dict[str, Rows]
     encoded: dict[str, EncodedRows]
     catalogue: Catalogue | None = None
+    base_rates: BaseRates = field(default_factory=dict)
 
 
 def load_splits(
@@ -92,7 +95,9 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     if run.data_schema.user is not None and run.data_schema.item is not None:
         catalogue = preprocessor.catalogue(raw["train"], later["val"])
     memory = MemoryRows(train, seed=run.training.seed, id_dropout=run.training.id_dropout)
-    return _with_later(memory, later, preprocessor, catalogue)
+    totals = LabelTotals(preprocessor.encoder.resolved_tasks())
+    totals.add((train.labels, train.weights))
+    return _with_later(memory, later, preprocessor, totals, catalogue)
 
 
 def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
@@ -116,6 +121,10 @@ def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEnc
         grown_from=grown_from,
         progress=progress,
     )
+    encoder = preprocessor.encoder
+    totals = stream_totals(
+        files.only(encoder.schema.label_columns()), encoder.resolved_tasks(), encoder.labels, workers=run.data.workers
+    )
     named = {"val": run.data.val, "test": run.data.test}
     columns = list(dict.fromkeys([*preprocessor.columns(), *run.evaluation.columns()]))
     with explained(run.data_schema):
@@ -123,7 +132,7 @@ def _streamed(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEnc
             name: preprocessor.conform(read_rows(paths, columns)) for name, paths in named.items() if paths is not None
         }
     say("read " + ", ".join(f"{len(rows):,} rows of {name}" for name, rows in later.items()))
-    return _with_later(train, later, preprocessor)
+    return _with_later(train, later, preprocessor, totals)
 
 
 def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
@@ -138,7 +147,10 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     world = world_of(config)
     sample = np.unique(np.linspace(0, config.rows - 1, min(config.rows, SAMPLE_ROWS)).astype(np.int64))
     as_of = recorded_by(config, world)
-    preprocessor.learn(Rows(world.rows(sample, as_of=as_of)), grown_from=grown_from)
+    sampled = Rows(world.rows(sample, as_of=as_of))
+    preprocessor.learn(sampled, grown_from=grown_from)
+    totals = LabelTotals(preprocessor.encoder.resolved_tasks())
+    totals.add(preprocessor.encoder.labels(sampled))
     later = {name: world_split(config, name) for name in ("val", "test") if name == "val" or config.test_rows}
     say(f"world {config.world!r}: {config.rows:,} rows of train, generated on the way")
     if as_of is not None:
@@ -151,10 +163,15 @@ def _synthetic(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
         workers=run.data.workers,
         id_dropout=run.training.id_dropout,
     )
-    return _with_later(train, later, preprocessor)
+    return _with_later(train, later, preprocessor, totals)
 
 
 def _with_later(
-    train: TrainingRows, later: dict[str, Rows], preprocessor: Preprocessor, catalogue: Catalogue | None = None
+    train: TrainingRows,
+    later: dict[str, Rows],
+    preprocessor: Preprocessor,
+    totals: LabelTotals,
+    catalogue: Catalogue | None = None,
 ) -> Splits:
-    return Splits(train, later, {name: preprocessor.encode(rows) for name, rows in later.items()}, catalogue)
+    encoded = {name: preprocessor.encode(rows) for name, rows in later.items()}
+    return Splits(train, later, encoded, catalogue, totals.base_rates())

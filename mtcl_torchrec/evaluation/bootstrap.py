@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from mtcl_torchrec.config.commands import DRAWS
+from mtcl_torchrec.evaluation.confidence import FEWEST, clipped, too_little
+from mtcl_torchrec.evaluation.naming import bounds_of, parts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
-DRAWS = 400  # the standard error of a standard error is then 1 / √(2 · 400), 3.5 %
 _NUMBERS_AT_ONCE = 10**7  # of weights
 
 
@@ -44,13 +46,21 @@ class Interval:
     Args:
         value: of all rows.
         error: standard error.
-        low, high: what contains the metric of all users there could be, in 95 of 100 such samples.
+        low, high: what contains the metric of all users there could be, in 95 of 100 such samples; within the metric's
+            own bounds.
+        unsure: why there is no interval, in a few words, such as too few events: error, low and high are NaN then.
     """
 
     value: float
     error: float
     low: float
     high: float
+    unsure: str = ""
+
+    @property
+    def half(self) -> float:
+        """Half of the interval, before a bound cuts it off."""
+        return max(self.high - self.value, self.value - self.low)
 
 
 def clusters_of(table: PredictionsTable) -> tuple[np.ndarray, int]:
@@ -116,8 +126,32 @@ def quantile_of(users: int) -> float:
     return float(student.ppf(0.975, users - 1)) if users > 1 else float("nan")
 
 
+def unsure_of(table: PredictionsTable, clusters: tuple[np.ndarray, int]) -> Callable[[str, str], str]:
+    """A function from (task or ``"ranking"``, metric) to why it can have no interval; ``""`` where it can.
+
+    A handful of events draws no more events than it has: the spread over draws is then too small, and says nothing of
+    what is rare and did not happen here.
+    """
+    names = {name for task in table.tasks for name in (task.name, task.conditional_name) if name is not None}
+    why = {}
+    for name in names:
+        labels = table.labels(name)
+        if table.task(name).kind == "binary":
+            why[name] = too_little(labels, clusters[0])
+        else:
+            known = int((~np.isnan(labels)).sum())
+            why[name] = f"too few labels ({known})" if known < FEWEST else ""
+    alone = "a single user" if clusters[1] < 2 else ""
+    return lambda of, metric: alone or why.get(parts_of(metric).of if of == "ranking" else of, "")
+
+
 def intervals(
-    parts: Sequence[Resampled], users: int, *, draws: int = DRAWS, seed: int = 0
+    parts: Sequence[Resampled],
+    users: int,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    unsure: Callable[[str, str], str] = lambda of, metric: "",
 ) -> dict[str, dict[str, Interval]]:
     """Task or ``"ranking"`` -> metric -> its interval.
 
@@ -126,6 +160,7 @@ def intervals(
         users: U.
         draws: how many times users are drawn.
         seed: the same seed draws the same users.
+        unsure: see `unsure_of`.
 
     Example:
         >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
@@ -140,5 +175,10 @@ def intervals(
     half = quantile_of(users) * errors
     found: dict[str, dict[str, Interval]] = {}
     for (of, metric), value, error, h in zip(names, values, errors, half, strict=True):
-        found.setdefault(of, {})[metric] = Interval(*(float(x) for x in (value, error, value - h, value + h)))
+        if why := unsure(of, metric):
+            sure = Interval(float(value), np.nan, np.nan, np.nan, why)
+        else:
+            ends = clipped(float(value - h), float(value + h), bounds_of(metric))
+            sure = Interval(float(value), float(error), *ends)
+        found.setdefault(of, {})[metric] = sure
     return found

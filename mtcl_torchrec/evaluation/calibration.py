@@ -10,7 +10,8 @@ import pandas as pd
 from rich.console import Console
 
 from mtcl_torchrec.evaluation.metrics import BINS, Metrics, expected_calibration_error, mass_edges
-from mtcl_torchrec.evaluation.report import plain_table, user_groups
+from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.report import user_groups
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
 

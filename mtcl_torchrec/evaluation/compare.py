@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import t as student
 
-from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread
+from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread, unsure_of
+from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable
-from mtcl_torchrec.evaluation.resampled import resampled_metrics
+from mtcl_torchrec.evaluation.report import same_events
+from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
 from mtcl_torchrec.schema import DataError
 
-LOWER_IS_BETTER = ("log_loss", "ne", "brier", "ece", "mse", "mae")
-NO_BETTER = ("calibration", "precision", "recall", "novelty")  # what is better depends on something else
 HEADLINES = ("auc", "gauc", "ne", "f1", "top1", "r2", "mae", "value", "rate", "ndcg")
 
 
@@ -33,7 +33,9 @@ class Difference:
         low, high: of its 95 % interval.
         p: of no difference, two-sided.
         p_holm: the same, where one of many such comparisons would be significant by chance (Holm, Scand. J. Stat.
-            1979).
+            1979); NaN where there was nothing to test: `unsure`, or no draw in which the two differ.
+        unsure: why no difference could be sure, in a few words, such as too few events; the interval and p are NaN
+            then.
     """
 
     of: str
@@ -45,6 +47,12 @@ class Difference:
     high: float
     p: float
     p_holm: float = float("nan")
+    unsure: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are the same number in every draw, as of equal predictions."""
+        return self.difference == 0 and self.low == 0 and self.high == 0
 
     @property
     def better(self) -> str | None:
@@ -55,16 +63,17 @@ class Difference:
             >>> Difference("click", "ne", 0.9, 0.8, -0.1, -0.2, -0.01, 0.001, 0.01).better
             'b'
         """
-        kind = self.metric.split("@")[0].split(" ")[0]
-        if not self.p_holm < 0.05 or kind in NO_BETTER:
+        way = sign_of_better(self.metric)
+        if not self.p_holm < 0.05 or not way:
             return None
-        return "b" if (self.difference < 0) == (kind in LOWER_IS_BETTER) else "a"
+        return "b" if self.difference * way > 0 else "a"
 
 
 def is_headline(of: str, metric: str) -> bool:
     """Whether a metric is among the few that are compared unless all are asked for: the more are, the less a single
     difference says."""
-    return metric.split("@")[0].split(" ")[0] in HEADLINES
+    parts = parts_of(metric)
+    return parts.measure in HEADLINES and not parts.weighted
 
 
 def check_same_rows(a: PredictionsTable, b: PredictionsTable, names: Sequence[str] = ("A", "B")) -> None:
@@ -114,6 +123,10 @@ def compare_tables(
 ) -> list[Difference]:
     """Every metric that both have, with the difference, its interval and its p-value.
 
+    What is equal by construction is left out: where k reaches every request, what is shown is the same in any order,
+    and NDCG@5 and NDCG@10 are one number; tasks with the same labels are one event.  Metrics of a handful of events are
+    there, without p-value.
+
     A metric's difference over draws of users (see `mtcl_torchrec.evaluation.bootstrap`) gives its standard error; t =
     difference / error is compared with Student's t of (users - 1) degrees of freedom, so that the interval leaves out 0
     exactly where p < 0.05.
@@ -133,28 +146,56 @@ def compare_tables(
     values = dict(a.values) if values is None else values
     a, b = _completed(a, b), _completed(b, a)
     clusters = clusters_of(a)
-    parts = [resampled_metrics(of, clusters, k=k, values=values, only=only) for of in (a, b)]
+    wanted = _real(a, k)
+    parts = [
+        resampled_metrics(of, clusters, k=k, values=values, only=lambda name, m: only(name, m) and wanted(name, m))
+        for of in (a, b)
+    ]
     named = [{name: part for part in of for name in part.names} for of in parts]
     shared = [name for name in named[0] if name in named[1]]
     if not shared:
         raise DataError(f"{names[0]} and {names[1]} have no metric in common")
     users = clusters[1]
     values_of, draws_of = zip(*(_measured(of, shared, users, draws, seed) for of in parts), strict=True)
-    errors = spread(draws_of[1] - draws_of[0])
+    errors, why = spread(draws_of[1] - draws_of[0]), unsure_of(a, clusters)
     found = []
     for i, (of, metric) in enumerate(shared):
         x, y = float(values_of[0][i]), float(values_of[1][i])
+        if unsure := why(of, metric):
+            found.append(Difference(of, metric, x, y, y - x, *[float("nan")] * 3, unsure=unsure))
+            continue
         half = quantile_of(users) * float(errors[i])
         p = two_sided(y - x, float(errors[i]), users)
         found.append(Difference(of, metric, x, y, y - x, y - x - half, y - x + half, p))
-    adjusted = holm([difference.p for difference in found])
+    adjusted = holm([float("nan") if difference.equal else difference.p for difference in found])
     return [replace(difference, p_holm=p) for difference, p in zip(found, adjusted, strict=True)]
+
+
+def _real(table: PredictionsTable, lengths: Sequence[int]) -> Callable[[str, str], bool]:
+    """A function from (task or ``"ranking"``, metric) to whether two rankings of these rows could differ in it, and no
+    other metric is the same number."""
+    again = same_events(table.tasks)
+    known = None if table.requests is None else table.requests[~np.isnan(table.requests)].astype(np.int64)
+    longest = 0 if known is None else int(np.bincount(known).max(initial=0))
+    whole = min((k for k in lengths if k >= longest), default=None)
+
+    def real(of: str, metric: str) -> bool:
+        if of != RANKING:
+            return True
+        parts = parts_of(metric)
+        if parts.of in again:
+            return False
+        if not parts.k or int(parts.k) < longest:
+            return True
+        return parts.measure == "ndcg" and int(parts.k) == whole
+
+    return real
 
 
 def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
     """A table with what another says of the same rows: a ranking can be judged by an event that it does not predict."""
     more = [task for task in other.tasks if task.name not in {own.name for own in table.tasks}]
-    columns = [*KEYS, "popularity", *(f"label.{task.name}" for task in more)]
+    columns = [*KEYS, "popularity", "popular", *(f"label.{task.name}" for task in more)]
     known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
     return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
 

@@ -1,48 +1,55 @@
-"""The rest of an evaluation as tables: decisions, what is shown, segments, confidence."""
+"""The rest of an evaluation as tables: decisions, what is shown, segments; and runs compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from mtcl_torchrec.evaluation.bootstrap import Interval
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.metrics import Metrics, task_quality
-from mtcl_torchrec.evaluation.report import Evaluation, cell, plain_table, ranked_events
-from mtcl_torchrec.schema import Task
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE, plus_minus
+from mtcl_torchrec.evaluation.metrics import Metrics
+from mtcl_torchrec.evaluation.naming import bounds_of, label_of
+from mtcl_torchrec.evaluation.report import Evaluation, cell, plain_table, print_columns, ranked_events, told
+from mtcl_torchrec.evaluation.segments import QUALITY
 
-_PROBABILITIES = {"PR-AUC": "pr_auc", "base rate": "base_rate", "Brier": "brier", "ECE": "ece"}
-_DECISIONS = {
-    "from": "threshold", "accuracy": "accuracy", "majority": "majority", "precis.": "precision", "recall": "recall",
-    "F1": "f1", "all yes": "f1_all_yes",
-}  # fmt: skip
-_SHOWN = {"rate": "rate", "NDCG": "ndcg", "recall": "recall", "hit": "hit"}
+_PROBABILITIES = ("pr_auc", "base_rate", "brier", "ece")
+_DECISIONS = ("threshold", "accuracy", "majority", "precision", "recall", "f1", "f1_all_yes")
+_SHOWN = ("rate", "ndcg", "recall", "hit")
+_PLACES = ("mrr", "map")
+_LONG = 12  # values of a segment: from there on its table is kept narrow, a row a value
 
 
 def print_details(evaluation: Evaluation, console: Console, k: Sequence[int]) -> None:
     """Print what `mtcl_torchrec.evaluation.report.print_evaluation` leaves out of tasks and ranking."""
     binary = {n: m for n, m in evaluation.tasks.items() if evaluation.kinds[n] == "binary" and "brier" in m}
-    _print_metrics("Probabilities, and how rare the event is", "binary task", binary, _PROBABILITIES, console)
+    _print_metrics(
+        "Probabilities, and how rare the event is", "binary task", binary, _PROBABILITIES, evaluation, console
+    )
     decided = {n: m for n, m in binary.items() if "threshold" in m}
     title = "A yes from the threshold on that was best on validation; majority and all yes: what knowing nothing gets"
-    _print_metrics(title, "binary task", decided, _DECISIONS, console)
-    for kind, columns in (("multiclass", {"ECE": "ece"}), ("regression", {"XAUC": "xauc", "calib.": "calibration"})):
+    _print_metrics(title, "binary task", decided, _DECISIONS, evaluation, console)
+    for kind, keys in (("multiclass", ("ece",)), ("regression", ("xauc", "calibration"))):
         of_kind = {n: m for n, m in evaluation.tasks.items() if evaluation.kinds[n] == kind}
-        _print_metrics("", f"{kind} task", of_kind, columns, console)
+        _print_metrics("", f"{kind} task", of_kind, keys, evaluation, console)
     for n in k:
         _print_shown(evaluation, n, console)
+    _print_places(evaluation, console)
 
 
 def _print_metrics(
-    title: str, first: str, rows: Mapping[str, Metrics], columns: Mapping[str, str], console: Console
+    title: str, first: str, rows: Mapping[str, Metrics], keys: Sequence[str], evaluation: Evaluation, console: Console
 ) -> None:
     if not rows:
         return
-    table = plain_table(title, [first, *columns])
-    for name, metrics in rows.items():
-        table.add_row(name, *(cell(metrics.get(key)) for key in columns.values()))
-    console.print(table, "")
+    cells = [[name, *(told(evaluation, name, key, of.get(key)) for key in keys)] for name, of in rows.items()]
+    print_columns(console, title, [first, *(label_of(key, short=True) for key in keys)], cells)
+
+
+def _of_rule(rule: str) -> str:
+    return "ranking" if rule == "fused" else ""  # intervals are of the fused score
 
 
 def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
@@ -52,51 +59,78 @@ def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
     first = evaluation.ranking[rules[0]]
     requests, more = int(first["requests"]), first[f"choice@{k}"]
     title = f"Shown: the first {k} of each of {requests:,} requests, of which {more:.0%} have more"
-    headers = [name if rule == rules[0] else rule for name in _SHOWN for rule in rules]
-    table = plain_table(title, ["event", *headers])
+    headers = [label_of(m, short=True) if rule == rules[0] else rule for m in _SHOWN for rule in rules]
     judged = [n.removeprefix(f"rate@{k} ") for n in first if n.startswith(f"rate@{k} ")]
+    rows = []
     for name, heading in ranked_events(evaluation, judged).items():
-        cells = [evaluation.ranking[rule][f"{m}@{k} {name}"] for m in _SHOWN.values() for rule in rules]
-        table.add_row(heading, *map(cell, cells))
-    console.print(table)
-    sure = False
-    for name in ("value", "coverage", "novelty"):
-        told = []
+        keys = [(rule, f"{m}@{k} {name}") for m in _SHOWN for rule in rules]
+        rows.append([heading, *(told(evaluation, _of_rule(r), key, evaluation.ranking[r].get(key)) for r, key in keys)])
+    if rows:
+        print_columns(console, title, ["event", *headers], rows)
+    for measure in ("value", "coverage", "novelty"):
+        said = []
         for rule in rules:
-            metrics = evaluation.ranking[rule]
-            if (value := metrics.get(f"{name}@{k}")) is not None:
-                error = metrics.get(f"{name}@{k} error")
-                told.append(f"{cell(value)}{'' if error is None else f' ± {cell(error)}'} ({rule})")
-        if told:
-            console.print(f"{name}@{k}: {', '.join(told)}", highlight=False)
-            sure = sure or any("±" in of for of in told)
-    console.print("± is one standard error.\n" if sure else "", highlight=False)
+            metric, metrics = f"{measure}@{k}", evaluation.ranking[rule]
+            if (value := metrics.get(metric)) is not None:
+                sure = evaluation.intervals.get(_of_rule(rule), {}).get(metric)
+                error = metrics.get(f"{metric} error")
+                half = sure.half if sure is not None else None if error is None else SURE * error
+                said.append(f"{plus_minus(value, half, bounds=bounds_of(metric))} ({rule})")
+        if said:
+            console.print(f"{label_of(f'{measure}@{k}')}: {', '.join(said)}", highlight=False)
+    if any(f"value@{k} error" in evaluation.ranking[rule] for rule in rules):
+        console.print(_what_counts(evaluation.values), highlight=False, markup=False, soft_wrap=True)
+    console.print()
+
+
+def _what_counts(values: Mapping[str, float]) -> str:
+    said = ", ".join(f"{task} {value:g}" for task, value in values.items())
+    return f"value: what happened to the rows, worth {said}; {PLUS_MINUS}."
+
+
+def _print_places(evaluation: Evaluation, console: Console) -> None:
+    """Of what has no length: MRR and MAP."""
+    rules = [rule for rule, metrics in evaluation.ranking.items() if any(m.startswith("mrr ") for m in metrics)]
+    if not rules:
+        return
+    judged = [n.removeprefix("mrr ") for n in evaluation.ranking[rules[0]] if n.startswith("mrr ")]
+    rows = []
+    for name, heading in ranked_events(evaluation, judged).items():
+        keys = [(rule, f"{m} {name}") for m in _PLACES for rule in rules]
+        rows.append([heading, *(told(evaluation, _of_rule(r), key, evaluation.ranking[r].get(key)) for r, key in keys)])
+    headers = [f"{label_of(m)} {rule}" for m in _PLACES for rule in rules]
+    print_columns(console, "Where in a request the events are", ["event", *headers], rows)
 
 
 def print_segments(evaluation: Evaluation, console: Console) -> None:
-    """Print, by segment, the quality of each task: AUC, 1 - NE of a multiclass one, R² of a regression."""
-    tasks = [Task(name=n, kind="binary" if k == "multiclass" else k) for n, k in evaluation.kinds.items()]
+    """Print, by segment, the quality of each task with half of its interval, and of how many events that is."""
+    if not evaluation.segments:
+        return
+    keys = [QUALITY[kind] for kind in dict.fromkeys(evaluation.kinds.values())]
+    what = ", ".join(label_of(key) for key in dict.fromkeys(keys))
     for name, values in evaluation.segments.items():
-        table = plain_table(
-            f"By {name}: AUC (multiclass: 1 - NE; regression: R²)", [name, "rows", *(task.name for task in tasks)]
-        )
+        short = len(values) > _LONG
+        tasks = list(dict.fromkeys(task for of in values.values() for task in of["quality"]))
+        rows: list[list[str | Text]] = []
         for value, of in values.items():
-            cells = []
-            for task in tasks:
-                metrics = of["tasks"].get(task.name, {})
-                known = 1 - metrics["ne"] if evaluation.kinds[task.name] == "multiclass" and "ne" in metrics else None
-                cells.append(cell(known if known is not None else task_quality(task, metrics)))
-            table.add_row(value, f"{of['rows']:,}", *cells)
-        console.print(table, "")
+            cells = [_of_segment(of["quality"].get(t), evaluation.kinds.get(t, ""), short) for t in tasks]
+            rows.append([value, f"{of['rows']:,}", *cells])
+        heads = tasks if short else [f"{task} (events)" for task in tasks]
+        print_columns(console, f"By {name}: {what}", [name, "rows", *heads], rows)
+    console.print(
+        f"{PLUS_MINUS}; in brackets events (of classes and numbers: labels); grey: too few of them to be sure.\n",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
-def print_intervals(intervals: Mapping[str, Mapping[str, Interval]], console: Console) -> None:
-    """Print metrics with their 95 % intervals."""
-    table = plain_table("95 % intervals, over users", ["of", "metric", "value", "from", "to"])
-    for of, metrics in intervals.items():
-        for metric, sure in metrics.items():
-            table.add_row(of, metric, *map(cell, (sure.value, sure.low, sure.high)))
-    console.print(table)
+def _of_segment(of: Mapping[str, Any] | None, kind: str, short: bool) -> str | Text:
+    """A cell; of a table of many rows, as narrow as can be."""
+    if of is None:
+        return "–"
+    digits, metric = (2, "") if short else (3, QUALITY.get(kind, ""))
+    said = plus_minus(of["value"], SURE * of["error"], digits, bounds_of(metric))
+    said = said.replace(" ± ", "±") if short else f"{said} ({of['events']:,})"
+    return Text(said, style="dim") if of["unsure"] else said
 
 
 def print_differences(differences: Sequence[Difference], names: tuple[str, str], console: Console) -> None:
@@ -106,19 +140,21 @@ def print_differences(differences: Sequence[Difference], names: tuple[str, str],
         ["of", "metric", "A", "B", "B - A", "95 % interval", "p", "p (Holm)", "better"],
     )
     for d in differences:
-        interval = f"{d.low:+.4f} … {d.high:+.4f}" if d.low == d.low else "–"
-        better = "" if d.better is None else d.better.upper()
-        cells = [cell(d.a), cell(d.b), "–" if d.difference != d.difference else f"{d.difference:+.4f}", interval]
-        table.add_row(d.of, d.metric, *cells, cell(d.p), cell(d.p_holm), better)
+        interval = f"{d.low:+z.4f} … {d.high:+z.4f}" if d.low == d.low else "–"
+        better = d.unsure or ("equal" if d.equal else "" if d.better is None else d.better.upper())
+        cells = [cell(d.a), cell(d.b), "–" if d.difference != d.difference else f"{d.difference:+z.4f}", interval]
+        style = "dim" if d.unsure or d.equal else None
+        table.add_row(d.of, label_of(d.metric), *cells, cell(d.p), cell(d.p_holm), better, style=style)
     console.print(table)
-    known = sum(d.p == d.p for d in differences)
-    if known and all(d.difference == 0 and d.low == d.high for d in differences if d.p == d.p):
+    known = sum(d.p == d.p and not d.equal for d in differences)
+    if not known and any(d.equal for d in differences):
         console.print(
             f"{names[0]} and {names[1]} say the same of every row, as far as these metrics go.", highlight=False
         )
         return
     console.print(
         f"{known} metrics are compared: of so many without any difference, {0.05 * known:.1f} would have p < 0.05 by "
-        "chance.  p (Holm) allows for that; better: where it is below 0.05.",
+        "chance.  p (Holm) allows for that; better: where it is below 0.05.  What is equal by construction, as where "
+        "all rows of a request are shown, is left out.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

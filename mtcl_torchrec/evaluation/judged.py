@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals, unsure_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
-from mtcl_torchrec.evaluation.segments import split_by_segment
+from mtcl_torchrec.evaluation.rivals import against_popularity
+from mtcl_torchrec.evaluation.segments import of_segment, split_by_segment
 
 
 def evaluate_table(
@@ -49,7 +50,7 @@ def evaluate_table(
     predictions = {name: table.predicted(name) for name in table.predicted_names}
     if table.score is not None:
         predictions["score"] = table.score
-    popularity = None if table.popularity is None else np.nan_to_num(table.popularity)
+    popularity, clusters = table.popular, clusters_of(table)
     labels = [table.labels(task.name) for task in table.tasks]
     found = evaluate_predictions(
         table.tasks,
@@ -68,12 +69,19 @@ def evaluate_table(
     apart = {name: {value: _of_segment(rows, k) for value, rows in split_by_segment(table, name)} for name in segments}
     sure = {}
     if bootstrap:
-        clusters = clusters_of(table)
         parts = resampled_metrics(table, clusters, k=k, values=table.values)
-        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed)
-    return replace(found, values=dict(table.values), segments=apart, intervals=sure)
+        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, unsure=unsure_of(table, clusters))
+    judged = [key.removeprefix("auc ") for key in found.ranking.get("fused", {}) if key.startswith("auc ")]
+    unwanted = {task for task, value in table.values.items() if value < 0}
+    popular = against_popularity(table, judged, *clusters, unwanted=unwanted)
+    return replace(found, values=dict(table.values), segments=apart, intervals=sure, against_popularity=popular)
 
 
 def _of_segment(rows: PredictionsTable, k: Sequence[int]) -> dict:
     found = evaluate_table(rows, k=k)
-    return {"rows": found.rows, "tasks": found.tasks, "ranking": found.ranking.get("fused", {})}
+    return {
+        "rows": found.rows,
+        "tasks": found.tasks,
+        "ranking": found.ranking.get("fused", {}),
+        "quality": of_segment(rows),
+    }

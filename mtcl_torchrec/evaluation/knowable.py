@@ -20,10 +20,11 @@ from collections.abc import Mapping
 import numpy as np
 from rich.console import Console
 
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE
 from mtcl_torchrec.evaluation.metrics import Metrics, auc
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
-from mtcl_torchrec.evaluation.report import plain_table
 from mtcl_torchrec.schema import Task
 
 KS = (1, 5, 10)
@@ -221,7 +222,7 @@ def of_tasks(table: PredictionsTable, true: Mapping[str, np.ndarray]) -> dict[st
     }
 
 
-_MEASURES = {"auc": "AUC", "r2": "R²", "nats": "nats"}
+_MEASURES = {"auc": "expected AUC", "r2": "R²", "nats": "nats"}
 
 
 def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None = None) -> None:
@@ -251,9 +252,15 @@ def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None 
     for k in KS:
         if f"share@{k}" in score:
             numbers = (score[f"value@{k}"], score[f"oracle@{k}"], score[f"regret@{k}"])
-            share = f"{_percent(score[f'share@{k}'])} ± {100 * score[f'share@{k} error']:.1f}"
+            share = f"{_percent(score[f'share@{k}'])} ± {100 * SURE * score[f'share@{k} error']:.1f}"
             table.add_row(f"score, first {k}", share, f"value@{k}", *(f"{x:.4f}" for x in numbers))
     console.print("", table)
+    lines = [PLUS_MINUS] if any(f"share@{k}" in score for k in KS) else []
+    if any("auc" in known for known in found.values()):
+        lines.insert(0, "expected AUC: over all labels that these rows might have had, by their true probabilities; "
+                     "the AUC above is of the labels that they got")  # fmt: skip
+    if lines:
+        console.print(f"{'; '.join(lines)}.", highlight=False, soft_wrap=True)
 
 
 def _percent(share: float) -> str:

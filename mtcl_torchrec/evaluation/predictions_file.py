@@ -41,6 +41,7 @@ class PredictionsTable:
             - ``uncalibrated.TASK``: the same before calibration, where that changes it,
             - ``score``: float32, the fused score, or whatever else ranks,
             - ``popularity``: float32, clicks of the item in the training split, NaN where it is not in it,
+            - ``popular``: float32, what ranks by popularity, see `mtcl_torchrec.data.popularity`,
             - ``item_seen``, ``user_seen``: bool, whether it is in the training split,
             - ``segment.COLUMN``: further columns of the data that rows can be told apart by.
 
@@ -169,6 +170,13 @@ class PredictionsTable:
         """(N,) float64: training clicks of each row's item, NaN where it was not in the training split."""
         return self._numbers("popularity")
 
+    @property
+    def popular(self) -> np.ndarray | None:
+        """(N,) float64: what ranks by popularity (`mtcl_torchrec.data.popularity`); an old file has `popularity`."""
+        if "popular" in self.frame:
+            return self._numbers("popular")
+        return None if self.popularity is None else np.nan_to_num(self.popularity)
+
     @cached_property
     def users(self) -> np.ndarray | None:
         """(N,) float64: a number from 0 on for each user, NaN where the user is not known; None where none is."""
@@ -241,7 +249,8 @@ def predictions_table(
         tasks: in the order of the labels.
         predictions: by task and by conditional name, and ``"score"``.
         labels: (N, T).
-        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``segment.hour``, ...
+        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``popular``,
+            ``segment.hour``, ...
         uncalibrated: as `predictions`; those that calibration did not change are left out.
         weights: (N, T) of the rows in the losses; kept of the tasks that declare one.
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from mtcl_torchrec.evaluation.bootstrap import Interval
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, weighted_metrics, whole_task_metrics
+from mtcl_torchrec.evaluation.naming import BASE, WEIGHTED, bounds_of, label_of
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
-_WEIGHTED = {"auc": "AUC", "top1": "top-1", "log_loss": "log-loss", "ne": "NE", "calibration": "calib.", "mse": "MSE",
-             "mae": "MAE", "r2": "R²", "base_rate": ""}  # fmt: skip
-BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}
+_WEIGHTED = ("auc", "top1", "log_loss", "ne", "calibration", "mse", "mae", "r2", "base_rate")
 
 
 @dataclass
@@ -33,9 +33,11 @@ class Evaluation:
             `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; the fused score and what it is compared with.
         rows: number of rows.
         values: task -> what its event is worth, in value@k.
-        segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"`` and ``"ranking"``, by the
-            fused score.
+        segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"``, ``"ranking"``, by the
+            fused score, and ``"quality"``, of `mtcl_torchrec.evaluation.segments.of_segment`.
         intervals: task or ``"ranking"`` -> metric -> how sure it is.
+        against_popularity: event -> whether the fused score ranks better than popularity; see
+            `mtcl_torchrec.evaluation.rivals.against_popularity`.
         same_event: task -> the task before it that has the same labels: as events, the two are one.
         knowable: of rows of a synthetic world, task -> how much of what is knowable is known, and so ``"score"``; see
             `mtcl_torchrec.evaluation.knowable`.
@@ -50,6 +52,7 @@ class Evaluation:
     intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
     knowable: dict[str, Metrics] | None = None
     same_event: dict[str, str] = field(default_factory=dict)
+    against_popularity: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def evaluate_predictions(
@@ -68,7 +71,7 @@ def evaluate_predictions(
         predictions: what `predict` returned; a task without a prediction is left out.
         labels: (N, T) in the order of `tasks`.
         users: (N,) keys for GAUC, missing (NaN) where the user is not known.
-        popularity: (N,) how popular each row's item was in the training split.
+        popularity: (N,) how popular each row's item was in the training split; see `mtcl_torchrec.data.popularity`.
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
         thresholds: binary task -> from which probability on a yes is said.
         weights: task -> (N,) sample weights, of those that have some: `weighted_metrics` are told beside the others,
@@ -141,68 +144,107 @@ def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
 
 
 def cell(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+    """A number of a table; a dash where it is not defined."""
+    return "–" if value is None or np.isnan(value) else f"{value:z.{digits}f}"
 
 
-class _PlainTable(Table):
-    """A name in brackets is a name, and no style; the heading above is as wide as the screen, not as the table."""
+def print_columns(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, last: bool = False
+) -> None:
+    """Print a table; where it is wider than the screen, as several below each other, each with the first column.
 
-    heading: Text | None = None
+    Args:
+        last: no empty line follows.
+    """
+    widths = [
+        max(Text(str(name)).cell_len, *(Text(str(r[c])).cell_len for r in rows)) for c, name in enumerate(columns)
+    ]
+    start = 1
+    while start < len(columns):
+        end, width = start + 1, widths[0] + 2 + widths[start]
+        while end < len(columns) and width + 2 + widths[end] <= console.width:
+            width += 2 + widths[end]
+            end += 1
+        table = plain_table(title, [columns[0], *columns[start:end]])
+        for row in rows:
+            table.add_row(row[0], *row[start:end])
+        console.print(table, *([] if last and end == len(columns) else [""]))
+        title, start = "", end
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.heading is not None:
-            yield self.heading
-        yield from super().__rich_console__(console, options)
 
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+def told(evaluation: Evaluation, of: str, metric: str, value: float | None) -> str:
+    """A metric, with half of its interval where there is one.
+
+    Args:
+        of: a task, or ``"ranking"`` for the fused score.
+    """
+    sure = evaluation.intervals.get(of, {}).get(metric)
+    return plus_minus(value, None if sure is None else sure.half, bounds=bounds_of(metric))
 
 
-def plain_table(title: str, columns: list[str]) -> Table:
-    """A table of numbers that fits a terminal of 80 columns; the first column is text."""
-    table = _PlainTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.heading = Text(title, style="bold") if title else None
-    for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
-    return table
+_TOLD = {
+    "binary": ("auc", "gauc", "log_loss", "ne", "calibration"),
+    "multiclass": ("top1", "top5", "log_loss", "ne"),
+    "regression": ("mse", "mae", "r2"),
+}
 
 
 def print_evaluation(evaluation: Evaluation, title: str, console: Console | None = None) -> None:
-    """Print the metrics as tables: the tasks, then the fused score beside popularity."""
+    """Print the metrics as tables: the tasks, then the fused score beside popularity; with intervals, where the
+    evaluation has them."""
     console = console or Console()
-    by_kind = [
-        ("binary", {"AUC": "auc", "GAUC": "gauc", "log-loss": "log_loss", "NE": "ne", "calib.": "calibration"}),
-        ("multiclass", {"top-1": "top1", "top-5": "top5", "log-loss": "log_loss", "NE": "ne"}),
-        ("regression", {"MSE": "mse", "MAE": "mae", "R²": "r2"}),
-    ]
     heading = f"{title}: {evaluation.rows:,} rows"
-    for kind, columns in by_kind:
+    for kind, keys in _TOLD.items():
         of_kind = {n: m for n, m in evaluation.tasks.items() if evaluation.kinds[n] == kind}
         if not of_kind:
             continue
-        table = plain_table(heading, [f"{kind} task", *columns, BASE[kind], "labels"])
-        for name, metrics in of_kind.items():
-            cells = [cell(metrics.get(key)) for key in (*columns.values(), "base_rate")]
-            table.add_row(name, *cells, f"{int(metrics['count']):,}")
-        console.print(table, "")
+        columns = [f"{kind} task", *(label_of(key, short=True) for key in keys), BASE[kind], "labels"]
+        rows = [
+            [name, *(told(evaluation, name, key, m.get(key)) for key in keys), cell(m.get("base_rate")),
+             f"{int(m['count']):,}"]
+            for name, m in of_kind.items()
+        ]  # fmt: skip
+        print_columns(console, heading, columns, rows)
         heading = ""
         weighed = {n: m for n, m in of_kind.items() if "weighted_base_rate" in m}
         if weighed:
-            told = [key for key in _WEIGHTED if any(f"weighted_{key}" in m for m in weighed.values())]
-            names = [BASE[kind] if key == "base_rate" else _WEIGHTED[key] for key in told]
-            table = plain_table("By sample weights, as the loss counts rows; above, all rows count alike", ["", *names])
-            for name, metrics in weighed.items():
-                table.add_row(name, *(cell(metrics.get(f"weighted_{key}")) for key in told))
-            console.print(table, "")
+            keys = tuple(key for key in _WEIGHTED if any(WEIGHTED + key in m for m in weighed.values()))
+            names = [BASE[kind] if key == "base_rate" else label_of(key, short=True) for key in keys]
+            rows = [
+                [name, *(told(evaluation, name, WEIGHTED + key, m.get(WEIGHTED + key)) for key in keys)]
+                for name, m in weighed.items()
+            ]
+            title = "By sample weights, as the loss counts rows; above, all rows count alike"
+            print_columns(console, title, ["", *names], rows)
     if any(evaluation.ranking.values()):
-        rules = list(evaluation.ranking)
-        kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
-        headers = [f"{k.upper()} {rule}" for k in kinds for rule in rules]
-        title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
-        table = plain_table(title, ["event", *headers])
-        judged = [n for n in evaluation.tasks if f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]]
-        for name, heading in ranked_events(evaluation, judged).items():
-            table.add_row(
-                heading, *(cell(evaluation.ranking[rule].get(f"{k} {name}")) for k in kinds for rule in rules)
-            )
-        console.print(table)
+        _print_ranking(evaluation, console)
+    if evaluation.intervals:
+        few = {of: sure.unsure for of, by in evaluation.intervals.items() for sure in by.values() if sure.unsure}
+        said = "".join(f"; none of {of}: {why}" for of, why in few.items() if of != "ranking")
+        console.print(f"{PLUS_MINUS}{said}.", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_ranking(evaluation: Evaluation, console: Console) -> None:
+    rules = list(evaluation.ranking)
+    kinds = [k for k in ("auc", "gauc") if any(c.startswith(k + " ") for c in evaluation.ranking[rules[0]])]
+    judged = [n for n in evaluation.tasks if kinds and f"{kinds[0]} {n}" in evaluation.ranking[rules[0]]]
+    if not judged:
+        return
+    against = {n: of["fused_is"] for n, of in evaluation.against_popularity.items()}
+    columns = ["event", *(f"{k.upper()} {rule}" for k in kinds for rule in rules), *(["fused is"] if against else [])]
+    rows = []
+    for name, heading in ranked_events(evaluation, judged).items():
+        cells = [
+            told(evaluation, "ranking" if rule == "fused" else "", f"{k} {name}", metrics.get(f"{k} {name}"))
+            for k in kinds
+            for rule, metrics in evaluation.ranking.items()
+        ]
+        rows.append([heading, *cells, *([against.get(name, "–")] if against else [])])
+    title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
+    print_columns(console, title, columns, rows, last=True)
+    if against:
+        unwanted = [n for n, value in evaluation.values.items() if value < 0 and n in against]
+        line = "fused is: than popularity, of the same rows, " + ("by GAUC" if "gauc" in kinds else "by AUC")
+        line += "; better or worse where the difference is beyond its 95 % interval"
+        line += f"; of {', '.join(unwanted)}, low is what is wanted" if unwanted else ""
+        console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)

@@ -9,11 +9,13 @@ projection, exact to first order.  Bins and thresholds stay those of all rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import Resampled
 from mtcl_torchrec.evaluation.metrics import BINS, mass_edges
+from mtcl_torchrec.evaluation.naming import WEIGHTED
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import PER_REQUEST, RankedRows, ranked_tasks, reward_of
@@ -22,6 +24,11 @@ from mtcl_torchrec.evaluation.ranking import auc_by_request
 RANKING = "ranking"
 Clusters = tuple[np.ndarray, int]
 _Sums = Mapping[str, np.ndarray]
+_BY_WEIGHT = {  # what `mtcl_torchrec.evaluation.metrics.weighted_metrics` tells, but base rates
+    "binary": ("auc", "log_loss", "ne", "calibration"),
+    "multiclass": ("log_loss", "ne", "top1"),
+    "regression": ("mse", "mae", "r2"),
+}
 _TINY = np.finfo(np.float64).eps  # at which scikit-learn cuts a probability before taking its logarithm
 
 
@@ -49,16 +56,40 @@ def resampled_metrics(
             continue
         y, p = labels[present], predicted[present].astype(np.float64)
         own = (clusters[0][present], clusters[1])
+        parts += _of_kind(kind, name, y, p, own, threshold=table.thresholds.get(name))
         if kind == "binary":
-            parts += [_probabilities(name, y, p, own, table.thresholds.get(name)), _order(name, y, p, own)]
             parts += _grouped(name, table, labels, predicted, clusters)
-        elif kind == "multiclass":
-            parts.append(_classes(name, y.astype(np.int64), p, own))
-        else:
-            parts += [_errors(name, y, p, own)] + ([_xauc(name, y, p, own)] if only(name, "xauc") else [])
+        elif kind == "regression" and only(name, "xauc"):
+            parts.append(_xauc(name, y, p, own))
+        if (weights := table.weights(name)) is not None:
+            parts += _weighted(kind, name, y, p, own, weights[present])
     if table.score is not None and table.requests is not None:
         parts += _ranked(table, clusters, k, values or {}, only)
     return [kept for part in parts if (kept := _only(part, only)) is not None]
+
+
+def _of_kind(
+    kind: str, name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, weights: np.ndarray | None = None,
+    threshold: float | None = None,
+) -> list[Resampled]:  # fmt: skip
+    if kind == "binary":
+        return [_probabilities(name, y, p, clusters, threshold, weights), _order(name, y, p, clusters, weights)]
+    if kind == "multiclass":
+        return [_classes(name, y.astype(np.int64), p, clusters, weights)]
+    return [_errors(name, y, p, clusters, weights)]
+
+
+def _weighted(
+    kind: str, name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, weights: np.ndarray
+) -> list[Resampled]:
+    """The metrics by sample weights: a row of weight 2 counts as two rows."""
+    counts = weights > 0
+    if not counts.any():
+        return []
+    own = (clusters[0][counts], clusters[1])
+    parts = _of_kind(kind, name, y[counts], p[counts], own, weights[counts].astype(np.float64))
+    kept = [_only(part, lambda of, metric: metric in _BY_WEIGHT[kind]) for part in parts]
+    return [replace(p, names=tuple((of, WEIGHTED + metric) for of, metric in p.names)) for p in kept if p is not None]
 
 
 def _only(part: Resampled, only: Callable[[str, str], bool]) -> Resampled | None:
@@ -69,16 +100,22 @@ def _only(part: Resampled, only: Callable[[str, str], bool]) -> Resampled | None
 
 
 def _of_sums(
-    name: str, rows: Mapping[str, np.ndarray], clusters: Clusters, metrics: Callable[[_Sums], dict[str, np.ndarray]]
+    name: str,
+    rows: Mapping[str, np.ndarray],
+    clusters: Clusters,
+    metrics: Callable[[_Sums], dict[str, np.ndarray]],
+    weights: np.ndarray | None = None,
 ) -> Resampled:
     """Metrics that are functions of sums over rows.
 
     Args:
         rows: (N,) by name.
         metrics: sums (B,) by name -> metrics (B,) by name.
+        weights: (N,) of the rows; None: all count alike.
     """
     cluster, count = clusters
-    sums = np.stack([np.bincount(cluster, of, minlength=count) for of in rows.values()], 1)
+    by = 1.0 if weights is None else weights
+    sums = np.stack([np.bincount(cluster, of * by, minlength=count) for of in rows.values()], 1)
 
     def of(weights: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -91,7 +128,10 @@ def _of_sums(
     return Resampled(names, of)
 
 
-def _probabilities(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, threshold: float | None) -> Resampled:
+def _probabilities(
+    name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, threshold: float | None,
+    weights: np.ndarray | None = None,
+) -> Resampled:  # fmt: skip
     clipped = np.clip(p, _TINY, 1 - _TINY)
     yes = p >= (2.0 if threshold is None else threshold)
     rows = {
@@ -119,7 +159,7 @@ def _probabilities(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, 
             }
         return found
 
-    return _of_sums(name, rows, clusters, metrics)
+    return _of_sums(name, rows, clusters, metrics, weights)
 
 
 def _gaps(y: np.ndarray, p: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,27 +171,28 @@ def _ece(s: _Sums) -> np.ndarray:
     return sum(np.abs(s[f"gap{b}"]) for b in range(BINS)) / s["n"]
 
 
-def _order(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Resampled:
+def _order(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, weights: np.ndarray | None = None) -> Resampled:
     """AUC and average precision: the rows are sorted once, by falling prediction."""
     order = np.argsort(-p, kind="stable")
     of_row, y, p = clusters[0][order], y[order], p[order]
+    by = np.ones(len(y)) if weights is None else weights[order]
     ends = np.flatnonzero(np.r_[p[1:] != p[:-1], True]) + 1  # of rows predicted alike
     starts = np.r_[0, ends[:-1]]
     positives = np.r_[0, np.cumsum(y).astype(np.int64)]
     having = positives[ends] > positives[starts]  # others add nothing to either
     starts, ends = starts[having], ends[having]
-    of_positive = of_row[y == 1]
+    of_positive, by_positive = of_row[y == 1], by[y == 1]
     first, last = positives[starts], positives[ends]
 
     def measured(w: np.ndarray) -> tuple[float, float]:
-        above = np.r_[0.0, np.cumsum(w[of_row])]
-        hits = np.r_[0.0, np.cumsum(w[of_positive])]
+        above = np.r_[0.0, np.cumsum(w[of_row] * by)]
+        hits = np.r_[0.0, np.cumsum(w[of_positive] * by_positive)]
         found, missed = hits[-1], above[-1] - hits[-1]
         if found == 0:
             return np.nan, np.nan
         mine = hits[last] - hits[first]
         down_to = above[ends]
-        precision = float((mine * hits[last] / np.maximum(down_to, 1)).sum() / found)
+        precision = float((mine * hits[last] / np.where(down_to > 0, down_to, 1)).sum() / found)
         if missed == 0:
             return np.nan, precision
         wrong = above[starts] - hits[first] + (down_to - hits[last])  # twice: those above, and half of the equal ones
@@ -176,8 +217,11 @@ def _grouped(
     return [_of_sums(name, of_user, (cluster, clusters[1]), lambda s: {metric: s["auc"] / s["rows"]})]
 
 
-def _classes(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Resampled:
+def _classes(
+    name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, weights: np.ndarray | None = None
+) -> Resampled:
     cluster = clusters[0]
+    by = np.ones(len(y)) if weights is None else weights
     rows, own = np.ones(len(y)), p[np.arange(len(y)), y]
     rank = (p >= own[:, None]).sum(1)
     right = (p.argmax(1) == y).astype(np.float64)
@@ -189,12 +233,14 @@ def _classes(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Res
         name, sums, clusters,
         lambda s: {"log_loss": s["loss"] / s["n"], "top1": s["top1"] / s["n"], "top5": s["top5"] / s["n"],
                    "ece": _ece(s)},
+        weights,
     )  # fmt: skip
 
-    def of(weights: np.ndarray) -> np.ndarray:
-        found = plain.of(weights)
-        share = np.stack([np.bincount(y, w[cluster], p.shape[1]) for w in weights])
-        share = share / np.maximum(share.sum(1, keepdims=True), 1)
+    def of(drawn: np.ndarray) -> np.ndarray:
+        found = plain.of(drawn)
+        share = np.stack([np.bincount(y, w[cluster] * by, p.shape[1]) for w in drawn])
+        total = share.sum(1, keepdims=True)
+        share = share / np.where(total > 0, total, 1)
         entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
         ne = np.where(entropy > 0, found[:, 0] / np.where(entropy > 0, entropy, 1), np.nan)
         return np.concatenate([found, ne[:, None]], 1)
@@ -202,7 +248,9 @@ def _classes(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Res
     return Resampled((*plain.names, (name, "ne")), of)
 
 
-def _errors(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Resampled:
+def _errors(
+    name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, weights: np.ndarray | None = None
+) -> Resampled:
     middle = y.mean()  # squares of large numbers would swallow their differences
     rows = {
         "n": np.ones(len(y)), "y": y, "p": p, "from_middle": y - middle, "around": (y - middle) ** 2,
@@ -214,7 +262,7 @@ def _errors(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Resa
         mse = s["squares"] / s["n"]
         return {"mse": mse, "mae": s["distance"] / s["n"], "r2": 1 - mse / variance, "calibration": s["p"] / s["y"]}
 
-    return _of_sums(name, rows, clusters, metrics)
+    return _of_sums(name, rows, clusters, metrics, weights)
 
 
 def _xauc(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters) -> Resampled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.data.columns import as_text, canonical
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, unsure_of
+from mtcl_torchrec.evaluation.estimates import task_estimates
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.schema import DataError, nearest
 
+DERIVED = ("item_seen", "user_seen", "hour_of_day")  # beside the columns of the data
 MOST_VALUES = 24  # of a segment; more are cut at quantiles, or the rarer ones taken together
 QUANTILES = 5
 OTHER, MISSING = "(other)", "(missing)"
@@ -50,7 +53,7 @@ def segment_values(table: PredictionsTable, name: str) -> pd.Series:
             raise DataError("segments: hour_of_day needs the column of schema.time")
         kept = [str(c).removeprefix("segment.") for c in frame if "." not in str(c) or str(c).startswith("segment.")]
         kept += ["hour_of_day"] if "time" in frame else []
-        raise DataError(f"segments: no column {name!r} beside the predictions{nearest(name, kept)}")
+        raise DataError(f"segments: no column {name!r} beside the predictions{nearest(name, kept)}; {there_are(kept)}")
     values = canonical(frame[column])
     is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
     if values.nunique() <= MOST_VALUES:
@@ -82,6 +85,18 @@ def hours_of_day(times: pd.Series) -> pd.Series:
     return (times // (3600 * per_second) % 24).astype("Int64")
 
 
+def there_are(columns: Iterable[str], most: int = 20) -> str:
+    """The columns that rows can be told apart by, for a message.
+
+    Example:
+        >>> there_are(["hour", "shop"]), there_are("abc", most=2)
+        ('there are hour, shop', 'there are a, b and 1 more')
+    """
+    names = list(columns)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"there are {', '.join(names[:most])}{more}"
+
+
 def split_by_segment(table: PredictionsTable, name: str) -> Iterator[tuple[str, PredictionsTable]]:
     """The values of a segment, in their order, and the rows of each; see `segment_values`."""
     values = segment_values(table, name)
@@ -90,6 +105,36 @@ def split_by_segment(table: PredictionsTable, name: str) -> Iterator[tuple[str, 
         rows = codes == i
         if rows.any():
             yield str(value), rows_of(table, rows)
+
+
+QUALITY = {"binary": "auc", "multiclass": "ne", "regression": "r2"}  # what a segment is told by
+
+
+def of_segment(rows: PredictionsTable) -> dict[str, dict[str, Any]]:
+    """Task -> how well it is predicted on some rows, and how sure that is.
+
+    Returns:
+        ``value`` of `QUALITY` of its kind, ``error`` (standard error over users), ``events`` (of a binary task; else
+        labels), and ``unsure``, why nothing can be sure here; ``""`` where it can.
+
+    Example:
+        >>> from mtcl_torchrec.schema import Task
+        >>> frame = pd.DataFrame({"label.a": np.arange(100) % 2.0, "p.a": np.arange(100) % 2 * 0.5})
+        >>> of_segment(PredictionsTable(frame, (Task.binary("a"),)))["a"]["events"]
+        50
+    """
+    clusters = clusters_of(rows)
+    why, found = unsure_of(rows, clusters), {}
+    for name in rows.predicted_names:
+        metric, labels = QUALITY[rows.task(name).kind], rows.labels(name)
+        estimate = task_estimates(rows, name, *clusters).get(metric)
+        unsure = why(name, metric)
+        error = np.nan if estimate is None or unsure else estimate.error
+        known = ~np.isnan(labels)
+        events = int((labels[known] > 0).sum()) if metric == "auc" else int(known.sum())
+        value = np.nan if estimate is None else estimate.value
+        found[name] = {"value": value, "error": error, "events": events, "unsure": unsure}
+    return found
 
 
 def rows_of(table: PredictionsTable, rows: np.ndarray) -> PredictionsTable:

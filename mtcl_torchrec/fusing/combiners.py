@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.config import FusionConfig
+from mtcl_torchrec.config.commands import USUAL_COMBINERS as USUAL
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.modules import fusion
 from mtcl_torchrec.modules.fusion import learned
@@ -21,7 +22,6 @@ Weights = dict[str, float]
 Feature = Callable[[np.ndarray], np.ndarray]
 
 ALL = "all"
-USUAL = ("weighted_mean", "weighted_geometric_mean", "stacking")
 SIZE = "size"  # the knob that is the absolute sum of the weights, where that matters
 _SMALLEST = 1e-6
 

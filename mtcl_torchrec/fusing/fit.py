@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.ranking import mean_and_error
 from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights, resolved
+from mtcl_torchrec.fusing.cross_validation import (
+    VALUE_MODELS,
+    Candidate,
+    Progress,
+    Work,
+    ahead_of,
+    as_it_is,
+    best_of,
+    try_on_folds,
+)
 from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.learned import train_setting
 from mtcl_torchrec.fusing.pareto import pareto_front
+from mtcl_torchrec.fusing.rivals import does_fusing_pay
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
-from mtcl_torchrec.fusing.targets import Constraint, OfRows, Target, parse_constraints, parse_target
+from mtcl_torchrec.fusing.targets import Constraint, OfRows, check_choice, parse_constraints, parse_target
 from mtcl_torchrec.fusing.weights import (
     NoWeightsError,
     check_influence,
@@ -25,25 +34,9 @@ from mtcl_torchrec.fusing.weights import (
 )
 from mtcl_torchrec.schema import ConfigError, nearest
 
-Progress = Callable[[int, int, str], object]
-_VALUE_MODELS = ("weighted_mean", "expected_value")  # kinds whose weights are what events are worth
-
 
 def _quiet(done: int, total: int, doing: str) -> None:
     """Say nothing."""
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One way to come to weights, and to what else a combiner has, by a method."""
-
-    combiner: Combiner
-    method: str
-    fit: Callable[[HeldOut], Setting]
-
-    @property
-    def name(self) -> str:
-        return f"{self.combiner.name}, {self.method}"
 
 
 def fit_fusion(
@@ -68,10 +61,10 @@ def fit_fusion(
     are calibrated); stacking, in closed form; a search on the target itself, also of thresholds, exponents and the
     like, where a combiner has them; training, where it learns.  Beside them stand each task's own head alone and the
     other rankings of `held_out`.  Each is fitted on all folds but one and judged on that one; the one of the best mean
-    that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights that are
-    better by more than two standard errors, request by request (by ``auc`` and ``gauc``, fold by fold): a smaller lead
-    is mostly noise.  A method that finds no weights on some fold, such as stacking where nothing happened in it, is
-    left out; ``about["left_out"]`` says why.
+    that keeps to the constraints is then fitted on all rows.  Values that are given are only left for weights whose
+    lead has a 95 % interval that leaves out 0, request by request (by ``auc`` and ``gauc``, fold by fold): a smaller
+    lead is mostly noise.  A method that finds no weights on some fold, such as stacking where nothing happened in it,
+    is left out; ``about["left_out"]`` says why.
 
     Args:
         held_out: predictions for rows that the model was not trained on.
@@ -97,8 +90,8 @@ def fit_fusion(
         The fused score with its weights, their spread over the folds, everything tried, and the Pareto front.
 
     Raises:
-        ConfigError: an option that does not fit; or no combiner keeps to the constraints, and then how far the nearest
-            came.
+        ConfigError: an option that does not fit; a K that leaves no choice; or no combiner keeps to the constraints,
+            and then how far the nearest came.
 
     Example:
         >>> import torch
@@ -114,14 +107,15 @@ def fit_fusion(
     kinds = resolved(combiners, held_out)
     _check_rewards(held_out, values, target)
     check_influence(influence or {}, entering)
+    check_choice(held_out, goal)
     if influence or any(text.strip().startswith("share:") for text in constraints):
         kinds = [c for c in kinds if c.feature is not None]
         if not kinds:
             raise ConfigError("influence: of none of the combiners can the influence of a task be told")
     signs = {task: int(np.sign(values.get(task, 0.0))) if values else 0 for task in entering}
-    candidates: list[_Candidate] = []
+    candidates: list[Candidate] = []
     kept_to: dict[str, list[Constraint]] = {}
-    work = _Work(progress, 0)
+    work = Work(progress, 0)
     if weighed := [text for text in constraints if text.strip().startswith("weight:")]:
         if all(combiner.learns for combiner in kinds):
             raise ConfigError(f"constraint {weighed[0]!r}: a {kinds[0].name} has no weights that stay the same")
@@ -137,13 +131,13 @@ def fit_fusion(
     tried, left_out = list[Tried](), dict[str, str]()
     for candidate in candidates:
         try:
-            tried.append(_try(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work))
+            tried.append(try_on_folds(candidate, held_out, fold, goal, kept_to[candidate.combiner.name], work))
         except NoWeightsError as error:
             left_out[candidate.name] = str(error)
     if not tried:
         raise ConfigError(next(iter(left_out.values())))
-    tried += [_as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
-    best, left_for_values = _best(tried, kept_to, held_out, goal)
+    tried += [as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
+    best, left_for_values = best_of(tried, kept_to, held_out, goal)
     assert best.setting is not None
     combiner = best.setting.combiner
     heads = [t for t in tried if t.method.startswith("head ")]
@@ -151,7 +145,7 @@ def fit_fusion(
         if heads:
             head = max(heads, key=lambda t: t.mean)
             one.against = head.method.removeprefix("head ")
-            one.better, one.better_error = _ahead(one, head, held_out, goal)
+            one.better, one.better_error = ahead_of(one, head, held_out, goal)
     fitted = FittedFusion(
         combiner=combiner,
         method=best.method,
@@ -165,6 +159,7 @@ def fit_fusion(
         seed=seed,
         folds=folds,
         left_for_values=left_for_values,
+        pays=does_fusing_pay(held_out, best.scores, entering, goal, values or {}, fold=fold),
         about={
             "rows": len(held_out), "requests": held_out.requests, "requests_are": held_out.requests_are,
             "users": None if held_out.user is None else len(np.unique(held_out.user)),
@@ -176,18 +171,6 @@ def fit_fusion(
         work.doing = "the Pareto front"
         fitted.front = pareto_front(held_out, fitted, signs, points=front_points, seed=seed, progress=work.step)
     return fitted
-
-
-class _Work:
-    """How far it is."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done, self.doing = progress, total, 0, ""
-
-    def step(self) -> None:
-        """One more piece is done."""
-        self.done += 1
-        self.progress(self.done, self.total, self.doing)
 
 
 def _entering(
@@ -257,17 +240,19 @@ def _candidates(
     search: Search,
     trials: int,
     seed: int,
-    work: _Work,
-) -> list[_Candidate]:
+    work: Work,
+) -> list[Candidate]:
     """What is tried of one combiner."""
     combiner, signs, feature = problem.combiner, problem.signs, problem.combiner.feature
     tasks = list(signs)
-    is_mean = combiner.name in _VALUE_MODELS
+    is_mean = combiner.name in VALUE_MODELS
     alike = {task: float(signs[task] or 1) for task in tasks}
     found: dict[str, Callable[[HeldOut], Weights]] = {"all alike": partial(_given, alike)}
     if values and any(values.get(task) for task in tasks):
         worth = {task: float(values.get(task, 0.0)) for task in tasks}
         found["values"] = partial(_given, worth if is_mean else unit(worth))
+        if unit(worth) == unit(alike):
+            del found["all alike"]  # the same ranking
     task = str(target).partition(":")[2] if isinstance(target, str) and not values else ""
 
     def reward_of(rows: HeldOut) -> np.ndarray:
@@ -284,7 +269,7 @@ def _candidates(
         def trained(rows: HeldOut) -> Setting:
             return train_setting(combiner, start(rows), rows, reward_of(rows), within=not over_all_rows, seed=seed)
 
-        return [_Candidate(combiner, "trained", trained)]
+        return [Candidate(combiner, "trained", trained)]
     if feature is not None and (values or task):
 
         def stacked(rows: HeldOut) -> Weights:
@@ -300,112 +285,19 @@ def _candidates(
         except ValueError as error:  # they make no score
             raise NoWeightsError(str(error)) from None
 
-    candidates = [_Candidate(combiner, method, partial(set_to, of)) for method, of in found.items()]
+    candidates = [Candidate(combiner, method, partial(set_to, of)) for method, of in found.items()]
     if search != "none" and len(tasks) > 1:
 
         def searched(rows: HeldOut) -> Setting:
             starts = [of(rows) for of in found.values()] + [{task: alike[task]} for task in tasks]
             return search_weights(problem, rows, starts, search=search, trials=trials, seed=seed, progress=work.step)
 
-        candidates.append(_Candidate(combiner, "search", searched))
+        candidates.append(Candidate(combiner, "search", searched))
     if combiner.name == "weighted_mean" and not influence:
         heads: dict[str, Weights] = {task: {task: alike[task]} for task in tasks}
-        candidates += [_Candidate(combiner, f"head {t}", partial(set_to, partial(_given, heads[t]))) for t in tasks]
+        candidates += [Candidate(combiner, f"head {t}", partial(set_to, partial(_given, heads[t]))) for t in tasks]
     return candidates
 
 
 def _given(weights: Weights, held_out: HeldOut) -> Weights:
     return weights
-
-
-def _try(
-    candidate: _Candidate, held_out: HeldOut, fold: np.ndarray, goal: Target, constraints: list[Constraint], work: _Work
-) -> Tried:
-    """Fit on all folds but one, judge on that one; then fit on all rows."""
-    scores, of_fold, by_fold = np.empty(len(held_out)), [], []
-    for number in range(int(fold.max()) + 1):
-        work.doing = f"{candidate.name}, fold {number + 1}"
-        setting = candidate.fit(held_out.take(fold != number))
-        left_out = held_out.take(fold == number)
-        found = left_out.scores(setting.fused_score)
-        scores[fold == number] = found
-        of_fold.append(goal(left_out, found))
-        by_fold.append(unit(setting.weights))
-        work.step()
-    work.doing = f"{candidate.name}, all rows"
-    setting = candidate.fit(held_out)
-    work.step()
-    weights = setting.weights
-    size = sum(abs(w) for w in weights.values())
-    final = held_out.scores(setting.fused_score)
-    return Tried(
-        combiner=candidate.combiner.name,
-        method=candidate.method,
-        mean=_mean(of_fold),
-        std=_std(of_fold),
-        error=goal.with_error(held_out, scores)[1],
-        scores=scores,
-        of_fold=np.array(of_fold),
-        setting=setting,
-        weights_std={t: _spread([w[t] for w in by_fold]) * size for t in weights},
-        kept={c.text: c.of(held_out, final, unit(weights)) for c in constraints},
-        broken=[c.text for c in constraints if c.violation(c.of(held_out, final, unit(weights))) > 0],
-    )
-
-
-def _spread(weights: list[float]) -> float:
-    """Their standard deviation; 0 where they differ by rounding alone."""
-    return 0.0 if np.ptp(weights) < 1e-12 else float(np.std(weights, ddof=1))
-
-
-def _mean(values: list[float]) -> float:
-    known = [v for v in values if np.isfinite(v)]
-    return float(np.mean(known)) if known else float("nan")
-
-
-def _std(values: list[float]) -> float:
-    known = [v for v in values if np.isfinite(v)]
-    return float(np.std(known, ddof=1)) if len(known) > 1 else float("nan")
-
-
-def _as_it_is(name: str, scores: np.ndarray, held_out: HeldOut, fold: np.ndarray, goal: Target) -> Tried:
-    """Another ranking, which has nothing to fit."""
-    of_fold = [goal(held_out.take(fold == n), scores[fold == n]) for n in range(int(fold.max()) + 1)]
-    return Tried(
-        combiner="", method=name, mean=_mean(of_fold), std=_std(of_fold),
-        error=goal.with_error(held_out, scores)[1], scores=scores, of_fold=np.array(of_fold),
-    )  # fmt: skip
-
-
-def _ahead(one: Tried, other: Tried, held_out: HeldOut, goal: Target) -> tuple[float, float]:
-    """By how much one is better than the other, and the standard error of that: request by request, or, where the
-    target is no mean over requests, fold by fold (scores of two folds are of other weights, and have no common AUC)."""
-    if np.ndim(goal.of(held_out, one.scores)):
-        return goal.difference(held_out, one.scores, other.scores)
-    return mean_and_error(one.of_fold - other.of_fold)
-
-
-def _best(
-    tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target
-) -> tuple[Tried, tuple[str, float, float] | None]:
-    """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
-    is as good within two standard errors (after the one-standard-error rule; Breiman et al., CART, 1984), and then
-    what was left for it, and its lead."""
-    able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
-    if not able:
-        raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
-    if feasible := [t for t in able if not t.broken]:
-        best = max(feasible, key=lambda t: t.mean)
-        value_models = [t for t in feasible if t.method == "values" and t.combiner in _VALUE_MODELS]
-        by_values = max(value_models, key=lambda t: t.mean, default=best)
-        ahead, error = _ahead(best, by_values, held_out, goal)
-        if best is by_values or ahead > (0.0 if np.isnan(error) else 2 * error):
-            return best, None
-        return by_values, (best.name, ahead, error)
-
-    def missed(one: Tried) -> float:
-        return sum(c.violation(one.kept[c.text]) / (abs(c.bound) or 1.0) for c in constraints[one.combiner])
-
-    nearest_one = min(able, key=missed)
-    came = "; ".join(f"{text} came to {nearest_one.kept[text]:.4g}" for text in nearest_one.broken)
-    raise ConfigError(f"no weights keep to all constraints; the nearest, {nearest_one.name}: {came}")

@@ -15,6 +15,7 @@ from mtcl_torchrec.config import FusionConfig
 from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.pareto import draw_front
+from mtcl_torchrec.fusing.rivals import Verdict
 from mtcl_torchrec.fusing.targets import Target, ranking_auc
 
 
@@ -83,8 +84,9 @@ class FittedFusion:
         seed, folds: as they were given.
         about: what it was fitted on and how.
         front: what each task loses, one row for each ranking drawn; see `pareto_front`.
-        left_for_values: what was better on the folds left out, but not by two standard errors, so that the values
-            stay the weights: its name, its lead, the standard error; None where nothing was.
+        left_for_values: what was better on the folds left out, but not by more than chance, so that the values stay the
+            weights: its name, its lead, half of the 95 % interval of that; None where nothing was.
+        pays: the fused score on the folds left out against the best single head and popularity.
     """
 
     combiner: Combiner
@@ -101,6 +103,7 @@ class FittedFusion:
     about: dict[str, Any]
     front: pd.DataFrame | None = None
     left_for_values: tuple[str, float, float] | None = None
+    pays: Verdict | None = None
 
     @property
     def chosen(self) -> Tried:
@@ -165,6 +168,7 @@ class FittedFusion:
                 "options": self.options, "values": self.values, "seed": self.seed, "folds": self.folds,
                 "tried": self.table().to_dict("records"),
                 "constraints_kept": self.chosen.kept,
+                "pays": None if self.pays is None else self.pays.to_json(),
                 "front": None if self.front is None else self.front.to_dict("records"),
             }
         )  # fmt: skip

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from mtcl_torchrec.config.commands import Search
 from mtcl_torchrec.fusing.combiners import SIZE, Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import Constraint, Target
@@ -15,7 +15,6 @@ from mtcl_torchrec.fusing.weights import NoWeightsError
 from mtcl_torchrec.modules.fusion import WeightedMean
 from mtcl_torchrec.schema import ConfigError
 
-Search = Literal["auto", "tpe", "cma", "none"]
 Point = dict[str, float]
 
 _MANY_TRIALS = 200  # from which on CMA-ES, which learns slower and finds more, is the usual choice

@@ -100,6 +100,37 @@ def ranking_auc(held_out: HeldOut, scores: np.ndarray, task: str, kind: str = "g
     return float(np.average(found[both], weights=rows[both])) if both.any() else float("nan")
 
 
+def check_choice(held_out: HeldOut, target: Target) -> None:
+    """See that K leaves a choice: a request of at most K rows is worth the same in any order.
+
+    Raises:
+        ConfigError: no request has more than K rows; with a K that would do.
+    """
+    found = re.fullmatch(r"value@(\d+)", target.name)
+    if found is None or (longest := int(held_out.rows_of_requests.max())) > int(found[1]):
+        return
+    each = f"no request has more than {'one row' if longest == 1 else f'{longest} rows'}, and those are all shown"
+    usable = longest_with_choice(held_out.rows_of_requests)
+    way = f"take value@{usable}, or longer requests" if usable else "take longer requests"
+    raise ConfigError(f"target {target.name}: {each}, in whatever order: {way} (--session-minutes)")
+
+
+def longest_with_choice(rows_of_requests: np.ndarray, share: float = 0.2) -> int:
+    """The largest K such that a share of the requests have more than K rows; where that is none, such that one has; 0
+    where every request is a single row.
+
+    Args:
+        rows_of_requests: (R,) at least 1.
+
+    Example:
+        >>> longest_with_choice(np.array([1, 1, 4, 9])), longest_with_choice(np.array([1] * 9 + [3]))
+        (8, 2)
+    """
+    longer = np.sort(rows_of_requests)[::-1]
+    at = max(int(np.ceil(share * len(longer))) - 1, 0)
+    return int(longer[at]) - 1 or int(longer[0]) - 1
+
+
 def _check_task(what: str, task: str, tasks: Iterable[str]) -> None:
     if task not in (known := list(tasks)):
         raise ConfigError(f"{what}: no task {task!r} with labels{nearest(task, known)}")

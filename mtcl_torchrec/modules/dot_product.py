@@ -51,6 +51,7 @@ class DotHead(nn.Module):
     Args:
         task: whose head it is.
         blocks: what the columns of the concatenated input are, with their groups.
+        start: (1,) where b starts; None is at even odds.
 
     Raises:
         ConfigError: the columns' groups are not known, or a side has none; one of `Head.factors` is of no side, or of
@@ -71,7 +72,7 @@ class DotHead(nn.Module):
     user_mapped: torch.Tensor
     item_mapped: torch.Tensor
 
-    def __init__(self, task: Task, blocks: Sequence[InputBlock]) -> None:
+    def __init__(self, task: Task, blocks: Sequence[InputBlock], start: torch.Tensor | None = None) -> None:
         super().__init__()
         users, items = side_columns(task, blocks)
         self.dim = task.head.dim
@@ -88,9 +89,9 @@ class DotHead(nn.Module):
             self.register_buffer(f"{side}_mapped", mapped, persistent=False)
             with torch.no_grad():
                 getattr(self, side).weight.mul_(mapped)
-        # Even odds in what the task's loss sees, as every head starts; a chain's conditional logit has no shift.
-        start = 0.0 if task.conditional_name is not None else -task.logit_shift
-        self.bias = nn.Parameter(torch.full((1,), start))
+        # Even odds in what the task's loss sees; a chain's conditional logit has no shift.
+        even = 0.0 if task.conditional_name is not None else -task.logit_shift
+        self.bias = nn.Parameter(torch.full((1,), even) if start is None else start.clone())
 
     def forward(
         self, x: torch.Tensor, of_row: torch.Tensor | None = None, first: torch.Tensor | None = None

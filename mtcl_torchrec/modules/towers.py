@@ -16,6 +16,7 @@ from mtcl_torchrec.modules.experts import BatchedExperts
 from mtcl_torchrec.modules.freezing import stop_where_frozen
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import stop_gradient_if
+from mtcl_torchrec.modules.heads import starting_logits
 from mtcl_torchrec.modules.losses import Logits
 from mtcl_torchrec.modules.sequences import HistoryInput
 from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
@@ -47,7 +48,7 @@ class MultiTaskTower(nn.Module):
 
     Args:
         dims: key of each pooled embedding -> its width.
-        precision: ``"bf16"`` computes it under autocast; its parameters and logits stay float32.
+        precision: ``"bf16"`` computes it under autocast, but for the heads; its parameters and logits stay float32.
         histories: those that `lstm_towers` may read.
         others: see `mtcl_torchrec.MTCL`.
     """
@@ -72,6 +73,7 @@ class MultiTaskTower(nn.Module):
         ppnet: PPNet | None = None,
         lstm_towers: LSTMTowers | None = None,
         histories: Mapping[str, HistoryInput] | None = None,
+        base_rates: Mapping[str, float | Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if precision not in get_args(Precision):
@@ -134,13 +136,22 @@ class MultiTaskTower(nn.Module):
         self.chains = Chains(self.tasks, hidden)
         # A list, not a dict by name: a task may be called what an attribute of ModuleDict is called ("items").
         heads = [nn.Linear(hidden, task.out_features) if task.in_trunk else nn.Identity() for task in self.tasks]
-        with torch.no_grad():  # a head starts at even odds in what its task's loss sees
-            for head, task in zip(heads, self.tasks, strict=True):
-                if isinstance(head, nn.Linear) and task.conditional_name is None:
+        starts = starting_logits(self.tasks, base_rates or {})
+        with torch.no_grad():
+            for number, (head, task) in enumerate(zip(heads, self.tasks, strict=True)):
+                if task.in_trunk and task.name in starts:
+                    head.bias.copy_(starts[task.name])
+                    if str(number) in self.chains.imputing:  # of the same label, where the parent's event happened
+                        self.chains.imputing[str(number)].bias.copy_(starts[task.name])
+                elif task.in_trunk and task.conditional_name is None:  # even odds in what the task's loss sees
                     head.bias.sub_(task.logit_shift)
         self.heads = nn.ModuleList(heads)
         self.dot_heads = nn.ModuleDict(
-            {str(number): DotHead(task, blocks) for number, task in enumerate(self.tasks) if not task.in_trunk}
+            {
+                str(number): DotHead(task, blocks, starts.get(task.name))
+                for number, task in enumerate(self.tasks)
+                if not task.in_trunk
+            }
         )
 
     def forward(
@@ -219,16 +230,21 @@ class MultiTaskTower(nn.Module):
             of_views = cut.through(self.trunk, inputs, tasks, places, (x, of_dots) if of_dots else None)
             reads = list(of_views.pop()) if of_dots else []
         h = self._of_tasks(of_views, inputs, frozen, alike, states)
+        if self.precision == "fp32":
+            logits = self._of_heads(h)
+        else:  # heads are small, and the 8 bits of a bf16 logit would tie rows that differ
+            with torch.autocast(x.device.type, enabled=False):
+                logits = self._of_heads(h.float())
+        for number, read in zip(of_dots, reads, strict=True):
+            logits |= self._of_dot(number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike)
+        return logits
+
+    def _of_heads(self, h: torch.Tensor) -> Logits:
+        """Logits of the tasks that go through the trunk, from what their heads read (T, B, H)."""
         logits = self.chains.imputed(h) if self.trunk_tasks else {}
-        for number, task in enumerate(self.tasks):
-            if task.in_trunk:
-                out = self.heads[number](h[number])
-                logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
-            else:
-                read = reads[of_dots.index(number)]
-                logits |= self._of_dot(
-                    number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike
-                )
+        for number in self.trunk_tasks:
+            task, out = self.tasks[number], self.heads[number](h[number])
+            logits[task.name] = out if task.kind == "multiclass" else out.squeeze(1)
         return logits
 
     def _of_trunk(self, frozen: torch.Tensor | None) -> torch.Tensor | None:

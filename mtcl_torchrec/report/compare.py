@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtcl_torchrec.evaluation.compare import Difference
+from mtcl_torchrec.evaluation.confidence import SURE, too_little
+from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, clusters_of
+from mtcl_torchrec.evaluation.naming import label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents, read_contents
-from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.report.facts import same_rows
 from mtcl_torchrec.report.fusion_pictures import dots
 from mtcl_torchrec.report.knowable import known_of_all
+from mtcl_torchrec.report.layout import Section
 from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.pictures import followed
-from mtcl_torchrec.report.sections import Section
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
-from mtcl_torchrec.report.tables import SHOWN, Table, cost_tables, number
+from mtcl_torchrec.report.tables import Table, cost_tables, number
 from mtcl_torchrec.report.verdict import Answer
 from mtcl_torchrec.report.words import listed
 from mtcl_torchrec.schema import ConfigError
@@ -30,7 +32,6 @@ from mtcl_torchrec.training.directory import replace_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_HEADINGS = {key: heading for of_kind in SHOWN.values() for key, heading in of_kind.items()}
 _COUNTS = ("count", "base_rate")
 _NAMED = 6  # metrics in a sentence
 _CURVES = 4  # runs that are told apart in one picture
@@ -49,6 +50,7 @@ class Compared:
         more_is_better: whether a positive difference is a gain.
         signs: (R - 1,) 1 where a run is clearly better than the first, -1 worse, 0 too close to call; by default, what
             the intervals say.
+        unsure: why no difference could be sure, in a few words, such as too few events; empty where one could.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Compared:
     differences: Sequence[tuple[float, float, float] | None] = ()
     more_is_better: bool = True
     signs: Sequence[int] | None = None
+    unsure: str = ""
 
     def sign(self, run: int) -> int:
         """1 where the run (counted from 1) is clearly better than the first, -1 worse, 0 too close to call.
@@ -65,6 +68,8 @@ class Compared:
             >>> Compared("click", "AUC", [0.7, 0.72], [(0.02, 0.01, 0.03)]).sign(1)
             1
         """
+        if self.unsure:
+            return 0
         if self.signs is not None:
             return self.signs[run - 1]
         found = self.differences[run - 1] if run <= len(self.differences) else None
@@ -86,10 +91,12 @@ def from_differences(by_run: Sequence[Sequence[Difference]]) -> list[Compared]:
         first = next(m.a for m in met if m is not None)
         compared.append(
             Compared(
-                *key,
+                key[0],
+                label_of(key[1]),
                 [first, *(math.nan if m is None else m.b for m in met)],
                 [None if m is None else (m.difference, m.low, m.high) for m in met],
                 signs=[0 if m is None or m.better is None else 1 if m.better == "b" else -1 for m in met],
+                unsure=next((m.unsure for m in met if m is not None), ""),
             )
         )
     return compared
@@ -114,7 +121,8 @@ def compared_aucs(runs: Sequence[RunContents]) -> list[Compared]:
             gained, error = other.minus(first, paired=same_rows(tables[0], table, task))
             values.append(other.value)
             differences.append((gained, gained - SURE * error, gained + SURE * error))
-        found.append(Compared(task, "AUC", values, differences))
+        unsure = too_little(tables[0].labels(task), clusters_of(tables[0].users, len(tables[0])))
+        found.append(Compared(task, "AUC", values, differences, unsure=unsure))
     return found
 
 
@@ -190,13 +198,18 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
             answers.append(Answer(question, "Not known", "unknown", ["There is nothing to compare them by."]))
             continue
         signs = {1: "better", -1: "worse", 0: "too close to call"}
-        groups = {s: [f"{c.name} ({c.metric})" for c in judged if c.sign(r) == s] for s in signs}
+        groups = {s: [f"{c.name} ({c.metric})" for c in judged if c.sign(r) == s and not c.unsure] for s in signs}
         lines = [f"{word.capitalize()}: {_some(groups[s])}." for s, word in signs.items() if groups[s]]
+        if rare := list(dict.fromkeys(f"{c.name}: {c.unsure}" for c in judged if c.unsure)):
+            lines.append(f"Cannot be sure: {_some(rare)}.")
+        judged = [c for c in judged if not c.unsure]
         better, worse = len(groups[1]), len(groups[-1])
         if better and not worse:
             answers.append(Answer(question, f"Yes, on {better} of {len(judged)}", "good", lines))
         elif worse and not better:
             answers.append(Answer(question, f"No, worse on {worse} of {len(judged)}", "bad", lines))
+        elif rare and not judged:
+            answers.append(Answer(question, "Not known: too few events", "unknown", lines))
         elif better:
             answers.append(Answer(question, f"Better on {better}, worse on {worse}", "mixed", lines))
         else:
@@ -256,11 +269,16 @@ def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
             gained = c.differences[run - 1] if run <= len(c.differences) else None
             span = "" if gained is None or math.isnan(gained[1]) else f" ({number(gained[1])} to {number(gained[2])})"
             cells.append("–" if gained is None else f"{number(gained[0])}{span}")
-            if sign := c.sign(run):
+            if c.unsure:
+                cells[-1] += f" ({c.unsure})"
+                tones[r, 1 + len(names) + run] = "few"
+            elif sign := c.sign(run):
                 tones[r, 1 + len(names) + run] = "good" if sign > 0 else "bad"
         rows.append([c.name, c.metric, *cells])
     gains = [f"{name} less {names[0]}" for name in names[1:]]
     note = "With 95% intervals. ▲ is better than the first run, ▼ worse; the rest is too close to call."
+    if any(c.unsure for c in found):
+        note += " Grey: too few events to be sure."
     return Table("Compared", ["of", "metric", *names, *gains], rows, note, tones)
 
 
@@ -271,7 +289,7 @@ def _metric_tables(runs: Sequence[RunContents], names: Sequence[str]) -> list[Ta
         keys = [k for k in dict.fromkeys(k for m in of for k in m) if k not in _COUNTS]
         rows = [[name, *(number(m.get(k)) for k in keys)] for name, m in zip(names, of, strict=True)]
         if keys:
-            tables.append(Table(task, ["run", *(_HEADINGS.get(k, k) for k in keys)], rows))
+            tables.append(Table(task, ["run", *map(label_of, keys)], rows))
     return tables
 
 

@@ -12,15 +12,17 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from mtcl_torchrec.evaluation.estimates import clusters_of
+from mtcl_torchrec.evaluation.naming import parts_of
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.report import same_events
-from mtcl_torchrec.report.errors import clusters_of
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
 from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, PREDICTIONS, readable_folder
 from mtcl_torchrec.training.fitted import REPORT
 from mtcl_torchrec.training.fitted_fusion import DECLARED, fusion_fingerprint
 from mtcl_torchrec.training.rejudging import JUDGED_BY
+from mtcl_torchrec.training.unfinished import is_begun, lacking
 
 BASELINES = "baselines"
 _Read = TypeVar("_Read")
@@ -82,6 +84,12 @@ class RunContents:
     def split(self) -> str:
         """The split that the report judges by: test, or else validation; empty where none was evaluated."""
         return next((s for s in ("test", "val") if s in self.metrics.get("evaluations", {})), "")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of what is shown, that the run was judged by."""
+        found = [parts_of(key) for of in (self.evaluation.get("ranking") or {}).values() for key in of or {}]
+        return sorted({int(parts.k) for parts in found if parts.measure == "choice"})
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -148,7 +156,9 @@ def read_contents(folder: str | Path, *, baselines: Path | None = None) -> RunCo
     """
     folder = Path(folder)
     if not (folder / "run.yaml").is_file():
-        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+        begun = is_begun(folder)
+        what = "a run was begun here and has written nothing yet" if begun else "no run here"
+        raise DataError(f"{folder}: {what} (run.yaml is missing)")
     found = RunContents(folder, (folder / "run.yaml").read_text(encoding="utf-8"))
     _read_metrics(found)
     for split in ("val", "test"):
@@ -180,8 +190,8 @@ def _read_metrics(found: RunContents) -> None:
         found.history = read_about(newest).get("history", {}) if newest else {}
         found.metrics = {"balance": found.history.get("balance") or {}}
         found.missing.append(
-            "Training did not finish (no metrics.json): this is what its newest checkpoint knows. "
-            "`mtcl train --resume` goes on with it."
+            f"Training did not finish ({', '.join(lacking(folder))} missing): this is what its newest checkpoint "
+            "knows. `mtcl train --resume` goes on with it."
         )
 
 

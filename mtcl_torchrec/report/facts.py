@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, too_little
+from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, chance_error, clusters_of, task_estimates
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.rivals import FUSED, HEAD, POPULARITY, Gap, Ranked, ranked_events
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import SURE, Estimate, auc_estimate, chance_error, clusters_of, gauc_estimate
 from mtcl_torchrec.report.influence import shares_of_ranking
 
 SINGLE = ("single_task", "single-task", "single", "twin")  # in the name of the baseline that trains each task alone
@@ -24,38 +26,25 @@ class TaskFact:
     Args:
         task, kind: its name and kind.
         metrics: as in metrics.json.
-        error: standard error of its AUC: as metrics.json has it, or as the predictions tell; of a run without either,
+        errors: metric -> standard error: as metrics.json has it, or as the predictions tell; of a run without either,
             that of an AUC of ½ on as many rows.
-        errors: metric -> standard error, of those that metrics.json has intervals of.
+        unsure: why nothing can be sure of it, such as too few events; empty where it can.
     """
 
     task: str
     kind: str
     metrics: Mapping[str, Any]
-    error: float = math.nan
     errors: Mapping[str, float] = field(default_factory=dict)
+    unsure: str = ""
 
     def number(self, key: str) -> float:
         """One of its metrics, NaN where it is not defined."""
         value = self.metrics.get(key)
         return math.nan if value is None else float(value)
 
-
-@dataclass(frozen=True)
-class Gap:
-    """By how much one ranking is better than another, for one task's event.
-
-    Args:
-        task: whose event.
-        against: the name of the other.
-        difference: of AUC (or GAUC): positive where the first is better.
-        error: its standard error; NaN where it is not known.
-    """
-
-    task: str
-    against: str
-    difference: float
-    error: float = math.nan
+    def error(self, key: str) -> float:
+        """Standard error of one of them, NaN where it is not known."""
+        return self.errors.get(key, math.nan)
 
 
 @dataclass(frozen=True)
@@ -84,14 +73,19 @@ def task_facts(run: RunContents) -> list[TaskFact]:
     facts = []
     for task in dict.fromkeys([*run.of_tasks, *run.tasks]):
         metrics, kind = run.of_tasks.get(task) or {}, run.kinds.get(task, "binary")
-        error = math.nan
-        if kind == "binary" and metrics.get("auc") is not None:
-            error = chance_error(metrics.get("count") or 0, metrics.get("base_rate") or 0)
-            if run.table is not None and task in run.table.predicted_names:
-                found = _auc(run, run.table.labels(task), run.table.predicted(task))
-                error = found.error
-        errors = {key: stored_error(run, task, key) for key in (run.intervals.get(task) or {})}
-        facts.append(TaskFact(task, kind, metrics, _known(errors.get("auc"), error), errors))
+        errors: dict[str, float] = {}
+        unsure = ""
+        if run.table is not None and task in run.table.predicted_names:
+            labels, (clusters, count) = run.table.labels(task), run.clusters
+            errors = {key: of.error for key, of in task_estimates(run.table, task, clusters, count).items()}
+            unsure = too_little(labels, clusters) if kind == "binary" else ""
+        elif kind == "binary" and metrics.get("auc") is not None:
+            rows, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
+            unsure = f"{TOO_FEW} ({rows * rate:.0f})" if rows * rate < FEWEST else ""
+            errors["auc"] = chance_error(rows, rate)
+        for key in run.intervals.get(task) or {}:
+            errors[key] = _known(stored_error(run, task, key), errors.get(key))
+        facts.append(TaskFact(task, kind, metrics, errors, unsure))
     return facts
 
 
@@ -102,12 +96,14 @@ def stored_error(run: RunContents, of: str, metric: str) -> float:
         of: a task, or ``"ranking"``.
     """
     found = (run.intervals.get(of) or {}).get(metric) or {}
-    low, high = found.get("low"), found.get("high")
-    return math.nan if low is None or high is None else (float(high) - float(low)) / (2 * SURE)
+    value, low, high = found.get("value"), found.get("low"), found.get("high")
+    if value is None or low is None or high is None:
+        return math.nan
+    return max(float(high) - float(value), float(value) - float(low)) / SURE  # a bound may cut one end off
 
 
-def _known(first: float | None, other: float) -> float:
-    return other if first is None or math.isnan(first) else first
+def _known(first: float, other: float | None) -> float:
+    return first if not math.isnan(first) or other is None else other
 
 
 def _auc(run: RunContents, labels: np.ndarray, scores: np.ndarray) -> Estimate:
@@ -115,7 +111,11 @@ def _auc(run: RunContents, labels: np.ndarray, scores: np.ndarray) -> Estimate:
 
 
 def negative(run: RunContents, task: str) -> bool:
-    """Whether the event lowers the fused score that the rows were judged by, as far as its declaration says."""
+    """Whether the event is unwanted: it costs something, or else lowers the fused score that the rows were judged by,
+    as far as its declaration says."""
+    worth = (run.evaluation.get("values") or {}).get(task)
+    if worth:
+        return float(worth) < 0
     fusion = (run.config.get("fusion") if run.fused_anew else run.fusion) or {}
     declared = [(fusion.get(key) or {}).get(task, 0.0) for key in ("weights", "signs", "exponents")]
     return any(float(value) < 0 for value in declared)
@@ -125,56 +125,44 @@ def events(run: RunContents) -> list[Event]:
     """The events that the fused score is measured by: GAUC where there is one, else AUC."""
     ranking = run.evaluation.get("ranking") or {}
     fused, popular = ranking.get("fused") or {}, ranking.get("popular") or {}
-    found = []
     judged = [key.removeprefix("auc ") for key in fused if key.startswith("auc ")]
     heads: dict[str, list[str]] = {}
     for task in judged:
         heads.setdefault(run.same_event.get(task, task), []).append(task)
+    by_task: dict[str, Ranked] = {}
+    if run.table is not None and run.table.score is not None:
+        there = [task for task in heads if task in run.table.predicted_names]
+        by_task = {of.task: of for of in ranked_events(run.table, there, *run.clusters)}
+    found = []
     for task, *others in heads.values():
         metric = "gauc" if fused.get(f"gauc {task}") is not None else "auc"
         own = (run.of_tasks.get(task) or {}).get(metric)
-        values = {
-            "fused": fused.get(f"{metric} {task}"), "own head": own, "popularity": popular.get(f"{metric} {task}"),
-        }  # fmt: skip
+        values = {FUSED: fused.get(f"{metric} {task}"), HEAD: own, POPULARITY: popular.get(f"{metric} {task}")}
         known = {name: float(v) for name, v in values.items() if v is not None}
-        if "fused" not in known:
+        if FUSED not in known:
             continue
-        unwanted = negative(run, task)
-        estimates = _estimates(run, task, metric)
+        of = by_task.get(task)
+        of = of if of is not None and of.metric == metric else None
         stored = {
-            "fused": stored_error(run, "ranking", f"{metric} {task}"), "own head": stored_error(run, task, metric),
+            FUSED: stored_error(run, "ranking", f"{metric} {task}"), HEAD: stored_error(run, task, metric),
         }  # fmt: skip
-        rankings = {n: (v, _known(stored.get(n), _error_of(estimates.get(n)))) for n, v in known.items()}
-        gaps = []
-        for other in ("own head", "popularity"):
-            if other not in known:
-                continue
-            error = math.nan
-            if "fused" in estimates and other in estimates:
-                error = estimates["fused"].minus(estimates[other])[1]
-            # A head that foresees what is unwanted is right where the fused ranking puts it last.
-            aim = 1 - known[other] if unwanted and other == "own head" else known[other]
-            gaps.append(Gap(task, other, (aim - known["fused"]) if unwanted else known["fused"] - aim, error))
-        found.append(Event(task, metric.upper(), rankings, unwanted, tuple(gaps), tuple(others)))
+        estimates = {} if of is None else of.estimates
+        rankings = {
+            n: (v, _known(stored.get(n, math.nan), estimates[n].error if n in estimates else None))
+            for n, v in known.items()
+        }
+        unwanted = negative(run, task)
+        gaps = tuple(_gap(of, task, other, known, unwanted) for other in (HEAD, POPULARITY) if other in known)
+        found.append(Event(task, metric.upper(), rankings, unwanted, gaps, tuple(others)))
     return found
 
 
-def _error_of(estimate: Estimate | None) -> float:
-    return math.nan if estimate is None else estimate.error
-
-
-def _estimates(run: RunContents, task: str, metric: str) -> dict[str, Estimate]:
-    table = run.table
-    if table is None or table.score is None or task not in table.predicted_names:
-        return {}
-    rankings = {"fused": table.score, "own head": table.predicted(task)}
-    if table.popularity is not None:
-        rankings["popularity"] = np.nan_to_num(table.popularity)
-    estimate = gauc_estimate if metric == "gauc" else auc_estimate
-    labels, (clusters, count) = table.labels(task), run.clusters
-    if metric == "gauc" and table.users is not None:  # rows of no known user are in no user's ranking
-        labels = np.where(np.isnan(table.users), np.nan, labels)
-    return {name: estimate(labels, scores, clusters, count) for name, scores in rankings.items()}
+def _gap(of: Ranked | None, task: str, other: str, known: Mapping[str, float], unwanted: bool) -> Gap:
+    if of is not None and other in of.estimates:
+        return of.gap(other, unwanted=unwanted)
+    # A head that foresees what is unwanted is right where the fused ranking puts it last.
+    aim = 1 - known[other] if unwanted and other == HEAD else known[other]
+    return Gap(task, other, (aim - known[FUSED]) if unwanted else known[FUSED] - aim)
 
 
 def same_rows(one: PredictionsTable, other: PredictionsTable, task: str) -> bool:
@@ -224,7 +212,8 @@ def baseline_gaps(run: RunContents) -> list[Gap]:
             clusters = run.clusters if paired else _clusters(run, table)
             difference, error = own.minus(auc_estimate(table.labels(task), scores, *clusters), paired=paired)
             if not math.isnan(difference):
-                gaps.append(Gap(task, name, difference, error))
+                unsure = too_little(run.table.labels(task), run.clusters[0])
+                gaps.append(Gap(task, name, difference, error, unsure))
     return gaps
 
 

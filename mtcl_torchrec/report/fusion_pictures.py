@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtcl_torchrec.report.errors import SURE
+from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.report.facts import chosen_name
 from mtcl_torchrec.report.studio import MARKERS, Colours, Picture, Studio, roles_of, ticks
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.evaluation.knowable import KS
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import SURE
 from mtcl_torchrec.report.fusion_pictures import bars, share
 from mtcl_torchrec.report.studio import Picture, Studio
 from mtcl_torchrec.report.tables import Table, number

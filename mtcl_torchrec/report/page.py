@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def render(template: str, **values: Any) -> str:
 
 def write_report(
     run_dir: str | Path, out: str | Path | None = None, *, png: str | Path | None = None,
-    baselines: str | Path | None = None,
+    baselines: str | Path | None = None, say: Callable[[str], None] = lambda doing: None,
 ) -> Path:  # fmt: skip
     """Write a run's report.
 
@@ -46,6 +47,7 @@ def write_report(
         out: the file; ``report.html`` in the run directory by default.
         png: a folder into which the pictures also go, as PNGs.
         baselines: where ``baselines.json`` is, if not in the run directory.
+        say: is told what is being done.
 
     Returns:
         The file.  It is the same for the same run.
@@ -55,10 +57,11 @@ def write_report(
         DataError: the folder holds no run, or a damaged one.
     """
     run_dir = Path(run_dir)
-    studio = Studio(None if png is None else Path(png))
+    studio = Studio(None if png is None else Path(png), say)
+    say(f"reading {run_dir}")
     run = read_contents(run_dir, baselines=None if baselines is None else Path(baselines))
     rules = [*RULES, *([KNOWABLE] if run.evaluation.get("knowable") else [])]
-    page = render("report.html", report=build_report(run, studio), rules=rules)
+    page = render("report.html", report=build_report(run, studio, say), rules=rules)
     path = run_dir / REPORT if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, page)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.report.curves import (
     Reliability,
     point_at,
@@ -14,7 +15,6 @@ from mtcl_torchrec.report.curves import (
     reliability,
     roc_points,
 )
-from mtcl_torchrec.report.errors import SURE
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, roles_of, ticks
 
 if TYPE_CHECKING:

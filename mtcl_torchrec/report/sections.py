@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-import numpy as np
-
+from mtcl_torchrec.evaluation.naming import glossary
+from mtcl_torchrec.evaluation.rivals import Gap
+from mtcl_torchrec.evaluation.worth import gains
 from mtcl_torchrec.report import heat, pictures
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.facts import (
     Event,
-    Gap,
     TaskFact,
     baseline_estimates,
     baseline_gaps,
@@ -22,74 +21,37 @@ from mtcl_torchrec.report.facts import (
     untuned,
 )
 from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
+from mtcl_torchrec.report.fusion_verdict import what_does_fusion, worth_in_a_line
 from mtcl_torchrec.report.knowable import knowable_picture, knowable_sentence, knowable_table
-from mtcl_torchrec.report.studio import Picture, Studio
+from mtcl_torchrec.report.layout import Report, Section
+from mtcl_torchrec.report.segments import segment_tables
+from mtcl_torchrec.report.sharing import do_tasks_help
+from mtcl_torchrec.report.studio import Studio
 from mtcl_torchrec.report.tables import (
-    Table,
     baseline_tables,
     cost_tables,
     event_table,
     origin_table,
-    segment_tables,
     shown_tables,
     task_tables,
     tried_table,
     twins_table,
 )
-from mtcl_torchrec.report.verdict import Answer, do_tasks_help, is_it_good, what_does_fusion
+from mtcl_torchrec.report.verdict import Answer, is_it_good, learnt
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
 
 
-@dataclass
-class Section:
-    """A part of the page.
-
-    Args:
-        key: its anchor.
-        title: its heading.
-        text: sentences before the rest.
-        pictures, tables: what it shows.
-        missing: what it would show, and how to get it.
-        code: shown folded, such as the run's YAML.
-    """
-
-    key: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    code: str = ""
-
-
-@dataclass
-class Report:
-    """A page.
-
-    Args:
-        title: of the run.
-        subtitle: what was judged.
-        answers: the verdict.
-        sections: in the order of the page.
-        notes: what is missing altogether.
-    """
-
-    title: str
-    subtitle: str
-    answers: list[Answer]
-    sections: list[Section]
-    notes: list[str]
-
-
-def build_report(run: RunContents, studio: Studio) -> Report:
+def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = lambda doing: None) -> Report:
     """All of the page.
 
     Args:
         run: see `read_contents`.
         studio: draws the pictures.
+        say: is told what is being done.
     """
+    say("judging")
     facts, of_events, gaps = task_facts(run), events(run), baseline_gaps(run)
     gates, gradients = _balance(run)
     shares, whence = influence(run)
@@ -98,8 +60,16 @@ def build_report(run: RunContents, studio: Studio) -> Report:
     answers = [
         is_it_good(facts, gaps, ranked, untuned=untuned(run), knowable=knowable_sentence(run)),
         sharing_answer(run, gaps),
-        what_does_fusion(shares, ranked, has_fusion, tried_gaps(run)[1], str(run.fitted.get("target") or "")),
+        what_does_fusion(
+            shares,
+            ranked,
+            has_fusion,
+            tried_gaps(run)[1],
+            str(run.fitted.get("target") or ""),
+            [fact.task for fact in facts if learnt(fact) is False],
+        ),
     ]
+    say("drawing")
     return Report(
         run.name,
         _subtitle(run),
@@ -118,7 +88,25 @@ def build_report(run: RunContents, studio: Studio) -> Report:
             Section("run", "The run itself", _diagnosis(run), [], [origin_table(run)], code=run.run_yaml),
         ],
         run.missing,
+        _worth(run),
+        glossary(_measures(run)),
     )
+
+
+def _worth(run: RunContents) -> str:
+    table = run.table
+    if table is None or run.fused_anew:
+        return ""
+    for k in run.lengths:
+        if found := gains(table, k):
+            return worth_in_a_line(found, table.values)
+    return ""
+
+
+def _measures(run: RunContents) -> list[str]:
+    """Keys of the metrics that the page shows."""
+    of_tasks = [key for of in run.of_tasks.values() for key in of]
+    return [*of_tasks, *(key for of in (run.evaluation.get("ranking") or {}).values() for key in of or {})]
 
 
 def sharing_answer(run: RunContents, gaps: Sequence[Gap] | None = None) -> Answer:
@@ -212,8 +200,8 @@ def _ranking(run: RunContents, studio: Studio) -> Section:
         rankings = {"own head": table.predicted(task)}
         if table.score is not None and task in run.fused_tasks:
             rankings["fused score"] = table.score
-        if table.popularity is not None:
-            rankings["popularity"] = np.nan_to_num(table.popularity)
+        if table.popular is not None:
+            rankings["popularity"] = table.popular
         threshold = table.thresholds.get(task)
         drawn = pictures.ranking_curves(studio, task, table.labels(task), rankings, threshold)
         section.pictures += drawn
@@ -296,9 +284,7 @@ def _fusion(
         rows = {e.task: e.rankings for e in of_events if e.metric == metric}
         title = f"{metric} of each event by three rankings"
         section.pictures.append(dots(studio, f"fusion events {metric}", title, metric, rows, guess=0.5))
-    section.tables = [
-        table for table in (tried_table(run.fitted), event_table(of_events, bool(run.intervals))) if table is not None
-    ]
+    section.tables = [table for table in (tried_table(run.fitted), event_table(of_events)) if table is not None]
     section.tables += shown_tables(run)
     if not of_events:
         section.missing.append("No binary task's event is ranked by the fused score: it was not evaluated.")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
-from mtcl_torchrec.report.errors import auc_estimate, clusters_of
+from mtcl_torchrec.evaluation.segments import of_segment, rows_of
+from mtcl_torchrec.report.contents import RunContents
+from mtcl_torchrec.report.tables import Table, with_error
 
-FEWEST = 50  # rows of a segment that is shown
-EVENTS = 10  # and as many others: of fewer, an AUC and its error say nothing
+FEWEST = 50  # rows of a segment that is shown by itself
+REST = "(the rest)"  # segments of fewer rows, together
 MOST = 24  # values of a column that are shown, the most frequent ones
 
 
@@ -49,8 +53,15 @@ def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
         found[column.removeprefix("segment.")] = {
             _said(value): (values == value).to_numpy(bool, na_value=False) for value in kept
         }
-    shown = {h: {v: m for v, m in masks.items() if m.sum() >= FEWEST} for h, masks in found.items()}
+    shown = {heading: _grouped(masks) for heading, masks in found.items()}
     return {heading: masks for heading, masks in shown.items() if len(masks) > 1}
+
+
+def _grouped(masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With those of few rows taken together."""
+    small = [mask for mask in masks.values() if 0 < mask.sum() < FEWEST]
+    rest = {REST: np.logical_or.reduce(small)} if small else {}
+    return {value: mask for value, mask in masks.items() if mask.sum() >= FEWEST} | rest
 
 
 def _times(most: float) -> str:
@@ -63,15 +74,44 @@ def _said(value: object) -> str:
     return str(value)
 
 
-def segment_aucs(table: PredictionsTable, tasks: list[str], mask: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Binary task -> AUC and standard error on some rows; NaN where there are too few events."""
-    clusters = clusters_of(None if table.users is None else table.users[mask], int(mask.sum()))
-    found = {}
-    for task in tasks:
-        labels = table.labels(task)[mask]
-        if min((labels > 0).sum(), (labels == 0).sum()) < EVENTS:
-            found[task] = (math.nan, math.nan)
-            continue
-        e = auc_estimate(labels, table.predicted(task)[mask], clusters)
-        found[task] = (e.value, e.error)
-    return found
+def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
+    """Quality of tasks on parts of the rows, a table for each way to part them: those of metrics.json, and what else
+    the predictions tell.
+
+    Args:
+        tasks: binary ones, in the order of the columns.
+    """
+    judged: Mapping[str, Any] = run.evaluation.get("segments") or {}
+    tables = []
+    for heading, parts in judged.items():
+        rows = {str(value): (int(of.get("rows") or 0), _quality(of)) for value, of in parts.items()}
+        tables.append(_table(heading, rows, tasks))
+    if run.table is None or not tasks:
+        return tables
+    for heading, masks in segment_masks(run.table).items():
+        if heading not in judged:
+            found = {v: (int(mask.sum()), of_segment(rows_of(run.table, mask))) for v, mask in masks.items()}
+            tables.append(_table(heading, found, tasks))
+    return tables
+
+
+def _quality(of: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """As metrics.json has it; of a run that kept no intervals, the AUC alone."""
+    return of.get("quality") or {task: {"value": m.get("auc"), "unsure": ""} for task, m in of["tasks"].items()}
+
+
+def _table(heading: str, parts: Mapping[str, tuple[int, Mapping[str, Any]]], tasks: list[str]) -> Table:
+    rows: list[list[str]] = []
+    tones: dict[tuple[int, int], str] = {}
+    for value, (count, quality) in parts.items():
+        cells = []
+        for c, task in enumerate(tasks, 2):
+            of = quality.get(task) or {}
+            said = with_error(of.get("value"), of.get("error"), 3, "auc")
+            cells.append(f"{said} ({int(of['events']):,})" if of.get("events") is not None else said)
+            if of.get("unsure"):
+                tones[len(rows), c] = "few"
+        rows.append([value, f"{count:,}", *cells])
+    few = "; grey: too few events, or too few rows without one, to be sure" if tones else ""
+    note = f"AUC; {PLUS_MINUS}; in brackets, how many events{few}."
+    return Table(f"AUC by {heading}", [heading, "rows", *tasks], rows, note, tones)

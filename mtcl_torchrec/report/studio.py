@@ -91,17 +91,18 @@ class Studio:
 
     Args:
         png: folder in which each is also written as NAME.png; None: only the page.
+        say: is told which picture is being drawn.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
 
-    def __init__(self, png: Path | None = None) -> None:
+    def __init__(self, png: Path | None = None, say: Callable[[str], None] = lambda doing: None) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ConfigError("a report needs matplotlib: pip install 'mtcl_torchrec[plots]'") from None
-        self.png = png
+        self.png, self.say = png, say
         self.names: set[str] = set()
 
     def draw(
@@ -124,6 +125,7 @@ class Studio:
         """
         import matplotlib
 
+        self.say(f"drawing {title}")
         base = name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "picture"
         number = 1
         while name in self.names:

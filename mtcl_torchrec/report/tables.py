@@ -7,34 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtcl_torchrec.evaluation.report import BASE
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE, plain_number, plus_minus
+from mtcl_torchrec.evaluation.naming import BASE, DECISIONS, OF_SHOWN, TASK_MEASURES, bounds_of, label_of, parts_of
+from mtcl_torchrec.evaluation.rivals import HEAD, POPULARITY, Gap, sign_of, word_of
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.errors import SURE
-from mtcl_torchrec.report.facts import Event, Gap, TaskFact, chosen_name, is_single_task, stored_error
-from mtcl_torchrec.report.segments import EVENTS, segment_aucs, segment_masks
-from mtcl_torchrec.report.verdict import sign_of
+from mtcl_torchrec.report.facts import Event, TaskFact, chosen_name, is_single_task, stored_error
 from mtcl_torchrec.report.words import signed_with_error
 
-SHOWN = {  # key of metrics.json -> heading, by kind of task
-    "binary": {
-        "auc": "AUC", "gauc": "GAUC", "pr_auc": "PR-AUC", "log_loss": "log-loss", "ne": "NE", "brier": "Brier",
-        "calibration": "predicted / observed", "ece": "ECE",
-    },
-    "multiclass": {"top1": "top-1", "top5": "top-5", "log_loss": "log-loss", "ne": "NE", "ece": "ECE"},
-    "regression": {"mse": "MSE", "mae": "MAE", "r2": "R²", "xauc": "XAUC", "calibration": "predicted / observed"},
-}  # fmt: skip
-DECIDED = {  # where the threshold makes a yes or a no of a binary task's prediction
-    "threshold": "threshold", "accuracy": "accuracy", "majority": "always the same", "precision": "precision",
-    "recall": "recall", "f1": "F1", "f1_all_yes": "F1 of all yes", "said_yes": "said yes",
-}  # fmt: skip
 _TABLES = 10  # of a run that are named
-WITHIN = {  # of rankings in metrics.json, by request
-    "value": "value", "rate": "rate of", "ndcg": "NDCG of", "recall": "recall of", "hit": "hit rate of",
-    "mrr": "MRR of", "map": "MAP of", "coverage": "items shown", "novelty": "novelty",
-}  # fmt: skip
-BOOTSTRAPPED = "± is half of a 95% interval over users, by bootstrap, as metrics.json has it."
-SURE_OF = ("auc", "gauc", "ne", "top1", "r2")  # whose intervals are shown: with all, a table would not fit a screen
-MARKS = {1: "better", -1: "worse", 0: "too close to call"}
+SURE_OF = (
+    "auc",
+    "gauc",
+    "ne",
+    "top1",
+    "r2",
+    "calibration",
+)  # whose intervals are shown: of all is too much
 
 
 @dataclass
@@ -46,6 +34,7 @@ class Table:
         columns: headings.
         rows: cells, as many as headings.
         note: below it.
+        tones: (row, column) -> how a cell is marked: ``"good"``, ``"bad"``, or ``"few"``, which is greyed.
     """
 
     caption: str
@@ -56,46 +45,43 @@ class Table:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number as the page says it.
-
-    Example:
-        >>> number(0.12345), number(None), number(float("nan")), number(-0.5, 1), number(-1e-9, 1)
-        ('0.1235', '–', '–', '−0.5', '0.0')
-    """
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:z,.{digits}f}".replace("-", "−")
+    """A number as the page says it; see `mtcl_torchrec.evaluation.confidence.plain_number`."""
+    return plain_number(value, digits)
 
 
-def with_error(value: float, error: float, digits: int = 4) -> str:
-    """A number and its 95% interval's half.
+def with_error(value: float | None, error: float | None, digits: int = 4, metric: str = "") -> str:
+    """A number and half of its 95% interval, which does not pass the metric's bounds.
 
     Example:
         >>> with_error(0.7, 0.01), with_error(0.7, float("nan"))
         ('0.7000 ± 0.0196', '0.7000')
     """
-    if math.isnan(error) or math.isnan(value):
-        return number(value, digits)
-    return f"{number(value, digits)} ± {number(SURE * error, digits)}"
+    return plus_minus(value, None if error is None else SURE * error, digits, bounds_of(metric))
 
 
 def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
     """One for each kind of task; columns that no task has are left out."""
     tables = []
-    for kind, headings in SHOWN.items():
+    for kind, shown in TASK_MEASURES.items():
         of_kind = [fact for fact in facts if fact.kind == kind]
         if not of_kind:
             continue
-        there = {key: name for key, name in headings.items() if any(key in fact.metrics for fact in of_kind)}
+        there = [key for key in shown if any(key in fact.metrics for fact in of_kind)]
         rows = []
         for fact in of_kind:
             count = fact.metrics.get("count")
-            cells = [_cell(fact.metrics.get(key), fact.errors.get(key) if key in SURE_OF else None) for key in there]
+            cells = [
+                with_error(
+                    fact.metrics.get(key), fact.error(key) if key in SURE_OF and not fact.unsure else None, 4, key
+                )
+                for key in there
+            ]
             rows.append(
                 [fact.task, *cells, number(fact.metrics.get("base_rate")), "–" if count is None else f"{int(count):,}"]
             )
-        columns = [f"{kind} task", *there.values(), BASE[kind], "labels"]
-        note = BOOTSTRAPPED if any(fact.errors for fact in of_kind) else ""
+        columns = [f"{kind} task", *map(label_of, there), BASE[kind], "labels"]
+        few = "".join(f"; none of {fact.task}: {fact.unsure}" for fact in of_kind if fact.unsure)
+        note = f"{PLUS_MINUS}{few}." if any(fact.errors for fact in of_kind) else ""
         tables.append(Table(f"{kind.capitalize()} tasks", columns, rows, note))
         if kind == "binary":
             tables += _decisions(of_kind)
@@ -103,20 +89,16 @@ def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
 
 
 def _decisions(facts: Sequence[TaskFact]) -> list[Table]:
-    there = {key: name for key, name in DECIDED.items() if any(key in fact.metrics for fact in facts)}
+    there = [key for key in DECISIONS if any(key in fact.metrics for fact in facts)]
     if not there:
         return []
     rows = [[fact.task, *(number(fact.metrics.get(key)) for key in there)] for fact in facts]
     caption = "Yes or no, from the threshold on that was best on validation"
-    return [Table(caption, ["binary task", *there.values()], rows)]
+    return [Table(caption, ["binary task", *map(label_of, there)], rows)]
 
 
-def event_table(events: Sequence[Event], stored: bool = False) -> Table | None:
-    """The fused ranking beside each event's own head and popularity.
-
-    Args:
-        stored: whether metrics.json has intervals, of the fused score and of heads.
-    """
+def event_table(events: Sequence[Event]) -> Table | None:
+    """The fused ranking beside each event's own head and popularity."""
     if not events:
         return None
     ways = list(dict.fromkeys(way for e in events for way in e.rankings))
@@ -124,23 +106,16 @@ def event_table(events: Sequence[Event], stored: bool = False) -> Table | None:
     tones: dict[tuple[int, int], str] = {}
     for r, e in enumerate(events):
         name = ", ".join((e.task, *e.others)) + " (lowers the score)" * e.unwanted
-        cells = [with_error(*e.rankings[way]) if way in e.rankings else "–" for way in ways]
+        cells = [with_error(*e.rankings[way], metric=e.metric.lower()) if way in e.rankings else "–" for way in ways]
         against = {gap.against: gap for gap in e.gaps}
-        for c, other in enumerate(("own head", "popularity")):
-            sign = sign_of(against[other]) if other in against else None
-            cells.append("–" if sign is None else MARKS[sign])
-            if sign:
+        for c, other in enumerate((HEAD, POPULARITY)):
+            cells.append(word_of(against[other]) if other in against else "–")
+            if other in against and (sign := sign_of(against[other])):
                 tones[r, 2 + len(ways) + c] = "good" if sign > 0 else "bad"
         rows.append([name, e.metric, *cells])
     columns = ["event", "metric", *ways, "fused against own head", "fused against popularity"]
     return Table("The same rows in the order of the fused score, of the event's own head, and by popularity",
-                 columns, rows, _whence(stored, "popularity and of differences"), tones)  # fmt: skip
-
-
-def _whence(stored: bool, others: str) -> str:
-    """What ± means, and where it is from."""
-    said = "± is half of a 95% interval over users"
-    return f"{said}, by bootstrap, as metrics.json has it; that of {others}, linearised." if stored else f"{said}."
+                 columns, rows, f"{PLUS_MINUS}; differences are of the same rows.", tones)  # fmt: skip
 
 
 def twins_table(estimates: Mapping[str, Mapping[str, tuple[float, float]]], gaps: Sequence[Gap]) -> Table | None:
@@ -151,16 +126,16 @@ def twins_table(estimates: Mapping[str, Mapping[str, tuple[float, float]]], gaps
         if not is_single_task(gap.against):
             continue
         of = estimates.get(gap.task) or {}
-        both = [with_error(*of[name]) if name in of else "–" for name in ("this run", gap.against)]
+        both = [with_error(*of[name], metric="auc") if name in of else "–" for name in ("this run", gap.against)]
         sign = sign_of(gap)
         if sign:
             tones[len(rows), 4] = "good" if sign > 0 else "bad"
-        rows.append([gap.task, *both, signed_with_error(gap.difference, gap.error), MARKS[sign]])
+        rows.append([gap.task, *both, signed_with_error(gap.difference, gap.error), word_of(gap)])
     if not rows:
         return None
     note = (
-        "AUC ± half of a 95% interval over users; the difference is paired, so its interval is the narrower one. Run "
-        "and twins are of one training each: what another seed would change is not in it."
+        f"AUC; {PLUS_MINUS}; the difference is paired, so its interval is the narrower one. Run and twins are of one "
+        "training each: what another seed would change is not in it."
     )
     return Table("Together and alone", ["task", "together", "alone", "difference", "together is"], rows, note, tones)
 
@@ -171,10 +146,9 @@ def shown_tables(run: RunContents) -> list[Table]:
     ranking = {rule: of for rule, of in (run.evaluation.get("ranking") or {}).items() if of}
     measures: dict[str, list[tuple[str, str]]] = {}
     for key in dict.fromkeys(key for of in ranking.values() for key in of):
-        name, _, task = key.partition(" ")
-        measure, _, k = name.partition("@")
-        if measure in WITHIN and task != "error" and task not in run.same_event:
-            measures.setdefault(k, []).append((key, f"{WITHIN[measure]} {task}".strip()))
+        parts = parts_of(key)
+        if parts.measure in OF_SHOWN and parts.of != "error" and parts.of not in run.same_event:
+            measures.setdefault(parts.k, []).append((key, label_of(key.replace(f"@{parts.k}", ""))))
     tables = []
     for k, found in measures.items():
         title = f"What the first {k} of each request bring" if k else "Where in a request the events are"
@@ -183,15 +157,12 @@ def shown_tables(run: RunContents) -> list[Table]:
             errors = {rule: of.get(f"{key} error") for rule, of in ranking.items()}
             if not math.isnan(of_bootstrap := stored_error(run, "ranking", key)):
                 errors["fused"] = of_bootstrap
-            rows.append([label, *(_cell(of.get(key), errors[rule]) for rule, of in ranking.items())])
+            rows.append([label, *(with_error(of.get(key), errors[rule], metric=key) for rule, of in ranking.items())])
         choice = next((of.get(f"choice@{k}") for of in ranking.values()), None)
-        note = "" if choice is None else f"{choice:.0%} of the requests have more than {k} rows to choose from."
+        note = "" if choice is None else f"{choice:.0%} of the requests have more than {k} rows to choose from. "
+        note += f"{PLUS_MINUS}." if any("±" in cell for row in rows for cell in row) else ""
         tables.append(Table(title, ["measure", *ranking], rows, note))
     return tables
-
-
-def _cell(value: float | None, error: float | None) -> str:
-    return with_error(math.nan if value is None else value, math.nan if error is None else error)
 
 
 def tried_table(fitted: Mapping[str, Any]) -> Table | None:
@@ -203,10 +174,10 @@ def tried_table(fitted: Mapping[str, Any]) -> Table | None:
     rows = []
     for of in tried:
         name = f"{of['name']} (chosen)" if of["name"] == chosen else str(of["name"])
-        numbers = [_cell(of.get("target"), of.get("error")), _cell(of.get("better"), of.get("better_error"))]
+        numbers = [with_error(of.get("target"), of.get("error")), with_error(of.get("better"), of.get("better_error"))]
         rows.append([name, *numbers, str(of.get("broken") or "")])
     return Table(f"What was tried for {target}", ["ranked by", target, "better than the best head", "breaks"], rows,
-                 "On folds left out; ± is half of a 95% interval.")  # fmt: skip
+                 f"On folds left out; {PLUS_MINUS}.")  # fmt: skip
 
 
 def baseline_tables(
@@ -225,10 +196,12 @@ def baseline_tables(
             for c, task in enumerate(estimates, 1):
                 if sign := signs.get((task, name), 0):
                     tones[len(rows), c] = "bad" if sign < 0 else "good"
-            rows.append([name, *(with_error(*of[name]) if name in of else "–" for of in estimates.values())])
+            rows.append(
+                [name, *(with_error(*of[name], metric="auc") if name in of else "–" for of in estimates.values())]
+            )
         note = (
-            f"AUC; {_whence(bool(run.intervals), 'baselines')} Marked where the difference to this run counts (paired, "
-            "two standard errors): ▲ this run is better, ▼ this run is worse."
+            f"AUC; {PLUS_MINUS}. Marked where the difference to this run is beyond its interval (the same rows "
+            "compared): ▲ this run is better, ▼ this run is worse."
         )
         tables.append(Table(f"AUC on the {run.split} split", ["ranked by", *estimates], rows, note, tones))
     if names:
@@ -253,35 +226,6 @@ def _settings(settings: Any) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
-    """AUC of binary tasks on parts of the rows, a table for each way to part them: those of metrics.json, and what
-    else the predictions tell."""
-    judged: Mapping[str, Any] = run.evaluation.get("segments") or {}
-    tables = []
-    for heading, parts in judged.items():
-        rows = [
-            [
-                str(value),
-                f"{int(of.get('rows') or 0):,}",
-                *(number((of["tasks"].get(t) or {}).get("auc")) for t in tasks),
-            ]
-            for value, of in parts.items()
-        ]
-        tables.append(Table(f"AUC by {heading}", [heading, "rows", *tasks], rows))
-    if run.table is None or not tasks:
-        return tables
-    for heading, masks in segment_masks(run.table).items():
-        if heading in judged:
-            continue
-        rows = []
-        for value, mask in masks.items():
-            found = segment_aucs(run.table, tasks, mask)
-            rows.append([value, f"{int(mask.sum()):,}", *(with_error(*found[task], 3) for task in tasks)])
-        note = f"AUC ± half of a 95% interval over users; – where there are fewer than {EVENTS} events or others."
-        tables.append(Table(f"AUC by {heading}", [heading, "rows", *tasks], rows, note))
-    return tables
 
 
 def cost_tables(run: RunContents) -> list[Table]:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from mtcl_torchrec.report.facts import Event, Gap, TaskFact, is_single_task
-from mtcl_torchrec.report.words import listed, signed, signed_with_error
+from mtcl_torchrec.evaluation.confidence import FEWEST, SURE
+from mtcl_torchrec.evaluation.rivals import POPULARITY, Gap, sign_of
+from mtcl_torchrec.report.facts import Event, TaskFact, is_single_task
+from mtcl_torchrec.report.words import listed
 
-SURE = 2.0  # standard errors that a difference takes to count
-MARGIN = 0.005  # of an AUC, where no standard error is known
-SMALL = 0.002  # of an AUC: what is sure and smaller is too little to go by
 # Of an AUC.
 BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "poorly"), (0.0, "hardly better than by chance"))
 RATIO = (0.9, 1.1)  # of predicted to observed events: outside of it, probabilities are off
-AHEAD = 1.5  # times the share of the next task: from there on, a task of half the ranking decides it mostly
-OPPOSED, ALIKE = -0.05, 0.05  # mean cosine of two gradients
 
 Tone = Literal["good", "mixed", "bad", "unknown"]
 
 RULES = (
     "A task is predicted better than guessing where its log-loss is below that of always predicting the base rate "
-    "(NE < 1) and, of a binary task, its AUC lies above 0.5 by two standard errors; of a regression, where R² > 0.",
+    "(NE < 1) and, of a binary task, its AUC lies above 0.5; of a regression, where R² > 0; each by more than half of "
+    "its 95% interval.",
     "An AUC of at least 0.8 tells events from the rest well, 0.7 fairly well, 0.6 poorly, less hardly better than by "
     "chance.",
-    "A difference counts where it is more than two standard errors (over users, the same rows compared), or, where no "
-    "standard error is known, more than 0.005; all else is too close to call.",
+    "A difference counts where it is beyond its 95% interval (over users, the same rows compared), or, where no "
+    "interval is known, more than 0.005; all else is too close to call. "
+    f"Fewer than {FEWEST} events, or rows without, or a single user, make no difference sure.",
     "The model is good where at least half of its tasks are better than guessing and no baseline is clearly better on "
     "half of the tasks that both predict or more.",
     "Whether tasks help each other is told by twins, the same network trained on each task alone, and by nothing else: "
@@ -35,8 +34,9 @@ RULES = (
     "another seed would change is not in the intervals. Gradients that agree or pull apart (mean cosine beyond ±0.05) "
     "are a hint, not a proof.",
     "The fused ranking is held against popularity, and against each event's own head, by GAUC where users are known "
-    "(AUC where not); of an event that lowers the score, a low value is what is wanted.",
-    "Probabilities are off where predicted over observed events lies outside 0.9 to 1.1.",
+    "(AUC where not); of an event that lowers the score, a low value is what is wanted. Popularity is the share of an "
+    "item's training rows in which the first binary task's event happened, smoothed.",
+    "Probabilities are off where predicted over observed events lies outside 0.9 to 1.1, by more than its interval.",
 )
 
 
@@ -57,33 +57,26 @@ class Answer:
     sentences: list[str] = field(default_factory=list)
 
 
-def sign_of(gap: Gap) -> int:
-    """1 where the difference counts as better, -1 as worse, 0 where it is too close to call.
-
-    Example:
-        >>> sign_of(Gap("click", "popularity", 0.03, 0.01)), sign_of(Gap("click", "popularity", 0.03, 0.02))
-        (1, 0)
-    """
-    if math.isnan(gap.difference):
-        return 0
-    bound = MARGIN if math.isnan(gap.error) else SURE * gap.error
-    return 0 if abs(gap.difference) <= bound else (1 if gap.difference > 0 else -1)
-
-
 def learnt(fact: TaskFact) -> bool | None:
-    """Whether a task is predicted better than guessing; None where that cannot be told."""
-    ne = fact.number("ne")
+    """Whether a task is predicted better than guessing, by more than its interval; None where that cannot be told."""
+    if fact.unsure:
+        return None
     if fact.kind == "regression":
-        r2 = fact.number("r2")
-        return None if math.isnan(r2) else r2 > 0
-    if math.isnan(ne):
-        return None
+        return _beyond(fact, "r2", 0.0)
     if fact.kind == "multiclass":
-        return ne < 1
-    auc = fact.number("auc")
-    if math.isnan(auc):
+        return _beyond(fact, "ne", 1.0, above=False)
+    better = _beyond(fact, "auc", 0.5)
+    ne = fact.number("ne")
+    return None if better is None or math.isnan(ne) else better and ne < 1
+
+
+def _beyond(fact: TaskFact, key: str, nothing: float, *, above: bool = True) -> bool | None:
+    """Whether a metric lies beyond what predicting nothing gets, by more than its interval."""
+    value, error = fact.number(key), fact.error(key)
+    if math.isnan(value):
         return None
-    return ne < 1 and auc > 0.5 + SURE * (0.0 if math.isnan(fact.error) else fact.error)
+    gain = value - nothing if above else nothing - value
+    return gain > (0.0 if math.isnan(error) else SURE * error)
 
 
 def band(auc: float) -> str:
@@ -123,7 +116,7 @@ def is_it_good(
     if unknown := [f.task for f in facts if f.task not in known]:
         sentences.append(f"{listed(unknown)} cannot be judged: there are too few labels, or only one kind of them.")
     sentences += [knowable] if knowable else []
-    sentences += _separation(facts) + _against_popularity(events)
+    sentences += _separation(facts) + against_popularity(events)
     rivals = [gap for gap in gaps if not is_single_task(gap.against)]
     worse, total, line = _against_baselines(rivals, untuned)
     sentences.append(line)
@@ -158,16 +151,20 @@ def _separation(facts: Sequence[TaskFact]) -> list[str]:
     return [line + "."]
 
 
-def _against_popularity(events: Sequence[Event]) -> list[str]:
-    signs = {e.task: sign_of(g) for e in events for g in e.gaps if g.against == "popularity"}
-    if not signs:
+def against_popularity(events: Sequence[Event]) -> list[str]:
+    """A sentence; none where popularity is not known."""
+    gaps = {e.task: g for e in events for g in e.gaps if g.against == POPULARITY}
+    if not gaps:
         return []
+    signs = {task: sign_of(gap) for task, gap in gaps.items()}
     better = [t for t, s in signs.items() if s > 0]
     line = f"Ranked by the fused score, {len(better)} of {len(signs)} events come out better than by popularity"
     if worse := [t for t, s in signs.items() if s < 0]:
         line += f", {listed(worse)} worse"
-    if close := [t for t, s in signs.items() if s == 0]:
+    if close := [t for t, s in signs.items() if s == 0 and not gaps[t].unsure]:
         line += f"; {listed(close)} too close to call"
+    if few := [f"{t}: {gaps[t].unsure}" for t in gaps if gaps[t].unsure]:
+        line += f"; {listed(few)}"
     return [line + "."]
 
 
@@ -190,155 +187,29 @@ def _against_baselines(gaps: Sequence[Gap], untuned: bool) -> tuple[int, int, st
 
 
 def _calibration(facts: Sequence[TaskFact]) -> list[str]:
-    ratios = {f.task: f.number("calibration") for f in facts if f.kind == "binary"}
-    off = {t: r for t, r in ratios.items() if not math.isnan(r) and not RATIO[0] <= r <= RATIO[1]}
-    if not off:
-        known = [r for r in ratios.values() if not math.isnan(r)]
-        return ["Predicted and observed events agree within 10%."] if known else []
-    said = [f"{t} is predicted {f'{r:.1f} times as often as it happens' if r > 2 else _too(r)}" for t, r in off.items()]
-    return [f"Probabilities are off: {listed(said)}."]
+    """What is predicted too often or too seldom by more than a tenth, and by more than its interval."""
+    known = {f.task: f for f in facts if f.kind == "binary" and not math.isnan(f.number("calibration"))}
+    off = {task: f.number("calibration") for task, f in known.items() if _is_off(f)}
+    if off:
+        said = [f"{t} is predicted {_too(ratio)}" for t, ratio in off.items()]
+        return [f"Probabilities are off: {listed(said)}."]
+    vague = [t for t, f in known.items() if not RATIO[0] <= f.number("calibration") <= RATIO[1]]
+    if vague:
+        return [
+            f"Predicted and observed events agree within 10%, or, of {listed(vague)}, as far as its events can tell."
+        ]
+    return ["Predicted and observed events agree within 10%."] if known else []
+
+
+def _is_off(fact: TaskFact) -> bool:
+    ratio, error = fact.number("calibration"), fact.error("calibration")
+    if math.isnan(error):  # of so many events, as of a Poisson number
+        events = (fact.metrics.get("count") or 0.0) * (fact.metrics.get("base_rate") or 0.0)
+        error = ratio / math.sqrt(events) if events else 0.0
+    return not fact.unsure and not RATIO[0] <= ratio <= RATIO[1] and abs(ratio - 1) > SURE * error
 
 
 def _too(ratio: float) -> str:
+    if ratio > 2:
+        return f"{ratio:.1f} times as often as it happens"
     return f"{abs(ratio - 1):.0%} too {'often' if ratio > 1 else 'seldom'}"
-
-
-def do_tasks_help(
-    gaps: Sequence[Gap], gradients: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]],
-    tasks: Sequence[str],
-) -> Answer:  # fmt: skip
-    """Do tasks help each other: against single-task twins; gradients and gates beside it.
-
-    Args:
-        gaps: against all baselines.
-        gradients, gates: as in metrics.json, ``balance``.
-        tasks: of the run.
-    """
-    question = "Do the tasks help each other?"
-    if len(tasks) < 2:
-        return Answer(question, "There is one task", "unknown", ["With one task there is nothing to share."])
-    hints = _agreement(gradients) + _sharing(gates)
-    twins = [gap for gap in gaps if is_single_task(gap.against)]
-    command = "`mtcl baselines RUN_DIR --only single_task --trials 1` trains them."
-    if not twins:
-        first = f"Only twins, the same network trained on each task alone, tell whether sharing pays: {command}"
-        return Answer(question, "Not measured", "unknown", [first, *hints])
-    groups: dict[int, list[Gap]] = {sign: [gap for gap in twins if sign_of(gap) == sign] for sign in (1, -1, 0)}
-    helped, hurt, close = groups[1], groups[-1], groups[0]
-    sentences = [
-        f"Of {len(twins)} task{'s' * (len(twins) > 1)} that twins were trained on alone, {len(helped)} "
-        f"{'is' if len(helped) == 1 else 'are'} predicted better together, {len(hurt)} worse, {len(close)} too close "
-        "to call."
-    ]
-    for of, word in ((helped, "Better"), (hurt, "Worse"), (close, "Too close to call")):
-        if of:
-            said = [f"{gap.task} ({signed_with_error(gap.difference, gap.error)} AUC)" for gap in of]
-            sentences.append(f"{word}: {listed(said)}.")
-    if left := [task for task in tasks if task not in {gap.task for gap in twins}]:
-        sentences.append(f"Not compared: {listed(left)}.")
-    short, tone = _of_sharing(helped, hurt, len(twins))
-    return Answer(question, short, tone, sentences + hints)
-
-
-def _of_sharing(helped: Sequence[Gap], hurt: Sequence[Gap], count: int) -> tuple[str, Tone]:
-    if not helped and not hurt:
-        return "No difference that counts", "mixed"
-    if max(abs(gap.difference) for gap in (*helped, *hurt)) < SMALL:
-        return f"Hardly: all differences are below {SMALL} AUC", "mixed"
-    if not hurt:
-        return f"Yes, {len(helped)} of {count}", "good"
-    if not helped:
-        return f"No, sharing hurts {len(hurt)} of {count}", "bad"
-    return f"{len(helped)} gain, {len(hurt)} lose", "mixed"
-
-
-def _agreement(gradients: Sequence[Mapping[str, Any]]) -> list[str]:
-    pairs = [
-        (float(value), str(seen["tasks"][j]), str(seen["tasks"][i]))
-        for seen in gradients[:1]
-        for i, row in enumerate(seen["cosine"])
-        for j, value in enumerate(row[:i])
-        if value is not None
-    ]
-    if not pairs:
-        return []
-    (low, a, b), (high, x, y) = min(pairs), max(pairs)
-    if low <= OPPOSED:
-        opposed = sum(value <= OPPOSED for value, _, _ in pairs)
-        return [
-            f"Gradients pull apart for {opposed} of {len(pairs)} pairs of tasks, most {a} and {b} ({signed(low, 2)})."
-        ]
-    if high >= ALIKE:
-        return [f"No two tasks' gradients pull apart; {x} and {y} agree most ({signed(high, 2)})."]
-    return ["The tasks' gradients hardly meet: no pair agrees or pulls apart."]
-
-
-def _sharing(gates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How much of their experts two gates have in common on average: Σ min of their weights."""
-    first = [use for use in gates if use["level"] == gates[0]["level"]] if gates else []
-    weights = [[w or 0.0 for w in use["weights"]] for use in first]
-    pairs = [(one, other) for i, one in enumerate(weights) for other in weights[:i]]
-    overlaps = [sum(min(a, b) for a, b in zip(one, other, strict=True)) for one, other in pairs]
-    if not overlaps:
-        return []
-    mean = sum(overlaps) / len(overlaps)
-    return [
-        f"Any two gates give {mean:.0%} of their weight to the same experts, on average: 100% would be one mixture for "
-        "all tasks, 0% experts of their own."
-    ]
-
-
-def what_does_fusion(
-    shares: Mapping[str, float],
-    events: Sequence[Event],
-    has_fusion: bool,
-    tried: Sequence[Gap] = (),
-    target: str = "",
-) -> Answer:
-    """What the fused score does: who decides, what is won against popularity, what each event's own head would do.
-
-    Args:
-        shares: task -> share of the ranking; empty where it is not known.
-        events: see `mtcl_torchrec.report.facts.events`.
-        has_fusion: whether the run declares or fitted one.
-        tried: of one fitted after training, see `mtcl_torchrec.report.facts.tried_gaps`.
-        target: what it was fitted for.
-    """
-    question = "What does the fusion do?"
-    if not has_fusion:
-        return Answer(
-            question, "There is none", "unknown", ["The run has no fused score: `fusion` in its YAML declares one."]
-        )
-    sentences = []
-    tasks = sorted((t for t in shares if t != "the rest"), key=lambda t: -abs(shares[t]))
-    short = "Ranks by all heads together"
-    if tasks:
-        lead = [f"{t} ({shares[t]:.0%})".replace("-", "−") for t in tasks[:3] if abs(shares[t]) >= 0.05]
-        first, second = [*(abs(shares[t]) for t in tasks[:2]), 0.0][:2]
-        alone = first >= 0.5 and first >= AHEAD * second
-        short = f"Ranks mostly by {tasks[0]}" if alone else f"Led by {listed(tasks[:2])}"
-        sentences.append(f"The order within a request is decided by {listed(lead or tasks[:1])}.")
-    sentences += _against_popularity(events)
-    lost = [(g.difference, e) for e in events for g in e.gaps if g.against == "own head"]
-    if lost:
-        worst, event = min(lost, key=lambda of: of[0])
-        ahead = [e.task for d, e in lost for g in e.gaps if g.against == "own head" and sign_of(g) > 0]
-        if worst < 0:
-            sentences.append(
-                f"One order for all events costs each of them at most {-worst:.3f} {event.metric} against its own head "
-                f"(most for {event.task})."
-            )
-        if ahead:
-            sentences.append(f"For {listed(list(dict.fromkeys(ahead)))} it is better than the event's own head.")
-    words = {1: "clearly better than", 0: "not clearly better than", -1: "clearly worse than"}
-    for gap in tried:
-        other = f"the head of {gap.task} alone" if gap.task else gap.against
-        found = f"{words[sign_of(gap)]} {other} on rows left out ({signed(gap.difference)})"
-        sentences.append(f"Fitted for {target}, it is {found}.")
-    signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity"]
-    signs += [sign_of(gap) for gap in tried]
-    if not signs:
-        return Answer(question, short, "unknown" if not tasks else "mixed", sentences or ["It was not evaluated."])
-    won, fell = sum(s > 0 for s in signs), sum(s < 0 for s in signs)
-    tone: Tone = "good" if won > len(signs) / 2 and not fell else "bad" if won < fell else "mixed"
-    return Answer(question, short, tone, sentences)

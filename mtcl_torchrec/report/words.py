@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from mtcl_torchrec.report.errors import SURE
+from mtcl_torchrec.evaluation.confidence import SURE, plain_number, plus_minus
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -36,4 +35,5 @@ def signed_with_error(value: float, error: float, digits: int = 4) -> str:
         >>> signed_with_error(0.01, 0.001), signed_with_error(0.01, float("nan"))
         ('+0.0100 ± 0.0020', '+0.0100')
     """
-    return signed(value, digits) + ("" if math.isnan(error) else f" ± {SURE * error:.{digits}f}")
+    half = SURE * error
+    return signed(value, digits) + plus_minus(value, half, digits).removeprefix(plain_number(value, digits))

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from mtcl_torchrec.config.commands import Compile
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.serving.archive import write_archive
@@ -35,7 +36,6 @@ from mtcl_torchrec.serving.network import AnyNetwork, serving_network
 from mtcl_torchrec.serving.tables import TablePrecision
 from mtcl_torchrec.training.finished import FinishedRun
 
-Compile = Literal["auto", "yes", "no"]
 EXAMPLE_ROWS = 2 * 757  # that torch.export sees: a size that no layer has, lest it should take the two for one
 TOLERANCE = 2e-4  # of the graph against the modules it was made of, relative to 1 + the value
 _SHAPES: dict[str, list[Any]] = {

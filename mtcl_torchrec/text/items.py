@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from mtcl_torchrec.config.commands import MAX_CHARS
 from mtcl_torchrec.data.columns import as_text
 from mtcl_torchrec.data.source import UNREADABLE, Rows, check_columns, find_files
 from mtcl_torchrec.data.vectors import checked_keys
 from mtcl_torchrec.schema import ConfigError, DataError, nearest
 
-MAX_CHARS = 8192
 MAX_FIT = 200_000
 BLOCK_BYTES = 64 * 2**20  # of a CSV that are in memory at once; a row has to fit in
 

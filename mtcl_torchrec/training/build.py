@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,7 @@ def build_model(
     seed: int = 0,
     table_device: torch.device | str = "meta",
     precision: Precision = "fp32",
+    base_rates: Mapping[str, float | Sequence[float]] | None = None,
 ) -> MTCL:
     """The model for a fitted encoder's features and tasks.
 
@@ -137,6 +138,8 @@ def build_model(
         seed: of the dense parameters, so that every rank starts from the same.
         table_device: where the embedding tables live until they are sharded.
         precision: of everything after the embeddings, in training and afterwards.
+        base_rates: of the training split, where the heads start; a model whose weights are going to be loaded needs
+            none.
     """
     tasks = encoder.resolved_tasks()
 
@@ -178,6 +181,7 @@ def build_model(
             lookups=lookups,
             embedding_collection=collections or None,
             lstm_towers=LSTMTowers(tower.hidden, history=tower.history) if tower.kind == "lstm" else None,
+            base_rates=base_rates,
         )
 
 

@@ -23,7 +23,8 @@ def cost_of(model: MTCL, history: TrainingHistory, rows_per_epoch: int, where: R
 
     Returns:
         ``samples_per_second`` of the median epoch, all ranks together, evaluation left out (None without an epoch;
-        the epoch in which a run was resumed counts what was left of it); ``peak_memory_gb`` of this process's memory
+        the epoch in which a run was resumed counts what was left of it); ``waiting_for_data``, the share of the median
+        epoch that went into waiting for batches; ``peak_memory_gb`` of this process's memory
         and ``peak_device_memory_gb`` of its GPU (None on a CPU), in 10⁹ bytes; ``dense_parameters``, those that are in
         no table; ``device``, ``ranks``.
     """
@@ -32,6 +33,7 @@ def cost_of(model: MTCL, history: TrainingHistory, rows_per_epoch: int, where: R
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss; Linux counts in KiB
     return {
         "samples_per_second": rows_per_epoch / seconds if seconds > 0 else None,
+        "waiting_for_data": statistics.median(history.waiting) if history.waiting else None,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
         "peak_device_memory_gb": torch.cuda.max_memory_allocated(where.device) / 1e9 if on_gpu else None,
         "dense_parameters": dense_parameters(model),

@@ -8,11 +8,12 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from mtcl_torchrec.schema import ConfigError
-from mtcl_torchrec.training.checkpoint.store import newest_checkpoint
-from mtcl_torchrec.training.sharding import Ranks
+
+if TYPE_CHECKING:
+    from mtcl_torchrec.training.sharding import Ranks
 
 CHECKPOINTS = "checkpoints"
 MARKER = ".mtcl-run"  # this folder is a run directory, whatever else it holds yet; in it, which launch wrote the run
@@ -26,6 +27,10 @@ PREDICTIONS = "predictions"  # for the rows of val and test
 FUSION = "fusion"  # what `mtcl fuse` found
 
 Existing = Literal["refuse", "overwrite", "resume"]
+
+
+class RunWarning(UserWarning):
+    """Something in a run directory that does not act as it reads."""
 
 
 def claim_run_directory(folder: Path, where: Ranks, *, existing: Existing = "refuse") -> bool:
@@ -158,4 +163,6 @@ def _state_of(folder: Path) -> str:
         return "free"
     if not (folder / MARKER).is_file():
         return "other"
+    from mtcl_torchrec.training.checkpoint.store import newest_checkpoint  # loads torch; the names above do not
+
     return "run" if newest_checkpoint(folder / CHECKPOINTS) else "free"

@@ -27,16 +27,13 @@ from mtcl_torchrec.training.directory import (
     CHECKPOINTS,
     PREPROCESSING,
     WEIGHTS_PREFIX,
+    RunWarning,
     readable_folder,
 )
 from mtcl_torchrec.training.fitted import load_state
 from mtcl_torchrec.training.fitted_fusion import edited_beneath, load_fusion
 from mtcl_torchrec.training.fused import is_learned
 from mtcl_torchrec.training.sharding import tables_of
-
-
-class RunWarning(UserWarning):
-    """Something in a run directory that does not act as it reads."""
 
 
 def _edited_after_learning(folder: Path, fusion: FusionConfig | None, checkpoint: Path) -> str:
@@ -148,7 +145,7 @@ class FinishedRun:
             preprocessor.encoder,
             config.fusion,
             table_device="cpu",
-            precision=config.training.precision,
+            precision="bf16" if config.training.precision == "bf16" else "fp32",  # auto: a run from before it was told
         )
         zeroed = zero_tables(config)
         for name, table in tables_of(model).items():

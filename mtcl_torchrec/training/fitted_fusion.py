@@ -25,7 +25,7 @@ from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import Stacking
 from mtcl_torchrec.modules.fusion.contract import Weighted
-from mtcl_torchrec.schema import ConfigError, DataError, nearest
+from mtcl_torchrec.schema import ConfigError, DataError, Task, nearest
 from mtcl_torchrec.training.directory import FUSION, readable_folder, replace_folder
 from mtcl_torchrec.training.fitted import REPORT, STATE, load_state
 from mtcl_torchrec.training.fused import build_fused_score
@@ -231,28 +231,61 @@ def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionCon
     Raises:
         DataError: the folder is damaged, or fitted for another model.
     """
-    there = readable_folder(folder / FUSION)
-    path = there / DECLARED
+    config = fitted_config(folder)
+    if config is not None:
+        model.output.fused_score = build_fitted(folder, config, model.tasks, encoder, model.output.dims)
+    return config
+
+
+def fitted_config(folder: Path) -> FusionConfig | None:
+    """How the fused score is built that was fitted for a run; None where none was.
+
+    Args:
+        folder: the run directory.
+
+    Raises:
+        DataError: ``fusion.yaml`` is damaged.
+    """
+    path = readable_folder(folder / FUSION) / DECLARED
     if not path.is_file():
         return None
     try:
         declared = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(declared, dict) or declared.get("format") != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}")
-        config = FusionConfig.model_validate(declared["fusion"])
+        return FusionConfig.model_validate(declared["fusion"])
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in ("fusion", *first["loc"]))
         raise DataError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:150]})") from None
-    names = [task.name for task in model.tasks]
+
+
+def build_fitted(
+    folder: Path, config: FusionConfig, tasks: Sequence[Task], encoder: FeatureEncoder, dims: Mapping[str, int]
+) -> nn.Module:
+    """The fused score that was fitted for a run, with all that it has learnt.
+
+    Args:
+        folder: the run directory.
+        config: of `fitted_config`.
+        tasks: of the run's model.
+        encoder: fitted, of that run.
+        dims: as of `mtcl_torchrec.training.fused.build_fused_score`.
+
+    Raises:
+        DataError: the folder is damaged, or fitted for another model.
+    """
+    path = readable_folder(folder / FUSION) / DECLARED
+    names = [task.name for task in tasks]
     for task in config.weights or ():
         if task not in names:
             raise DataError(f"{path}: no task {task!r} in the model{nearest(task, names)}")
     try:
-        fused_score = build_fused_score(config, model.tasks, encoder=encoder, dims=model.output.dims)
-        _check_tasks(path, declared.get("tasks"), getattr(fused_score, "tasks", ()))
+        fused_score = build_fused_score(config, tasks, encoder=encoder, dims=dims)
+        fitted = yaml.safe_load(path.read_text(encoding="utf-8")).get("tasks")
+        _check_tasks(path, fitted, getattr(fused_score, "tasks", ()))
         load_state(folder / FUSION, fused_score)
         if config.weights is not None and isinstance(fused_score, (Weighted, Stacking)):
             fused_score.set_weights(config.weights)
@@ -260,8 +293,7 @@ def load_fusion(folder: Path, model: MTCL, encoder: FeatureEncoder) -> FusionCon
         raise
     except (ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}") from None
-    model.output.fused_score = fused_score.eval()
-    return config
+    return fused_score.eval()
 
 
 def _check_tasks(path: Path, fitted: Any, declared: Sequence[str]) -> None:

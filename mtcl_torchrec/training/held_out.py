@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config.commands import SESSION_MINUTES
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
 from mtcl_torchrec.data.source import Rows, read_rows, read_splits, time_values
 from mtcl_torchrec.data.world_windows import world_split
@@ -23,8 +24,6 @@ from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import dense_number, read_by_gate
-
-SESSION_MINUTES = 30.0
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -101,7 +100,7 @@ def held_out_of(
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
     rankings: dict[str, np.ndarray] = {}
     if run.catalogue is not None and schema.item is not None:
-        rankings["popularity"] = rows.frame[schema.item].map(run.catalogue.popularity).fillna(0.0).to_numpy(float)
+        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item])
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),

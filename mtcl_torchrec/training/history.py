@@ -21,6 +21,7 @@ class TrainingHistory:
         best_auc: its mean validation AUC.
         best_step: the step after which it was evaluated.
         seconds: of each epoch's training, without evaluation.
+        waiting: share of each epoch's training in which the rank that reads slowest waited for its data.
         stopped_early: whether patience ran out, or every task is frozen.
         frozen: task -> the first epoch in which it was frozen.
         skipped_steps: batches that trained nothing because their loss was not finite.
@@ -34,6 +35,7 @@ class TrainingHistory:
     best_auc: float | None = None
     best_step: NonNegativeInt = 0
     seconds: list[float] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)
     stopped_early: bool = False
     frozen: dict[str, NonNegativeInt] = field(default_factory=dict)
     skipped_steps: NonNegativeInt = 0

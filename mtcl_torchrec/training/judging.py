@@ -24,6 +24,7 @@ from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predicti
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
+from mtcl_torchrec.evaluation.worth import values_of_events
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
@@ -80,19 +81,17 @@ def judge(
 
 
 def evaluation_as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """All of an evaluation; what is not defined is None, ``"knowable"`` stands there of a world only, and
-    ``"same_event"`` where tasks have the same labels."""
+    """All of an evaluation; what is not defined is None, ``"knowable"`` stands there of a world only,
+    ``"same_event"`` where tasks have the same labels, ``"against_popularity"`` where that is known."""
     values = finite(asdict(evaluation))
-    return {k: v for k, v in values.items() if v or k not in ("knowable", "same_event")}
+    return {k: v for k, v in values.items() if v or k not in ("knowable", "same_event", "against_popularity")}
 
 
 def worth_of(run: RunConfig) -> dict[str, float]:
-    """Task -> what its event is worth, in value@k: as the run says, or else the weights of its fused score."""
-    if run.evaluation.values is not None:
-        return run.evaluation.values
-    weights = {} if run.fusion is None else run.fusion.weights or {}
+    """Task -> what its event is worth, in value@k; see `mtcl_torchrec.evaluation.worth.values_of_events`."""
+    weights = None if run.fusion is None else run.fusion.weights
     binary = [task.name for task in run.data_schema.tasks if task.kind == "binary"]
-    return {task: weight for task, weight in weights.items() if task in binary}
+    return values_of_events(run.evaluation.values, weights, binary)
 
 
 def fused_tasks(model: MTCL) -> Sequence[str]:
@@ -229,6 +228,7 @@ def _keys(
     if catalogue is not None and schema.item is not None:
         popularity = frame[schema.item].map(catalogue.popularity)
         keys["popularity"] = popularity.to_numpy(dtype=np.float32, na_value=np.nan)
+        keys["popular"] = catalogue.popularity_of(frame[schema.item]).astype(np.float32)
     seen = {"item": schema.item, "user": schema.user}
     of_catalogue = {
         "item": None if catalogue is None else catalogue.popularity.index,

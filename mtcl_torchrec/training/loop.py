@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,10 +14,12 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
-from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.naming import label_of
 from mtcl_torchrec.evaluation.predict import predict
+from mtcl_torchrec.evaluation.report import cell
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.training.balance import read_step
 from mtcl_torchrec.training.checkpoint.state import TrainingState
@@ -27,6 +29,7 @@ from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fus
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.rec_metrics import TrainingMetrics
 from mtcl_torchrec.training.sharding import Ranks, shard
+from mtcl_torchrec.training.waiting import TimedBatches, share_waited, waiting_lines
 
 
 def parallelise(
@@ -156,11 +159,15 @@ def fit(
         and not all_frozen(state.history, tasks)
     ):
         started = time.perf_counter()
-        _train_epoch(pipeline, state, rows, config, where, clock=clock, save=save, progress=progress, metrics=metrics)
+        waited = _train_epoch(
+            pipeline, state, rows, config, where, clock=clock, save=save, progress=progress, metrics=metrics
+        )
         state.history.seconds.append(time.perf_counter() - started)
+        state.history.waiting.append(share_waited(waited, state.history.seconds[-1], where))
         _let_go(pipeline)
         line, scalars = _judge_epoch(state, validation, config, where)
         said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
+        said += waiting_lines(state.history.waiting[-1])
         state.position = state.position.next_epoch()
         save(state, on_the_way=False)
         clock.saved_at = time.monotonic()
@@ -194,15 +201,16 @@ def _train_epoch(
     save: SaveState,
     progress: TrainingProgress,
     metrics: TrainingMetrics | None,
-) -> None:
-    """From the state's position to the end of its epoch."""
+) -> float:
+    """From the state's position to the end of its epoch; the seconds that this rank waited for batches."""
     epoch, cut = state.position.epoch, {"world_size": where.world_size, "batch_size": config.batch_size}
     if not (state.random_restored and state.position.taken):
         # Ranks draw different dropout masks; epoch and step are part of the seed, so that no two stretches share them.
         stretch = state.step << 40 if state.position.taken else 0
         torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank + stretch)
     state.random_restored = False
-    batches = rows.batches(state.position, rank=where.rank, **cut)
+    timed = TimedBatches(rows.batches(state.position, rank=where.rank, **cut))
+    batches: Iterator[MTBatch] = timed
     if metrics is not None:
         metrics.reset()
         batches = metrics.watched(batches)
@@ -234,6 +242,7 @@ def _train_epoch(
             clock.saved_at = time.monotonic()
     if next(batches, None) is not None:
         raise AssertionError("the training rows had more batches than they said")
+    return timed.seconds
 
 
 def _judge_epoch(
@@ -253,6 +262,7 @@ def _judge_epoch(
     if best:
         history.best_auc, history.best_epoch, history.best_step = value, epoch, state.step
     scalars = {f"val/{m}/{t}": v for t, of in metrics.items() for m, v in of.items() if m != "count"}
+    scalars["waiting for data"] = history.waiting[-1]
     return _epoch_line(epoch, config.epochs, metrics, value, best, history), scalars
 
 
@@ -320,9 +330,8 @@ def _epoch_line(
     for name, of in metrics.items():
         for key in ("auc", "ne", "r2"):
             if key in of:
-                shown.append(f"{name} {key.upper()} {of[key]:.4f}")
+                shown.append(f"{name} {label_of(key)} {cell(of[key])}")
                 break
-    mark = " (best so far)" if best else ""
-    return (
-        f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; validation: {', '.join(shown)}; mean {value:.4f}{mark}"
-    )
+    found = f"validation: {', '.join(shown)}" if shown else "no task has a label in the validation rows"
+    mean = "" if np.isnan(value) else f"; mean {value:.4f}"
+    return f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; {found}{mean}{' (best so far)' if best else ''}"

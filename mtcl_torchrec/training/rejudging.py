@@ -37,7 +37,8 @@ from mtcl_torchrec.training.oracle import knowable_of
 
 JUDGED_BY = "fusion"  # in metrics.json: the fingerprint of the fused score that its rankings are of
 ROUNDED = 0.05  # of a prediction's spread: by so much may it differ on average, and not be another model's
-_OF_SCORE = ("ranking", "segments", "intervals", "knowable")  # what of an evaluation hangs on the score
+# What of an evaluation hangs on the score.
+_OF_SCORE = ("ranking", "segments", "intervals", "knowable", "against_popularity")
 
 
 def rejudge(folder: Path) -> list[str]:

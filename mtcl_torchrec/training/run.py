@@ -53,11 +53,12 @@ from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, j
 from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
+from mtcl_torchrec.training.precision import resolve_precision, set_precision
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.rec_metrics import build_training_metrics
 from mtcl_torchrec.training.run_data import RunData, earlier_encoder, load_data
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
-from mtcl_torchrec.training.start import Start, begins_anew, start_of
+from mtcl_torchrec.training.start import Start, begins_anew, precision_before, start_of
 
 Say = Callable[[str], None]
 
@@ -141,10 +142,11 @@ def _train(
         data = load_data(run, where, grown_from=earlier_encoder(folder) if resume else None, say=say)
     preprocessor, splits = data.preprocessor, data.splits
     check_segments(run, splits)
-    model = build_model(
-        run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, precision=run.training.precision
-    )
+    tasks = [task.name for task in run.data_schema.tasks]  # of a network alone, fewer than were counted
+    base_rates = {name: rate for name, rate in splits.base_rates.items() if name in tasks}
+    model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, base_rates=base_rates)
     start = start_of(folder, splits, say) if resume else Start()
+    run = _with_precision(run, model, start, where)
     state = _state_at(start, run, model, splits, where)
     say(_describe(run, model, preprocessor, where))
     calibrated = {} if run.calibration is None else run.calibration.pieces(model.tasks)
@@ -186,6 +188,14 @@ def _train(
         write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration, cost)
     where.barrier()
     return RunResult(folder, history, evaluations, diagnosis, calibration)
+
+
+def _with_precision(run: RunConfig, model: MTCL, start: Start, where: Ranks) -> RunConfig:
+    """The run with the precision that it is trained in, which the model is given."""
+    before = None if start.checkpoint is None else precision_before(start.checkpoint)
+    precision = resolve_precision(run.training.precision, model, where, before)
+    set_precision(model, precision)
+    return run.model_copy(update={"training": run.training.model_copy(update={"precision": precision})})
 
 
 def _state_at(start: Start, run: RunConfig, model: MTCL, splits: Splits, where: Ranks) -> TrainingState:
@@ -339,7 +349,7 @@ def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ra
     return (
         f"{len(tables)} embedding tables with {rows:,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
-        f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}"
+        f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}, {model.tower.precision}"
     )
 
 

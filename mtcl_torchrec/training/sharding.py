@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,12 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import PoolingType
 
 from mtcl_torchrec.config import ShardingConfig
+from mtcl_torchrec.config.commands import Device
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.planning.constraints import WHY_UNCUT, TableOptimizer
 from mtcl_torchrec.training.planning.hardware import this_hardware
 from mtcl_torchrec.training.planning.planner import plan_tables, table_sharders
 
-Device = Literal["auto", "cpu", "cuda"]
 BLOCK = 4096  # rows that one seeded generator fills
 TIMEOUT = timedelta(minutes=30)  # of a collective
 

@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, TypeAdapter
 from mtcl_torchrec.config import RunConfig, parse_run
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.splits import Splits
+from mtcl_torchrec.modules.towers import Precision
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, checkpoint_name, newest_checkpoint, read_about
 from mtcl_torchrec.training.directory import CHECKPOINTS
@@ -61,6 +62,15 @@ def begins_anew(run: RunConfig, checkpoint: Path) -> dict[str, str]:
     except (ConfigError, KeyError):
         return {}
     return run.balance.begins_anew(before.balance)
+
+
+def precision_before(checkpoint: Path) -> Precision | None:
+    """The precision that a checkpoint was trained in; None where it does not tell."""
+    try:
+        told = parse_run(str(read_about(checkpoint)["run"])).training.precision
+    except (ConfigError, KeyError):
+        return None
+    return "fp32" if told == "auto" else told  # of a run from before there was a choice, which said nothing
 
 
 def _check_position(position: Position, splits: Splits, checkpoint: Path) -> None:

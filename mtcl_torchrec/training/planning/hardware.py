@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.schema import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 GB = 1e9  # bytes
 
@@ -79,6 +80,8 @@ def this_hardware(device: torch.device) -> Hardware:
     host_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     if device.type == "cpu":
         return replace(KNOWN["cpu"], host_memory_gb=host_gb)
+    import torch  # the datasheets above are read without it
+
     about = torch.cuda.get_device_properties(device)
     name = about.name.lower()
     like = next((known for known in KNOWN if known.split("-")[0] in name), "a100-80")

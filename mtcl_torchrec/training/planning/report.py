@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 
 MANY = 30  # more tables than this are shown in groups
 NAME_WIDTH = 26

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mtcl_torchrec.config import run_as_data, run_from_data, with_paths_from
 from mtcl_torchrec.config.paths import value_at
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
 from mtcl_torchrec.training.history import finite

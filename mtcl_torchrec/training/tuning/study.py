@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from mtcl_torchrec.config.commands import Pruner
 from mtcl_torchrec.data.files import files_fingerprint, without_paths
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.tuning.objective import Direction, Objective
 from mtcl_torchrec.training.tuning.space import Space, Value, plain
 
-Pruner = Literal["median", "hyperband", "none"]
 STUDY = "study.db"
 _LOCK = "tuning.lock"
 _NAME = "mtcl"

@@ -1,4 +1,5 @@
-"""How sure a ranking metric is: AUC and GAUC with standard errors over users, and differences on the same rows."""
+"""How sure a metric is without drawing anything: standard errors over users by what each user adds, and those of
+differences on the same rows."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-SURE = 1.96  # standard errors on either side of a 95% interval
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 
 @dataclass(frozen=True)
@@ -125,3 +126,73 @@ def chance_error(count: float, base_rate: float) -> float:
     positives = count * base_rate
     negatives = count - positives
     return math.sqrt((count + 1) / (12 * positives * negatives)) if positives > 0 and negatives > 0 else math.nan
+
+
+def ratio_estimate(
+    above: np.ndarray, below: np.ndarray, clusters: np.ndarray, count: int | None = None, *, less_than_one: bool = False
+) -> Estimate:
+    """A ratio of sums over rows, Σ above / Σ below, or 1 less it, with the error of clustered rows (delta method).
+
+    Args:
+        above, below: (N,), NaN where a row does not count.
+        clusters, count: as of `auc_estimate`.
+
+    Example:
+        >>> e = ratio_estimate(np.array([1.0, 2, 3]), np.ones(3), np.arange(3))
+        >>> e.value, round(e.error, 4)
+        (2.0, 0.5774)
+    """
+    count = int(clusters.max(initial=-1)) + 1 if count is None else count
+    known = ~(np.isnan(above) | np.isnan(below))
+    a, b, c = above[known].astype(np.float64), below[known].astype(np.float64), clusters[known]
+    total = float(b.sum())
+    if total == 0:
+        return Estimate(math.nan, np.full(count, math.nan))
+    ratio = float(a.sum()) / total
+    influence = np.bincount(c, a - ratio * b, count) / total
+    return Estimate(1 - ratio, -influence) if less_than_one else Estimate(ratio, influence)
+
+
+def task_estimates(
+    table: PredictionsTable, name: str, clusters: np.ndarray, count: int | None = None
+) -> dict[str, Estimate]:
+    """What a task is judged by first, each with its error.
+
+    Args:
+        name: of a task, or a conditional prediction, that there are predictions of.
+        clusters, count: as of `auc_estimate`, for the rows of the table.
+
+    Returns:
+        binary: auc, gauc (where users are known), ne, calibration.  multiclass: ne, top1.  regression: r2, calibration.
+            Nothing without labels.
+    """
+    kind, y, p = table.task(name).kind, table.labels(name), table.predicted(name)
+    known = ~np.isnan(y)
+    if not known.any():
+        return {}
+    count = int(clusters.max(initial=-1)) + 1 if count is None else count
+    y, p, c = y[known], p[known].astype(np.float64), clusters[known]
+    if kind == "regression":
+        r2 = ratio_estimate((p - y) ** 2, (y - y.mean()) ** 2, c, count, less_than_one=True)
+        return {"r2": r2, "calibration": ratio_estimate(p, y, c, count)}
+    tiny = np.finfo(np.float64).eps
+    if kind == "multiclass":
+        classes = y.astype(np.int64)
+        own = p[np.arange(len(p)), classes]
+        loss = -np.log(np.clip(own / p.sum(1), tiny, 1))
+        shares = np.bincount(classes, minlength=p.shape[1]) / len(y)
+        hits = ((p >= own[:, None]).sum(1) <= 1).astype(np.float64)
+        return {"ne": ratio_estimate(loss, -np.log(shares[classes]), c, count),
+                "top1": ratio_estimate(hits, np.ones(len(y)), c, count)}  # fmt: skip
+    base = float(np.clip(y.mean(), tiny, 1 - tiny))
+    right = np.clip(np.where(y > 0, p, 1 - p), tiny, 1)
+    found = {
+        "auc": auc_estimate(y, p, c, count),
+        # The entropy of the base rate is the mean of -log of what it gives to what happened.
+        "ne": ratio_estimate(-np.log(right), -np.log(np.where(y > 0, base, 1 - base)), c, count),
+        "calibration": ratio_estimate(p, y, c, count),
+    }
+    if table.users is not None and not np.isnan(table.users).all():
+        of_users = np.where(np.isnan(table.users[known]), np.nan, y)
+        found["gauc"] = gauc_estimate(of_users, p, c, count)
+    return found

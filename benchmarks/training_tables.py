@@ -1,0 +1,63 @@
+"""What `training.py` and `scaling.py` show of the settings that they have measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from document import Table, median, ranged, ratios
+from measure import Line, figure, save
+from step_parts import PARTS
+
+
+def by_setting(lines: list[Line]) -> dict[tuple[str, int], dict[int, list[Line]]]:
+    """(input, vocabulary) -> ranks -> repeats."""
+    groups: dict[tuple[str, int], dict[int, list[Line]]] = {}
+    for line in lines:
+        what = line["what"]
+        of = groups.setdefault((what["setting"]["input"], what["setting"]["vocabulary"]), {})
+        of.setdefault(what["ranks"], []).append(line)
+    return groups
+
+
+def tables(lines: list[Line]) -> list[Table]:
+    """A table for each input and vocabulary, with a column for each number of ranks."""
+    found = []
+    for (source, vocabulary), of in by_setting(lines).items():
+        first = of[min(of)]
+
+        def row(name: str, shown: Callable[[Line], float], form: str, of: dict[int, list[Line]] = of) -> list[str]:
+            return [name, *(f"{statistics.median(map(shown, repeated)):{form}}" for repeated in of.values())]
+
+        rows = [
+            [f"samples/s over {min(of)} rank", *(ranged(ratios(r, first, "samples_per_s")) for r in of.values())],
+            ["samples/s", *(f"{median(r, 'samples_per_s'):,.0f}" for r in of.values())],
+            *(row(f"step, {key}, ms", lambda r, key=key: r["step_ms"][key], ",.1f")  # type: ignore[misc]
+              for key in ("mean", "median", "p90", "waiting for input")),
+            *(row("the step taken apart, ms" if part == "step" else f"  {part}",
+                  lambda r, part=part: r["apart_ms"][part], ",.1f")  # type: ignore[misc]
+              for part in ("step", *PARTS)),
+            row("sent between ranks, MB a step", lambda r: sum(r["sent_bytes"].values()) / 1e6, ",.2f"),
+            row("tables, all ranks, GB", lambda r: r["table_bytes"] / 1e9, ".2f"),
+            row("peak memory, a rank, GB", lambda r: r["peak_rss_bytes"] / 1e9, ".2f"),
+            row("peak on the GPU, GB", lambda r: (r["peak_cuda_bytes"] or 0) / 1e9, ".2f"),
+            row("data ready after, s", lambda r: r["setup_s"]["data"], ".1f"),
+            row("model ready after, s", lambda r: r["setup_s"]["model"], ".1f"),
+        ]  # fmt: skip
+        heads = ["", *(f"{n} rank{'s' * (n > 1)}" for n in of)]
+        found.append(Table(f"training: {vocabulary:,} users and as many items, input: {source}", heads, rows))
+    return found
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Samples a second by the size of the tables, a line for each number of ranks."""
+    drawn, (axis,) = figure(wide=5.4, high=3.4)
+    for n in sorted({line["what"]["ranks"] for line in lines}):
+        points = sorted(
+            (size, median(of[n], "samples_per_s")) for (_, size), of in by_setting(lines).items() if n in of
+        )
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{n} rank{'s' * (n > 1)}")
+    axis.set(xscale="log", ylim=(0, None), xlabel="users, and as many items", ylabel="samples/s")
+    axis.legend(fontsize=8, frameon=False)
+    save(drawn, path)

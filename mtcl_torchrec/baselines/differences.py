@@ -1,0 +1,113 @@
+"""By how much each baseline is better or worse than the run, and whether that counts: paired, on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, draw, quantile_of, spread
+from mtcl_torchrec.evaluation.compare import Difference, holm, two_sided
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.resampled import resampled_metrics
+
+# (task or "ranking", metric) -> the baseline's less the run's.
+Differences = dict[tuple[str, str], Difference]
+_DRAWS, _FEWEST_DRAWS, _ROWS = 200, 50, 10**7  # of users; so many that draws times rows stay affordable
+
+
+def differences(
+    run: PredictionsTable,
+    baselines: Mapping[str, PredictionsTable],
+    *,
+    only: Callable[[str, str], bool],
+    k: Sequence[int] = (5, 10),
+    values: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> dict[str, Differences]:
+    """Baseline -> every metric that it and the run have; `Difference.a` is the run's, `Difference.b` the baseline's.
+
+    All are measured in the same draws of users (see `mtcl_torchrec.evaluation.bootstrap`), 200 of them, or fewer, down
+    to 50, of more than 50,000 rows.  One correction for many comparisons (Holm) is of them all.
+
+    Args:
+        run: its predictions.
+        baselines: theirs; one of other rows than the run's is left out.
+        only: (task or ``"ranking"``, metric) -> whether it is compared.
+        k, values: of the ranking.
+        seed: of the draws.
+    """
+    clusters = clusters_of(run)
+    count = int(np.clip(_ROWS // max(len(run), 1), _FEWEST_DRAWS, _DRAWS))
+
+    def measured(table: PredictionsTable) -> tuple[dict[tuple[str, str], int], np.ndarray, np.ndarray]:
+        parts = resampled_metrics(table, clusters, k=k, values=values, only=only)
+        if not parts:
+            return {}, np.empty(0), np.empty((count, 0))
+        place = {name: i for i, name in enumerate(name for part in parts for name in part.names)}
+        values_of = np.concatenate([part.estimate(clusters[1]) for part in parts])
+        return place, values_of, draw(parts, clusters[1], draws=count, seed=seed)
+
+    places, own, own_draws = measured(run)
+    found: dict[str, Differences] = {}
+    for name, table in baselines.items():
+        if len(table) != len(run) or table.fingerprint != run.fingerprint:
+            continue
+        there, theirs, their_draws = measured(table)
+        shared = [key for key in places if key in there]
+        a, b = [places[key] for key in shared], [there[key] for key in shared]
+        errors = spread(their_draws[:, b] - own_draws[:, a])
+        found[name] = {}
+        for key, i, j, error in zip(shared, a, b, errors, strict=True):
+            x, y = float(own[i]), float(theirs[j])
+            half = quantile_of(clusters[1]) * float(error)
+            p = two_sided(y - x, float(error), clusters[1])
+            found[name][key] = Difference(*key, x, y, y - x, y - x - half, y - x + half, p)
+    every = [(name, key) for name, of in found.items() for key in of]
+    for (name, key), p in zip(every, holm([found[name][key].p for name, key in every]), strict=True):
+        found[name][key] = replace(found[name][key], p_holm=p)
+    return found
+
+
+def verdict(found: Mapping[str, Differences], shown: Mapping[tuple[str, str], str]) -> list[str]:
+    """Who is ahead on what, in sentences.
+
+    Args:
+        found: of `differences`.
+        shown: what is told of -> how it is called, such as ``("like", "auc")`` -> ``"like"``.
+
+    Example:
+        >>> key = ("like", "auc")
+        >>> better = Difference(*key, a=0.8, b=0.82, difference=0.02, low=0.01, high=0.03, p=0.01, p_holm=0.01)
+        >>> worse = Difference(*key, a=0.8, b=0.7, difference=-0.1, low=-0.11, high=-0.09, p=0.0, p_holm=0.0)
+        >>> verdict({"trees": {key: better}, "als": {key: worse}}, {key: "like"})
+        ['like: trees is ahead of this run (+0.0200 ± 0.0100)']
+        >>> verdict({"als": {key: worse}}, {key: "like"})
+        ['this run is ahead of als on like']
+    """
+    first, lines = list[str](), list[str]()
+    for key, called in shown.items():
+        of = {name: by[key] for name, by in found.items() if key in by and not np.isnan(by[key].difference)}
+        if not of:
+            continue
+        ahead = sorted((n for n, d in of.items() if d.better == "b"), key=lambda n: of[n].p)
+        close = [n for n, d in of.items() if d.better is None]
+        if ahead:
+            by = [f"{of[n].difference:+.4f} ± {half_of(of[n]):.4f}" for n in ahead]
+            word = "is" if len(ahead) == 1 else "are"
+            lines.append(f"{called}: {', '.join(ahead)} {word} ahead of this run ({', '.join(by)})")
+        elif close:
+            rest = "" if len(close) == len(of) else "; it is ahead of the others"
+            lines.append(f"{called}: no difference that counts between this run and {', '.join(close)}{rest}")
+        else:
+            first.append(called)
+    if first:
+        rivals = next(iter(found)) if len(found) == 1 else "all that are here"
+        lines.insert(0, f"this run is ahead of {rivals} on {', '.join(first)}")
+    return lines
+
+
+def half_of(difference: Difference) -> float:
+    """Half of its 95 % interval."""
+    return (difference.high - difference.low) / 2

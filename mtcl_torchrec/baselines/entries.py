@@ -1,0 +1,51 @@
+"""Which baselines there are, and what those that are done came to: an entry of baselines.json each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.training.directory import replace_file
+
+FILE = "baselines.json"
+_ENTRY = ("trials", "seconds", "metrics")  # what each has at least
+# Name -> what it is; in the order of what they know.
+ABOUT = {
+    "popularity": "what an item usually gets",
+    "item_knn": "items like those that a user had the event with; implicit",
+    "als": "matrix factorisation by least squares; implicit",
+    "bpr": "matrix factorisation from pairs; implicit",
+    "logistic_regression": "linear in one-hot features, ridge for a number; scikit-learn",
+    "trees": "gradient-boosted, on target-encoded features; scikit-learn",
+    "single_task": "the run's network once for each task",
+    "unweighted": "the run's network, its tasks' losses just added up",
+}
+
+
+def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Baseline -> its entry: key, about, settings, trials, seconds, metrics, searched, notes and rows.
+
+    Raises:
+        DataError: the file does not hold that.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("no entries by baseline")
+        for name, entry in entries.items():
+            if lacking := [key for key in _ENTRY if key not in entry]:
+                raise ValueError(f"{name} has no {lacking[0]}")
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it to begin anew") from None
+    return entries
+
+
+def write_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    """Add or replace the entry of one baseline."""
+    entries = read_entries(folder) | {name: entry}
+    replace_file(folder / FILE, json.dumps(entries, indent=1))

@@ -1,0 +1,53 @@
+"""`mtcl init`: a first YAML, for a file of one's own or for a synthetic world."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtcl_torchrec.cli.app import app, screen
+from mtcl_torchrec.config.commands import WorldName
+from mtcl_torchrec.schema import ConfigError
+
+
+@app.command()
+def init(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="A log of events: Parquet or CSV, files or a folder.", show_default=False)
+    ] = None,
+    world: Annotated[
+        WorldName | None, typer.Option(help="A synthetic world instead of files: shop, social, video, courses, health.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="The user column, where the guess is wrong.")] = None,
+    item: Annotated[str | None, typer.Option(help="The item column.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time column.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A 0/1 column to predict; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; the screen by default.")] = None,
+) -> None:
+    """Write a commented YAML for a file of yours, guessed from its columns, or for a synthetic world.
+
+    `mtcl init my_log.parquet > run.yaml`, read it, then `mtcl train run.yaml`.  Or without data:
+    `mtcl init --world shop > shop.yaml`.
+    """
+    from mtcl_torchrec.data.draft import draft_run
+    from mtcl_torchrec.data.worlds import world_run
+
+    if (world is None) == (not files):
+        raise ConfigError("give either files to draft a run for, or --world")
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already; nothing was written")
+    if world is not None:
+        text = world_run(world)
+    else:
+        assert files is not None
+        # Paths in a YAML start at its own folder.
+        paths = files if out is None else [os.path.relpath(f, out.resolve().parent) for f in files]
+        text = draft_run(files, written_as=paths, user=user, item=item, time=time, labels=label or [])
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, encoding="utf-8")
+        screen().print(f"wrote {out}; read it, then: mtcl train {out}", highlight=False)

@@ -1,0 +1,104 @@
+"""What the fused score does, and what it is worth, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from mtcl_torchrec.evaluation.confidence import SURE
+from mtcl_torchrec.evaluation.rivals import Gap, sign_of
+from mtcl_torchrec.evaluation.worth import POPULARITY, Gain
+from mtcl_torchrec.report.facts import Event
+from mtcl_torchrec.report.verdict import Answer, Tone, against_popularity
+from mtcl_torchrec.report.words import listed, signed
+
+AHEAD = 1.5  # times the share of the next task: from there on, a task of half the ranking decides it mostly
+HEARD = 0.05  # share of the ranking from which on a task is said to decide it
+
+
+def worth_in_a_line(gains: Sequence[Gain], values: Mapping[str, float]) -> str:
+    """What ranking by the fused score brings, in per cent; empty where that is not known.
+
+    Args:
+        gains: see `mtcl_torchrec.evaluation.worth.gains`.
+        values: task -> what its event is worth.
+
+    Example:
+        >>> worth_in_a_line([Gain("click", 5, 0.031, 0.004)], {"click": 1})[50:]
+        'quest bring +3.1 % ± 0.8 (value@5) against the best single head (click). Counted: click 1.'
+    """
+    if not gains:
+        return ""
+    said = []
+    for n, gain in enumerate(gains):
+        half = "" if math.isnan(gain.error) else f" ± {100 * SURE * gain.error:.1f}"
+        of = POPULARITY if gain.against == POPULARITY else f"the best single head ({gain.against})"
+        doubt = "" if gain.sure else ", which is too close to call" if half else ", of too few events to be sure"
+        said.append(f"{signed(100 * gain.ratio, 1)} %{half}{f' (value@{gain.k})' if not n else ''} against {of}{doubt}")
+    counted = ", ".join(f"{task} {value:g}" for task, value in values.items())
+    first = f"What the fusion is worth: the first {gains[0].k} rows of a request bring "
+    return f"{first}{', and '.join(said)}. Counted: {counted}."
+
+
+def what_does_fusion(
+    shares: Mapping[str, float],
+    events: Sequence[Event],
+    has_fusion: bool,
+    tried: Sequence[Gap] = (),
+    target: str = "",
+    not_learnt: Sequence[str] = (),
+) -> Answer:
+    """What the fused score does: who decides, what is won against popularity, what each event's own head would do.
+
+    Args:
+        shares: task -> share of the ranking; empty where it is not known.
+        events: see `mtcl_torchrec.report.facts.events`.
+        has_fusion: whether the run declares or fitted one.
+        tried: of one fitted after training, see `mtcl_torchrec.report.facts.tried_gaps`.
+        target: what it was fitted for.
+        not_learnt: tasks that are not predicted better than guessing, or of which that is not sure.
+    """
+    question = "What does the fusion do?"
+    if not has_fusion:
+        return Answer(
+            question, "There is none", "unknown", ["The run has no fused score: `fusion` in its YAML declares one."]
+        )
+    sentences = []
+    tasks = sorted((t for t in shares if t != "the rest"), key=lambda t: -abs(shares[t]))
+    short = "Ranks by all heads together"
+    if tasks:
+        lead = [f"{t} ({shares[t]:.0%})".replace("-", "−") for t in tasks[:3] if abs(shares[t]) >= HEARD]
+        first, second = [*(abs(shares[t]) for t in tasks[:2]), 0.0][:2]
+        alone = first >= 0.5 and first >= AHEAD * second
+        short = f"Ranks mostly by {tasks[0]}" if alone else f"Led by {listed(tasks[:2])}"
+        sentences.append(f"The order within a request is decided by {listed(lead or tasks[:1])}.")
+    blind = [task for task in tasks if task in not_learnt and abs(shares[task]) >= HEARD]
+    if blind:
+        sentences.append(
+            f"Warning: the score ranks by {listed(blind)}, which {'was' if len(blind) == 1 else 'were'} not learnt; "
+            "such a weight adds noise."
+        )
+    sentences += against_popularity(events)
+    lost = [(g.difference, e) for e in events for g in e.gaps if g.against == "own head"]
+    if lost:
+        worst, event = min(lost, key=lambda of: of[0])
+        ahead = [e.task for d, e in lost for g in e.gaps if g.against == "own head" and sign_of(g) > 0]
+        if worst < 0:
+            sentences.append(
+                f"One order for all events costs each of them at most {-worst:.3f} {event.metric} against its own head "
+                f"(most for {event.task})."
+            )
+        if ahead:
+            sentences.append(f"For {listed(list(dict.fromkeys(ahead)))} it is better than the event's own head.")
+    words = {1: "clearly better than", 0: "not clearly better than", -1: "clearly worse than"}
+    for gap in tried:
+        other = f"the head of {gap.task} alone" if gap.task else gap.against
+        found = f"{words[sign_of(gap)]} {other} on rows left out ({signed(gap.difference)})"
+        sentences.append(f"Fitted for {target}, it is {found}.")
+    signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity"]
+    signs += [sign_of(gap) for gap in tried]
+    if not signs:
+        return Answer(question, short, "unknown" if not tasks else "mixed", sentences or ["It was not evaluated."])
+    won, fell = sum(s > 0 for s in signs), sum(s < 0 for s in signs)
+    tone: Tone = "good" if won > len(signs) / 2 and not fell and not blind else "bad" if won < fell else "mixed"
+    return Answer(question, short, tone, sentences)

@@ -1,0 +1,350 @@
+"""The frame of the benchmarks: one form of results, generated tables, a suite that loses nothing, bytes that add up."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from test_benchmarks import TINY, script
+
+from mtcl_torchrec.data import freed
+from mtcl_torchrec.models import MTCLTrain
+from mtcl_torchrec.training.build import build_model
+from mtcl_torchrec.training.loop import parallelise
+from mtcl_torchrec.training.sharding import ranks
+
+
+def line(what, repeat=0, **of):
+    return {"what": what, "repeat": repeat, **of, "about": script("measure").about()}
+
+
+# ---------------------------------------------------------------------- one form
+
+
+def test_a_document_has_the_spread_of_every_number(tmp_path):
+    document = script("document")
+    lines = [line({"n": 1}, i, speed=v, of={"deep": 2 * v}, kind="x", each=[1, 2]) for i, v in enumerate((5.0, 1, 3))]
+    table = document.Table("a | b", ["", "speed"], [["ours", "1.00"]], "so it is")
+    document.written(tmp_path / "x.json", lines, [table], complete=False)
+    found = json.loads((tmp_path / "x.json").read_text())
+    [result] = found["results"]
+    assert result == {
+        "what": {"n": 1}, "repeats": 3,
+        "figures": {"speed": {"median": 3, "least": 1, "most": 5}, "of.deep": {"median": 6, "least": 2, "most": 10}},
+    }  # fmt: skip
+    assert {"machine", "flags", "versions", "date", "command", "commit", "cores"} <= found["about"].keys()
+    assert not found["complete"]
+    assert document.tables_of(found) == [table]
+    assert table.markdown().splitlines()[:5] == ["**a \\| b**", "", "|  | speed |", "|---|---:|", "| ours | 1.00 |"]
+
+
+def test_ratios_are_of_the_same_repeat():
+    document = script("document")
+    ours, others = ([line({}, i, s=s) for i, s in of] for of in ([(0, 4.0), (1, 9.0), (2, 1.0)], [(1, 3.0), (0, 1.0)]))
+    assert document.ratios(ours, others, "s") == [4, 3]
+    assert document.ranged([4, 3]) == "3.50 (3.00–4.00)"
+    assert document.ranged([]) == ""
+
+
+def test_another_commit_is_measured_again_and_paths_are_not_told(tmp_path, monkeypatch):
+    measure, asked = script("measure"), []
+    out, todo = tmp_path / "r.jsonl", [{"n": 1}, {"n": 2}]
+
+    def one(what):
+        asked.append(what["n"])
+        return {"ms": len(asked)}
+
+    monkeypatch.setattr(sys, "argv", ["/here/x.py", "--rows", "5", "--out", str(out), "--again"])
+    measure.sweep(out, todo, 1, one)
+    assert measure.read(out)[0]["about"]["command"] == "python benchmarks/x.py --rows 5"
+    monkeypatch.setattr(measure, "commit", lambda: "another")
+    assert [found["ms"] for found in measure.sweep(out, todo, 1, one)] == [3, 4]
+    assert len(measure.read(out)) == 4
+    assert [found["ms"] for found in measure.latest(measure.read(out))] == [3, 4]
+    monkeypatch.setattr(measure, "datetime", type("Later", (), {"now": staticmethod(lambda: LATER)}))
+    assert [found["ms"] for found in measure.sweep(out, todo, 1, one, again=True)] == [5, 6]
+
+
+class _Later:
+    def astimezone(self):
+        return self
+
+    def isoformat(self, **_):
+        return "2999-01-01T00:00:00+00:00"
+
+
+LATER = _Later()
+
+
+def test_a_benchmark_says_so_where_something_failed(tmp_path, capsys):
+    import argparse
+
+    measure, document = script("measure"), script("document")
+    parser = argparse.ArgumentParser()
+    measure.options(parser, repeats=2, timeout_s=9)
+
+    def carried_out(fails):
+        return measure.benchmark(
+            parser, parser.parse_args(["--out", str(tmp_path / "b.jsonl")]), work=lambda what: None,
+            todo=lambda: [{"n": 1}, {"n": 2}], one=lambda what: None if what["n"] == fails else {"ms": 1.0},
+            tables=lambda lines: [document.Table("t", ["a"], [[str(len(lines))]])],
+            draw=lambda lines, path: path.write_bytes(b"drawn"),
+        )  # fmt: skip
+
+    assert carried_out(fails=2) == 1
+    assert not json.loads((tmp_path / "b.json").read_text())["complete"]
+    assert "FAILED: {'n': 2}" in capsys.readouterr().out
+    assert carried_out(fails=None) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["complete"]
+    assert found["picture"] == "b.png"
+    assert found["tables"][0]["rows"] == [["4"]]
+
+
+# ---------------------------------------------------------------------- generated tables
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A README with two marks, and results for one of them."""
+    document = script("document")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(
+        "".join(f"# {n}\n\n<!-- {n}: begin -->\nold\n<!-- {n}: end -->\n\nby hand\n" for n in ("one", "two"))
+    )
+    table = document.Table("speeds", ["", "×"], [["ours", "2.00"]])
+    document.written(tmp_path / "results" / "one.json", [line({"n": 1}, speed=1.0)], [table], complete=True)
+    return tmp_path
+
+
+def tables_main(monkeypatch, folder, *options):
+    given = ["tables.py", "--readme", str(folder / "README.md"), "--results", str(folder / "results"), *options]
+    monkeypatch.setattr(sys, "argv", given)
+    return script("tables").main()
+
+
+def test_tables_are_filled_between_their_marks_alone(documents, monkeypatch, capsys):
+    readme = documents / "README.md"
+    assert tables_main(monkeypatch, documents, "--check") == 1
+    assert "stale: one, two" in capsys.readouterr().out
+    before = readme.read_text()
+    assert tables_main(monkeypatch, documents, "--only", "one") == 0
+    text = readme.read_text()
+    assert "| ours | 2.00 |" in text
+    assert "torch 2" in text
+    assert text.partition("# two")[2] == before.partition("# two")[2]
+    assert tables_main(monkeypatch, documents) == 0
+    assert script("tables").NOT_YET in readme.read_text()
+    assert readme.read_text().count("by hand") == 2
+    assert tables_main(monkeypatch, documents, "--check") == 0
+    with pytest.raises(SystemExit, match="no table 'three'"):
+        tables_main(monkeypatch, documents, "--only", "three")
+
+
+def test_the_readme_has_a_mark_for_every_script_of_the_suite():
+    tables, suite = script("tables"), script("suite")
+    marks = [match["name"] for match in tables._MARKED.finditer((tables.HERE / "README.md").read_text())]
+    assert marks == [entry.script for entry in suite.SUITE]
+
+
+# ---------------------------------------------------------------------- the suite
+
+GOOD = """
+import json, sys
+from pathlib import Path
+given = sys.argv
+out = Path(given[given.index("--out") + 1])
+with out.open("a") as file:
+    file.write("ran\\n")
+about = {"commit": COMMIT, "command": " ".join(["python benchmarks/good.py", *given[1:given.index("--out")]])}
+out.with_suffix(".json").write_text(json.dumps({"complete": True, "about": about}))
+"""
+
+
+def test_a_failing_or_endless_script_loses_nothing_of_the_rest(tmp_path, monkeypatch, capsys):
+    suite = script("suite")
+    (tmp_path / "bad.py").write_text("print('on the way'); raise SystemExit('broken')")
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    (tmp_path / "good.py").write_text(f"COMMIT = {suite.commit()!r}\n{GOOD}")
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(
+        suite, "SUITE", tuple(suite.Entry(n, "--rows 1", "--rows 9", "", 1, 1) for n in ("bad", "endless", "good"))
+    )
+    run = suite.run
+    monkeypatch.setattr(suite, "run", lambda command, log, limit, environment: run(command, log, 3, environment))
+
+    def main(*options):
+        monkeypatch.setattr(sys, "argv", ["suite.py", "--results", str(tmp_path / "r"), *options])
+        return suite.main(), capsys.readouterr().out
+
+    status, said = main()
+    assert status == 1
+    assert "1 of 3 done" in said
+    assert "failed: bad, endless" in said
+    assert "broken" in said
+    assert "about 3 min left" in said
+    assert (tmp_path / "r" / "bad.log").exists()
+    ran = tmp_path / "r" / "good.jsonl"
+    assert main("--only", "good")[0] == 0  # measured already
+    assert ran.read_text().count("ran") == 1
+    assert main("--only", "good", "--full")[0] == 0  # another size
+    assert main("--only", "good", "--full", "--again")[0] == 0
+    assert ran.read_text().count("ran") == 3
+    monkeypatch.setattr(suite, "commit", lambda: "another")
+    assert main("--only", "good", "--full")[0] == 0
+    assert ran.read_text().count("ran") == 4
+    assert main("--list")[0] == 0
+
+
+@pytest.mark.parametrize("size", ["quick", "full", "tiny"])
+def test_every_script_knows_the_options_that_the_suite_gives_it(size, tmp_path, monkeypatch, capsys):
+    suite = script("suite")
+    for entry in suite.SUITE:
+        options = [*getattr(entry, size).split(), "--show", str(tmp_path / "nothing.jsonl"), "--data", str(tmp_path)]
+        if entry.script not in ("peers", "input", "serving", "load"):
+            options = options[:-2]
+        monkeypatch.setattr(sys, "argv", [f"{entry.script}.py", *options])
+        assert script(entry.script).main() == 0
+        assert "nothing was measured" in capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", [f"{entry.script}.py", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            script(entry.script).main()
+        assert ended.value.code == 0
+        assert f"python benchmarks/{entry.script}.py" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_the_whole_suite_runs_in_tiny_sizes(tmp_path, monkeypatch):
+    suite = script("suite")
+    monkeypatch.setattr(
+        sys, "argv", ["suite.py", "--tiny", "--results", str(tmp_path / "r"), "--data", str(tmp_path / "data")]
+    )
+    assert suite.main() == 0
+    for entry in suite.SUITE:
+        found = json.loads((tmp_path / "r" / f"{entry.script}.json").read_text())
+        assert found["complete"]
+        assert found["tables"]
+        assert found["about"]["command"] == f"python benchmarks/{entry.script}.py {entry.tiny}".strip()
+        assert (tmp_path / "r" / found["picture"]).stat().st_size > 5000
+        assert suite.measured(entry, "tiny", tmp_path / "r")
+        assert not suite.measured(entry, "full", tmp_path / "r")
+
+
+# ---------------------------------------------------------------------- bytes between ranks
+
+
+def counted(kind):
+    """This rank's bytes in a step, and those of all ranks by formula."""
+    training, volume = script("training"), script("volume")
+    setting = training.Setting(**TINY | {"sharding": kind, "table_optimizer": "adagrad"})
+    with ranks("cpu") as where:
+        run = training.configured(setting, where.world_size, Path())
+        rows, preprocessor = training.training_rows(setting, run, Path(), where)
+        module = MTCLTrain(build_model(run.model, preprocessor.encoder, run.fusion, seed=0))
+        model, optimizer = parallelise(module, where, run.optimizers, sharding=run.sharding)
+        model.train()
+        batches = training.Batches(rows, where, setting.batch_size)
+        for _ in range(2):  # DDP agrees on its buckets after the first
+            loss, _ = model(next(batches))
+            loss.backward()
+            optimizer.step()
+        with volume.Traffic() as traffic:
+            model(next(batches))[0].backward()
+        batches.close()
+        dense = sum(p.numel() for p in module.model.tower.parameters())
+        tables = volume.placed(model)
+        cut = {"ranks": where.world_size, "batch_size": setting.batch_size}
+        return dict(traffic.bytes), volume.by_formula(tables, dense, **cut), {table.kind for table in tables}
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "data_parallel"])
+def test_bytes_between_ranks_are_those_of_the_formula(kind):
+    of_ranks = run_ranks(counted, 2, kind)
+    sent = {part: sum(of.get(part, 0) for of, *_ in of_ranks) for part in script("volume").PARTS}
+    computed = of_ranks[0][1]
+    assert of_ranks[0][2] == {kind}
+    for part in ("pooled embeddings", "gradients of embeddings", "dense gradients"):
+        assert sent[part] == computed[part], part
+    assert (computed["pooled embeddings"] == 0) == (kind == "data_parallel")
+    # Which ids go to another rank is up to them where rows are cut; sizes of messages are sent, too.
+    assert computed["ids"] <= sent["ids"] * 1.05 <= computed["ids"] * 1.05 + 1000
+    assert sent["other"] < 1000
+
+
+def test_an_unknown_cut_has_no_formula():
+    volume = script("volume")
+    with pytest.raises(NotImplementedError, match="grid_shard"):
+        volume.by_formula([volume.Placed("grid_shard", 10, 4)], 0, ranks=2, batch_size=8)
+
+
+# ---------------------------------------------------------------------- memory, and what others show
+
+
+def test_memory_goes_through_all_rows_and_says_what_giving_back_costs(tmp_path, monkeypatch, capsys):
+    memory = script("memory")
+    what = {"case": "stream", "vocabulary": 50, "window": 200, "workers": 1, "batch_size": 64, "threads": None}
+    lines = []
+    for rows in (400, 900):
+        for way in ("on", "off"):
+            monkeypatch.setattr(freed, "give_back", freed.give_back)  # `work` puts its own in place
+            lines.append(line(of := what | {"rows": rows, "freed": way}, **memory.work(of)))
+            monkeypatch.undo()
+    assert [of["trims"] for of in lines] == [2, 0, 5, 0]
+    assert all(len(of["rss_by_share"]) >= 7 and min(of["rss_by_share"]) > 1e7 for of in lines)
+    assert 0 < lines[0]["trim_share"] < 1
+    [table] = memory.tables(lines)
+    assert [row[0] for row in table.rows] == ["400 rows", "900 rows"] + [
+        f"{n} rows, nothing given back" for n in (400, 900)
+    ]
+    memory.draw(lines, tmp_path / "m.png")
+    assert (tmp_path / "m.png").stat().st_size > 5000
+    made_up = [line(what | {"rows": n, "freed": "on"}, peak_rss_bytes=n * 10.0 + 500) for n in (100, 300)]
+    of = memory.by_case(made_up)["stream"]["on"]
+    assert memory.growth(of, 300) == 10
+
+
+def test_scaling_serving_load_and_paper_show_ratios_first(tmp_path):
+    scaling, serving, load, paper = map(script, ("scaling", "serving", "load", "scaling_paper"))
+    setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto"}
+    lines = [
+        line({"kind": "weak", "ranks": n, "setting": setting}, samples_per_s=speed, step_ms={"median": 1.0},
+             sent_bytes={"ids": 2e6}, computed_bytes={"ids": 1e6}, peak_rss_bytes=1e9)
+        for n, speed in ((1, 10.0), (2, 15.0))
+    ]  # fmt: skip
+    speeds, sent = scaling.tables(lines)
+    assert speeds.rows[1][1:3] == ["1.50", "75"]
+    assert sent.rows[0] == ["ids", "2.000 (1.000)"]
+    scaling.draw(lines, tmp_path / "scaling.png")
+
+    asked = {"p50": 1.0, "p99": 2.0, "cpu": 1.0}
+    lines = [
+        line({"way": way}, candidates_per_s=speed, one_user=asked, catalogue=asked, together=asked, together_per_s=9.0,
+             model_mb=3.0, load_s=1.0, candidates=5, items=9)
+        for way, speed in (("eager", 100.0), ("int8 graph", 250.0))
+    ]  # fmt: skip
+    assert serving.tables(lines)[0].rows[1][:2] == ["int8 graph", "2.50"]
+    serving.draw(lines, tmp_path / "serving.png")
+
+    of = dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "max_ms", "requests_per_batch"), 1.0)
+    lines = [line({"clients": n, "candidates": 5}, requests=8, failed=0, requests_per_s=float(n), **of) for n in (1, 4)]
+    assert load.tables(lines)[0].rows[1][:2] == ["4", "4.00"]
+    load.draw(lines, tmp_path / "load.png")
+    assert load.answered({"requests": 3, "failed": 1}) is None
+
+    what = {"plan": "one_terabyte.yaml", "device": "h200", "batch_size": None, "planning_s": 1}
+    lines = [line(what | {"world_size": n}, fits=n > 8, step_ms=4.0 * n, phase_ms={"fwd_comms": 4.0}, rows_per_s=1e6,
+                  tightest_rank_gb=1.0) for n in (8, 16, 32)]  # fmt: skip
+    [table] = paper.tables(lines)
+    assert [row[1] for row in table.rows] == ["does not fit", "100", "50"]
+    assert "not measured" in table.note
+    paper.draw(lines, tmp_path / "paper.png")
+    assert min((tmp_path / f"{n}.png").stat().st_size for n in ("scaling", "serving", "load", "paper")) > 5000
+
+
+def test_memory_that_was_freed_may_be_given_back(monkeypatch):
+    assert freed.give_back() in (True, False)
+    freed._trim.cache_clear()
+    monkeypatch.setattr(freed.platform, "libc_ver", lambda: ("musl", "1"))
+    assert freed.give_back() is False
+    freed._trim.cache_clear()
