@@ -132,6 +132,7 @@ def write_movielens(folder: Path, source: Path) -> None:
         rows.drop(columns=["title"]).to_parquet(folder / f"{name}.parquet", index=False)
 
 
+# The best of 9 trials on the validation split of seed 0.
 MOVIELENS: dict[str, Any] = {
     "name": "movielens",
     "data": {split: f"{split}.parquet" for split in ("train", "val", "test")},
@@ -140,16 +141,21 @@ MOVIELENS: dict[str, Any] = {
         "item": "item_id",
         "time": "position",
         "features": [
-            {"name": "user_id", "group": "user", "embedding_dim": 16},
+            {"name": "user_id", "group": "user", "embedding_dim": 32},
             *({"name": name, "group": "user", "embedding_dim": 4} for name in ("gender", "age", "occupation")),
-            {"name": "item_id", "group": "item", "embedding_dim": 16},
+            {"name": "item_id", "group": "item", "embedding_dim": 32},
             {"name": "genres", "group": "item", "kind": "bag", "embedding_dim": 8},
         ],
         "tasks": [
             {"name": "liked", "kind": "binary"},
             {"name": "loved", "kind": "binary", "weight": 0.5},
             {"name": "disliked", "kind": "binary", "weight": 0.5},
-            {"name": "taste", "kind": "binary", "label": "liked", "head": {"kind": "dot", "dim": 16, "l2": 1e-4}},
+            {
+                "name": "taste",
+                "kind": "binary",
+                "label": "liked",
+                "head": {"kind": "dot", "dim": 32, "factors": ["user_id", "item_id"]},
+            },
         ],
     },
     "model": {
@@ -160,7 +166,14 @@ MOVIELENS: dict[str, Any] = {
         "tables": {"kind": "rowwise_adagrad", "lr": 0.1, "init_scale": 0.1},
         "dense": {"lr": 0.004, "weight_decay": 0.3},
     },
-    "training": {"epochs": 4, "batch_size": 2048, "eval_batch_size": 8192, "patience": 2, "watch": ["liked"]},
+    "training": {
+        "epochs": 6,
+        "batch_size": 2048,
+        "eval_batch_size": 8192,
+        "patience": 2,
+        "watch": ["liked"],
+        "regularisers": {"l2_embedding": {"user_id": 0.02, "item_id": 0.02}},
+    },
     "fusion": {"weights": {"liked": 1.0, "loved": 1.0, "taste": 1.0}},
 }
 

@@ -74,10 +74,10 @@ def fit(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0) ->
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        now = {split: {task.name: model.probabilities(*of[:2])} for split, of in held_out.items()}
-        reached = auc(data.held_out["val"].labels[:, column], now["val"][task.name])
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite")
+        now = {split: {task.name: model.probabilities(*of[:2])} for split, of in held_out.items()}
+        reached = auc(data.held_out["val"].labels[:, column], now["val"][task.name])
         if reached > best:
             best, waited, predicted = reached, 0, now
         elif (waited := waited + 1) >= PATIENCE:

@@ -81,7 +81,7 @@ class TuningConfig(Part):
     """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: SpaceConfig = Field(init=False)  # type: ignore[assignment]
+    __pydantic_extra__: SpaceConfig = Field(init=False)
 
     objective: str | None = None
 

@@ -145,10 +145,12 @@ class Regularisers(nn.Module):
         lookups = self._lookups[0]
         if self._of_inputs:
             assert lookups is not None
-            inputs, of_row = pooled_by_key(pooled, lookups.dims), 0.0
-            for key, weight in self._of_inputs.items():
-                of_row = of_row + weight * stop_gradient_if(inputs[key], skip).float().square().sum(1)
-            return (labelled * of_row).sum().reshape(1)
+            inputs = pooled_by_key(pooled, lookups.dims)
+            of_rows = [
+                weight * stop_gradient_if(inputs[key], skip).float().square().sum(1)
+                for key, weight in self._of_inputs.items()
+            ]
+            return (labelled * torch.stack(of_rows).sum(0)).sum().reshape(1)
         if lookups is not None and len(lookups):
             if not lookups.penalised:
                 return labelled.new_zeros(1)
