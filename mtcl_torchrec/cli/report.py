@@ -33,7 +33,8 @@ def report(
     """
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file, such as {out / 'report.html'}")
-    say_unfinished(run_dir, "the report is of what there is")
+    if (run_dir / "run.yaml").is_file():
+        say_unfinished(run_dir, "the report is of what there is")
     path = _written(run_dir, Console(stderr=True), out, png=png, baselines=baselines)
     typer.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)" + (f"; pictures in {png}" if png else ""))
     if open_:
