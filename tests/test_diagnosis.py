@@ -193,13 +193,14 @@ def test_levels_that_calibration_mends_after_training_are_no_finding():
 
 def test_a_score_that_popularity_outranks_is_told():
     kept = [{"click": auc(0.6), "share": auc(0.6), "rare": auc(0.6, 60.0), "next": {"ne": 0.9}}]
-    ranking = {
-        "fused": {"auc click": 0.526, "auc share": 0.56, "auc rare": 0.5},
-        "popular": {"auc click": 0.541, "auc share": 0.54, "auc rare": 0.7},
+    popular = {
+        "click": {"metric": "gauc", "difference": -0.015, "fused_is": "worse"},
+        "share": {"metric": "gauc", "difference": -0.02, "fused_is": "too close to call"},
+        "rare": {"metric": "auc", "difference": -0.2, "fused_is": "too few events (3)"},
     }
-    line = "click: popularity ranks better than the fused score (validation AUC 0.526 against 0.541)"
-    assert diagnose(Balance(), kept, 1, ranking=ranking) == [line]
-    assert diagnose(Balance(), kept, 1, ranking={"fused": ranking["fused"]}) == [NOTHING]
+    line = "click: popularity ranks better than the fused score (by 0.015 GAUC on validation)"
+    assert diagnose(Balance(), kept, 1, popular=popular) == [line]
+    assert diagnose(Balance(), kept, 1, popular={"share": popular["share"]}) == [NOTHING]
 
 
 def test_the_most_important_comes_first_and_eight_lines_are_enough():

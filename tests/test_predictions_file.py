@@ -182,6 +182,9 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         train = parts["train"].frame
         clicks = train.groupby("product_id")["click"].sum()
         np.testing.assert_array_equal(table.popularity, raw.frame["product_id"].map(clicks))
+        shown, usual = train.groupby("product_id")["click"].count(), train["click"].mean()
+        shares = raw.frame["product_id"].map((clicks + 20 * usual) / (shown + 20)).fillna(usual)
+        np.testing.assert_allclose(table.popular, shares, rtol=1e-6)
         assert table.frame["user_seen"].tolist() == raw.frame["user_id"].isin(train["user_id"]).tolist()
         assert table.frame["segment.age"].tolist() == raw.frame["age"].tolist()
         assert table.values == {"click": 1, "stars": 0.5}
@@ -206,6 +209,9 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
     )
     print_evaluation(again, "test", console := Console(file=io.StringIO(), width=80))
     assert "By sample weights" in console.file.getvalue()
+    sure = again.intervals["click"]["weighted_auc"]
+    assert sure.low < sure.value < sure.high
+    assert again.against_popularity["click"]["metric"] == "gauc"
     assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
     assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
     assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])

@@ -396,3 +396,13 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
     assert not (tmp_path / "run/predictions").exists()
     assert set(thresholds_of(tmp_path / "run")) == {"click", "buy"}
     assert "no predictions for test" in one_line(mtcl("compare", "run", "rows.parquet")[2])
+
+    # One that died before its end is judged by the epoch that it has kept, and says so.
+    (tmp_path / "again/metrics.json").unlink()
+    status, shown, error = mtcl("evaluate", "again", "--data", "log.parquet", "--k", "2", "--all")
+    assert status == 0
+    assert "the first 2 of each" in shown
+    assert error.startswith("mtcl: training of again has not finished: metrics.json missing, last written to ")
+    assert "best epoch so far" in error
+    shutil.rmtree(tmp_path / "again/checkpoints")
+    assert "has kept no epoch yet" in one_line(mtcl("evaluate", "again", "--data", "log.parquet")[2])

@@ -162,7 +162,7 @@ def compare_tables(
     for i, (of, metric) in enumerate(shared):
         x, y = float(values_of[0][i]), float(values_of[1][i])
         if unsure := why(of, metric):
-            found.append(Difference(of, metric, x, y, y - x, *[float("nan")] * 3, unsure=unsure))
+            found.append(Difference(of, metric, x, y, y - x, np.nan, np.nan, np.nan, unsure=unsure))
             continue
         half = quantile_of(users) * float(errors[i])
         p = two_sided(y - x, float(errors[i]), users)

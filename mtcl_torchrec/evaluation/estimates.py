@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.ranking import auc_by_request
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,13 @@ def gauc_estimate(labels: np.ndarray, scores: np.ndarray, clusters: np.ndarray, 
         labels, scores, clusters, count: as of `auc_estimate`; clusters of one class say nothing and are left out.
     """
     count = int(clusters.max(initial=-1)) + 1 if count is None else count
-    known = ~np.isnan(labels)
-    frame = pd.DataFrame({"c": clusters[known], "y": labels[known], "s": scores[known]})
-    frame["r"] = frame.groupby("c")["s"].rank() * frame["y"]
-    of = frame.groupby("c").agg(rows=("y", "size"), positives=("y", "sum"), ranks=("r", "sum"))
-    of = of[(of.positives > 0) & (of.positives < of.rows)]
-    if of.empty:
+    aucs, rows = auc_by_request(clusters.astype(np.int64), scores, labels)
+    both = np.flatnonzero(~np.isnan(aucs))
+    if not len(both):
         return Estimate(math.nan, np.full(count, math.nan))
-    aucs = (of.ranks - of.positives * (of.positives + 1) / 2) / (of.positives * (of.rows - of.positives))
-    value = float(np.average(aucs, weights=of.rows))
+    value = float(np.average(aucs[both], weights=rows[both]))
     influence = np.zeros(count)
-    influence[of.index.to_numpy()] = (of.rows * (aucs - value) / of.rows.sum()).to_numpy()
+    influence[both] = rows[both] * (aucs[both] - value) / rows[both].sum()
     return Estimate(value, influence)
 
 

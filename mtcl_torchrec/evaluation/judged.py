@@ -24,6 +24,7 @@ def evaluate_table(
     segments: Sequence[str] = (),
     bootstrap: int = 0,
     seed: int = 0,
+    popular: bool = True,
 ) -> Evaluation:
     """Everything there is to know of the predictions of a run, or of a baseline.
 
@@ -34,6 +35,7 @@ def evaluate_table(
         segments: names as of `mtcl_torchrec.evaluation.segments.segment_values`.
         bootstrap: draws of users for the intervals; 0 is none.
         seed: of the draws.
+        popular: whether the rows are ranked by popularity, too, and the fused score is held against that.
 
     Raises:
         DataError: a segment, or a task of `table.values`, that is not there.
@@ -50,7 +52,7 @@ def evaluate_table(
     predictions = {name: table.predicted(name) for name in table.predicted_names}
     if table.score is not None:
         predictions["score"] = table.score
-    popularity, clusters = table.popular, clusters_of(table)
+    popularity, clusters = table.popular if popular else None, clusters_of(table)
     labels = [table.labels(task.name) for task in table.tasks]
     found = evaluate_predictions(
         table.tasks,
@@ -71,14 +73,16 @@ def evaluate_table(
     if bootstrap:
         parts = resampled_metrics(table, clusters, k=k, values=table.values)
         sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, unsure=unsure_of(table, clusters))
-    judged = [key.removeprefix("auc ") for key in found.ranking.get("fused", {}) if key.startswith("auc ")]
-    unwanted = {task for task, value in table.values.items() if value < 0}
-    popular = against_popularity(table, judged, *clusters, unwanted=unwanted)
-    return replace(found, values=dict(table.values), segments=apart, intervals=sure, against_popularity=popular)
+    held_against = {}
+    if popularity is not None:
+        judged = [key.removeprefix("auc ") for key in found.ranking.get("fused", {}) if key.startswith("auc ")]
+        unwanted = {task for task, value in table.values.items() if value < 0}
+        held_against = against_popularity(table, judged, *clusters, unwanted=unwanted)
+    return replace(found, values=dict(table.values), segments=apart, intervals=sure, against_popularity=held_against)
 
 
 def _of_segment(rows: PredictionsTable, k: Sequence[int]) -> dict:
-    found = evaluate_table(rows, k=k)
+    found = evaluate_table(rows, k=k, popular=False)
     return {
         "rows": found.rows,
         "tasks": found.tasks,

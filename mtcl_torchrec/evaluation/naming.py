@@ -44,7 +44,7 @@ MEASURES = {
     "ne": Measure("NE", "normalised entropy: log-loss relative to always predicting the base rate; below 1 is better "
                   "than that", "lower", high=_ANY),
     "brier": Measure("Brier", "mean squared distance of the probability from what happened (1 or 0)", "lower"),
-    "calibration": Measure("predicted / observed", "calibration: predicted over observed events; 1 is right on "
+    "calibration": Measure("calibration", "predicted over observed events (of a regression: labels); 1 is right on "
                            "average", "", high=_ANY, short="calib."),
     "ece": Measure("ECE", "expected calibration error: the mean distance of predicted and observed rates, in 15 bins "
                    "of equally many rows", "lower"),

@@ -238,9 +238,9 @@ def _classes(
 
     def of(drawn: np.ndarray) -> np.ndarray:
         found = plain.of(drawn)
-        share = np.stack([np.bincount(y, w[cluster] * by, p.shape[1]) for w in drawn])
-        total = share.sum(1, keepdims=True)
-        share = share / np.where(total > 0, total, 1)
+        sums = np.stack([np.bincount(y, w[cluster] * by, p.shape[1]) for w in drawn]).astype(np.float64)
+        total = sums.sum(1, keepdims=True)
+        share = sums / np.where(total > 0, total, 1)
         entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
         ne = np.where(entropy > 0, found[:, 0] / np.where(entropy > 0, entropy, 1), np.nan)
         return np.concatenate([found, ne[:, None]], 1)

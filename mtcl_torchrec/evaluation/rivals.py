@@ -96,7 +96,12 @@ class Ranked:
 
 
 def ranked_events(
-    table: PredictionsTable, tasks: Sequence[str], clusters: np.ndarray, count: int | None = None
+    table: PredictionsTable,
+    tasks: Sequence[str],
+    clusters: np.ndarray,
+    count: int | None = None,
+    *,
+    against: Collection[str] = (HEAD, POPULARITY),
 ) -> list[Ranked]:
     """The fused score, each event's own head, and popularity, on the same rows.
 
@@ -104,6 +109,7 @@ def ranked_events(
         table: with a score.
         tasks: binary ones.
         clusters, count: whose rows are drawn together; see `mtcl_torchrec.evaluation.estimates`.
+        against: what the fused score is held against.
 
     Returns:
         One for each task that has rows with and without the event.
@@ -111,17 +117,19 @@ def ranked_events(
     found = []
     for task in tasks:
         rankings = {FUSED: table.score}
-        if task in table.predicted_names:
+        if HEAD in against and task in table.predicted_names:
             rankings[HEAD] = table.predicted(task)
-        if table.popular is not None:
+        if POPULARITY in against and table.popular is not None:
             rankings[POPULARITY] = table.popular
-        labels, metric, estimate = table.labels(task), "auc", auc_estimate
+        labels = table.labels(task)
+        metric, estimates = "auc", dict[str, Estimate]()
         if table.users is not None:
             within = np.where(np.isnan(table.users), np.nan, labels)  # rows of no known user are in no user's ranking
-            assert table.score is not None
-            if not math.isnan(gauc_estimate(within, table.score, clusters, count).value):
-                labels, metric, estimate = within, "gauc", gauc_estimate
-        estimates = {n: estimate(labels, s, clusters, count) for n, s in rankings.items() if s is not None}
+            found_within = {n: gauc_estimate(within, s, clusters, count) for n, s in rankings.items() if s is not None}
+            if FUSED in found_within and not math.isnan(found_within[FUSED].value):
+                labels, metric, estimates = within, "gauc", found_within
+        if not estimates:
+            estimates = {n: auc_estimate(labels, s, clusters, count) for n, s in rankings.items() if s is not None}
         if FUSED in estimates and not math.isnan(estimates[FUSED].value):
             found.append(Ranked(task, metric, estimates, too_little(labels, clusters)))
     return found
@@ -149,7 +157,7 @@ def against_popularity(
     if table.score is None or table.popular is None:
         return {}
     found = {}
-    for of in ranked_events(table, tasks, clusters, count):
+    for of in ranked_events(table, tasks, clusters, count, against=(POPULARITY,)):
         gap = of.gap(POPULARITY, unwanted=of.task in unwanted)
         found[of.task] = {"metric": of.metric, **_without(asdict(gap), "task", "against"), "fused_is": word_of(gap)}
     return found

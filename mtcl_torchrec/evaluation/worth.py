@@ -103,8 +103,8 @@ def gains(table: PredictionsTable, k: int) -> list[Gain]:
     best = max(heads, key=lambda name: float(found[name].sum()), default=None)
     events = int(np.count_nonzero(reward))
     told = []
-    for name in (best, POPULARITY):
-        if name is None or name not in found or found[name].sum() <= 0:
+    for name in ([] if best is None else [best]) + [POPULARITY]:
+        if name not in found or found[name].sum() <= 0:
             continue
         ratio = ratio_estimate(found[""] - found[name], found[name], clusters)
         told.append(Gain(name, k, ratio.value, ratio.error if events >= FEWEST else math.nan))

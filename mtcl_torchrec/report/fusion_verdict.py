@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from mtcl_torchrec.evaluation.confidence import SURE
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE
 from mtcl_torchrec.evaluation.rivals import Gap, sign_of
 from mtcl_torchrec.evaluation.worth import POPULARITY, Gain
 from mtcl_torchrec.report.facts import Event
@@ -16,28 +16,44 @@ AHEAD = 1.5  # times the share of the next task: from there on, a task of half t
 HEARD = 0.05  # share of the ranking from which on a task is said to decide it
 
 
-def worth_in_a_line(gains: Sequence[Gain], values: Mapping[str, float]) -> str:
+def worth_in_a_line(gains: Sequence[Gain]) -> str:
     """What ranking by the fused score brings, in per cent; empty where that is not known.
 
     Args:
         gains: see `mtcl_torchrec.evaluation.worth.gains`.
-        values: task -> what its event is worth.
 
     Example:
-        >>> worth_in_a_line([Gain("click", 5, 0.031, 0.004)], {"click": 1})[50:]
-        'quest bring +3.1 % ± 0.8 (value@5) against the best single head (click). Counted: click 1.'
+        >>> worth_in_a_line([Gain("click", 5, 0.031, 0.004)])[26:]
+        'the first 5 rows of a request bring +3.1 % ± 0.8 against the best single head (click).'
     """
     if not gains:
         return ""
     said = []
-    for n, gain in enumerate(gains):
+    for gain in gains:
         half = "" if math.isnan(gain.error) else f" ± {100 * SURE * gain.error:.1f}"
         of = POPULARITY if gain.against == POPULARITY else f"the best single head ({gain.against})"
         doubt = "" if gain.sure else ", which is too close to call" if half else ", of too few events to be sure"
-        said.append(f"{signed(100 * gain.ratio, 1)} %{half}{f' (value@{gain.k})' if not n else ''} against {of}{doubt}")
+        said.append(f"{signed(100 * gain.ratio, 1)} %{half} against {of}{doubt}")
+    return f"What the fusion is worth: the first {gains[0].k} rows of a request bring {', and '.join(said)}."
+
+
+def worth_explained(k: int, values: Mapping[str, float], choice: float | None) -> str:
+    """What is counted in it.
+
+    Args:
+        k: rows of a request that are shown.
+        values: task -> what its event is worth.
+        choice: the share of requests that have more than k rows.
+
+    Example:
+        >>> worth_explained(5, {"click": 1.0, "like": 8.0}, 0.25)[:72]
+        'That is value@5: what happened to these rows, worth click 1, like 8; 25%'
+    """
     counted = ", ".join(f"{task} {value:g}" for task, value in values.items())
-    first = f"What the fusion is worth: the first {gains[0].k} rows of a request bring "
-    return f"{first}{', and '.join(said)}. Counted: {counted}."
+    line = f"That is value@{k}: what happened to these rows, worth {counted}; "
+    if choice is not None:
+        line += f"{choice:.0%} of the requests have more than {k} rows: in all others the order changes nothing; "
+    return f"{line}{PLUS_MINUS}."
 
 
 def what_does_fusion(

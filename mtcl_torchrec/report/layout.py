@@ -8,6 +8,16 @@ from mtcl_torchrec.report.studio import Picture
 from mtcl_torchrec.report.tables import Table
 from mtcl_torchrec.report.verdict import Answer
 
+TERMS = [  # of the page's glossary, before the measures
+    ("task", "what is predicted of a row: whether an event happens, which class, or a number"),
+    ("head", "the part of the network that predicts one task; an event's own head ranks by that prediction alone"),
+    ("fused score", "one number in [0, 1] made of all heads' predictions, by which rows are ranked"),
+    ("request", "rows that are ranked against each other: of a request, or else of a user"),
+    ("popularity", "the share of an item's training rows in which the first binary task's event happened, smoothed"),
+    ("twin", "the same network, trained on one task alone"),
+    ("expert, gate", "a part of the network that tasks share, and what decides how much of each a task takes"),
+]
+
 
 @dataclass
 class Section:
@@ -41,7 +51,7 @@ class Report:
         answers: the verdict.
         sections: in the order of the page.
         notes: what is missing altogether.
-        worth: what the fused score is worth, in a line; empty where that is not known.
+        worth, worth_note: what the fused score is worth, in a line, and what that counts; empty where it is not known.
         glossary: label and explanation of each measure on the page.
     """
 
@@ -51,4 +61,5 @@ class Report:
     sections: list[Section]
     notes: list[str]
     worth: str = ""
+    worth_note: str = ""
     glossary: list[tuple[str, str]] = field(default_factory=list)

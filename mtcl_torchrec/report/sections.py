@@ -21,9 +21,9 @@ from mtcl_torchrec.report.facts import (
     untuned,
 )
 from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
-from mtcl_torchrec.report.fusion_verdict import what_does_fusion, worth_in_a_line
+from mtcl_torchrec.report.fusion_verdict import what_does_fusion, worth_explained, worth_in_a_line
 from mtcl_torchrec.report.knowable import knowable_picture, knowable_sentence, knowable_table
-from mtcl_torchrec.report.layout import Report, Section
+from mtcl_torchrec.report.layout import TERMS, Report, Section
 from mtcl_torchrec.report.segments import segment_tables
 from mtcl_torchrec.report.sharing import do_tasks_help
 from mtcl_torchrec.report.studio import Studio
@@ -88,19 +88,21 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
             Section("run", "The run itself", _diagnosis(run), [], [origin_table(run)], code=run.run_yaml),
         ],
         run.missing,
-        _worth(run),
-        glossary(_measures(run)),
+        *_worth(run),
+        [*TERMS, *glossary(_measures(run))],
     )
 
 
-def _worth(run: RunContents) -> str:
+def _worth(run: RunContents) -> tuple[str, str]:
+    """What the fused score is worth at the shortest length that leaves a choice, and what that counts."""
     table = run.table
     if table is None or run.fused_anew:
-        return ""
+        return "", ""
     for k in run.lengths:
         if found := gains(table, k):
-            return worth_in_a_line(found, table.values)
-    return ""
+            choice = (run.evaluation["ranking"].get("fused") or {}).get(f"choice@{k}")
+            return worth_in_a_line(found), worth_explained(k, table.values, choice)
+    return "", ""
 
 
 def _measures(run: RunContents) -> list[str]:
@@ -148,8 +150,8 @@ def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
     if section.tables:
         section.text.append(
             "AUC 0.5 is guessing, 1 is perfect; GAUC is AUC within one user's rows. NE is log-loss relative to always "
-            "predicting the base rate: below 1 is better than that. Predicted / observed is 1 where probabilities are "
-            "right on average."
+            "predicting the base rate: below 1 is better than that. Calibration, predicted over observed events, is 1 "
+            "where probabilities are right on average."
         )
     empty = [fact.task for fact in facts if not fact.metrics.get("count")]
     section.missing += [f"{task} has no label in these rows: there is nothing to judge it by." for task in empty]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mtcl_torchrec.evaluation.rivals import WORDS
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights
 
 MOST_LINES = 8
@@ -30,7 +31,6 @@ LEARNT = 0.51  # AUC from which on a task has learnt something
 FAR = 1.25  # predicted events for each that came, or the other way round, that chance does not explain
 STEADY, STEADY_FOR = {"auc": 0.004, "r2": 0.004, "ne": 0.003}, 2  # a loss that grew in so many epochs, one by one
 MENDS = "`calibration:` mends levels"
-BELOW = 0.002  # AUC by which a score is worse than popularity
 DROPPED = {"auc": 0.01, "r2": 0.02, "ne": 0.02}  # from a task's best epoch to the kept one
 
 Metrics = Mapping[str, "float | None"]
@@ -47,7 +47,7 @@ def diagnose(
     best_epoch: int = 0,
     *,
     calibrated: Collection[str] = (),
-    ranking: Mapping[str, Metrics] | None = None,
+    popular: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """What is worth saying about a training, the most important first: at most `MOST_LINES` lines.
 
@@ -56,7 +56,7 @@ def diagnose(
         epochs: validation metrics by task, of each epoch.
         best_epoch: the kept one, from 1; 0 where there is none.
         calibrated: tasks whose predictions are calibrated after training, so that their level says nothing.
-        ranking: of the validation split, as `mtcl_torchrec.evaluation.report.Evaluation` has it.
+        popular: of the validation split, what `mtcl_torchrec.evaluation.rivals.against_popularity` found.
 
     Example:
         >>> gates = [GateUse(1, "click", [0.5, 0.5, 0.0], 0.6), GateUse(1, "like", [0.7, 0.29, 0.01], 0.6)]
@@ -76,7 +76,7 @@ def diagnose(
         defined = [{task: _defined(of) for task, of in epoch.items()} for epoch in epochs]
         found += _about_metrics(defined, best_epoch)
         found += _about_levels({t: m for t, m in defined[best_epoch - 1].items() if t not in calibrated})
-        found += _about_popularity(ranking or {}, defined[best_epoch - 1])
+        found += _about_popularity(popular or {})
     found.sort(key=lambda finding: -finding.weight)
     lines = [finding.sentence for finding in found]
     if len(lines) > MOST_LINES:
@@ -233,18 +233,12 @@ def _far_off(kept: Mapping[str, Metrics]) -> dict[str, float]:
     return found
 
 
-def _about_popularity(ranking: Mapping[str, Metrics], kept: Mapping[str, Metrics]) -> Iterator[_Finding]:
-    """Events that the fused score finds less well than the popularity of items does."""
-    ours, popular = ranking.get("fused", {}), ranking.get("popular", {})
-    below = {
-        task: (score, rival)
-        for task, metrics in kept.items()
-        if (score := ours.get(f"auc {task}")) is not None and (rival := popular.get(f"auc {task}")) is not None
-        if rival - score > BELOW and _chance(metrics) <= VAGUE
-    }
+def _about_popularity(popular: Mapping[str, Mapping[str, Any]]) -> Iterator[_Finding]:
+    """Events that the fused score surely finds less well than the popularity of items does."""
+    below = {task: of for task, of in popular.items() if of["fused_is"] == WORDS[-1]}
     if below:
-        pairs = ", ".join(f"{score:.3f} against {rival:.3f}" for score, rival in below.values())
-        yield _Finding(2.2, f"{_listed(below)}: popularity ranks better than the fused score (validation AUC {pairs})")
+        by = ", ".join(f"{abs(of['difference']):.3f} {of['metric'].upper()}" for of in below.values())
+        yield _Finding(2.2, f"{_listed(below)}: popularity ranks better than the fused score (by {by} on validation)")
 
 
 def _span(values: Sequence[float], digits: int) -> str:

@@ -180,7 +180,7 @@ def _train(
     evaluations = judge(run, folder, plain_model(state.model), preprocessor, splits, calibration, where)
     diagnosis = diagnose(
         history.balance, history.epochs, history.best_epoch, calibrated=calibrated,
-        ranking=evaluations["val"].ranking if "val" in evaluations else None,
+        popular=evaluations["val"].against_popularity if "val" in evaluations else None,
     )  # fmt: skip
     say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     if where.first:
