@@ -121,8 +121,8 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
     for name, why in fitted.about["left_out"].items():
         console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
     _warn_of_short_requests(fitted, held_out, console)
-    for line in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for said in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     console.print()
     weight = "starts at" if fitted.combiner.learns else "weight"
     table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "sd of folds", "of the ranking"])
