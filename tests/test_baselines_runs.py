@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import shop
 
-from mtcl_torchrec.baselines import BASELINES, Budget, run_baselines
+from mtcl_torchrec.baselines import ABOUT, BASELINES, Budget, run_baselines
 from mtcl_torchrec.baselines import run as baselines_run
 from mtcl_torchrec.baselines.progress import Doing
 from mtcl_torchrec.baselines.search import Found
@@ -324,3 +326,38 @@ def test_another_configuration_or_other_files_are_another_run(folder):
     shop.log(1500, seed=1).to_parquet(folder / "runs/log.parquet", index=False)
     (folder / "runs/one/run.yaml").write_text(SMALL.replace("log: log", "log: ../log"))
     assert run_directory_of(run, folder / "runs") is None
+
+
+def test_a_network_has_trials_of_its_own(mtcl, folder):
+    arguments = ("baselines", "run.yaml", "--only", "unweighted,popularity", "-o", "out", "--device", "cpu")
+    status, shown, _ = mtcl(*arguments, "--trials", 3, "--network-trials", 2)
+    assert status == 0
+    assert "unweighted: all tasks, 2 trials, " in shown
+    entry = json.loads((folder / "out/baselines.json").read_text())["unweighted"]
+    assert (entry["trials"], entry["budget"]["trials"]) == (2, 2)
+    assert entry["searched"]["all tasks"][0]["settings"] == {"tables_lr": 1.0, "dense_lr": 1.0}  # the run's own first
+    # More trials of the others leave it as it is.
+    shown = mtcl(*arguments, "--trials", 2, "--network-trials", 2)[1]
+    assert "unweighted: done before" in shown
+    assert "popularity: done before" not in shown
+
+
+def test_which_baselines_there_are_is_told_without_any_library(mtcl):
+    status, shown, _ = mtcl("baselines", "--list")
+    assert status == 0
+    assert list(ABOUT) == list(BASELINES)
+    assert [line.split()[0] for line in shown.splitlines()] == list(ABOUT)
+    assert all(line.rstrip().endswith(about) for line, about in zip(shown.splitlines(), ABOUT.values(), strict=True))
+    status, _, error = mtcl("baselines")
+    assert (status, error) == (
+        2, "mtcl: which run is it to be compared with?  mtcl baselines run.yaml, or mtcl baselines RUN_DIR\n",
+    )  # fmt: skip
+    # The list itself: in a bare package, nothing heavy is imported for it.
+    code = (
+        "import sys, types; package = types.ModuleType('mtcl_torchrec'); package.__path__ = [sys.argv[1]]; "
+        "sys.modules['mtcl_torchrec'] = package; import mtcl_torchrec.baselines as found; print(*found.ABOUT); "
+        "print({'torch', 'torchrec', 'numpy', 'scipy', 'sklearn', 'pandas'} & set(sys.modules))"
+    )
+    where = Path(baselines_run.__file__).parent.parent
+    lines = subprocess.run([sys.executable, "-c", code, str(where)], capture_output=True, text=True, check=True).stdout
+    assert lines.splitlines() == [" ".join(BASELINES), "set()"]

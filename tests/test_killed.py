@@ -74,7 +74,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.full)])
 def test_fuse_that_is_killed_at_any_step_leaves_the_old_score_or_the_new_one(trained, fuse, stride):
     place = trained.parent / f"lives-{stride}"
     place.mkdir()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from mtcl_torchrec.cli.fitted import _plus_minus, verdict_lines
+from mtcl_torchrec.cli.fitted import _gain, _plus_minus, verdict_lines
 from mtcl_torchrec.data.impressions import draw_impressions
 from mtcl_torchrec.fusing import HeldOut, fit_fusion
 from mtcl_torchrec.fusing.rivals import does_fusing_pay
@@ -119,5 +119,6 @@ def test_a_usable_k_leaves_a_fifth_of_the_requests_a_choice():
 def test_numbers_that_round_to_nothing_are_not_printed_as_minus_nothing():
     assert _plus_minus(-0.00004, 0.0003) == "0.0000 ± 0.0003"
     assert _plus_minus(-0.000004, 0.00003) == "-4e-06 ± 3e-05"
-    assert _plus_minus(0.0, 0.0) == "the same"
+    assert _plus_minus(0.0, 0.0) == "0"
+    assert _gain(0.0, 0.0) == "the same"
     assert _plus_minus(float("nan"), 0.1) == "–"

@@ -29,13 +29,14 @@ def fit_linear(data: BaselineData, task: Task, settings: Settings) -> Prediction
     column = data.column(task)
     at = data.train.labelled(column)
     designs = one_hot(data, task)
+    train = designs["train"] if len(at) == len(data.train) else designs["train"][at]
     labels = data.train.labels[at, column].astype(np.float64)
     weights = None if data.train.weights is None else data.train.weights[at, column]
     if task.kind == "regression":
         mean, spread = labels.mean(), labels.std() or 1.0
         # No intercept: every row has as many one-hot columns, whose coefficients can add up to one.
         ridge = Ridge(alpha=1 / settings["C"], solver="lsqr", fit_intercept=False, max_iter=_ITERATIONS)
-        ridge.fit(designs["train"][at], (labels - mean) / spread, weights)
+        ridge.fit(train, (labels - mean) / spread, weights)
         return {
             split: {task.name: (mean + spread * ridge.predict(designs[split])).astype(np.float32)}
             for split in data.held_out
@@ -43,7 +44,7 @@ def fit_linear(data: BaselineData, task: Task, settings: Settings) -> Prediction
     model = LogisticRegression(C=settings["C"], max_iter=_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(designs["train"][at], labels, weights)
+        model.fit(train, labels, weights)
     found: Predictions = {}
     for split in data.held_out:
         shares = model.predict_proba(designs[split]).astype(np.float32)

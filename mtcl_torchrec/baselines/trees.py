@@ -28,13 +28,15 @@ SPACE = {
 }
 MAX_CLASSES = 8  # of a multiclass task: each has a tree in every iteration, and a target encoding of every feature
 ITERATIONS = 200
-_EVERY = 10  # iterations between two looks at the validation split
+PATIENCE = 20  # iterations in which the loss on the validation split does not fall, and none is added
+_EVERY = 5  # iterations between two looks at the ranking of the validation split
 
 
 def fit_trees(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0) -> Predictions:
     """Fit on the training rows that have the task's label; the validation split says after how many trees to stop.
 
-    Ids and bags are target-encoded out of fold, see `target_means`.
+    No more are grown when its loss falls no longer, and of those that were, as many predict as rank it best.  Ids and
+    bags are target-encoded out of fold, see `target_means`, once for all trials of equal smoothing.
 
     Args:
         settings: ``smoothing`` of the encoding, and arguments of `HistGradientBoostingClassifier`.
@@ -42,24 +44,20 @@ def fit_trees(data: BaselineData, task: Task, settings: Settings, *, seed: int =
     """
     column = data.column(task)
     at = data.train.labelled(column)
-    labels = data.train.labels[at, column]
-    events = [labels == c for c in range(task.out_features)] if task.kind == "multiclass" else [labels]
-    encodings = [target_means(data, task, at, event, settings["smoothing"], seed) for event in events]
-    design = np.hstack([dense_columns(data, task, data.train)[at], *(encoded for encoded, _ in encodings)])
+    train, held_out = _designs(data, task, at, settings["smoothing"], seed)
+    labels = data.held_out["val"].labels[:, column]
+    stop = _stopping_rows(task, held_out["val"], labels, data.train.labels[at, column])
     options: dict[str, Any] = {name: value for name, value in settings.items() if name != "smoothing"}
     kind = HistGradientBoostingRegressor if task.kind == "regression" else HistGradientBoostingClassifier
-    model = kind(max_iter=ITERATIONS, early_stopping=False, random_state=seed, **options)
+    model = kind(
+        max_iter=ITERATIONS, early_stopping=bool(stop), n_iter_no_change=PATIENCE, tol=0.0, random_state=seed, **options
+    )
     weights = None if data.train.weights is None else data.train.weights[at, column]
-    model.fit(design, labels, weights)
-    del design
-    held_out = {
-        split: np.hstack([dense_columns(data, task, rows), *(later(rows) for _, later in encodings)])
-        for split, rows in data.held_out.items()
-    }
-    labels, best = data.held_out["val"].labels[:, column], (-np.inf, 0)
+    model.fit(train, data.train.labels[at, column], weights, **stop)
+    best, last = (-np.inf, 0), model.n_iter_
     found: Predictions = {split: {} for split in held_out}
     for number, predicted in enumerate(_staged(model, held_out["val"], task), 1):
-        if number % _EVERY:
+        if number % _EVERY and number != last:
             continue
         quality = task_quality(task, task_metrics(task, labels, predicted))
         if quality > best[0] or not best[1]:
@@ -68,6 +66,35 @@ def fit_trees(data: BaselineData, task: Task, settings: Settings, *, seed: int =
         stages = _staged(model, held_out[split], task)
         found[split] = {task.name: next(p for number, p in enumerate(stages, 1) if number == best[1])}
     return found
+
+
+def _designs(
+    data: BaselineData, task: Task, at: np.ndarray, smoothing: float, seed: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(n, d) of the task's training rows, and (N, d) of each held-out split; kept while the task's trials last."""
+    key = ("trees", task.name, smoothing, seed)
+    if key not in data.designs:
+        for other in [k for k in data.designs if k[0] == "trees" and k[1] != task.name]:
+            del data.designs[other]
+        labels = data.train.labels[at, data.column(task)]
+        events = [labels == c for c in range(task.out_features)] if task.kind == "multiclass" else [labels]
+        encodings = [target_means(data, task, at, event, smoothing, seed) for event in events]
+        data.designs[key] = (
+            np.hstack([dense_columns(data, task, data.train)[at], *(encoded for encoded, _ in encodings)]),
+            {
+                split: np.hstack([dense_columns(data, task, rows), *(later(rows) for _, later in encodings)])
+                for split, rows in data.held_out.items()
+            },
+        )
+    return data.designs[key]
+
+
+def _stopping_rows(task: Task, design: np.ndarray, labels: np.ndarray, trained: np.ndarray) -> dict[str, np.ndarray]:
+    """The validation rows whose loss can be told, as `fit` takes them; nothing where there is none."""
+    known = ~np.isnan(labels)
+    if task.kind != "regression":
+        known &= np.isin(labels, np.unique(trained))  # a class that no training row has has no probability
+    return {"X_val": design[known], "y_val": labels[known]} if known.any() else {}
 
 
 def _staged(model: Any, design: np.ndarray, task: Task) -> Iterator[np.ndarray]:

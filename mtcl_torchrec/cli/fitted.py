@@ -34,16 +34,16 @@ SURE = "± is half of a 95 % interval"
 
 
 def _plus_minus(mean: float, half: float, digits: int = 4) -> str:
-    """A number and half of its interval; what rounds to nothing at all is told as such.
+    """A number and half of its interval; what would round to nothing has other digits.
 
     Example:
         >>> _plus_minus(0.12, 0.01), _plus_minus(-0.00001, 0.00002), _plus_minus(0.0, 0.0)
-        ('0.1200 ± 0.0100', '-1e-05 ± 2e-05', 'the same')
+        ('0.1200 ± 0.0100', '-1e-05 ± 2e-05', '0')
     """
     if math.isnan(mean):
         return "–"
     if mean == 0 and half == 0:
-        return "the same"
+        return "0"
     nothing = 0.5 * 10**-digits
     if half > 0 and abs(mean) < nothing and half < nothing:
         return f"{mean:.1g} ± {half:.1g}"
@@ -81,7 +81,8 @@ def verdict_lines(verdict: Verdict, of: str) -> list[str]:
         digits = 1 if unit and lead[1] >= 0.05 else 2 if unit else 4
         said = f"{_signed(lead[0], digits)}{unit}"
         said += "" if math.isnan(lead[1]) else f" ± {lead[1]:.{digits}f}{unit}"
-        parts.append(f"{said} on {other} ({rival.worth:.4f})" + ", no difference that counts" * (rival.sign == 0))
+        unsure = ", how sure is not known" if math.isnan(rival.half) else ", no difference that counts"
+        parts.append(f"{said} on {other} ({rival.worth:.4f})" + unsure * (rival.sign == 0))
     word = {"yes": "Yes", "no": "No", "not shown": "Not shown"}[verdict.word]
     lines = [f"Does fusing pay?  {word}: {verdict.measure} {verdict.worth:.4f} {of}, {'; '.join(parts)}"]
     known = any(not math.isnan(rival.half) for rival in verdict.rivals)
@@ -120,8 +121,8 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
     for name, why in fitted.about["left_out"].items():
         console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
     _warn_of_short_requests(fitted, held_out, console)
-    for line in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for said in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     console.print()
     weight = "starts at" if fitted.combiner.learns else "weight"
     table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "sd of folds", "of the ranking"])
@@ -140,7 +141,11 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
 
 def _lead(name: str, head: str, better: float, half: float) -> str:
     """By how much a line is better than the best head; of that head itself there is nothing to say."""
-    return "" if name == f"head {head}" else _plus_minus(better, half)
+    return "" if name == f"head {head}" else _gain(better, half)
+
+
+def _gain(better: float, half: float) -> str:
+    return "the same" if better == 0 and half == 0 else _plus_minus(better, half)
 
 
 def _warn_of_short_requests(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
@@ -180,7 +185,7 @@ def print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], ta
     table = plain_table("", ["ranked by", goal.name, "fused is better by"])
     sure = quantile_of(len(np.unique(held_out.clusters)))
     for line in lines.to_dict("records"):
-        gain = "" if line["name"] == "fused" else _plus_minus(float(line["better"]), sure * float(line["better_error"]))
+        gain = "" if line["name"] == "fused" else _gain(float(line["better"]), sure * float(line["better_error"]))
         table.add_row(str(line["name"]), _plus_minus(float(line["target"]), sure * float(line["error"])), gain)
     console.print(table)
     found = does_fusing_pay(held_out, held_out.scores(fused), tasks, goal, values)
