@@ -60,7 +60,8 @@ def test_slow_data_is_measured_told_and_kept(data, tmp_path):
     waiting, seconds, slept, said = train_slowly(data, tmp_path / "run", 0.05)
     # Not less than was slept, and not more than sleeping and making the batches.
     assert sum(w * s for w, s in zip(waiting, seconds, strict=True)) == pytest.approx(slept, rel=0.3)
-    assert len(waiting) == 2 and min(waiting) > 0.1
+    assert len(waiting) == 2
+    assert min(waiting) > 0.1
     assert said.count(TOLD) == 2
     stored = json.loads((tmp_path / "run/metrics.json").read_text())
     assert stored["history"]["waiting"] == waiting
@@ -77,7 +78,8 @@ def test_data_that_is_there_is_not_told_of(data, tmp_path):
 def test_all_ranks_know_the_one_that_waits_longest(data, tmp_path):
     (first, *_), (second, _, slept, _) = run_ranks(train_slowly, 2, data, tmp_path / "run", 0.05, (1,))
     assert first == second
-    assert slept > 0 and min(first) > 0.1
+    assert slept > 0
+    assert min(first) > 0.1
 
 
 def test_a_wait_that_ends_in_an_error_counts_and_the_error_passes():
