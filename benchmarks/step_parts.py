@@ -2,8 +2,9 @@
 
 The step is made by hand as TorchRec's ``base`` pipeline makes it: next batch, copy, forward, backward, optimizer.  The
 sharded embedding collection is asked for its input dist, lookup and output dist one after the other; hooks around
-modules and around autograd's nodes tell the rest.  On CUDA the device is waited for at each of these points, so a part
-is what it takes alone; the sum is more than a step takes in a pipeline that overlaps.
+modules and around autograd's nodes tell the rest.  On CUDA these points are events on the stream, so that nothing is
+waited for on the way: a part is what it takes when it overlaps with no other, and the time in which the device waits
+for its host is in the part that was late.
 """
 
 from __future__ import annotations
@@ -40,25 +41,41 @@ PARTS = {
 }
 
 
+Moment = Any  # seconds on the host, or an event on the device's stream
+
+
 class _Clock:
     """Adds up milliseconds by part."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ms: dict[str, float] = defaultdict(float)
+        self._spans: dict[str, list[tuple[Moment, Moment]]] = defaultdict(list)
 
-    def now(self) -> float:
-        """Milliseconds, once the device has done all it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1000
+    def now(self) -> Moment:
+        """This moment, in what the device is given to do."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, part: str, start: Moment) -> None:
+        """Count the time from then to now."""
+        self._spans[part].append((start, self.now()))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time a block."""
         start = self.now()
         yield
-        self.ms[name] += self.now() - start
+        self.add(name, start)
+
+    def ms(self) -> dict[str, float]:
+        """Part -> milliseconds so far; waits for the device."""
+        if self.device.type != "cuda":
+            return {part: sum(end - start for start, end in of) * 1000 for part, of in self._spans.items()}
+        torch.cuda.synchronize(self.device)
+        return {part: sum(start.elapsed_time(end) for start, end in of) for part, of in self._spans.items()}
 
 
 def take_apart(
@@ -93,8 +110,13 @@ def take_apart(
             with clock.part("optimizer"):
                 optimizer.step()
                 schedule.step()
-        total = (clock.now() - started) / steps
-    ms = {part: clock.ms[part] / steps for part in PARTS}
+        clock.add("step", started)
+    spent = defaultdict(float, clock.ms())
+    # Hooks tell the whole tower, the backward pass to its end, and what lies within them.
+    spent["heads"] += spent["tower"] - spent["trunk"]
+    spent["dense all-reduce"] -= spent["embedding backward"] + spent["gradient dist"]
+    ms = {part: spent[part] / steps for part in PARTS}
+    total = spent["step"] / steps
     return {"step": total, **ms, "other": total - sum(ms.values())}
 
 
@@ -136,17 +158,16 @@ def _timed_forward(model: nn.Module, clock: _Clock) -> Iterator[_Graph]:
         collection.forward = forward
         undo.callback(setattr, collection, "forward", before)
         yield graph
-    clock.ms["heads"] += clock.ms.pop("tower") - clock.ms["trunk"]
 
 
 def _time_module(module: nn.Module, part: str, clock: _Clock, undo: ExitStack) -> None:
-    started: list[float] = []
+    started: list[Moment] = []
 
     def before(*_: Any) -> None:
         started.append(clock.now())
 
     def after(*_: Any) -> None:
-        clock.ms[part] += clock.now() - started.pop()
+        clock.add(part, started.pop())
 
     undo.callback(module.register_forward_pre_hook(before).remove)
     undo.callback(module.register_forward_hook(after).remove)
@@ -156,19 +177,20 @@ def _backward(loss: torch.Tensor, graph: _Graph, clock: _Clock) -> None:
     """The backward pass, cut where it reaches the pooled embeddings, and below there timed node by node."""
     lookups = _nodes_below([t.grad_fn for t in graph.looked_up])
     exchange = _nodes_below([graph.pooled.grad_fn]) - lookups
-    reached: list[float] = []
+    reached: list[Moment] = []
+
+    def reaches(_: torch.Tensor) -> None:
+        clock.add("dense backward", started)
+        reached.append(clock.now())
+
     with ExitStack() as undo:
-        undo.callback(graph.pooled.register_hook(lambda _: reached.append(clock.now())).remove)
+        undo.callback(graph.pooled.register_hook(reaches).remove)
         for nodes, part in ((lookups, "embedding backward"), (exchange, "gradient dist")):
             for node in nodes:
                 _time_node(node, part, clock, undo)
         started = clock.now()
-        sparse_before = clock.ms["embedding backward"] + clock.ms["gradient dist"]
         loss.backward()
-        end = clock.now()
-    sparse = clock.ms["embedding backward"] + clock.ms["gradient dist"] - sparse_before
-    clock.ms["dense backward"] += reached[0] - started
-    clock.ms["dense all-reduce"] += end - reached[0] - sparse
+        clock.add("dense all-reduce", reached[0])
 
 
 def _nodes_below(roots: list[Any]) -> set[Any]:
@@ -184,13 +206,13 @@ def _nodes_below(roots: list[Any]) -> set[Any]:
 
 
 def _time_node(node: Any, part: str, clock: _Clock, undo: ExitStack) -> None:
-    started: list[float] = []
+    started: list[Moment] = []
 
     def before(_: Any) -> None:
         started.append(clock.now())
 
     def after(*_: Any) -> None:
-        clock.ms[part] += clock.now() - started.pop()
+        clock.add(part, started.pop())
 
     undo.callback(node.register_prehook(before).remove)
     undo.callback(node.register_hook(after).remove)

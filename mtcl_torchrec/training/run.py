@@ -51,6 +51,7 @@ from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, judge
 from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
+from mtcl_torchrec.training.memory import keep_freed_memory
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.planning.planner import plan_as_json
 from mtcl_torchrec.training.precision import resolve_precision, set_precision
@@ -113,6 +114,7 @@ def train_run(
         FloatingPointError: the loss was not finite in too many batches.
     """
     console = console or Console()
+    keep_freed_memory()
     with ranks(device) as where:
         resume = claim_run_directory(folder, where, existing=existing)
         if existing == "resume" and not resume and where.first:

@@ -1,0 +1,43 @@
+"""What a step frees is there for the next one, without asking the kernel again."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# As a step does: tensors of some MB, all let go of at its end.
+FAULTS = """
+import resource, sys, torch
+from mtcl_torchrec.training.memory import keep_freed_memory
+torch.set_num_threads(1)
+done = keep_freed_memory() if sys.argv[1] == "keep" else None
+def step():
+    return [torch.ones(2_000_000) for _ in range(10)] and None
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(done, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+"""
+
+
+def faults(keep, **environment):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS, keep], env=plain | environment, capture_output=True, text=True)
+    told, count = done.stdout.split()
+    return told, int(count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_freed_memory_is_kept():
+    _, by_default = faults("leave")
+    told, kept = faults("keep")
+    assert told == "True"
+    assert by_default > 5000  # 80 MB in pages of 4 KB are 20,000
+    assert kept < 100
+
+
+def test_what_the_environment_says_stays():
+    assert faults("keep", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"
