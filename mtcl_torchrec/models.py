@@ -113,7 +113,8 @@ class MTCL(nn.Module):
 
     Args:
         embedding_bag_collection: any TorchRec EmbeddingBagCollection, also one on the meta device, or a
-            ManagedCollisionEmbeddingBagCollection; None where all tables are in `embedding_collection`.
+            ManagedCollisionEmbeddingBagCollection; None where all tables are in `embedding_collection`, or there are
+            dense features alone.
         dense_in_features: D, number of dense features; 0 where there are none.
         trunk: `SharedBottom`, `MMoE`, `PLE`, `AdaTT`, `HoME`, `STEM`, `SingleTask`, or a module of the signature in
             `mtcl_torchrec.modules.trunks`.
@@ -222,6 +223,8 @@ class MTCL(nn.Module):
         bags = embedding_bag_collection
         more = Lookups({} if bags is None else embedding_dims(bags), lookups)
         dims = more.dims
+        if not dims and not dense_in_features:
+            raise ValueError("the model has no input: neither embeddings nor dense features")
         sequences = _sequences(lookups, embedding_collection)
         for key, width in getattr(fused_score, "features", {}).items():
             if dims.get(key) != width:
@@ -276,7 +279,7 @@ class MTCL(nn.Module):
             ``"score"`` (B,) in [0, 1].  For ``buy`` after ``click`` it is the probability of both, and ``"buy|click"``,
             where there is one, that of ``buy`` given ``click`` (see `mtcl_torchrec.modules.chains`).
         """
-        pooled = None
+        pooled = dense_features[:, :0]
         if self.embedding_bag_collection is not None:
             pooled = self.embedding_bag_collection(sparse_features)
         sequences = [collection(sparse_features) for collection in self.embedding_collections]
@@ -411,7 +414,7 @@ class MTCLTrain(nn.Module):
         Returns:
             ``(loss, (loss, logits, labels))``; the second part is detached, logits by task name.
         """
-        pooled = None
+        pooled = batch.dense_features[:, :0]
         if self.model.embedding_bag_collection is not None:
             pooled = self.model.embedding_bag_collection(batch.sparse_features)
         sequences = [collection(batch.sparse_features) for collection in self.model.embedding_collections]

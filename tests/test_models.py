@@ -288,6 +288,28 @@ def test_no_dense_features():
     assert m(torch.empty(6, 0), sparse)["click"].shape == (6,)
 
 
+def test_dense_features_alone():
+    """The same as tables whose embeddings are all zero, and trained."""
+    torch.manual_seed(0)
+    alone = MTCL(None, 3, SharedBottom([8]), [Task.binary("click")], embedding_dropout=0.2)
+    ebc = tables()
+    for table in ebc.parameters():
+        torch.nn.init.zeros_(table)
+    beside = MTCL(ebc, 3, SharedBottom([8]), [Task.binary("click")])
+    own = alone.state_dict()  # of the same names; its first layer reads the last three columns alone
+    alone.load_state_dict({name: value[..., -3:] if value.shape != own[name].shape else value
+                           for name, value in beside.state_dict().items() if name in own})  # fmt: skip
+    dense, sparse = features()
+    none = KeyedJaggedTensor([], values=torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64))
+    torch.testing.assert_close(alone(dense, none)["click"], beside(dense, sparse)["click"])
+    train = MTCLTrain(alone, regularisers={"l2_embedding": 0.1})
+    loss, _ = train(Batch(dense, none, labels(6)[:, :1]))
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in train.parameters())
+    with pytest.raises(ValueError, match="the model has no input: neither embeddings nor dense features"):
+        MTCL(None, 0, SharedBottom([8]), [Task.binary("click")])
+
+
 @pytest.mark.parametrize("trunk", ALL_TRUNKS)
 def test_training_steps_lower_the_loss(trunk):
     train = MTCLTrain(model(ALL_TRUNKS[trunk]()))

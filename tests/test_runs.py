@@ -86,6 +86,29 @@ def test_metrics_are_stored_as_plain_json(finished):
     )
 
 
+def test_a_run_of_dense_features_alone_trains_is_resumed_and_recommends(data, tmp_path):
+    """No table at all: an ordinary network in the same loop, for what statistics tell."""
+    text = (
+        shop.RUN.split("  features:\n")[0]
+        + """  features:
+    - {name: price, group: item, kind: dense, transform: log}
+    - {name: age, group: user, kind: dense}
+  tasks: [{name: click, kind: binary}]
+statistics: {keys: [user_id, [user_id, genre]], outcomes: [click], groups: {genre: item}}
+model: {trunk: {kind: mmoe, num_experts: 2, expert_layers: [16]}}
+optimizers: {dense: {lr: 0.01}}
+training: {epochs: 1, batch_size: 32}
+"""
+    )
+    run = parse_run(text, folder=data)
+    train_run(run, tmp_path, existing="overwrite", device="cpu", console=quiet())
+    run.training.epochs = 2
+    result = train_run(run, tmp_path, existing="resume", device="cpu", console=quiet())
+    assert len(result.history.epochs) == 2
+    assert result.evaluations["test"].tasks["click"]["auc"] > 0.6
+    assert len(Recommender.load(tmp_path).recommend("u3", k=3)) == 3
+
+
 def test_a_run_read_back_predicts_the_same(data, finished):
     run = FinishedRun.load(finished.folder)
     raw = split_by_time(read_rows([str(data / "log.parquet")]), "time", 0.15, 0.15)["test"]

@@ -23,30 +23,32 @@ from mtcl_torchrec.data.stream import in_order
 from mtcl_torchrec.data.vocabulary import ValueCounts
 from mtcl_torchrec.schema import DataError, Feature, Schema, Task
 
-P = TypeVar("P")  # what is learnt from: the part of the split that a window holds
+# What is learnt from: the part of the split that a window holds.
+P_contra = TypeVar("P_contra", contravariant=True)
+P_co = TypeVar("P_co", covariant=True)
 
 
-class Summary(Protocol[P]):
+class Summary(Protocol[P_contra]):
     """What is learnt part by part, and merged."""
 
     @property
     def complete(self) -> bool:
         """Whether more parts could teach nothing."""
 
-    def add(self, part: P, /) -> None:
+    def add(self, part: P_contra, /) -> None:
         """Learn from a part."""
 
     def merge(self, other: Any, /) -> None:
         """Learn what `other`, of the same kind, learnt from other parts."""
 
 
-class Parts(Protocol[P]):
+class Parts(Protocol[P_co]):
     """Windows of a split and how they are read, such as `mtcl_torchrec.data.parquet.ParquetFiles`."""
 
     def windows(self) -> Sequence[Any]:
         """All windows, the same on every rank."""
 
-    def read(self, window: Any, /) -> P:
+    def read(self, window: Any, /) -> P_co:
         """A window's part.  Called on several threads."""
 
 

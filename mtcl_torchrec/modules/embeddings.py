@@ -318,13 +318,13 @@ class PooledConcat(nn.Module):
         features = list(dict.fromkeys(key.split("@")[0] for key in dims))
         of_key = torch.tensor([features.index(key.split("@")[0]) for key in dims], dtype=torch.int64)
         self.num_features = len(features)
-        owner = torch.repeat_interleave(of_key, torch.tensor(list(dims.values())))
+        owner = torch.repeat_interleave(of_key, torch.tensor(list(dims.values()), dtype=torch.int64))
         self.register_buffer("owner", owner, persistent=False)
 
     def forward(self, dense_features: torch.Tensor, pooled: Pooled) -> torch.Tensor:
         """(B, Σ dims + D) from a KeyedTensor (or a tuple that starts with one, or a ready (B, Σ dims) tensor) and
         (B, D) dense features."""
-        embeddings = inputs_as_one(pooled, self.keys)
+        embeddings = inputs_as_one(pooled, self.keys) if self.keys else dense_features[:, :0]
         dense = dense_features.to(embeddings.dtype)
         if self.training and self.dense_noise > 0:
             dense = dense + self.dense_noise * torch.randn_like(dense)

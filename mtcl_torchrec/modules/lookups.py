@@ -80,7 +80,7 @@ class Lookups(nn.ModuleList):
         """All inputs by key; `pooled` as it is where there are no modules.
 
         Args:
-            pooled: what the embedding-bag collection returned; None where the model has none.
+            pooled: what the embedding-bag collection returned; (B, 0) where the model has none.
             sparse_features: the batch's KeyedJaggedTensor.
             sequence_embeddings: what each embedding collection returned.
             skip: () bool: the gradient of sequence embeddings is exactly zero where this is True by the time of the

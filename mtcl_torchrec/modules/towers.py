@@ -138,13 +138,17 @@ class MultiTaskTower(nn.Module):
         heads = [nn.Linear(hidden, task.out_features) if task.in_trunk else nn.Identity() for task in self.tasks]
         starts = starting_logits(self.tasks, base_rates or {})
         with torch.no_grad():
-            for number, (head, task) in enumerate(zip(heads, self.tasks, strict=True)):
-                if task.in_trunk and task.name in starts:
+            for head, task in zip(heads, self.tasks, strict=True):
+                if isinstance(head, nn.Linear) and task.name in starts:
                     head.bias.copy_(starts[task.name])
-                    if str(number) in self.chains.imputing:  # of the same label, where the parent's event happened
-                        self.chains.imputing[str(number)].bias.copy_(starts[task.name])
-                elif task.in_trunk and task.conditional_name is None:  # even odds in what the task's loss sees
-                    head.bias.sub_(task.logit_shift)
+                elif isinstance(head, nn.Linear) and task.conditional_name is None:
+                    head.bias.sub_(task.logit_shift)  # even odds in what the task's loss sees
+            for (
+                place,
+                imputing,
+            ) in self.chains.imputing.items():  # of the child's label where the parent's event happened
+                if isinstance(imputing, nn.Linear) and (name := self.tasks[int(place)].name) in starts:
+                    imputing.bias.copy_(starts[name])
         self.heads = nn.ModuleList(heads)
         self.dot_heads = nn.ModuleDict(
             {

@@ -28,7 +28,7 @@ from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.rec_metrics import TrainingMetrics
-from mtcl_torchrec.training.sharding import Ranks, shard
+from mtcl_torchrec.training.sharding import Ranks, shard, tables_of
 from mtcl_torchrec.training.waiting import TimedBatches, share_waited, waiting_lines
 
 
@@ -76,8 +76,11 @@ def parallelise(
 def build_pipeline(
     model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, kind: str = "sparse_dist"
 ) -> TrainPipelineBase | TrainPipelineSparseDist:
-    """TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not."""
-    if kind == "base":
+    """TorchRec's train pipeline: ``sparse_dist`` overlaps communication with computation, ``base`` does not.
+
+    Without tables there is no such communication, and ``sparse_dist`` would trace through the whole model for it.
+    """
+    if kind == "base" or not tables_of(model):
         return TrainPipelineBase(model, optimizer, device)
     return TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
 
