@@ -1,4 +1,4 @@
-"""Biased matrix factorisation in plain PyTorch: the collaborative filter that learns from both labels.
+"""Biased matrix factorisation in plain PyTorch: the collaborative filter that fits the label itself.
 
     logit(u, i) = b + b_u + b_i + ⟨p_u, q_i⟩
 
