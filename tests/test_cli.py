@@ -395,7 +395,8 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
     assert "Not measured" not in page
     metrics = yaml.safe_load((tmp_path / "demo/metrics.json").read_text())["evaluations"]["test"]
     assert metrics["tasks"]["click"]["auc"] > reached
-    assert metrics["ranking"]["fused"]["auc click"] > metrics["ranking"]["popular"]["auc click"] + 0.03
+    assert metrics["ranking"]["fused"]["auc click"] > metrics["ranking"]["popular"]["auc click"] + 0.04
+    assert metrics["ranking"]["popular"]["auc click"] > 0.6  # a share of clicks; their count gets .58
 
 
 def test_init_takes_a_reader_for_the_user(tmp_path):

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from mtcl_torchrec.baselines.differences import Differences, differences, half_of, verdict
 from mtcl_torchrec.baselines.store import FOLDER
-from mtcl_torchrec.evaluation.compare import LOWER_IS_BETTER, Difference
+from mtcl_torchrec.evaluation.compare import Difference
+from mtcl_torchrec.evaluation.naming import sign_of_better
 from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.resampled import RANKING
@@ -158,7 +159,7 @@ def _cell(column: Mapping[str, float], name: str, key: Key, apart: Difference | 
     if math.isnan(value):
         return f"{_MISSING} "
     known = [v for v in column.values() if not math.isnan(v)]
-    best = min(known) if key[1] in LOWER_IS_BETTER else max(known)
+    best = min(known) if sign_of_better(key[1]) < 0 else max(known)
     shown = f"{value:.4f}*" if value == best else f"{value:.4f} "
     if apart is None or math.isnan(apart.low):
         return shown
