@@ -53,8 +53,8 @@ def init(
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists already; nothing was written")
     if world is not None:
-        dials = {"num_users": users or WORLD_SIZE, "num_items": items or WORLD_SIZE}
-        text = world_run(world, rows=rows or 1_000_000, log=None, **dials)
+        sizes = {"num_users": users or WORLD_SIZE, "num_items": items or WORLD_SIZE}
+        text = world_run(world, rows=rows or 1_000_000, log=None, **sizes)
     else:
         assert files is not None
         # Paths in a YAML start at its own folder.
