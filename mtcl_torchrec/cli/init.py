@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mtcl_torchrec.cli.app import app, screen
-from mtcl_torchrec.config.commands import WorldName
+from mtcl_torchrec.config.commands import WORLD_SIZE, WorldName
 from mtcl_torchrec.schema import ConfigError
 
 
@@ -45,16 +45,16 @@ def init(
 
     if (world is None) == (not files):
         raise ConfigError("give either files to draft a run for, or --world")
-    sizes = {"rows": rows, "num_users": users, "num_items": items}
     of_file = {"--user": user, "--item": item, "--time": time, "--request": request, "--label": label}
-    of_world = dict(zip(("--rows", "--users", "--items"), sizes.values(), strict=True))
+    of_world = {"--rows": rows, "--users": users, "--items": items}
     foreign, other = (of_world, "--world") if world is None else (of_file, "a file")
     if given := next((option for option, value in foreign.items() if value is not None), None):
         raise ConfigError(f"{given} belongs to {other}")
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists already; nothing was written")
     if world is not None:
-        text = world_run(world, **{size: value for size, value in sizes.items() if value is not None})
+        sizes = {"num_users": users or WORLD_SIZE, "num_items": items or WORLD_SIZE}
+        text = world_run(world, rows=rows or 1_000_000, log=None, **sizes)
     else:
         assert files is not None
         # Paths in a YAML start at its own folder.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mtcl_torchrec.cli.app import app, screen
-from mtcl_torchrec.config.commands import WorldName
+from mtcl_torchrec.config.commands import WORLD_SIZE, WorldName
 from mtcl_torchrec.schema import ConfigError
 
 
@@ -21,8 +21,8 @@ def synth(
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1_000_000,
     start: Annotated[int, typer.Option(min=0, help="The first row; the next file goes on where this one ends.")] = 0,
     horizon: Annotated[int | None, typer.Option(min=1, help="Rows of all files together; start + rows.")] = None,
-    users: Annotated[int, typer.Option(min=1)] = 100_000,
-    items: Annotated[int, typer.Option(min=2)] = 100_000,
+    users: Annotated[int, typer.Option(min=1)] = WORLD_SIZE,
+    items: Annotated[int, typer.Option(min=2)] = WORLD_SIZE,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another world.")] = 0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A dial, such as missing=0.1 or conflict=0.8; may be repeated.")

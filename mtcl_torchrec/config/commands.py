@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 WorldName = Literal["shop", "social", "video", "courses", "health"]  # of mtcl init and synth
+WORLD_SIZE = 100_000  # users, and items
 Device = Literal["auto", "cpu", "cuda"]
 Pruner = Literal["median", "hyperband", "none"]  # of mtcl tune
 Search = Literal["auto", "tpe", "cma", "none"]  # of mtcl fuse

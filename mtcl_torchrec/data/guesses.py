@@ -120,6 +120,11 @@ def guess_roles(
         ('visitorKey', 'sku', 'ts', None)
     """
     doubts: dict[str, str] = {}
+    values: dict[str, pd.Series] = {str(name): column for name, column in frame.items()}
+
+    def distinct(name: str) -> int:
+        return values[name].nunique()
+
     time = time or _time_of(frame)
     ids = [str(c) for c in frame if str(c) != time and comes_again(frame[c]) and _may_be_ids(frame[c])]
     free = [c for c in ids if c not in (user, item, request)]
@@ -130,15 +135,15 @@ def guess_roles(
     # Without telling names: ids by name that nothing was found for.  One who comes stays for some rows.
     unnamed = [c for c in free if words_of(c)[-1:] and words_of(c)[-1] in ID_WORDS and not names_an(c, REQUEST_WORDS)]
     if user is None and item is None and len(unnamed) >= 2:
-        unnamed.sort(key=lambda c: -int(frame[c].nunique()))
-        user, item = sorted(unnamed[:2], key=lambda c: -_stays(frame[c]))
+        unnamed.sort(key=distinct, reverse=True)
+        user, item = sorted(unnamed[:2], key=lambda c: _stays(values[c]), reverse=True)
         doubts |= dict.fromkeys(("user", "item"), "its name does not tell; guessed from what it holds")
     elif user is None and (session := _first(free, REQUEST_WORDS)):
         user = session
         doubts["user"] = "the nearest to a user that was found"
     if request is None:
         free = [c for c in free if c not in (user, item)]
-        named = sorted((c for c in free if names_an(c, REQUEST_WORDS)), key=lambda c: -int(frame[c].nunique()))
+        named = sorted((c for c in free if names_an(c, REQUEST_WORDS)), key=distinct, reverse=True)
         request = next((c for c in named if _belongs_to_one(frame[c], None if user is None else frame[user])), None)
     return Roles(user, item, time, request, doubts)
 
