@@ -138,6 +138,7 @@ def main() -> int:
     for entry in wanted:
         state = f"{minutes(entry, size):g} min" if entry in todo else "measured at this commit"
         CONSOLE.print(f"{entry.script:14} {state:24} {getattr(entry, size)}", markup=False)
+    CONSOLE.print(f"about {sum(minutes(entry, size) for entry in todo):.0f} min on two idle cores")
     if given.list:
         return 0
     given.results.mkdir(parents=True, exist_ok=True)

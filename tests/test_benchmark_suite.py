@@ -218,7 +218,9 @@ def test_a_failing_or_endless_script_loses_nothing_of_the_rest(tmp_path, monkeyp
     monkeypatch.setattr(suite, "commit", lambda: "another")
     assert main("--only", "good", "--full")[0] == 0
     assert ran.read_text().count("ran") == 4
-    assert main("--list")[0] == 0
+    status, said = main("--list")
+    assert status == 0
+    assert "about 3 min on two idle cores" in said
 
 
 @pytest.mark.parametrize("size", ["quick", "full", "tiny"])
@@ -236,6 +238,11 @@ def test_every_script_knows_the_options_that_the_suite_gives_it(size, tmp_path, 
             script(entry.script).main()
         assert ended.value.code == 0
         assert f"python benchmarks/{entry.script}.py" in capsys.readouterr().out
+
+
+def test_the_quick_set_is_to_take_less_than_a_quarter_of_an_hour():
+    suite = script("suite")
+    assert sum(suite.minutes(entry, "quick") for entry in suite.SUITE) < 15
 
 
 @pytest.mark.full
