@@ -210,6 +210,8 @@ class TrainingConfig(Part):
             autocast; ``auto`` is bf16 where the machine of every rank has it in hardware (CUDA from compute capability
             8.0 on; a CPU with AVX512-BF16, and from 65,536 dense parameters on), else fp32.  The run directory's
             run.yaml tells which it was, and a run that is resumed keeps it.
+        compile: ``dense`` compiles everything after the embeddings, up to the logits, with torch.compile for training;
+            it needs a C++ compiler (CUDA: triton) and a minute or two at the start.  Evaluation stays eager.
         log_every: steps between two readings of the losses and of how the tasks get along, which wait for the device.
         metrics: what is told of the predictions of the training steps, and how often.
         max_skipped_steps: a batch whose loss is not finite trains nothing and is counted; after this many, training
@@ -232,6 +234,7 @@ class TrainingConfig(Part):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["none", "dense"] = "none"
     log_every: PositiveInt = 20
     metrics: TrainingMetricsConfig = Field(default_factory=TrainingMetricsConfig)
     max_skipped_steps: NonNegativeInt = 10

@@ -23,6 +23,7 @@ from mtcl_torchrec.evaluation.report import cell
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.training.balance import read_step
 from mtcl_torchrec.training.checkpoint.state import TrainingState
+from mtcl_torchrec.training.compiling import compiled, eagerly
 from mtcl_torchrec.training.freezing import all_frozen, freeze_stalled
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
@@ -150,8 +151,25 @@ def fit(
             training.  It must do the same on every rank.
 
     Raises:
+        ConfigError: the dense part is to be compiled, and a rank has no compiler.
         FloatingPointError: the loss was not finite in too many batches.
     """
+    with compiled(plain_model(state.model), config.compile, where):
+        return _fit(state, rows, validation, config, where, save, progress, metrics, after_epoch)
+
+
+def _fit(
+    state: TrainingState,
+    rows: TrainingRows,
+    validation: Validation,
+    config: TrainingConfig,
+    where: Ranks,
+    save: SaveState,
+    progress: TrainingProgress,
+    metrics: TrainingMetrics | None,
+    after_epoch: AfterEpoch | None,
+) -> TrainingHistory:
+    """See `fit`."""
     pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
     clock = _Clock(config.checkpoint)
     state.model.train()
@@ -255,7 +273,8 @@ def _judge_epoch(
     plain, history, epoch = plain_model(state.model), state.history, state.position.epoch
     if state.average is not None:
         state.average.swap()
-    metrics = _validate(plain, validation, config.eval_batch_size, where)
+    with eagerly():
+        metrics = _validate(plain, validation, config.eval_batch_size, where)
     if state.average is not None:
         state.average.swap()
     value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)

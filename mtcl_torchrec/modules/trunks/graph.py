@@ -189,8 +189,9 @@ class ExpertLevel(nn.Module):
 
     def forget_mixes(self) -> None:
         """Let go of what `mixes` holds."""
-        self.mixes.clear()
-        self._parting.clear()
+        # New ones: a compiled graph would hold for one state of the old ones only.
+        self.mixes = []
+        self._parting = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "mixes": [], "_parting": {}}  # tensors of a graph cannot be copied
