@@ -112,6 +112,15 @@ def test_lists_in_texts_are_bags_and_prose_is_not(tmp_path, separator):
     assert "#   title: a text; mtcl embed makes vectors of it" in text
 
 
+def test_lists_of_anything_are_looked_at(tmp_path):
+    frame = requested(600)
+    frame["nested"] = [[{"a": i % 3}] for i in range(len(frame))]
+    frame.loc[3, "topics"] = None
+    features = {feature["name"]: feature for feature in drafted(frame, tmp_path)[0]["schema"]["features"]}
+    assert features["topics"]["kind"] == "bag"
+    assert features["nested"]["group"] == "context"
+
+
 def test_k_leaves_a_choice(tmp_path):
     found, text = drafted(requested(size=6), tmp_path)
     assert found["evaluation"]["k"] == [1, 3]
