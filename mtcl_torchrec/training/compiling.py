@@ -47,7 +47,7 @@ def compiled(model: MTCL, part: Literal["none", "dense"], where: Ranks) -> Itera
 def eagerly() -> Iterator[None]:
     """While the block runs, nothing is compiled: evaluation runs once an epoch, and its graphs would cost more than
     they save."""
-    with torch.compiler.set_stance("force_eager"):  # type: ignore[attr-defined]
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 
