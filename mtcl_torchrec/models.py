@@ -223,9 +223,9 @@ class MTCL(nn.Module):
         bags = embedding_bag_collection
         more = Lookups({} if bags is None else embedding_dims(bags), lookups)
         dims = more.dims
+        sequences = _sequences(lookups, embedding_collection)
         if not dims and not dense_in_features:
             raise ValueError("the model has no input: neither embeddings nor dense features")
-        sequences = _sequences(lookups, embedding_collection)
         for key, width in getattr(fused_score, "features", {}).items():
             if dims.get(key) != width:
                 raise ValueError(

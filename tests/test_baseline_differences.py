@@ -3,9 +3,9 @@
 import made_run
 import numpy as np
 import pytest
-from mtcl_torchrec.report.errors import SURE, auc_estimate, clusters_of
 
 from mtcl_torchrec.baselines.differences import differences, half_of, verdict
+from mtcl_torchrec.evaluation.estimates import SURE, auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 KEYS = {("click", "auc"): "click", ("like", "auc"): "like", ("minutes", "r2"): "minutes"}

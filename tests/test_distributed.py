@@ -68,6 +68,9 @@ TRUNKS = {
 }
 
 
+PENALTIES = {"l2_embedding": {"user": 0.02, "item": 0.01, "last_item": 0.005, "hour": 0.01, "tags": 0.03}}
+
+
 def train_module(device="meta", trunk="shared_bottom"):
     def table(name, rows, dim, *features):
         pooling = PoolingType.MEAN if "tags" in features else PoolingType.SUM
@@ -87,8 +90,7 @@ def train_module(device="meta", trunk="shared_bottom"):
     ebc = EmbeddingBagCollection(tables=configs, device=torch.device(device))
     torch.manual_seed(7)
     model = MTCL(ebc, 2, TRUNKS[trunk](), TASKS, WeightedMean({"click": 1.0, "rare": 1.0}), tower_layers=[4])
-    of_features = {"user": 0.02, "item": 0.01, "last_item": 0.005, "hour": 0.01, "tags": 0.03}
-    return MTCLTrain(model, regularisers={"l2_embedding": of_features})
+    return MTCLTrain(model, regularisers=PENALTIES)
 
 
 def eps_of(kind):

@@ -58,7 +58,7 @@ def seen_and_judged(folder: Path, batch_size: int):
         return step(self, **given)
 
     def training(pipeline, state, rows, config, where, **options):
-        epoch(pipeline, state, rows, config, where, **options)
+        waited = epoch(pipeline, state, rows, config, where, **options)
         loop._let_go(pipeline)
         plain, encoded = loop.plain_model(state.model), rows.rows
         predictions = predict(plain, encoded, batch_size=64, device=where.device)
@@ -66,6 +66,7 @@ def seen_and_judged(folder: Path, batch_size: int):
         users, labels = np.where(users > 0, users.astype(float), np.nan), encoded.labels.numpy()
         for i, task in enumerate(plain.tasks):
             final[task.name] = task_metrics(task, labels[:, i], predictions[task.name], users)
+        return waited
 
     TrainingMetrics.read, TrainingProgress.step, loop._train_epoch = reading, stepping, training
     try:

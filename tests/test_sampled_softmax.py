@@ -323,7 +323,7 @@ schema:
     - {name: liked, kind: binary, head: {kind: dot, dim: 8, l2: 1e-3}}
     - {name: too, kind: binary, label: liked, head: {kind: dot, dim: 8, l2: 1e-3, sampled_softmax: {weight: 0.05}}}
 optimizers: {tables: {kind: rowwise_adagrad, lr: 0.3}, dense: {lr: 0.03, weight_decay: 0.0}}
-training: {epochs: 6, batch_size: 400, patience: 0}
+training: {epochs: 9, batch_size: 400, patience: 0}
 """
 
 
@@ -340,4 +340,4 @@ def test_a_low_rank_matrix_is_recovered(tmp_path):
     assert popular < 0.65
     for task in ("liked", "too"):
         reached = done.evaluations["val"].tasks[task]["auc"]
-        assert reached > oracle - 0.03, (task, reached, oracle, popular)
+        assert reached > oracle - 0.02, (task, reached, oracle, popular)

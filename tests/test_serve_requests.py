@@ -394,6 +394,7 @@ def test_without_the_extra_the_command_says_what_is_missing(monkeypatch, capsys,
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in [n for n in sys.modules if n.startswith("mtcl_torchrec.serving.http")]:
         monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "run.yaml").touch()
     monkeypatch.setattr(sys, "argv", ["mtcl", "serve", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         main()

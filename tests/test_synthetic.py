@@ -432,7 +432,7 @@ def test_the_yaml_says_what_the_world_has(name):
     raw = yaml.safe_load(world_run(name, rows=900, seed=3, rates={"return": 0.2}, num_items=77))
     dials = raw["data"]["synthetic"]
     assert dials.pop("world") == name
-    assert (dials.pop("rows"), dials.pop("val_rows"), dials.pop("test_rows")) == (900, 50_000, 50_000)
+    assert (dials.pop("rows"), dials.pop("val_rows"), dials.pop("test_rows")) == (900, 90, 90)
     world = ready_world(name, **dials)
     assert (world.seed, world.num_items) == (3, 77)
     assert Schema.model_validate(raw["schema"]) == world.schema()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from rich.console import Console
-from test_distributed import TASKS, rows, train_module
+from test_distributed import PENALTIES, TASKS, rows, train_module
 from test_faults import state_of
 from test_guard import poisoned, snapshot
 from torch import nn
@@ -280,7 +280,7 @@ def test_by_default_the_loss_and_its_gradients_are_those_of_the_weighted_sum():
 def test_the_model_is_trained_by_the_weighted_sum_of_its_losses(kind):
     """The gradient is that of Σ aᵢ wᵢ Lᵢ + λR, and learnt weights get theirs from S."""
     plain = train_module("cpu")
-    module = MTCLTrain(plain.model, regularisers={"l2_embedding": 0.01}, loss_weighting=made(kind))
+    module = MTCLTrain(plain.model, regularisers=PENALTIES, loss_weighting=made(kind))
     reference, batch = made(kind), a_batch()
     for _ in range(2):
         loss, gradients = loss_and_gradients(module, batch)

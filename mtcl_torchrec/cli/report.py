@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mtcl_torchrec.cli.app import app, check_run, say_unfinished
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.unfinished import is_begun
 
 
 @app.command()
@@ -32,8 +33,10 @@ def report(
     """
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file, such as {out / 'report.html'}")
-    check_run(run_dir)
-    say_unfinished(run_dir, "the report is of what there is")
+    if not is_begun(run_dir):
+        check_run(run_dir)
+    if (run_dir / "run.yaml").is_file():
+        say_unfinished(run_dir, "the report is of what there is")
     path = _written(run_dir, Console(stderr=True), out, png=png, baselines=baselines)
     typer.echo(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)" + (f"; pictures in {png}" if png else ""))
     if open_:

@@ -49,7 +49,7 @@ def synth(
 
     if catalogue is not None and catalogue.resolve() == out.resolve():
         raise ConfigError(f"--catalogue: {catalogue} is where the rows go; choose another file")
-    settings = out.with_suffix(".run.yaml") if start == 0 else None
+    settings = out.with_suffix(".run.yaml") if start == 0 and not out.is_dir() else None
     for file in (out, catalogue, settings):
         if file is not None and file.is_dir():
             raise ConfigError(f"{file} is a folder; name a Parquet file")
