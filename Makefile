@@ -23,7 +23,7 @@ demo: $(READY)
 	$(BIN)/mtcl demo
 
 test: lint types
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m "not full"
+	$(TEST_ENV) $(BIN)/pytest -n 3 --dist loadfile -m "not full"
 
 test-full: lint types
 	$(TEST_ENV) $(BIN)/pytest

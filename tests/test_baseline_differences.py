@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mtcl_torchrec.baselines.differences import differences, half_of, verdict
-from mtcl_torchrec.evaluation.estimates import SURE, auc_estimate, clusters_of
+from mtcl_torchrec.evaluation.confidence import SURE
+from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 KEYS = {("click", "auc"): "click", ("like", "auc"): "like", ("minutes", "r2"): "minutes"}

@@ -127,8 +127,8 @@ def test_what_is_done_is_not_done_again(mtcl, folder, monkeypatch):
     assert shown.count("done before") == 2
     assert json.loads((where / "baselines.json").read_text()) == before
     status, shown, _ = mtcl("baselines", "run.yaml", "--list")
-    assert re.search(r"popularity +what an item usually gets; done, 6 trials, \d+ s", shown)
-    assert re.search(r"trees +gradient-boosted, .*learn\n", shown)
+    assert re.search(r"popularity +6 +[\d.]+ +what an item usually gets", shown)
+    assert re.search(r"trees +– +– +gradient-boosted, ", shown)
     # Networks hang on all of the run, the others on its data: another trunk leaves them done, other rows do not.
     (folder / "run.yaml").write_text(SMALL.replace("num_experts: 3", "num_experts: 2"))
     assert mtcl(*arguments)[1].count("done before") == 2

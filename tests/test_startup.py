@@ -80,7 +80,7 @@ def test_help_a_first_yaml_and_mistakes_are_answered_without_torch(folder):
         ("train", "none.yaml"): (2, "", "mtcl: no such file: none.yaml"),
         ("train", "gone.yaml"): (2, "", "gone.parquet"),
         ("evaluate", "runs/none", "--data", "log.parquet"): (2, "", "runs/none: no run here"),
-        ("recommend", "runs/none", "--user", "u1"): (2, "", "runs/none: no such file, and no run"),
+        ("recommend", "runs/none", "--user", "u1"): (2, "", "runs/none: no run here, and no such file"),
         ("fuse", "runs/none"): (2, "", "runs/none: no run here"),
         ("export", "runs/none", "--out", "m.mtcl"): (2, "", "runs/none: no run here"),
         ("report", "runs/none"): (2, "", "runs/none: no run here"),

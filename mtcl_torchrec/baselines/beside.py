@@ -25,6 +25,8 @@ def run_directory_of(run: RunConfig, runs: Path) -> Path | None:
             continue
         try:
             other = parse_run(path.read_text(encoding="utf-8"), name=str(path), folder=folder)
+            if run.training.precision == "auto":  # whatever it was on the machine that trained it
+                other.training.precision = "auto"
             same = _plain(other) == _plain(run) and files_fingerprint(other) == files_fingerprint(run)
         except (ConfigError, DataError, OSError, ValueError):
             continue  # another's run, or one whose files are gone

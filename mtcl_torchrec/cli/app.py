@@ -109,7 +109,7 @@ def check_model(places: list[Path]) -> None:
     """
     for place in places:
         if not place.exists():
-            raise DataError(f"{place}: no such file, and no run")
+            raise DataError(f"{place}: no run here, and no such file")
         if place.is_dir():
             check_run(place)
 

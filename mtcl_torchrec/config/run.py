@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError, model_validator
@@ -292,7 +292,10 @@ def _keys_at(path: tuple[int | str, ...]) -> list[str]:
         fields = {f.alias or n: f for n, f in model.model_fields.items()}
         part = "root" if issubclass(model, RootModel) else part  # whatever the key is called
         if part not in fields:
-            return []
+            if model.model_config.get("extra") != "allow":
+                return []
+            model = _model_in(get_type_hints(model, include_extras=True)["__pydantic_extra__"])
+            continue
         any_key = _is_mapping(fields[part].annotation)
         model = _model_in(fields[part].annotation)
         if model is None:
