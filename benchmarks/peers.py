@@ -35,8 +35,9 @@ from measure import CONSOLE, Line, benchmark, figure, in_process, options, peak_
 from peer_cases import CASES, GROWING, Case, files_of
 
 DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
+FASTER = ("ours_bf16", "ours_bf16_compiled")
 PEERS = ("torch-rechub", "deepctr-torch")
-COLOURS = {"ours": "#1f77b4", "ours_bf16": "#17becf"}
+COLOURS = {"ours": "#1f77b4", "ours_bf16": "#17becf", "ours_bf16_compiled": "#0b7285"}
 SAME_SIZE = 0.02  # how far dense parameters may differ: the peers have a bias more in a gate, or none in a head
 
 
@@ -176,7 +177,7 @@ def main() -> int:
     """Measure what is missing, print tables, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=[*CASES, "all"], default=["small", "middle", "large"])
-    parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, "ours_bf16"], help="default: all of them in fp32")
+    parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, *FASTER], help="default: all of them in fp32")
     parser.add_argument("--rows", type=int, help="of the training file, instead of the case's")
     parser.add_argument("--table-rows", type=int, help="of each table, instead of the case's")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "mtcl-peers",
