@@ -205,7 +205,7 @@ def test_a_mistake_is_one_line_and_no_traceback(mtcl, tmp_path, change, says):
 
 def test_other_mistakes_are_one_line_too(mtcl, log, tmp_path):
     assert "no such file" in one_line(mtcl("train", "nowhere.yaml")[2])
-    assert "nowhere: no such file" in one_line(mtcl("recommend", "nowhere", "--user", "1")[2])
+    assert "nowhere: no run here, and no such file" in one_line(mtcl("recommend", "nowhere", "--user", "1")[2])
     assert "no run here" in one_line(mtcl("recommend", tmp_path, "--user", "1")[2])
     assert "no Parquet or CSV file at" in one_line(mtcl("init", "nothing.parquet")[2])
     assert "no column 'clck' (did you mean 'click'?)" in one_line(mtcl("init", "log.parquet", "--label", "clck")[2])

@@ -103,7 +103,9 @@ def kill(times, seed, data, tmp_path, undisturbed, *out, run="run.yaml"):
 
 def test_a_job_whose_rank_is_killed_ends_as_if_nothing_had_happened(data, tmp_path, undisturbed):
     """Also without --out: the ranks that are started again find the folder of their job."""
-    (death,) = kill(1, 22, data, tmp_path, undisturbed)
+    (death,) = kill(
+        1, 20, data, tmp_path, undisturbed
+    )  # at step 11: the checkpoint of step 8 waited for that of step 4
     assert "training" in death
 
 

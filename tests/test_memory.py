@@ -35,8 +35,8 @@ def test_freed_memory_is_kept():
     _, by_default = faults("leave")
     told, kept = faults("keep")
     assert told == "True"
-    assert by_default > 30  # 80 MB are 20,000 pages of 4 KB, or 40 of 2 MB where the kernel has them at hand
-    assert kept < by_default / 3
+    assert kept < 30  # of 80 MB: 20,000 pages of 4 KB, or 40 of 2 MB where the kernel has them at hand
+    assert kept <= by_default  # which glibc may keep as well, by what it has seen so far
 
 
 def test_what_the_environment_says_stays():
