@@ -32,6 +32,7 @@ from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.serving.tables import StackedTables
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.precision import set_precision
 
 # Half a unit in the last place of fp16 near 0.1, and half a step of int8 over ±0.1, through a small network.
 TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "int8": 1e-2}
@@ -316,6 +317,21 @@ def test_the_file_says_what_it_takes_and_gives(made, artefact):
         assert "log.parquet" not in text  # nothing of where it was trained
         kinds = {name.rpartition(".")[2] for name in archive.namelist()}
     assert kinds == {"json", "parquet", "pt2"}
+
+
+@pytest.mark.parametrize("compiled", ["no", pytest.param("yes", marks=pytest.mark.full)])
+def test_a_run_in_bf16_is_exported_as_it_is(compiled, tmp_path):
+    run = untrained()
+    set_precision(run.model, "bf16")
+    rows = encoded(run)
+    in_bf16 = outputs(run, rows)
+    made = export_run(run, tmp_path / "m.mtcl", tables="fp32", compiled=compiled)
+    assert made.compiled == (compiled == "yes")
+    # Code that is compiled rounds elsewhere; the graph alone computes what the run computes.
+    got = compare(Artefact.load(made.path), run, rows, 2e-2 if made.compiled else TOLERANCE["fp32"])
+    set_precision(run.model, "fp32")
+    assert any(not torch.equal(got[name], value) for name, value in outputs(run, rows).items())
+    assert set(in_bf16) <= set(got)
 
 
 @pytest.mark.full
