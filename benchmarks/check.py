@@ -33,7 +33,7 @@ SCRIPTS = {
     "peers": "--case middle --rows 150000 --contenders ours torchrec pytorch",
     "experts": "--sizes 4x256 64x32 --rows 1024 --eager",
     "input": "--rows 500000 --files 5x0 --ways pyarrow batches",
-    "memory": "--rows 500000 2000000 --freed on",
+    "memory": "--rows 500000 2000000",
 }
 
 
@@ -82,8 +82,8 @@ def _of_input(lines: list[Line]) -> dict[str, float]:
 
 def _of_memory(lines: list[Line]) -> dict[str, float]:
     found = {}
-    for case, ways in memory.by_case(lines).items():
-        few, many = min(of := ways.get("on", {0: []})), max(of)
+    for case, of in memory.by_case(lines).items():
+        few, many = min(of), max(of)
         if few < many:
             ratio = median(of[few], "peak_rss_bytes") / median(of[many], "peak_rss_bytes")
             found[f"memory, {case}: {few:,} rows over {many:,}"] = ratio

@@ -1,7 +1,7 @@
 """How much memory it takes to go through more and more rows: as much for 100 million as for one, or it grows.
 
     python benchmarks/memory.py --out results/memory.jsonl                               # 1 and 4 million rows
-    python benchmarks/memory.py --rows 1_000_000 10_000_000 100_000_000 --freed on --timeout 7200 --out long.jsonl
+    python benchmarks/memory.py --rows 1_000_000 10_000_000 100_000_000 --timeout 7200 --out long.jsonl
     python benchmarks/memory.py --case training --rows 100_000 400_000 --out try.jsonl
 
 A synthetic world's rows are generated on the way, encoded, shuffled and cut into batches, window by window, each size
@@ -12,10 +12,6 @@ in a process of its own:
 
 Peak memory is the process's own (RSS), interpreter and libraries included.  "bytes a row" is what it grew by from the
 fewest rows to these, over the rows in between: near 0 where memory does not depend on the length of the log.
-
-With --freed on and off the process gives what it has freed back to the operating system after each window, as the
-package does, or does not.  What that costs is told twice: rows/s of the two in turn, and the share of time that the
-calls themselves took.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,6 @@ from document import Table, median, ranged, ratios
 from measure import Line, benchmark, figure, options, peak_rss, save
 
 from mtcl_torchrec.config import RunConfig, parse_run
-from mtcl_torchrec.data import freed
 from mtcl_torchrec.data.batch import MTBatch
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -62,7 +57,6 @@ def work(what: Line) -> Line:
     """Go through all rows once, in this process."""
     if what["threads"]:
         torch.set_num_threads(what["threads"])
-    calls = _clocked() if what["freed"] == "on" else _left_out()
     run = configured(what)
     preprocessor = Preprocessor(run.data_schema, run.statistics)
     train = load_splits(run, preprocessor, say=lambda _: None).train
@@ -77,7 +71,6 @@ def work(what: Line) -> Line:
     assert seen.rows == what["rows"], (seen.rows, what["rows"])
     return {
         "rows_per_s": seen.rows / seconds, "peak_rss_bytes": peak_rss(), "rss_by_share": seen.rss,
-        "trim_share": calls["seconds"] / seconds, "trims": calls["number"],
     }  # fmt: skip
 
 
@@ -121,37 +114,15 @@ def rss() -> int:
         return 0
 
 
-def _clocked() -> dict[str, float]:
-    """How often memory is given back from now on, and the seconds that it took."""
-    spent: dict[str, float] = {"number": 0, "seconds": 0.0}
-    give_back: Callable[[], bool] = freed.give_back
-
-    def clocked() -> bool:
-        started = time.perf_counter()
-        gave = give_back()
-        spent["number"] += 1
-        spent["seconds"] += time.perf_counter() - started
-        return gave
-
-    freed.give_back = clocked
-    return spent
-
-
-def _left_out() -> dict[str, float]:
-    freed.give_back = lambda: False
-    return {"number": 0, "seconds": 0.0}
-
-
 # ---------------------------------------------------------------------- shown
 
 
-def by_case(lines: list[Line]) -> dict[str, dict[str, dict[int, list[Line]]]]:
-    """Case -> freed on or off -> rows, the fewest first -> repeats."""
-    groups: dict[str, dict[str, dict[int, list[Line]]]] = {}
+def by_case(lines: list[Line]) -> dict[str, dict[int, list[Line]]]:
+    """Case -> rows, the fewest first -> repeats."""
+    groups: dict[str, dict[int, list[Line]]] = {}
     for line in sorted(lines, key=lambda of: of["what"]["rows"]):
         what = line["what"]
-        of = groups.setdefault(what["case"], {}).setdefault(what["freed"], {})
-        of.setdefault(what["rows"], []).append(line)
+        groups.setdefault(what["case"], {}).setdefault(what["rows"], []).append(line)
     return groups
 
 
@@ -166,23 +137,18 @@ def growth(of: dict[int, list[Line]], rows: int) -> float:
 def tables(lines: list[Line]) -> list[Table]:
     """A table for each case."""
     found = []
-    for case, ways in by_case(lines).items():
-        rows_of = []
-        for way, of in ways.items():
-            for rows, repeated in of.items():
-                more, other = growth(of, rows), ways.get("off", {}).get(rows, [])
-                speed = ratios(repeated, other, "rows_per_s") if way == "on" else []
-                first = of[min(of)]
-                rows_of.append([
-                    f"{rows:,} rows" + ("" if way == "on" else ", nothing given back"),
-                    ranged(ratios(repeated, first, "peak_rss_bytes")),
-                    ranged([line["peak_rss_bytes"] / 1e9 for line in repeated]),
-                    "" if rows == min(of) else f"{more:.1f}",
-                    f"{median(repeated, 'rows_per_s'):,.0f}",
-                    ranged(speed), f"{median(repeated, 'trim_share'):.2%}" if way == "on" else "",
-                ])  # fmt: skip
-        heads = ["", "× peak of the fewest rows", "peak GB", "bytes a row more", "rows/s", "speed, on over off",
-                 "time giving back"]  # fmt: skip
+    for case, of in by_case(lines).items():
+        rows_of = [
+            [
+                f"{rows:,} rows",
+                ranged(ratios(repeated, of[min(of)], "peak_rss_bytes")),
+                ranged([line["peak_rss_bytes"] / 1e9 for line in repeated]),
+                "" if rows == min(of) else f"{growth(of, rows):.1f}",
+                f"{median(repeated, 'rows_per_s'):,.0f}",
+            ]
+            for rows, repeated in of.items()
+        ]
+        heads = ["", "× peak of the fewest rows", "peak GB", "bytes a row more", "rows/s"]
         found.append(Table(f"memory, {case}: generated rows", heads, rows_of))
     return found
 
@@ -191,13 +157,11 @@ def draw(lines: list[Line], path: Path) -> None:
     """Memory while rows go by."""
     groups = by_case(lines)
     drawn, axes = figure(wide=4.4 * len(groups), high=3.2, columns=len(groups))
-    for axis, (case, ways) in zip(axes, groups.items(), strict=True):
-        for way, of in ways.items():
-            for rows, repeated in of.items():
-                held = repeated[0]["rss_by_share"]
-                seen = [rows * (i + 1) / len(held) / 1e6 for i in range(len(held))]
-                label = f"{rows / 1e6:g} M rows" + ("" if way == "on" else ", nothing given back")
-                axis.plot(seen, [b / 1e9 for b in held], "-" if way == "on" else ":", marker=".", label=label)
+    for axis, (case, of) in zip(axes, groups.items(), strict=True):
+        for rows, repeated in of.items():
+            held = repeated[0]["rss_by_share"]
+            seen = [rows * (i + 1) / len(held) / 1e6 for i in range(len(held))]
+            axis.plot(seen, [b / 1e9 for b in held], "-", marker=".", label=f"{rows / 1e6:g} M rows")
         axis.set(xscale="log", ylim=(0, None))
         axis.set_xlabel("million rows so far", fontsize=8)
         axis.set_title(case, fontsize=9)
@@ -211,7 +175,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 4_000_000], help="(%(default)s)")
     parser.add_argument("--case", nargs="+", choices=CASES, default=["stream"], help="(%(default)s)")
-    parser.add_argument("--freed", nargs="+", choices=["on", "off"], default=["on", "off"], help="(%(default)s)")
     parser.add_argument("--vocabulary", type=int, default=100_000, help="users, and as many items (%(default)s)")
     parser.add_argument("--window", type=int, default=262_144, help="rows that are read at once (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="threads that read ahead (%(default)s)")
@@ -223,10 +186,7 @@ def main() -> int:
 
 def _todo(given: argparse.Namespace) -> list[dict[str, Any]]:
     same = {name: getattr(given, name) for name in ("vocabulary", "window", "workers", "batch_size", "threads")}
-    return [
-        {"case": case, "rows": rows, "freed": way} | same
-        for case in given.case for rows in sorted(given.rows) for way in given.freed
-    ]  # fmt: skip
+    return [{"case": case, "rows": rows} | same for case in given.case for rows in sorted(given.rows)]
 
 
 if __name__ == "__main__":

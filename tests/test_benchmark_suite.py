@@ -12,7 +12,6 @@ import pytest
 from ranks import run_ranks
 from test_benchmarks import TINY, script
 
-from mtcl_torchrec.data import freed
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import parallelise
@@ -312,27 +311,17 @@ def test_an_unknown_cut_has_no_formula():
 # ---------------------------------------------------------------------- memory, and what others show
 
 
-def test_memory_goes_through_all_rows_and_says_what_giving_back_costs(tmp_path, monkeypatch, capsys):
+def test_memory_goes_through_all_rows(tmp_path):
     memory = script("memory")
     what = {"case": "stream", "vocabulary": 50, "window": 200, "workers": 1, "batch_size": 64, "threads": None}
-    lines = []
-    for rows in (400, 900):
-        for way in ("on", "off"):
-            monkeypatch.setattr(freed, "give_back", freed.give_back)  # `work` puts its own in place
-            lines.append(line(of := what | {"rows": rows, "freed": way}, **memory.work(of)))
-            monkeypatch.undo()
-    assert [of["trims"] for of in lines] == [2, 0, 5, 0]
+    lines = [line(of := what | {"rows": rows}, **memory.work(of)) for rows in (400, 900)]
     assert all(len(of["rss_by_share"]) >= 7 and min(of["rss_by_share"]) > 1e7 for of in lines)
-    assert 0 < lines[0]["trim_share"] < 1
     [table] = memory.tables(lines)
-    assert [row[0] for row in table.rows] == ["400 rows", "900 rows"] + [
-        f"{n} rows, nothing given back" for n in (400, 900)
-    ]
+    assert [row[0] for row in table.rows] == ["400 rows", "900 rows"]
     memory.draw(lines, tmp_path / "m.png")
     assert (tmp_path / "m.png").stat().st_size > 5000
-    made_up = [line(what | {"rows": n, "freed": "on"}, peak_rss_bytes=n * 10.0 + 500) for n in (100, 300)]
-    of = memory.by_case(made_up)["stream"]["on"]
-    assert memory.growth(of, 300) == 10
+    made_up = [line(what | {"rows": n}, peak_rss_bytes=n * 10.0 + 500) for n in (100, 300)]
+    assert memory.growth(memory.by_case(made_up)["stream"], 300) == 10
 
 
 def test_what_is_shown_has_ratios_first(tmp_path):
@@ -398,11 +387,3 @@ def test_what_is_shown_has_ratios_first(tmp_path):
         )
         > 5000
     )
-
-
-def test_memory_that_was_freed_may_be_given_back(monkeypatch):
-    assert freed.give_back() in (True, False)
-    freed._trim.cache_clear()
-    monkeypatch.setattr(freed.platform, "libc_ver", lambda: ("musl", "1"))
-    assert freed.give_back() is False
-    freed._trim.cache_clear()

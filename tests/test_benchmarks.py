@@ -335,7 +335,7 @@ def test_what_has_become_slower_is_named(tmp_path, capsys):
     case = {"case": "middle", "rows": 1, "table_rows": 1, "threads": None, "sleeping": True}
     sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
     of_file = {"rows": 1, "ids": 5, "numbers": 0, "threads": None}
-    grown = {"case": "stream", "freed": "on"}
+    grown = {"case": "stream"}
     lines = {
         "peers": [line(case | {"contender": who}, i, from_file_per_s=speed * (i + 1))
                   for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0))],

@@ -14,7 +14,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from mtcl_torchrec.data import freed
 from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of
 from mtcl_torchrec.data.labels import label_of, unmasked
 from mtcl_torchrec.data.listed import listed_values
@@ -210,7 +209,6 @@ def summarise(summary: S, source: Parts[Any], workers: int = 1, progress: Callab
                 if summary.complete:
                     break
                 del part
-                freed.give_back()  # see `StreamRows`
     except DataError as error:
         wrong = error
     if world_size > 1:

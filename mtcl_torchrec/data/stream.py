@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from mtcl_torchrec.data import freed
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.id_dropout import drop_ids
 from mtcl_torchrec.data.position import Piece, Position, count, cut, pieces_left, shuffled
@@ -149,9 +148,7 @@ class StreamRows:
     def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece]) -> EncodedRows:
         order = shuffled(window.rows, seed).numpy()
         numbers = np.concatenate([order[a:b] for _, a, b in pieces])
-        encoded = drop_ids(self.encode(self.source.read(window).at(numbers)), self.id_dropout, numbers, seed)
-        freed.give_back()  # what the frame took; else a process grows with every row that it has seen
-        return encoded
+        return drop_ids(self.encode(self.source.read(window).at(numbers)), self.id_dropout, numbers, seed)
 
 
 def in_batches(parts: Iterable[EncodedRows], batch_size: int) -> Iterator[EncodedRows]:
