@@ -324,14 +324,12 @@ def test_a_run_in_bf16_is_exported_as_it_is(compiled, tmp_path):
     run = untrained()
     set_precision(run.model, "bf16")
     rows = encoded(run)
-    in_bf16 = outputs(run, rows)
     made = export_run(run, tmp_path / "m.mtcl", tables="fp32", compiled=compiled)
     assert made.compiled == (compiled == "yes")
     # Code that is compiled rounds elsewhere; the graph alone computes what the run computes.
     got = compare(Artefact.load(made.path), run, rows, 2e-2 if made.compiled else TOLERANCE["fp32"])
     set_precision(run.model, "fp32")
     assert any(not torch.equal(got[name], value) for name, value in outputs(run, rows).items())
-    assert set(in_bf16) <= set(got)
 
 
 @pytest.mark.full
