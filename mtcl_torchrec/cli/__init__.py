@@ -8,10 +8,12 @@ to that.
 from __future__ import annotations
 
 from mtcl_torchrec.cli.stopping import stoppable
+from mtcl_torchrec.openmp import wait_briefly
 
 
 def main() -> None:
     """Run the command line; a mistake in data or configuration is one clear line and exit status 2."""
+    wait_briefly()
     with stoppable():
         from mtcl_torchrec.cli.commands import run
 

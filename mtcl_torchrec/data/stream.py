@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from itertools import groupby
@@ -17,6 +17,7 @@ from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.id_dropout import drop_ids
 from mtcl_torchrec.data.position import Piece, Position, count, cut, pieces_left, shuffled
 from mtcl_torchrec.data.source import Rows
+from mtcl_torchrec.openmp import lone_workers
 
 T = TypeVar("T")
 _THREADS = "mtcl-data"
@@ -181,7 +182,7 @@ def in_order(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
         ['a', 'b']
     """
     waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix=_THREADS)
+    pool = lone_workers(workers, _THREADS)
     try:
         for call in calls:
             if len(waiting) == workers:

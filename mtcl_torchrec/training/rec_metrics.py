@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torchmetrics import Metric
 from torchrec.metrics.calibration import CalibrationMetric
 from torchrec.metrics.metric_module import RecMetricModule
 from torchrec.metrics.metrics_config import RecComputeMode, RecTaskInfo
@@ -96,6 +97,11 @@ class TrainingMetrics:
         least = batch_size * where.world_size
         self._piece = max(batch_size, min(PIECE, config.window // (16 * where.world_size)))
         self.module = _module(self.tasks, config, where, least, users is not None and "gauc" in config.kinds)
+        if where.world_size == 1:
+            # With nobody to ask, gloo would still gather, by kernels on threads of its own: see `lone_workers`.
+            for part in self.module.modules():
+                if isinstance(part, Metric):
+                    part.distributed_available_fn = _alone
         self._groups: deque[torch.Tensor] = deque()  # of batches that the pipeline has taken and not trained yet
         self._held: list[tuple[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self._rows = 0
@@ -233,6 +239,11 @@ def _module(
         compute_interval_steps=config.every,
     )
     return module.to(where.device)
+
+
+def _alone() -> bool:
+    """Whether there are other ranks: torchmetrics asks."""
+    return False
 
 
 def build_training_metrics(

@@ -25,6 +25,7 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from mtcl_torchrec.config import ShardingConfig
 from mtcl_torchrec.config.commands import Device
+from mtcl_torchrec.openmp import calm_threads
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.planning.constraints import WHY_UNCUT, TableOptimizer
 from mtcl_torchrec.training.planning.hardware import this_hardware
@@ -67,16 +68,6 @@ class Ranks:
         box: list = [None] * self.world_size
         dist.all_gather_object(box, value)
         return box
-
-
-def _calm_threads() -> int:
-    """Half of this process's share of the cores.
-
-    OpenMP's threads spin while they wait for each other: with a thread on each core and one core busy elsewhere,
-    training was measured to be 18 times slower than with one thread less.  Set OMP_NUM_THREADS to decide yourself.
-    """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // (2 * processes))
 
 
 _groups = itertools.count()
@@ -134,7 +125,7 @@ def ranks(device: Device = "auto") -> Iterator[Ranks]:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(_calm_threads())
+            torch.set_num_threads(calm_threads())
     if use_cuda:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(target)

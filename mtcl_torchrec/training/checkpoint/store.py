@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from mtcl_torchrec.openmp import lone_workers
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.sharding import Ranks
 
@@ -40,7 +41,7 @@ class CheckpointStore:
         self.folder, self.where, self.keep = folder, where, keep
         # What is written in the background talks over a group of its own: training's messages must not meet it.
         self._group = dist.new_group(backend="gloo") if where.world_size > 1 else None
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writer = lone_workers(1, "checkpoint")
         self._pending: Future | None = None
         if where.first:
             folder.mkdir(parents=True, exist_ok=True)
