@@ -91,4 +91,5 @@ class Judge:
         return rows_predicted(
             data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
             {**predictions, "score": score}, split=split, values=worth_of(self.run),
+            fused=self.fused.tasks,  # type: ignore[arg-type]
         )  # fmt: skip

@@ -100,7 +100,8 @@ def held_out_of(
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
     rankings: dict[str, np.ndarray] = {}
     if run.catalogue is not None and schema.item is not None:
-        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item])
+        # As precise as in the predictions that are kept, so that both rank alike.
+        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item]).astype(np.float32)
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),
@@ -251,12 +252,7 @@ def _labels(model: MTCL, rows: EncodedRows) -> dict[str, np.ndarray]:
             feature = model.output.item_classes.get(task.name)
             if feature is None:
                 continue
-            own = np.concatenate(
-                [
-                    batch.sparse_features[feature].to_padded_dense(1, padding_value=-1.0)[:, 0].numpy()
-                    for batch in iterate(rows, global_batches(len(rows), 65_536))
-                ]
-            )
+            own = rows.first_values(feature).numpy()
             label = np.where(np.isnan(label), np.nan, (label == own).astype(float))
         labels[task.name] = label
     return labels
