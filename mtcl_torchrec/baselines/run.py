@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mtcl_torchrec.baselines.entries import read_entries, write_entry
-from mtcl_torchrec.baselines.fused import score_of
+from mtcl_torchrec.baselines.fused import numbers_of, score_of
 from mtcl_torchrec.baselines.judge import JUDGED_BY, Judge
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
 from mtcl_torchrec.baselines.progress import Course, Progress, quiet
@@ -103,7 +103,7 @@ def run_baselines(
             fused, said = score_of(run, rows.tasks, folder=run_dir or folder, encoder=rows.encoder)
             if said:
                 say(said)
-            judge = Judge(run, rows, fused, by)
+            judge = Judge(run, rows, fused, by, numbers_of(run, run_dir or folder, rows.encoder))
             if stale:
                 say("the run ranks, or is judged, otherwise than when its baselines were")
             _judge_anew(judge, folder, stale, say)
@@ -133,7 +133,8 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
             fused, said = score_of(run, rows.tasks, folder=folder, encoder=rows.encoder)
             if said:
                 say(said)
-            _judge_anew(Judge(run, rows, fused, by), folder, stale, say)
+            judge = Judge(run, rows, fused, by, numbers_of(run, folder, rows.encoder))
+            _judge_anew(judge, folder, stale, say)
 
 
 def _judge_anew(judge: Judge, folder: Path, names: Sequence[str], say: Say) -> None:

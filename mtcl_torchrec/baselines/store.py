@@ -45,7 +45,9 @@ def judged_by(run: RunConfig, fitted: str) -> str:
     """
     config = run.evaluation
     fusion = fitted or (None if run.fusion is None else run.fusion.model_dump(mode="json"))
-    return _named([fusion, worth_of(run), config.threshold, config.k])
+    numbers = None if run.fusion is None else run.fusion.numbers
+    # Said only where there are any: what was judged without stays as it is.
+    return _named([fusion, worth_of(run), config.threshold, config.k, *([numbers] if numbers else [])])
 
 
 def _named(what: Any) -> str:

@@ -23,6 +23,7 @@ FORMAT = 1
 METADATA = b"mtcl_torchrec"  # key of what stands beside the columns
 ROWS_AT_ONCE = 262_144  # of a row group
 KEYS = ("user", "item", "request")
+AMOUNT = "amount."  # before a task: its column
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
@@ -41,6 +42,7 @@ class PredictionsTable:
             - ``uncalibrated.TASK``: the same before calibration, where that changes it,
             - ``part.TASK``: float32 in [0, 1], what a task that is not binary gives the fused score: the probability of
               the item's own class, or a value mapped to [0, 1],
+            - ``amount.TASK``: float32, the number of the item, such as its price, that value@k multiplies the task by,
             - ``score``: float32, the fused score, or whatever else ranks,
             - ``popularity``: float32, clicks of the item in the training split, NaN where it is not in it,
             - ``popular``: float32, what ranks by popularity, see `mtcl_torchrec.data.popularity`,
@@ -171,6 +173,11 @@ class PredictionsTable:
         there = name in self.predicted_names and self.task(name).kind != "multiclass"
         return self.predicted(name) if there else None
 
+    def amounts(self, name: str) -> np.ndarray | float:
+        """(N,) float64: what a task's value is multiplied by in value@k; 1 where that is nothing of the item."""
+        found = self._numbers(AMOUNT + name)
+        return 1.0 if found is None else found
+
     @property
     def score(self) -> np.ndarray | None:
         """(N,) float64: what the rows are ranked by."""
@@ -262,7 +269,7 @@ def predictions_table(
         predictions: by task and by conditional name, and ``"score"``.
         labels: (N, T).
         keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``popular``, ``part.stars``,
-            ``segment.hour``, ...
+            ``amount.buy``, ``segment.hour``, ...
         uncalibrated: as `predictions`; those that calibration did not change are left out.
         weights: (N, T) of the rows in the losses; kept of the tasks that declare one.
         split, thresholds, values, fused: see `PredictionsTable`.

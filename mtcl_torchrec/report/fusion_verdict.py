@@ -40,19 +40,23 @@ def worth_in_a_line(found: Verdict | None) -> str:
     return f"What the fusion is worth: the first {k} rows of a request bring {', and '.join(said)}."
 
 
-def worth_explained(k: int, values: Mapping[str, float], choice: float | None) -> str:
+def worth_explained(
+    k: int, values: Mapping[str, float], choice: float | None, numbers: Mapping[str, str] | None = None
+) -> str:
     """What is counted in it.
 
     Args:
         k: rows of a request that are shown.
         values: task -> what its event is worth.
         choice: the share of requests that have more than k rows.
+        numbers: task -> the feature of the item, such as its price, that its value is multiplied by.
 
     Example:
         >>> worth_explained(5, {"click": 1.0, "like": 8.0}, 0.25)[:72]
         'That is value@5: what happened to these rows, worth click 1, like 8; 25%'
     """
-    counted = ", ".join(f"{task} {value:g}" for task, value in values.items())
+    by = {task: f" · {feature}" for task, feature in (numbers or {}).items()}
+    counted = ", ".join(f"{task} {value:g}{by.get(task, '')}" for task, value in values.items())
     line = f"That is value@{k}: what happened to these rows, worth {counted}; "
     if choice is not None:
         line += f"{choice:.0%} of the requests have more than {k} rows: in all others the order changes nothing; "

@@ -103,7 +103,7 @@ def _worth(run: RunContents) -> tuple[str, str]:
         return "", ""
     k = int(found.measure.partition("@")[2])
     choice = (run.evaluation["ranking"].get("fused") or {}).get(f"choice@{k}")
-    return worth_in_a_line(found), worth_explained(k, table.values, choice)
+    return worth_in_a_line(found), worth_explained(k, table.values, choice, run.numbers)
 
 
 def _measures(run: RunContents) -> list[str]:

@@ -23,7 +23,7 @@ from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.fused import dense_number, read_by_gate
+from mtcl_torchrec.training.fused import item_numbers, read_by_gate
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -122,11 +122,11 @@ def held_out_of(
 def _chains(run: FinishedRun) -> tuple[dict[str, str], dict[str, DenseNumber]]:
     """What comes after what, and what is worth its price: as the expected value says it that the run's configuration
     has, or else the one fitted after it; without any, as the tasks' masks do."""
+    numbers = item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder)
     for config in (run.config.fusion, run.fusion):
         if config is not None and config.kind == "expected_value":
-            encoder, numbers = run.preprocessor.encoder, config.numbers or {}
-            return dict(config.given or {}), {task: dense_number(name, encoder) for task, name in numbers.items()}
-    return masked_chains(run.model.tasks), {}
+            return dict(config.given or {}), numbers
+    return masked_chains(run.model.tasks), numbers
 
 
 def masked_chains(tasks: Sequence[Task]) -> dict[str, str]:

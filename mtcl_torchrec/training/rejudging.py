@@ -19,11 +19,12 @@ from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import AMOUNT, PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import METRICS, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
+from mtcl_torchrec.training.fused import item_numbers
 from mtcl_torchrec.training.held_out import columns_needed, rows_of_split
 from mtcl_torchrec.training.judging import (
     evaluation_as_json,
@@ -107,6 +108,7 @@ def _with_score(
     fresh = rows_predicted(
         run.model.tasks, run.preprocessor, raw, encoded, run.catalogue, predictions, split=split, segments=segments,
         thresholds=thresholds_of(folder), values=worth_of(run.config), fused=fused_tasks(run.model),
+        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder),
     )  # fmt: skip
     path = predictions_path(folder, split)
     if not path.is_file():
@@ -124,7 +126,7 @@ def _with_score(
 
 
 def _is_of_score(column: str) -> bool:
-    return column == "score" or column.startswith("part.")
+    return column == "score" or column.startswith(("part.", AMOUNT))
 
 
 def _agree(stored: PredictionsTable, fresh: PredictionsTable) -> bool:
