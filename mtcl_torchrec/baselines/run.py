@@ -24,6 +24,7 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
+from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
@@ -287,7 +288,9 @@ def _quality(job: Job, unit: Sequence[Task], predictions: dict[str, Any]) -> flo
 
 
 def _shown(unit: Sequence[Task], found: Found) -> str:
-    what = {"binary": "AUC", "multiclass": "1 - NE", "regression": "R²"}[unit[0].kind] if len(unit) == 1 else "mean AUC"
+    main = MAIN[unit[0].kind]
+    alone = "1 - " * (sign_of_better(main) < 0) + label_of(main)  # the higher the better
+    what = alone if len(unit) == 1 else f"mean {label_of('auc')}"
     return f"{what} {found.quality:.4f} on val"
 
 

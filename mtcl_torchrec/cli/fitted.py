@@ -13,6 +13,7 @@ import pandas as pd
 from rich.console import Console
 
 from mtcl_torchrec.evaluation.bootstrap import quantile_of
+from mtcl_torchrec.evaluation.naming import heading_of
 from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.worth import verdict_lines
 from mtcl_torchrec.fusing.cross_validation import sure_of
@@ -125,7 +126,7 @@ def _print_losses(losses: pd.DataFrame, console: Console) -> None:
     headers = [c for c in losses.columns if c != "task"]
     table = plain_table(
         "What each task's own ranking would be",
-        ["task", *(h.replace("auc", "AUC").replace("gAUC", "GAUC") for h in headers)],
+        ["task", *map(heading_of, headers)],
     )
     for line in losses.to_dict("records"):
         table.add_row(str(line["task"]), *(_plus_minus(float(line[h]), math.nan) for h in headers))

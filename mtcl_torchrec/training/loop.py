@@ -17,7 +17,7 @@ from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingCon
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
-from mtcl_torchrec.evaluation.naming import label_of
+from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import cell
 from mtcl_torchrec.models import MTCL, MTCLTrain
@@ -350,10 +350,8 @@ def _epoch_line(
 ) -> str:
     shown = []
     for name, of in metrics.items():
-        for key in ("auc", "ne", "r2"):
-            if key in of:
-                shown.append(f"{name} {label_of(key)} {cell(of[key])}")
-                break
+        if (key := main_metric(of)) is not None:
+            shown.append(f"{name} {label_of(key)} {cell(of[key])}")
     found = f"validation: {', '.join(shown)}" if shown else "no task has a label in the validation rows"
     mean = "" if np.isnan(value) else f"; mean {value:.4f}"
     return f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; {found}{mean}{' (best so far)' if best else ''}"
