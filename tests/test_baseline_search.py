@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import shop
 
-from mtcl_torchrec.baselines import networks
+from mtcl_torchrec.baselines import BASELINES, networks
 from mtcl_torchrec.baselines.search import candidates, search
 from mtcl_torchrec.config import parse_run
 
@@ -31,6 +31,19 @@ def test_the_search_begins_with_the_usual_setting_and_keeps_to_its_seconds():
     now[0] = 0
     assert search(tried, attempt, clock=lambda: now[0]).settings == {"c": 3}
     assert len(search(tried, attempt, until=-1, clock=lambda: now[0]).trials) == 1
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_the_trials_of_a_small_search_are_the_first_of_a_large_one(name):
+    usual, space = BASELINES[name].usual, BASELINES[name].space
+    many = candidates(usual, space, 60, seed=3)
+    for trials in (1, 2, 3, 8, 20, 40):
+        assert candidates(usual, space, trials, seed=3) == many[:trials]
+    lists = [values for values in space.values() if isinstance(values, list)]
+    size = math.prod(map(len, lists)) if len(lists) == len(space) else math.inf
+    size += any(usual[of] not in values for of, values in space.items() if isinstance(values, list))
+    assert len(many) == min(60, size)
+    assert all(setting not in many[:i] for i, setting in enumerate(many))
 
 
 def test_a_trial_that_diverges_is_counted_and_lost():

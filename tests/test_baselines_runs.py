@@ -19,7 +19,7 @@ from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import auc
-from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
 from mtcl_torchrec.evaluation.thresholds import best_threshold
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import locked
@@ -134,8 +134,59 @@ def test_what_is_done_is_not_done_again(mtcl, folder, monkeypatch):
     assert mtcl(*arguments)[1].count("done before") == 2
     shop.log(1500, seed=1).to_parquet(folder / "log.parquet", index=False)
     assert "done before" not in mtcl(*arguments)[1]
-    assert "done before" not in mtcl(*arguments[:-1], 3)[1]
+    assert ": done before" not in mtcl(*arguments[:-1], 3)[1]
     assert len(loaded) == 2
+
+
+def test_more_trials_are_those_that_were_not_done(folder, monkeypatch):
+    names, called = ["popularity", "logistic_regression", "unweighted"], []
+    for name in names:
+        usual = BASELINES[name]
+
+        def fit(job, tasks, settings, fit=usual.fit):
+            called.append((tasks[0].name, str(settings)))
+            return fit(job, tasks, settings)
+
+        monkeypatch.setitem(BASELINES, name, dataclasses.replace(usual, fit=fit))
+    run, lines = parse_run(SMALL, folder=folder), list[str]()
+
+    def go(trials, out="out", **options):
+        called.clear()
+        budget = Budget(trials, network_trials=trials - 1)
+        options = {"only": names, "device": "cpu", "say": lines.append} | options
+        return run_baselines(run, folder / out, budget=budget, **options)
+
+    first = go(2)
+    assert len(called) == 2 * 3 + 2 * 3 + 1
+    lines.clear()
+    more = go(3)
+    assert len(called) == len(set(called)) == 3 + 3 + 1  # one for each task; of a network for all, one
+    assert "popularity: goes on after 6 trials done before, which took 0 s" in lines
+    done = list(called)
+    whole = go(3, "whole")
+    assert set(done) < set(called)
+    for name in names:
+        assert more[name]["settings"] == whole[name]["settings"]
+        assert (
+            more[name]["trials"] == whole[name]["trials"] == first[name]["trials"] + (1 if name == "unweighted" else 3)
+        )
+        found, expected = (of[name]["metrics"]["test"]["tasks"]["click"]["auc"] for of in (more, whole))
+        assert found == pytest.approx(expected, abs=1e-6)
+        earlier = first[name]["searched"]
+        assert all(more[name]["searched"][title][: len(of)] == of for title, of in earlier.items())
+    go(3)
+    assert called == []
+    # Fewer trials, another seed, or predictions of another search beside the entry: nothing of it counts.
+    only = {"only": ["popularity"]}
+    go(2, **only)
+    assert len(called) == 6
+    go(3, seed=1, **only)
+    assert len(called) == 9
+    place = folder / "out/baselines/popularity/predictions"
+    table = read_predictions(place / "val.parquet")
+    write_predictions(place / "val.parquet", dataclasses.replace(table, frame=table.frame.assign(**{"p.click": 0.5})))
+    go(4, seed=1, **only)
+    assert len(called) == 4 + 1 + 1  # of click all, of the others one more
 
 
 def test_after_an_interruption_the_search_goes_on_with_the_next_trial(folder, monkeypatch):

@@ -28,7 +28,7 @@ from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.rivals import ranked_events, sign_of, word_of
 from mtcl_torchrec.evaluation.segments import rows_of
-from mtcl_torchrec.evaluation.worth import gains
+from mtcl_torchrec.evaluation.worth import verdict_of
 from mtcl_torchrec.schema import Feature, Schema
 
 CLICK = Task.binary("click")
@@ -300,14 +300,22 @@ def test_what_the_fusion_is_worth_in_per_cent():
     table = made(users=500, skill=1.0)
     perfect = table.labels("click") + 4 * np.nan_to_num(table.labels("buy"))
     table = replaced(table, score=perfect, popular=np.random.default_rng(5).random(len(table)))
-    head, popular = gains(table, 2)
-    assert (head.against, popular.against) == ("click", "popularity")
-    assert head.sure
-    assert popular.sure
-    assert popular.ratio > head.ratio > 0
+    assert (
+        verdict_of(table, [2]).rivals[0].name == "head stars"
+    )  # worth nothing itself, and a strong rival all the same
+    table = dataclasses.replace(table, fused=("click", "buy"))
+    head, popular = verdict_of(table, [1000, 2, 3]).rivals  # the shortest that leaves a choice
+    assert (head.name, popular.name) == ("head click", "popularity")
+    assert head.sign == popular.sign == 1
+    assert popular.per_cent[0] > head.per_cent[0] > 0
     found = evaluate_table(table, k=[2])
     both = [found.ranking[rule]["value@2"] for rule in ("fused", "popular")]
-    assert popular.ratio == pytest.approx(both[0] / both[1] - 1)
-    assert not gains(replaced(table, score=table.predicted("click")), 2)[0].sure  # it is the head itself
-    assert gains(PredictionsTable(table.frame, table.tasks), 2) == []  # nothing is worth anything
-    assert gains(table, 1000) == []
+    assert popular.per_cent[0] == pytest.approx(100 * (both[0] / both[1] - 1))
+    as_head = table.frame.assign(score=table.predicted("click"))
+    alone = verdict_of(dataclasses.replace(table, frame=as_head), [2])  # it is the head itself
+    assert (alone.rivals[0].ahead, alone.word) == (0, "not shown")
+    assert verdict_of(PredictionsTable(table.frame, table.tasks), [2]) is None  # nothing is worth anything
+    few = verdict_of(dataclasses.replace(handful(), values={"buy": 1}), [2])
+    assert few.unsure.startswith("too few events (")
+    assert all(math.isnan(rival.half) and rival.sign == 0 for rival in few.rivals)
+    assert verdict_of(table, [1000]) is None

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from mtcl_torchrec.cli.fitted import _gain, _plus_minus, verdict_lines
+from mtcl_torchrec.cli.fitted import _gain, _plus_minus
 from mtcl_torchrec.data.impressions import draw_impressions
+from mtcl_torchrec.evaluation.worth import verdict_lines
 from mtcl_torchrec.fusing import HeldOut, fit_fusion
-from mtcl_torchrec.fusing.rivals import does_fusing_pay
+from mtcl_torchrec.fusing.rivals import verdict_on
 from mtcl_torchrec.fusing.targets import longest_with_choice, parse_target
 
 
@@ -54,13 +55,13 @@ def test_the_verdict_is_a_paired_t_test_on_the_realised_value():
 def test_ranking_by_the_best_head_itself_is_not_said_to_pay():
     held_out, values = world()
     goal = parse_target("value@3", values, held_out.labels)
-    alone = does_fusing_pay(held_out, held_out.parts["like"], ["like"], goal, values)
+    alone = verdict_on(held_out, held_out.parts["like"], ["like"], goal, values)
     assert (alone.rivals[0].ahead, alone.rivals[0].half, alone.word) == (0, 0, "not shown")
     line, _ = verdict_lines(alone, "on these rows")
     assert line.startswith("Does fusing pay?  Not shown: value@3 ")
     assert "the same as the best head, like" in line
     assert "0.0" not in line.split("the same as")[1].split(";")[0]
-    worse = does_fusing_pay(held_out, -held_out.parts["like"], ["like"], goal, values)
+    worse = verdict_on(held_out, -held_out.parts["like"], ["like"], goal, values)
     assert worse.word == "no"
     line = verdict_lines(worse, "on these rows")[0]
     assert "No: value@3" in line
@@ -76,7 +77,7 @@ def test_a_difference_that_chance_makes_is_no_difference_that_counts():
         labels = {"click": (draw.random(400) < 0.3).astype(float)}
         rows = HeldOut(parts, labels, np.arange(400) // 8, user=np.arange(400) // 16)
         goal = parse_target("value@3", {"click": 1}, labels)
-        found = does_fusing_pay(rows, draw.random(400), ["click"], goal, {"click": 1})
+        found = verdict_on(rows, draw.random(400), ["click"], goal, {"click": 1})
         assert found.paired == "users"
         wrong += found.word != "not shown"
     assert 2 <= wrong <= 20

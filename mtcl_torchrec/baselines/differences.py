@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, draw, quantile_of, spread
-from mtcl_torchrec.evaluation.compare import Difference, holm, two_sided
+from mtcl_torchrec.evaluation.compare import Difference, holm, two_sided, with_amounts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 
@@ -54,7 +54,7 @@ def differences(
     for name, table in baselines.items():
         if len(table) != len(run) or table.fingerprint != run.fingerprint:
             continue
-        there, theirs, their_draws = measured(table)
+        there, theirs, their_draws = measured(with_amounts_of(run, table))
         shared = [key for key in places if key in there]
         a, b = [places[key] for key in shared], [there[key] for key in shared]
         errors = spread(their_draws[:, b] - own_draws[:, a])

@@ -14,11 +14,11 @@ from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.labels import requests_of
-from mtcl_torchrec.modules.fusion import RowContext, WeightedMean, fuse
+from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, WeightedMean, fuse
 from mtcl_torchrec.modules.heads import in_unit_interval
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.fitted_fusion import build_fitted, fitted_config
-from mtcl_torchrec.training.fused import build_fused_score, is_learned
+from mtcl_torchrec.training.fused import build_fused_score, is_learned, item_numbers
 
 
 def score_of(
@@ -50,6 +50,16 @@ def score_of(
     if config.weights:
         return WeightedMean(config.weights), f"{said} of its weights"
     return build_fused_score(None, tasks), f"{said} of the binary tasks"
+
+
+def numbers_of(run: RunConfig, folder: Path, encoder: FeatureEncoder) -> dict[str, DenseNumber]:
+    """See `mtcl_torchrec.training.fused.item_numbers`: baselines are worth what the run is, whatever they rank by.
+
+    Args:
+        folder: the run directory, or where there is none.
+        encoder: fitted.
+    """
+    return item_numbers(run.fusion, fitted_config(folder), encoder)
 
 
 def fused_score(

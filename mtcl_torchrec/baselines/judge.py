@@ -6,7 +6,7 @@ What a baseline predicts is kept, so that another fused score, other values or o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
+from mtcl_torchrec.modules.fusion import DenseNumber
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.judging import evaluation_as_json, predictions_path, rows_predicted, worth_of
 
@@ -36,12 +37,14 @@ class Judge:
         data: its rows.
         fused: what ranks.
         by: names all that.
+        numbers: see `mtcl_torchrec.training.fused.item_numbers`.
     """
 
     run: RunConfig
     data: BaselineData
     fused: nn.Module
     by: str
+    numbers: Mapping[str, DenseNumber] = field(default_factory=dict)
 
     def entry(self, folder: Path, predictions: Predictions, notes: Sequence[str]) -> dict[str, Any]:
         """Write predictions, and judge them.
@@ -91,4 +94,5 @@ class Judge:
         return rows_predicted(
             data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
             {**predictions, "score": score}, split=split, values=worth_of(self.run),
+            fused=self.fused.tasks, numbers=self.numbers,  # type: ignore[arg-type]
         )  # fmt: skip

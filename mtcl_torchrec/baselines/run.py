@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from mtcl_torchrec.baselines.entries import read_entries, write_entry
-from mtcl_torchrec.baselines.fused import score_of
+from mtcl_torchrec.baselines.fused import numbers_of, score_of
 from mtcl_torchrec.baselines.judge import JUDGED_BY, Judge
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
 from mtcl_torchrec.baselines.progress import Course, Progress, quiet
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
-from mtcl_torchrec.baselines.store import FOLDER, judged_by, key_of, load_part, save_part
+from mtcl_torchrec.baselines.store import FOLDER, found_before, judged_by, key_of, load_part, save_part
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
+from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
@@ -52,8 +54,9 @@ def run_baselines(
     Every baseline has the same budget, but for networks, whose trials are trainings.  One with a model for each task
     shares the seconds among its tasks, those of the largest weight in the fused score first.  Each writes
     ``baselines/NAME/predictions/SPLIT.parquet`` and its entry of ``baselines.json`` in the folder.  An interrupted one
-    goes on after the last trial that was done.  All rank by the fused score that the run has now; entries of before
-    that were ranked by another, or judged by other values, are judged anew by the predictions that they keep.
+    goes on after the last trial that was done, and one that was done with fewer trials after those.  All rank by the
+    fused score that the run has now; entries of before that were ranked by another, or
+    judged by other values, are judged anew by the predictions that they keep.
 
     Args:
         run: to be compared with; its paths are taken as they are.
@@ -85,9 +88,10 @@ def run_baselines(
     files = files_fingerprint(run)
     options: dict[str, Any] = {"seconds": budget.seconds, "seed": seed, "max_rows": max_rows}
     options |= {"tasks": sorted(tasks)} if tasks else {}
-    keys = {}
+    keys, searches = dict[str, str](), dict[str, str]()
     for name in names:
         network = BASELINES[name].network
+        searches[name] = key_of(run, files, whole=network, name=name, **options)
         keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **options)
     by = judged_by(run, fusion_fingerprint(run_dir or folder))
     entries = read_entries(folder)
@@ -103,11 +107,11 @@ def run_baselines(
             fused, said = score_of(run, rows.tasks, folder=run_dir or folder, encoder=rows.encoder)
             if said:
                 say(said)
-            judge = Judge(run, rows, fused, by)
+            judge = Judge(run, rows, fused, by, numbers_of(run, run_dir or folder, rows.encoder))
             if stale:
                 say("the run ranks, or is judged, otherwise than when its baselines were")
             _judge_anew(judge, folder, stale, say)
-            _go_on(job, judge, folder, left, keys, budget, say, progress)
+            _go_on(job, judge, folder, left, keys, searches, budget, say, progress)
         entries = read_entries(folder)
     return {name: entries[name] for name in names}
 
@@ -133,7 +137,8 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
             fused, said = score_of(run, rows.tasks, folder=folder, encoder=rows.encoder)
             if said:
                 say(said)
-            _judge_anew(Judge(run, rows, fused, by), folder, stale, say)
+            judge = Judge(run, rows, fused, by, numbers_of(run, folder, rows.encoder))
+            _judge_anew(judge, folder, stale, say)
 
 
 def _judge_anew(judge: Judge, folder: Path, names: Sequence[str], say: Say) -> None:
@@ -155,6 +160,7 @@ def _go_on(
     folder: Path,
     names: Sequence[str],
     keys: dict[str, str],
+    searches: dict[str, str],
     budget: Budget,
     say: Say,
     progress: Progress,
@@ -163,7 +169,9 @@ def _go_on(
     for number, name in enumerate(names, 1):
         place = folder / FOLDER / name
         told = _Told(say, progress, number, len(names))
-        write_entry(folder, name, _one(name, replace(job, folder=place), judge, budget, keys[name], told))
+        earlier = read_entries(folder).get(name, {})
+        entry = _one(name, replace(job, folder=place), judge, budget, searches[name], earlier, told)
+        write_entry(folder, name, {"key": keys[name], **entry})
         for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
             shutil.rmtree(rest, ignore_errors=True)
 
@@ -195,8 +203,15 @@ def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
     return names
 
 
-def _one(name: str, job: Job, judge: Judge, budget: Budget, key: str, told: _Told) -> dict[str, Any]:
-    """Search for one baseline's settings, write its predictions, and make its entry."""
+def _one(
+    name: str, job: Job, judge: Judge, budget: Budget, key: str, earlier_entry: dict[str, Any], told: _Told
+) -> dict[str, Any]:
+    """Search for one baseline's settings, write its predictions, and make its entry.
+
+    Args:
+        key: names the search, whatever the number of its trials.
+        earlier_entry: of ``baselines.json``; where it is of the same search, its trials are the first.
+    """
     baseline, data = BASELINES[name], job.data
     tasks, notes = list[Task](), list[str]()
     for task in _by_weight(data.tasks, judge.fused):
@@ -211,7 +226,13 @@ def _one(name: str, job: Job, judge: Judge, budget: Budget, key: str, told: _Tol
     units = {"all tasks": tasks} if baseline.joint else {task.name: [task] for task in tasks}
     settings = candidates_of(baseline, budget, job.seed)
     parts = {title: job.folder / "parts" / f"{i}.npz" for i, title in enumerate(units)}
-    before = {title: load_part(path, key) or Found() for title, path in parts.items()}
+    before = {title: Found() for title in units}
+    for title, unit in units.items():
+        # An interrupted search knows more than the one before it that was done.
+        done = found_before(earlier_entry, job.folder, key, title, [task.name for task in unit])
+        done = done if done is not None and _is_whole(job, unit, done) else None
+        found_so_far = [of for of in (load_part(parts[title], key), done) if _is_of(of, settings)]
+        before[title] = max(found_so_far, key=lambda of: len(of.trials), default=Found())
     course = Course(
         name, told.place, told.places, dict.fromkeys(units, len(settings)), budget.seconds, told.progress
     )  # fmt: skip
@@ -230,7 +251,7 @@ def _one(name: str, job: Job, judge: Judge, budget: Budget, key: str, told: _Tol
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
     return {
-        "key": key,
+        "search": key,
         "about": baseline.about,
         "settings": {title: found.settings for title, found in searched.items()},
         "trials": sum(len(found.trials) for found in searched.values()),
@@ -240,6 +261,20 @@ def _one(name: str, job: Job, judge: Judge, budget: Budget, key: str, told: _Tol
         "searched": {title: [finite(asdict(trial)) for trial in found.trials] for title, found in searched.items()},
         **judge.entry(job.folder, predictions, notes),
     }
+
+
+def _is_of(found: Found | None, settings: Sequence[Settings]) -> TypeGuard[Found]:
+    """Whether the trials of a search are the first of these settings."""
+    tried = [] if found is None else [trial.settings for trial in found.trials]
+    return found is not None and tried == list(settings[: len(tried)])
+
+
+def _is_whole(job: Job, unit: Sequence[Task], found: Found) -> bool:
+    """Whether the predictions beside an entry are those of its best trial, and not of a search that was interrupted."""
+    rows = {split: len(of[unit[0].name]) for split, of in found.predictions.items()}
+    if rows != {split: len(of) for split, of in job.data.held_out.items()}:
+        return False
+    return math.isclose(_quality(job, unit, found.predictions["val"]), found.quality, abs_tol=1e-4)
 
 
 def candidates_of(baseline: Baseline, budget: Budget, seed: int) -> list[Settings]:
@@ -286,7 +321,9 @@ def _quality(job: Job, unit: Sequence[Task], predictions: dict[str, Any]) -> flo
 
 
 def _shown(unit: Sequence[Task], found: Found) -> str:
-    what = {"binary": "AUC", "multiclass": "1 - NE", "regression": "R²"}[unit[0].kind] if len(unit) == 1 else "mean AUC"
+    main = MAIN[unit[0].kind]
+    alone = "1 - " * (sign_of_better(main) < 0) + label_of(main)  # the higher the better
+    what = alone if len(unit) == 1 else f"mean {label_of('auc')}"
     return f"{what} {found.quality:.4f} on val"
 
 

@@ -11,11 +11,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 
+_DRAWS = 32  # from lists, before all that is left
 Settings = dict[str, Any]
 # Split -> task -> (N,), or (N, C) of a multiclass task.
 Predictions = dict[str, dict[str, np.ndarray]]
@@ -80,6 +82,7 @@ class Found:
 
 def candidates(usual: Settings, space: Mapping[str, Any], trials: int, seed: int) -> list[Settings]:
     """The usual settings, and others drawn from a space until there are as many as trials, or the space is used up.
+    Those of fewer trials are the first of those of more, so that a search can be gone on with.
 
     Args:
         space: setting -> list of values, or a distribution of scipy.
@@ -91,8 +94,12 @@ def candidates(usual: Settings, space: Mapping[str, Any], trials: int, seed: int
     """
     found = [dict(usual)]
     lists = all(isinstance(values, Sequence) for values in space.values())
-    draws = min(4 * trials, len(ParameterGrid(dict(space)))) if lists else 4 * trials
-    for drawn in ParameterSampler(dict(space), draws, random_state=seed) if space else ():
+    if lists:  # drawn without replacement, and in another order where there are more draws: their number is fixed
+        size = len(ParameterGrid(dict(space)))
+        draws = [min(_DRAWS, size), size] if space else []
+    else:
+        draws = [4 * trials]
+    for drawn in chain(*(ParameterSampler(dict(space), count, random_state=seed) for count in draws)):
         setting = {
             **usual,
             **{name: value.item() if hasattr(value, "item") else value for name, value in drawn.items()},

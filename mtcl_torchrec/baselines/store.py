@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -11,10 +13,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from mtcl_torchrec.baselines.search import Found, Trial
+from mtcl_torchrec.baselines.search import Found, Predictions, Trial
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.files import without_paths
-from mtcl_torchrec.training.judging import worth_of
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.training.judging import predictions_path, worth_of
 
 FOLDER = "baselines"
 _FORMAT = 3  # part of every key: what another version found is searched for again
@@ -45,7 +49,9 @@ def judged_by(run: RunConfig, fitted: str) -> str:
     """
     config = run.evaluation
     fusion = fitted or (None if run.fusion is None else run.fusion.model_dump(mode="json"))
-    return _named([fusion, worth_of(run), config.threshold, config.k])
+    numbers = None if run.fusion is None else run.fusion.numbers
+    # Said only where there are any: what was judged without stays as it is.
+    return _named([fusion, worth_of(run), config.threshold, config.k, *([numbers] if numbers else [])])
 
 
 def _named(what: Any) -> str:
@@ -69,6 +75,34 @@ def save_part(path: Path, key: str, found: Found) -> None:
     with fresh.open("wb") as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
     fresh.replace(path)
+
+
+def found_before(entry: Mapping[str, Any], folder: Path, search: str, title: str, tasks: Sequence[str]) -> Found | None:
+    """What a search that is done came to, to be gone on with by more trials; None where it was another search, or its
+    predictions are gone.
+
+    Args:
+        entry: of ``baselines.json``.
+        folder: of the baseline.
+        search: names the search, whatever the number of its trials.
+        title: of the tasks, as the entry has it.
+        tasks: their names.
+    """
+    if entry.get("search") != search or title not in entry["searched"]:
+        return None
+    trials = [
+        Trial(of["settings"], math.nan if of["quality"] is None else of["quality"], of["seconds"])
+        for of in entry["searched"][title]
+    ]
+    best, predictions = entry["settings"][title], Predictions()
+    quality = next((trial.quality for trial in trials if trial.settings == best), math.nan)
+    try:
+        for split in entry["metrics"]:
+            table = read_predictions(predictions_path(folder, split))
+            predictions[split] = {task: table.predicted(task).astype(np.float32) for task in tasks}
+    except (DataError, OSError):
+        return None
+    return Found(best, quality, predictions, trials)
 
 
 def load_part(path: Path, key: str) -> Found | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from mtcl_torchrec.baselines.differences import Differences, differences, half_of, verdict
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.naming import sign_of_better
+from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
 from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.resampled import RANKING
@@ -22,7 +22,6 @@ from mtcl_torchrec.training.directory import METRICS
 from mtcl_torchrec.training.judging import predictions_path
 
 THIS_RUN = "this run"
-_QUALITY = {"binary": ("auc", "AUC"), "multiclass": ("ne", "NE"), "regression": ("r2", "R²")}
 # Of a ranking; CTR and conversion of what is shown are rates.
 _TOLD = ("auc ", "gauc ", "value@", "rate@")
 _PER_TABLE = 5  # columns that a screen holds
@@ -66,18 +65,18 @@ def print_baselines(
     kinds: dict[str, str] = {}
     for evaluation in found.values():
         kinds |= {task: kind for task, kind in evaluation["kinds"].items() if "|" not in task}
-    quality = {(task, _QUALITY[kind][0]): f"{_QUALITY[kind][1]} {task}" for task, kind in kinds.items()}
-    within = {(task, "gauc"): f"GAUC {task}" for task, kind in kinds.items() if kind == "binary"}
+    quality = {(task, MAIN[kind]): heading_of(f"{MAIN[kind]} {task}") for task, kind in kinds.items()}
+    within = {(task, "gauc"): heading_of(f"gauc {task}") for task, kind in kinds.items() if kind == "binary"}
     told = dict[Key, str]()
     for evaluation in found.values():
         for key in evaluation["ranking"].get("fused", {}):
             if key.startswith(_TOLD) and " error" not in key:
-                told[(RANKING, key)] = key.replace("gauc", "GAUC").replace("auc ", "AUC ")
+                told[(RANKING, key)] = heading_of(key)
     apart = _apart(entries, folder, run_dir, split, {*quality, *within, *told})
     _print(console, f"{split} split: quality of each task", found, quality, apart)
     _print(console, f"{split} split: AUC within users", found, within, apart)
     _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
-    notes = ["* is the best of its column (of NE the lowest)"]
+    notes = [f"* is the best of its column (of {label_of('ne')} the lowest)"]
     if apart:
         notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
     console.print("; ".join(notes), highlight=False, soft_wrap=True)

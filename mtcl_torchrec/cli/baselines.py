@@ -71,7 +71,7 @@ def baselines(
     the run has now, also after `mtcl fuse`.
 
     Writes baselines/NAME/predictions and baselines.json.  What is done is not done again, as long as data, run and
-    options stay; what was interrupted goes on after its last trial.
+    options stay; what was interrupted goes on after its last trial, and a larger --trials after those that were done.
     """
     console = screen()
     if list_ and run_yaml is None:

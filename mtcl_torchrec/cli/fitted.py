@@ -13,11 +13,13 @@ import pandas as pd
 from rich.console import Console
 
 from mtcl_torchrec.evaluation.bootstrap import quantile_of
+from mtcl_torchrec.evaluation.naming import heading_of
 from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.worth import verdict_lines
 from mtcl_torchrec.fusing.cross_validation import sure_of
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
-from mtcl_torchrec.fusing.rivals import Verdict, does_fusing_pay
+from mtcl_torchrec.fusing.rivals import verdict_on
 from mtcl_torchrec.fusing.targets import longest_with_choice, parse_target
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import FUSION, readable_folder
@@ -28,9 +30,6 @@ from mtcl_torchrec.training.fitted_fusion import DECLARED
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-SURE = "± is half of a 95 % interval"
 
 
 def _plus_minus(mean: float, half: float, digits: int = 4) -> str:
@@ -48,45 +47,6 @@ def _plus_minus(mean: float, half: float, digits: int = 4) -> str:
     if half > 0 and abs(mean) < nothing and half < nothing:
         return f"{mean:.1g} ± {half:.1g}"
     return f"{mean:z.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+z.{digits}f}"
-
-
-def verdict_lines(verdict: Verdict, of: str) -> list[str]:
-    """Whether fusing pays, in a line for each rival after the answer.
-
-    Args:
-        of: what rows, such as ``"on folds left out"``.
-
-    Example:
-        >>> from mtcl_torchrec.fusing.rivals import Rival
-        >>> found = Verdict("value@5", 2.312, (Rival("head click", 2.293, 0.019, 0.012),), "users")
-        >>> for line in verdict_lines(found, "on folds left out"):
-        ...     print(line)
-        Does fusing pay?  Yes: value@5 2.3120 on folds left out, +0.8 % ± 0.5 % on the best head, click (2.2930)
-        ± is half of a 95 % interval, paired over users
-    """
-    if not verdict.rivals or math.isnan(verdict.worth):
-        return []
-    parts = []
-    for rival in verdict.rivals:
-        head = rival.name.removeprefix("head ")
-        other = f"the best head, {head}" if head != rival.name else rival.name
-        if rival.ahead == 0 and not rival.half > 0:
-            parts.append(f"the same as {other}")
-            continue
-        lead, unit = (rival.per_cent, " %") if rival.per_cent else ((rival.ahead, rival.half), "")
-        digits = 1 if unit and lead[1] >= 0.05 else 2 if unit else 4
-        said = f"{_signed(lead[0], digits)}{unit}"
-        said += "" if math.isnan(lead[1]) else f" ± {lead[1]:.{digits}f}{unit}"
-        unsure = ", how sure is not known" if math.isnan(rival.half) else ", no difference that counts"
-        parts.append(f"{said} on {other} ({rival.worth:.4f})" + unsure * (rival.sign == 0))
-    word = {"yes": "Yes", "no": "No", "not shown": "Not shown"}[verdict.word]
-    lines = [f"Does fusing pay?  {word}: {verdict.measure} {verdict.worth:.4f} {of}, {'; '.join(parts)}"]
-    known = any(not math.isnan(rival.half) for rival in verdict.rivals)
-    return [*lines, f"{SURE}, paired over {verdict.paired}"] if known else lines
 
 
 def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
@@ -166,7 +126,7 @@ def _print_losses(losses: pd.DataFrame, console: Console) -> None:
     headers = [c for c in losses.columns if c != "task"]
     table = plain_table(
         "What each task's own ranking would be",
-        ["task", *(h.replace("auc", "AUC").replace("gAUC", "GAUC") for h in headers)],
+        ["task", *map(heading_of, headers)],
     )
     for line in losses.to_dict("records"):
         table.add_row(str(line["task"]), *(_plus_minus(float(line[h]), math.nan) for h in headers))
@@ -188,7 +148,7 @@ def print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], ta
         gain = "" if line["name"] == "fused" else _gain(float(line["better"]), sure * float(line["better_error"]))
         table.add_row(str(line["name"]), _plus_minus(float(line["target"]), sure * float(line["error"])), gain)
     console.print(table)
-    found = does_fusing_pay(held_out, held_out.scores(fused), tasks, goal, values)
+    found = verdict_on(held_out, held_out.scores(fused), tasks, goal, values)
     for said in verdict_lines(found, "on the test split"):
         console.print(said, highlight=False, markup=False, soft_wrap=True)
 

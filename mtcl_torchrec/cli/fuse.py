@@ -208,13 +208,16 @@ def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dic
         return task_numbers(given, "--value"), ""
     if "@" not in target:
         return {}, ""
+    from mtcl_torchrec.training.fused import numbers_named
     from mtcl_torchrec.training.judging import worth_of
 
     values = dict(worth_of(run.config))
     if not values:
         raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
     by_unit = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
-    shown = ", ".join(f"{task} {v:g}" + " for each unit of its label" * (task in by_unit) for task, v in values.items())
+    unit = dict.fromkeys(by_unit, " for each unit of its label")
+    unit |= {task: f" · {feature}" for task, feature in numbers_named(run.config.fusion, run.fusion).items()}
+    shown = ", ".join(f"{task} {value:g}{unit.get(task, '')}" for task, value in values.items())
     whence = "evaluation.values of the run"
     if run.config.evaluation.values is None:
         whence = "the weights of the run's fusion"

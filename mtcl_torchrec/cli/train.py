@@ -109,6 +109,7 @@ def evaluate(
     from mtcl_torchrec.evaluation.knowable import print_knowable
     from mtcl_torchrec.evaluation.predictions_file import is_predictions, write_predictions
     from mtcl_torchrec.evaluation.report import print_evaluation
+    from mtcl_torchrec.evaluation.worth import verdict_lines, verdict_of
     from mtcl_torchrec.training.finished import FinishedRun
     from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
     from mtcl_torchrec.training.oracle import knowable_of, truth_columns
@@ -133,6 +134,9 @@ def evaluate(
         seed=run.config.training.seed,
     )  # fmt: skip
     print_evaluation(result, ", ".join(data), console)
+    if (verdict := verdict_of(table, config.k)) is not None:
+        for line in verdict_lines(verdict, "on these rows"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if run.config.data.synthetic is not None:
         result.knowable = knowable_of(run.config, run.model, raw, run.preprocessor.encode(raw), table)
         print_knowable(result.knowable, console)

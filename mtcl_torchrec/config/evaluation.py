@@ -16,7 +16,8 @@ class EvaluationConfig(Part):
     Args:
         k: lengths of what is shown, of value@k, NDCG@k and the like.
         values: task -> what its event is worth, or, below 0, costs (of a regression: each unit of its label), in
-            value@k; the default is the weights of the fused score.
+            value@k; the default is the weights of the fused score.  Where the fused score multiplies a task by a number
+            of the item (`FusionConfig.numbers`), so does value@k: the value is that of each unit of it.
         threshold: by what the threshold of each binary task is chosen on the validation split: ``f1``, ``accuracy`` or
             ``youden``.
         segments: columns of the data, or ``item_seen``, ``user_seen``, ``hour_of_day``, whose values are also judged

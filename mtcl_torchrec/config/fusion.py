@@ -105,7 +105,8 @@ class FusionConfig(Part):
         bases, exponents: of ``power_product``, ∏ (base + weight · p)^exponent: by task; 1 where they are left out.
         given: of ``expected_value``: task -> the task whose event must happen first, where the task predicts its
             probability given that.
-        numbers: of ``expected_value``: task -> the dense feature that its value is multiplied by, such as a price.
+        numbers: of ``expected_value``: task -> the dense feature that its value is multiplied by, such as a price; in
+            value@k, too.
         scale: of ``expected_value``: the value that scores in the middle; the default is a typical one.
         thresholds: of ``soft_voting`` and ``hard_voting``: by task; 0.5 where they are left out.
         temperature: of ``soft_voting``: of the votes, 0.1; of ``top_k_voting``: makes votes smooth.

@@ -220,6 +220,15 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.dense)
 
+    def first_values(self, feature: str) -> torch.Tensor:
+        """(N,) int64: the first value of a sparse feature in each row, -1 where it has none."""
+        if feature not in self.bags:
+            return self.ids[:, [key for key in self.keys if key not in self.bags].index(feature)]
+        values, lengths = self.bags[feature].all()
+        starts = lengths.cumsum(0) - lengths
+        padded = torch.cat([values, values.new_full((1,), -1)])
+        return torch.where(lengths > 0, padded[starts.clamp(max=len(values))], -1)
+
     def slice(self, start: int, stop: int) -> EncodedRows:
         """The rows from `start` to `stop` (not included), copied: keeping them does not keep the others in memory."""
         return EncodedRows(

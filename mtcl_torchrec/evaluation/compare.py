@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread, unsure_of
 from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
-from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable
+from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
 from mtcl_torchrec.schema import DataError
@@ -133,7 +133,8 @@ def compare_tables(
 
     Args:
         a, b: on the same rows.
-        k, values: of the ranking; see `mtcl_torchrec.evaluation.ranked.ranking_metrics`.  Values of A by default.
+        k, values: of the ranking; see `mtcl_torchrec.evaluation.ranked.ranking_metrics`.  Values of A by default, and
+            what they are multiplied by, such as prices, is always that of A.
         only: (task or ``"ranking"``, metric) -> whether it is compared; all that are share one correction by Holm.
         draws: of users.
         seed: of the draws.
@@ -144,7 +145,7 @@ def compare_tables(
     """
     check_same_rows(a, b, names)
     values = dict(a.values) if values is None else values
-    a, b = _completed(a, b), _completed(b, a)
+    a, b = _completed(a, b), with_amounts_of(a, _completed(b, a))
     clusters = clusters_of(a)
     wanted = _real(a, k)
     parts = [
@@ -198,6 +199,13 @@ def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsT
     columns = [*KEYS, "popularity", "popular", *(f"label.{task.name}" for task in more)]
     known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
     return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
+
+
+def with_amounts_of(run: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
+    """Another table of the same rows, in which events are worth what they are worth in the first one."""
+    own = [column for column in other.frame if column.startswith(AMOUNT)]
+    theirs = {column: run.frame[column].to_numpy() for column in run.frame if column.startswith(AMOUNT)}
+    return replace(other, frame=other.frame.drop(columns=own).assign(**theirs))
 
 
 def _measured(

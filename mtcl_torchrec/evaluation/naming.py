@@ -7,9 +7,9 @@ and a task's event, ``ndcg@10 click``; by sample weights, ``weighted_auc``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 WEIGHTED = "weighted_"
 
@@ -85,6 +85,7 @@ MEASURES = {
     "requests": Measure("requests", "whose rows are ranked against each other", "", high=_ANY),
 }  # fmt: skip
 BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}  # what ``base_rate`` is of a kind
+MAIN = {"binary": "auc", "multiclass": "ne", "regression": "r2"}  # of a kind, where there is room for one measure
 TASK_MEASURES = {  # of which a report has a column
     "binary": ("auc", "gauc", "pr_auc", "log_loss", "ne", "brier", "calibration", "ece"),
     "multiclass": ("top1", "top5", "log_loss", "ne", "ece"),
@@ -137,6 +138,27 @@ def label_of(metric: str, *, short: bool = False) -> str:
         return metric
     name = (known.short if short else "") or known.label
     return "weighted " * parts.weighted + name + f"@{parts.k}" * bool(parts.k) + f" of {parts.of}" * bool(parts.of)
+
+
+def heading_of(metric: str) -> str:
+    """As the heading of a column, whose task stands apart.
+
+    Example:
+        >>> heading_of("gauc click"), heading_of("value@5"), heading_of("rate@5 buy")
+        ('GAUC click', 'value@5', 'rate@5 buy')
+    """
+    name, _, of = metric.partition(" ")
+    return f"{label_of(name)} {of}".strip()
+
+
+def main_metric(metrics: Mapping[str, Any]) -> str | None:
+    """The key of a task's metrics that is told where there is room for one; None where none of them is known.
+
+    Example:
+        >>> main_metric({"ne": 0.9, "auc": 0.7}), main_metric({"mse": 1.0, "r2": 0.2}), main_metric({"auc": None})
+        ('auc', 'r2', None)
+    """
+    return next((metric for metric in ("auc", "r2", "ne") if metrics.get(metric) is not None), None)
 
 
 def sign_of_better(metric: str) -> int:

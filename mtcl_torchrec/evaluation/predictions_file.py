@@ -23,6 +23,7 @@ FORMAT = 1
 METADATA = b"mtcl_torchrec"  # key of what stands beside the columns
 ROWS_AT_ONCE = 262_144  # of a row group
 KEYS = ("user", "item", "request")
+AMOUNT = "amount."  # before a task: its column
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
@@ -39,6 +40,9 @@ class PredictionsTable:
             - ``weight.TASK``: float32, of a task whose loss weighs its rows (`Task.sample_weight`),
             - ``p.TASK``: float32 probability or value, and ``p.buy|click`` of a chain; not of multiclass tasks,
             - ``uncalibrated.TASK``: the same before calibration, where that changes it,
+            - ``part.TASK``: float32 in [0, 1], what a task that is not binary gives the fused score: the probability of
+              the item's own class, or a value mapped to [0, 1],
+            - ``amount.TASK``: float32, the number of the item, such as its price, that value@k multiplies the task by,
             - ``score``: float32, the fused score, or whatever else ranks,
             - ``popularity``: float32, clicks of the item in the training split, NaN where it is not in it,
             - ``popular``: float32, what ranks by popularity, see `mtcl_torchrec.data.popularity`,
@@ -52,6 +56,7 @@ class PredictionsTable:
         thresholds: binary task, or conditional prediction -> what its probability must reach to count as a yes,
             chosen on the validation split.
         values: task -> what its event is worth, in value@k.
+        fused: the tasks that the score is made of; empty where that is not known.
 
     Raises:
         DataError: no labels of a task, labels or predictions that are none of its kind, or class probabilities of
@@ -72,6 +77,7 @@ class PredictionsTable:
     classes: Mapping[str, np.ndarray] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
+    fused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -160,6 +166,18 @@ class PredictionsTable:
                 return self.frame[column].to_numpy(np.float64)
         raise DataError(f"predictions: none of {name!r}{nearest(name, self.predicted_names)}")
 
+    def part(self, name: str) -> np.ndarray | None:
+        """(N,) float64: what ranks like the part of the fused score that a task is; None where it is not known."""
+        if f"part.{name}" in self.frame:
+            return self._numbers(f"part.{name}")
+        there = name in self.predicted_names and self.task(name).kind != "multiclass"
+        return self.predicted(name) if there else None
+
+    def amounts(self, name: str) -> np.ndarray | float:
+        """(N,) float64: what a task's value is multiplied by in value@k; 1 where that is nothing of the item."""
+        found = self._numbers(AMOUNT + name)
+        return 1.0 if found is None else found
+
     @property
     def score(self) -> np.ndarray | None:
         """(N,) float64: what the rows are ranked by."""
@@ -242,6 +260,7 @@ def predictions_table(
     split: str = "test",
     thresholds: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
+    fused: Sequence[str] = (),
 ) -> PredictionsTable:
     """A table of what `mtcl_torchrec.evaluation.predict.predict` returned.
 
@@ -249,10 +268,11 @@ def predictions_table(
         tasks: in the order of the labels.
         predictions: by task and by conditional name, and ``"score"``.
         labels: (N, T).
-        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``popular``,
-            ``segment.hour``, ...
+        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``popular``, ``part.stars``,
+            ``amount.buy``, ``segment.hour``, ...
         uncalibrated: as `predictions`; those that calibration did not change are left out.
         weights: (N, T) of the rows in the losses; kept of the tasks that declare one.
+        split, thresholds, values, fused: see `PredictionsTable`.
 
     Example:
         >>> table = predictions_table(
@@ -290,7 +310,7 @@ def predictions_table(
         for task in tasks
     ]
     return PredictionsTable(
-        pd.DataFrame(columns), tuple(sized), split, classes, dict(thresholds or {}), dict(values or {})
+        pd.DataFrame(columns), tuple(sized), split, classes, dict(thresholds or {}), dict(values or {}), tuple(fused)
     )
 
 
@@ -314,6 +334,7 @@ def write_predictions(path: str | Path, table: PredictionsTable) -> None:
         "fingerprint": table.fingerprint,
         "thresholds": dict(table.thresholds),
         "values": dict(table.values),
+        "fused": list(table.fused),
     }
     schema = _arrow(table, slice(0, 0)).schema.with_metadata({METADATA: json.dumps(about).encode()})
     fresh = path.with_name(path.name + ".writing")
@@ -370,7 +391,8 @@ def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) 
         }
         frame = arrow.drop_columns(lists).to_pandas(ignore_metadata=True)
         tasks = tuple(Task(**task) for task in about["tasks"])
-        return PredictionsTable(frame, tasks, about["split"], classes, about["thresholds"], about["values"])
+        fused = tuple(about.get("fused", ()))
+        return PredictionsTable(frame, tasks, about["split"], classes, about["thresholds"], about["values"], fused)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (*_UNREADABLE, ValidationError) as error:

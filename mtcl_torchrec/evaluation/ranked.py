@@ -21,7 +21,8 @@ def ranked_tasks(table: PredictionsTable) -> list[str]:
 
 
 def reward_of(table: PredictionsTable, values: Mapping[str, float]) -> np.ndarray:
-    """(N,) Σ valueᵢ · labelᵢ: what each row brought; a label that is missing brings nothing.
+    """(N,) Σ valueᵢ · labelᵢ: what each row brought, by `PredictionsTable.amounts` of it where the value is that of a
+    unit; a label that is missing brings nothing.
 
     Raises:
         DataError: a task without labels, or a multiclass one, of which no class is worth anything by itself.
@@ -32,7 +33,7 @@ def reward_of(table: PredictionsTable, values: Mapping[str, float]) -> np.ndarra
             raise DataError(f"values: no binary or regression task {task!r}{nearest(task, names)}")
     reward = np.zeros(len(table))
     for task, value in values.items():
-        reward += value * np.nan_to_num(table.labels(task))
+        reward += value * table.amounts(task) * np.nan_to_num(table.labels(task))
     return reward
 
 
@@ -135,7 +136,7 @@ def ranking_metrics(
         table: with a score and keys.
         scores: (N,) other ones than the table's.
         k: lengths of what is shown.
-        values: task -> what its event is worth.
+        values: task -> what its event is worth; see `reward_of`.
 
     Returns:
         requests; ``choice@k`` (the share of requests of more than k rows); ``value@k`` and ``value@k error`` (mean

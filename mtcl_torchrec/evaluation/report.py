@@ -231,7 +231,7 @@ def _print_ranking(evaluation: Evaluation, console: Console) -> None:
     if not judged:
         return
     against = {n: of["fused_is"] for n, of in evaluation.against_popularity.items()}
-    columns = ["event", *(f"{k.upper()} {rule}" for k in kinds for rule in rules), *(["fused is"] if against else [])]
+    columns = ["event", *(f"{label_of(k)} {rule}" for k in kinds for rule in rules), *(["fused is"] if against else [])]
     rows = []
     for name, heading in ranked_events(evaluation, judged).items():
         cells = [
@@ -244,7 +244,7 @@ def _print_ranking(evaluation: Evaluation, console: Console) -> None:
     print_columns(console, title, columns, rows, last=True)
     if against:
         unwanted = [n for n, value in evaluation.values.items() if value < 0 and n in against]
-        line = "fused is: than popularity, of the same rows, " + ("by GAUC" if "gauc" in kinds else "by AUC")
+        line = "fused is: than popularity, of the same rows, " + f"by {label_of(kinds[-1])}"
         line += "; better or worse where the difference is beyond its 95 % interval"
         line += f"; of {', '.join(unwanted)}, low is what is wanted" if unwanted else ""
         console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)

@@ -12,10 +12,10 @@ import pandas as pd
 from torch import nn
 
 from mtcl_torchrec.config import FusionConfig
+from mtcl_torchrec.evaluation.worth import Verdict
 from mtcl_torchrec.fusing.combiners import Combiner, Setting, Weights
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.pareto import draw_front
-from mtcl_torchrec.fusing.rivals import Verdict
 from mtcl_torchrec.fusing.targets import Target, ranking_auc
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mtcl_torchrec.evaluation.ranking import rows_by_request
 from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, fuse
-from mtcl_torchrec.modules.fusion.value import LARGEST
+from mtcl_torchrec.modules.fusion.value import amounts_of
 from mtcl_torchrec.schema import ConfigError, DataError, nearest
 
 Arrays = dict[str, np.ndarray]
@@ -135,8 +135,8 @@ class HeldOut:
         """Task -> (N,) the number of the item that its value is multiplied by, at least 0; of tasks that have one."""
         if self.dense_features is None:
             return {}
-        dense = torch.from_numpy(np.asarray(self.dense_features, np.float64))
-        return {task: number.read(dense).clamp(0, LARGEST).numpy() for task, number in self.item_numbers.items()}
+        found = amounts_of(self.item_numbers, torch.from_numpy(np.asarray(self.dense_features)))
+        return {task: amount.numpy() for task, amount in found.items()}
 
     def reward(self, values: Mapping[str, float]) -> np.ndarray:
         """(N,) Σ valueᵢ · labelᵢ: what each row brought; times the item's number, where the value is for a unit of it.

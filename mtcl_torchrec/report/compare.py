@@ -13,7 +13,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import SURE, too_little
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, clusters_of
-from mtcl_torchrec.evaluation.naming import label_of
+from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents, read_contents
 from mtcl_torchrec.report.facts import same_rows
@@ -21,7 +21,6 @@ from mtcl_torchrec.report.fusion_pictures import dots
 from mtcl_torchrec.report.knowable import known_of_all
 from mtcl_torchrec.report.layout import Section
 from mtcl_torchrec.report.page import render
-from mtcl_torchrec.report.pictures import followed
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
 from mtcl_torchrec.report.tables import Table, cost_tables, number
 from mtcl_torchrec.report.verdict import Answer
@@ -122,7 +121,7 @@ def compared_aucs(runs: Sequence[RunContents]) -> list[Compared]:
             values.append(other.value)
             differences.append((gained, gained - SURE * error, gained + SURE * error))
         unsure = too_little(tables[0].labels(task), clusters_of(tables[0].users, len(tables[0])))
-        found.append(Compared(task, "AUC", values, differences, unsure=unsure))
+        found.append(Compared(task, label_of("auc"), values, differences, unsure=unsure))
     return found
 
 
@@ -308,10 +307,10 @@ def _curves(runs: Sequence[RunContents], names: Sequence[str], studio: Studio) -
         label = ""
         for name, run in zip(names[:_CURVES], runs, strict=False):
             epochs = [epoch.get(task) or {} for epoch in run.history.get("epochs") or []]
-            metric = next((m for epoch in epochs if (m := followed(epoch))), None)
-            if metric and label in ("", metric[1]):
-                label = metric[1]
-                lines[name] = [np.nan if e.get(metric[0]) is None else float(e[metric[0]]) for e in epochs]
+            metric = next((m for epoch in epochs if (m := main_metric(epoch))), None)
+            if metric and label in ("", label_of(metric)):
+                label = label_of(metric)
+                lines[name] = [np.nan if e.get(metric) is None else float(e[metric]) for e in epochs]
         if not lines:
             continue
 

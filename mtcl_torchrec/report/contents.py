@@ -136,6 +136,15 @@ class RunContents:
             found |= self.fusion.get(key) or {}
         return [task for task in self.tasks if task in found] or list(found)
 
+    @property
+    def numbers(self) -> dict[str, str]:
+        """Task -> the feature of the item that its value is multiplied by, as
+        `mtcl_torchrec.training.fused.item_numbers` has it."""
+        for declared in (self.config.get("fusion") or {}, self.fusion):
+            if declared.get("kind") == "expected_value":
+                return dict(declared.get("numbers") or {})
+        return {}
+
     @cached_property
     def clusters(self) -> tuple[np.ndarray, int]:
         """(N,) which user each row of `table` is of, for standard errors; and how many there are."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, too_little
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, chance_error, clusters_of, task_estimates
+from mtcl_torchrec.evaluation.naming import label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.rivals import FUSED, HEAD, POPULARITY, Gap, Ranked, ranked_events
 from mtcl_torchrec.report.contents import RunContents
@@ -153,7 +154,7 @@ def events(run: RunContents) -> list[Event]:
         }
         unwanted = negative(run, task)
         gaps = tuple(_gap(of, task, other, known, unwanted) for other in (HEAD, POPULARITY) if other in known)
-        found.append(Event(task, metric.upper(), rankings, unwanted, gaps, tuple(others)))
+        found.append(Event(task, label_of(metric), rankings, unwanted, gaps, tuple(others)))
     return found
 
 

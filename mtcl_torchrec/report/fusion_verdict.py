@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS
 from mtcl_torchrec.evaluation.rivals import Gap, sign_of
-from mtcl_torchrec.evaluation.worth import POPULARITY, Gain
+from mtcl_torchrec.evaluation.worth import Verdict, lead_of
 from mtcl_torchrec.report.facts import Event
 from mtcl_torchrec.report.verdict import Answer, Tone, against_popularity
 from mtcl_torchrec.report.words import listed, signed
@@ -16,40 +15,48 @@ AHEAD = 1.5  # times the share of the next task: from there on, a task of half t
 HEARD = 0.05  # share of the ranking from which on a task is said to decide it
 
 
-def worth_in_a_line(gains: Sequence[Gain]) -> str:
-    """What ranking by the fused score brings, in per cent; empty where that is not known.
+def worth_in_a_line(found: Verdict | None) -> str:
+    """What ranking by the fused score brings against simpler orders; empty where that is not known.
 
     Args:
-        gains: see `mtcl_torchrec.evaluation.worth.gains`.
+        found: see `mtcl_torchrec.evaluation.worth.verdict_of`.
 
     Example:
-        >>> worth_in_a_line([Gain("click", 5, 0.031, 0.004)])[26:]
-        'the first 5 rows of a request bring +3.1 % ± 0.8 against the best single head (click).'
+        >>> from mtcl_torchrec.evaluation.worth import Rival
+        >>> worth_in_a_line(Verdict("value@5", 2.06, (Rival("head click", 2.0, 0.06, 0.01),), "users"))[26:]
+        'the first 5 rows of a request bring +3.0 % ± 0.5 % against the best single head (click).'
     """
-    if not gains:
+    if found is None or not found.rivals:
         return ""
     said = []
-    for gain in gains:
-        half = "" if math.isnan(gain.error) else f" ± {100 * SURE * gain.error:.1f}"
-        of = POPULARITY if gain.against == POPULARITY else f"the best single head ({gain.against})"
-        doubt = "" if gain.sure else ", which is too close to call" if half else ", of too few events to be sure"
-        said.append(f"{signed(100 * gain.ratio, 1)} %{half} against {of}{doubt}")
-    return f"What the fusion is worth: the first {gains[0].k} rows of a request bring {', and '.join(said)}."
+    for rival in found.rivals:
+        of = f"the best single head ({rival.head})" if rival.head else rival.name
+        if rival.ahead == 0 and not rival.half > 0:
+            said.append(f"the same as {of}")
+            continue
+        unsure = f", with {found.unsure} to be sure" if found.unsure else ", which is too close to call"
+        said.append(f"{lead_of(rival)} against {of}{unsure * (rival.sign == 0)}".replace("-", "−", 1))
+    k = found.measure.partition("@")[2]
+    return f"What the fusion is worth: the first {k} rows of a request bring {', and '.join(said)}."
 
 
-def worth_explained(k: int, values: Mapping[str, float], choice: float | None) -> str:
+def worth_explained(
+    k: int, values: Mapping[str, float], choice: float | None, numbers: Mapping[str, str] | None = None
+) -> str:
     """What is counted in it.
 
     Args:
         k: rows of a request that are shown.
         values: task -> what its event is worth.
         choice: the share of requests that have more than k rows.
+        numbers: task -> the feature of the item, such as its price, that its value is multiplied by.
 
     Example:
         >>> worth_explained(5, {"click": 1.0, "like": 8.0}, 0.25)[:72]
         'That is value@5: what happened to these rows, worth click 1, like 8; 25%'
     """
-    counted = ", ".join(f"{task} {value:g}" for task, value in values.items())
+    by = {task: f" · {feature}" for task, feature in (numbers or {}).items()}
+    counted = ", ".join(f"{task} {value:g}{by.get(task, '')}" for task, value in values.items())
     line = f"That is value@{k}: what happened to these rows, worth {counted}; "
     if choice is not None:
         line += f"{choice:.0%} of the requests have more than {k} rows: in all others the order changes nothing; "

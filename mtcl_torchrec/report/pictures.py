@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtcl_torchrec.evaluation.confidence import SURE
+from mtcl_torchrec.evaluation.naming import label_of, main_metric, sign_of_better
 from mtcl_torchrec.report.curves import (
     Reliability,
     point_at,
@@ -20,27 +21,19 @@ from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studi
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What a task is followed by, the first that its epochs have: key, name, whether more is better.
-FOLLOWED = (("auc", "AUC", True), ("r2", "R²", True), ("ne", "NE", False))
-
-
-def followed(metrics: Mapping[str, Any]) -> tuple[str, str, bool] | None:
-    """The metric of a task that is shown where there is room for one; None where none is defined."""
-    return next((of for of in FOLLOWED if metrics.get(of[0]) is not None), None)
-
 
 def learning_curves(studio: Studio, history: Mapping[str, Any], tasks: Sequence[str]) -> list[Picture]:
     """A picture for each task that has a metric in some epoch: validation by epoch, the kept one marked."""
     epochs, best = history.get("epochs") or [], history.get("best_epoch") or 0
     pictures = []
     for task in tasks:
-        metric = next((m for epoch in epochs if (m := followed(epoch.get(task) or {}))), None)
-        if metric is None:
+        key = next((m for epoch in epochs if (m := main_metric(epoch.get(task) or {}))), None)
+        if key is None:
             continue
-        key, label, more = metric
+        label = label_of(key)
         values = [np.nan if (v := (epoch.get(task) or {}).get(key)) is None else float(v) for epoch in epochs]
         known = [(n, v) for n, v in enumerate(values, 1) if np.isfinite(v)]
-        top = (max if more else min)(known, key=lambda of: of[1])
+        top = (min if sign_of_better(key) < 0 else max)(known, key=lambda of: of[1])
         kept = f"; {values[best - 1]:.4f} in the kept epoch {best}" if 0 < best <= len(values) else ""
         alt = (
             f"{label} of {task} on validation by epoch: {known[0][1]:.4f} in epoch {known[0][0]}, best {top[1]:.4f} in "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mtcl_torchrec.evaluation.naming import glossary
 from mtcl_torchrec.evaluation.rivals import Gap
-from mtcl_torchrec.evaluation.worth import gains
+from mtcl_torchrec.evaluation.worth import verdict_of
 from mtcl_torchrec.report import heat, pictures
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.facts import (
@@ -98,11 +98,12 @@ def _worth(run: RunContents) -> tuple[str, str]:
     table = run.table
     if table is None or run.fused_anew:
         return "", ""
-    for k in run.lengths:
-        if found := gains(table, k):
-            choice = (run.evaluation["ranking"].get("fused") or {}).get(f"choice@{k}")
-            return worth_in_a_line(found), worth_explained(k, table.values, choice)
-    return "", ""
+    found = verdict_of(table, run.lengths)
+    if found is None:
+        return "", ""
+    k = int(found.measure.partition("@")[2])
+    choice = (run.evaluation["ranking"].get("fused") or {}).get(f"choice@{k}")
+    return worth_in_a_line(found), worth_explained(k, table.values, choice, run.numbers)
 
 
 def _measures(run: RunContents) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from mtcl_torchrec.evaluation.naming import label_of, main_metric, sign_of_better
 from mtcl_torchrec.evaluation.rivals import WORDS
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights
 
@@ -187,7 +188,7 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
     vague: dict[str, int] = {}
     weak: dict[str, list[tuple[str, float]]] = {"auc": [], "r2": [], "ne": []}
     for task, kept in epochs[best_epoch - 1].items():
-        name = "auc" if kept.get("auc") is not None else "r2" if kept.get("r2") is not None else "ne"
+        name = main_metric(kept) or "ne"
         value = kept.get(name)
         if value is None:
             continue
@@ -237,7 +238,7 @@ def _about_popularity(popular: Mapping[str, Mapping[str, Any]]) -> Iterator[_Fin
     """Events that the fused score surely finds less well than the popularity of items does."""
     below = {task: of for task, of in popular.items() if of["fused_is"] == WORDS[-1]}
     if below:
-        by = ", ".join(f"{abs(of['difference']):.3f} {of['metric'].upper()}" for of in below.values())
+        by = ", ".join(f"{abs(of['difference']):.3f} {label_of(of['metric'])}" for of in below.values())
         yield _Finding(2.2, f"{_listed(below)}: popularity ranks better than the fused score (by {by} on validation)")
 
 
@@ -251,18 +252,17 @@ def _no_better(name: str, tasks: Sequence[tuple[str, float]]) -> str:
     """One sentence about all tasks that learnt nothing by a metric, however many they are."""
     whose, s = ("its", "") if len(tasks) == 1 else ("their", "s")
     than = {"auc": "by chance", "r2": f"by {whose} mean{s}", "ne": f"by {whose} base rates"}
-    label, digits = {"auc": ("AUC", 3), "r2": ("R²", 2), "ne": ("NE", 2)}[name]
-    span = _span([value for _, value in tasks], digits)
-    return f"{_are([task for task, _ in tasks])} predicted no better than {than[name]} (validation {label} {span})"
+    found = f"{label_of(name)} {_span([value for _, value in tasks], 3 if name == 'auc' else 2)}"
+    return f"{_are([task for task, _ in tasks])} predicted no better than {than[name]} (validation {found})"
 
 
 def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: int, chance: float) -> Iterator[_Finding]:
     """Whether the kept epoch is much worse than this task's own best one."""
-    sign = -1.0 if name == "ne" else 1.0
+    sign = sign_of_better(name)
     of_epoch = {epoch: sign * v for epoch, v in enumerate(values, 1) if v is not None}
     top = max(of_epoch, key=of_epoch.__getitem__)
     drop = of_epoch[top] - of_epoch[best_epoch]
-    label = {"auc": "AUC", "r2": "R²", "ne": "NE"}[name]
+    label = label_of(name)
     then, now = values[top - 1], values[best_epoch - 1]
     if drop <= max(DROPPED[name], 2 * chance if name == "auc" else 0.0):
         if best_epoch - top >= STEADY_FOR and drop > max(STEADY[name], chance if name == "auc" else 0.0):

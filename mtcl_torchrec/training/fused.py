@@ -144,6 +144,23 @@ def dense_number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
     return DenseNumber(column, mean, std, transform, name)
 
 
+def item_numbers(
+    declared: FusionConfig | None, fitted: FusionConfig | None, encoder: FeatureEncoder | None
+) -> dict[str, DenseNumber]:
+    """Task -> the number of the item, such as its price, that what its event is worth is multiplied by, wherever
+    value@k counts it; see `numbers_named`."""
+    return {task: dense_number(name, encoder) for task, name in numbers_named(declared, fitted).items()}
+
+
+def numbers_named(declared: FusionConfig | None, fitted: FusionConfig | None) -> dict[str, str]:
+    """Task -> the dense feature that holds that number: as the expected value says it that the run declares, or else
+    the one fitted after training."""
+    for config in (declared, fitted):
+        if config is not None and config.kind == "expected_value":
+            return dict(config.numbers or {})
+    return {}
+
+
 def read_by_gate(
     names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None
 ) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.fused import dense_number, read_by_gate
+from mtcl_torchrec.training.fused import item_numbers, read_by_gate
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -100,7 +100,8 @@ def held_out_of(
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
     rankings: dict[str, np.ndarray] = {}
     if run.catalogue is not None and schema.item is not None:
-        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item])
+        # As precise as in the predictions that are kept, so that both rank alike.
+        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item]).astype(np.float32)
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),
@@ -121,11 +122,11 @@ def held_out_of(
 def _chains(run: FinishedRun) -> tuple[dict[str, str], dict[str, DenseNumber]]:
     """What comes after what, and what is worth its price: as the expected value says it that the run's configuration
     has, or else the one fitted after it; without any, as the tasks' masks do."""
+    numbers = item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder)
     for config in (run.config.fusion, run.fusion):
         if config is not None and config.kind == "expected_value":
-            encoder, numbers = run.preprocessor.encoder, config.numbers or {}
-            return dict(config.given or {}), {task: dense_number(name, encoder) for task, name in numbers.items()}
-    return masked_chains(run.model.tasks), {}
+            return dict(config.given or {}), numbers
+    return masked_chains(run.model.tasks), numbers
 
 
 def masked_chains(tasks: Sequence[Task]) -> dict[str, str]:
@@ -251,12 +252,7 @@ def _labels(model: MTCL, rows: EncodedRows) -> dict[str, np.ndarray]:
             feature = model.output.item_classes.get(task.name)
             if feature is None:
                 continue
-            own = np.concatenate(
-                [
-                    batch.sparse_features[feature].to_padded_dense(1, padding_value=-1.0)[:, 0].numpy()
-                    for batch in iterate(rows, global_batches(len(rows), 65_536))
-                ]
-            )
+            own = rows.first_values(feature).numpy()
             label = np.where(np.isnan(label), np.nan, (label == own).astype(float))
         labels[task.name] = label
     return labels

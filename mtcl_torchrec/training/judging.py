@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows
@@ -20,16 +21,19 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import Splits
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import AMOUNT, PredictionsTable, predictions_table, write_predictions
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.evaluation.worth import values_of_events
 from mtcl_torchrec.models import MTCL
+from mtcl_torchrec.modules.fusion.value import DenseNumber, amounts_of
+from mtcl_torchrec.modules.heads import in_unit_interval
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
 from mtcl_torchrec.training.directory import METRICS, PREDICTIONS
 from mtcl_torchrec.training.finished import FinishedRun
+from mtcl_torchrec.training.fused import item_numbers
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.oracle import knowable_of
 from mtcl_torchrec.training.sharding import Ranks
@@ -64,7 +68,8 @@ def judge(
         table = rows_predicted(
             model.tasks, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions,
             uncalibrated=None if calibration is None else calibration.before[name], split=name,
-            segments=config.columns(), values=worth_of(run),
+            segments=config.columns(), values=worth_of(run), fused=fused_tasks(model),
+            numbers=item_numbers(run.fusion, None, preprocessor.encoder),
         )  # fmt: skip
         if name == "val":
             thresholds = chosen_thresholds(table, config.threshold)
@@ -135,7 +140,8 @@ def rows_predicted_by(
             model.output.calibration = calibration
     return rows_predicted(
         model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before, split=split,
-        segments=segments, values=worth_of(run.config),
+        segments=segments, values=worth_of(run.config), fused=fused_tasks(model),
+        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder),
     )  # fmt: skip
 
 
@@ -152,6 +158,8 @@ def rows_predicted(
     segments: Sequence[str] = (),
     thresholds: Mapping[str, float] | None = None,
     values: Mapping[str, float] | None = None,
+    fused: Sequence[str] = (),
+    numbers: Mapping[str, DenseNumber] | None = None,
 ) -> PredictionsTable:
     """Predictions beside the labels, the keys and whatever else of the rows they are judged by.
 
@@ -161,7 +169,8 @@ def rows_predicted(
         predictions: what `mtcl_torchrec.evaluation.predict.predict` returned.
         uncalibrated: the same before calibration.
         segments: columns of the data to be kept.
-        thresholds, values: see `PredictionsTable`.
+        thresholds, values, fused: see `PredictionsTable`.
+        numbers: see `mtcl_torchrec.training.fused.item_numbers`.
 
     Raises:
         DataError: the rows have no column that is asked for as a segment.
@@ -173,6 +182,11 @@ def rows_predicted(
         if same.get(column) == column or (column in keys and column not in raw.frame):
             continue  # a column of the data that merely has the name of a key is one of its own
         keys[f"segment.{column}"] = _segment_column(raw, column)
+    for name, amount in amounts_of(numbers or {}, encoded.dense).items():
+        keys[AMOUNT + name] = amount.float().numpy()
+    for task in tasks:
+        if task.name in fused and task.name in predictions and task.kind != "binary":
+            keys[f"part.{task.name}"] = _part(task, predictions[task.name], encoded)
     return predictions_table(
         tasks,
         predictions,
@@ -183,7 +197,17 @@ def rows_predicted(
         split=split,
         thresholds=thresholds,
         values=values,
+        fused=fused,
     )
+
+
+def _part(task: Task, predicted: np.ndarray, encoded: EncodedRows) -> np.ndarray:
+    """(N,) float32: what a task gives the fused score."""
+    own = None
+    if task.kind == "multiclass":
+        feature = task.item_class or task.name
+        own = encoded.first_values(feature) if feature in encoded.keys else None
+    return in_unit_interval(task, torch.from_numpy(predicted).float(), own).clamp(0, 1).numpy()
 
 
 def check_segments(run: RunConfig, splits: Splits) -> None:

@@ -17,7 +17,7 @@ from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingCon
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
-from mtcl_torchrec.evaluation.naming import label_of
+from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import cell
 from mtcl_torchrec.models import MTCL, MTCLTrain
@@ -154,47 +154,32 @@ def fit(
         ConfigError: the dense part is to be compiled, and a rank has no compiler.
         FloatingPointError: the loss was not finite in too many batches.
     """
-    with compiled(plain_model(state.model), config.compile, where):
-        return _fit(state, rows, validation, config, where, save, progress, metrics, after_epoch)
-
-
-def _fit(
-    state: TrainingState,
-    rows: TrainingRows,
-    validation: Validation,
-    config: TrainingConfig,
-    where: Ranks,
-    save: SaveState,
-    progress: TrainingProgress,
-    metrics: TrainingMetrics | None,
-    after_epoch: AfterEpoch | None,
-) -> TrainingHistory:
-    """See `fit`."""
-    pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
-    clock = _Clock(config.checkpoint)
-    state.model.train()
-    tasks = plain_model(state.model).tasks
-    while (
-        state.position.epoch <= config.epochs
-        and not _patience_is_over(state.history, config)
-        and not all_frozen(state.history, tasks)
-    ):
-        started = time.perf_counter()
-        waited = _train_epoch(
-            pipeline, state, rows, config, where, clock=clock, save=save, progress=progress, metrics=metrics
-        )
-        state.history.seconds.append(time.perf_counter() - started)
-        state.history.waiting.append(share_waited(waited, state.history.seconds[-1], where))
-        _let_go(pipeline)
-        line, scalars = _judge_epoch(state, validation, config, where)
-        said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
-        said += waiting_lines(state.history.waiting[-1])
-        state.position = state.position.next_epoch()
-        save(state, on_the_way=False)
-        clock.saved_at = time.monotonic()
-        progress.epoch(step=state.step, scalars=scalars, line="\n".join([line, *said]))
-        if after_epoch is not None:
-            after_epoch(state.history)
+    plain = plain_model(state.model)
+    with compiled(plain, config.compile, where):
+        pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
+        clock = _Clock(config.checkpoint)
+        state.model.train()
+        while (
+            state.position.epoch <= config.epochs
+            and not _patience_is_over(state.history, config)
+            and not all_frozen(state.history, plain.tasks)
+        ):
+            started = time.perf_counter()
+            waited = _train_epoch(
+                pipeline, state, rows, config, where, clock=clock, save=save, progress=progress, metrics=metrics
+            )
+            state.history.seconds.append(time.perf_counter() - started)
+            state.history.waiting.append(share_waited(waited, state.history.seconds[-1], where))
+            _let_go(pipeline)
+            line, scalars = _judge_epoch(state, validation, config, where)
+            said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
+            said += waiting_lines(state.history.waiting[-1])
+            state.position = state.position.next_epoch()
+            save(state, on_the_way=False)
+            clock.saved_at = time.monotonic()
+            progress.epoch(step=state.step, scalars=scalars, line="\n".join([line, *said]))
+            if after_epoch is not None:
+                after_epoch(state.history)
     history = state.history
     history.stopped_early = len(history.epochs) < config.epochs
     if history.stopped_early:
@@ -350,10 +335,8 @@ def _epoch_line(
 ) -> str:
     shown = []
     for name, of in metrics.items():
-        for key in ("auc", "ne", "r2"):
-            if key in of:
-                shown.append(f"{name} {label_of(key)} {cell(of[key])}")
-                break
+        if (key := main_metric(of)) is not None:
+            shown.append(f"{name} {label_of(key)} {cell(of[key])}")
     found = f"validation: {', '.join(shown)}" if shown else "no task has a label in the validation rows"
     mean = "" if np.isnan(value) else f"; mean {value:.4f}"
     return f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; {found}{mean}{' (best so far)' if best else ''}"

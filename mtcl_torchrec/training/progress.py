@@ -12,8 +12,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mtcl_torchrec.evaluation.naming import label_of, main_metric
+
 LINE_EVERY_S = 15.0
-_SHOWN = {"auc": "AUC", "ne": "NE", "r2": "R²"}
 
 
 class _BarAndLosses(Progress):
@@ -124,8 +125,8 @@ class TrainingProgress:
     def _metric_of(self, task: str) -> str:
         """The one that says most, in brackets behind the task's loss."""
         of = self._metrics.get(task, {})
-        shown = next((name for name in ("auc", "ne", "r2") if name in of), None)
-        return "" if shown is None else f" ({_SHOWN[shown]} {of[shown]:.4f})"
+        shown = main_metric(of)
+        return "" if shown is None else f" ({label_of(shown)} {of[shown]:.4f})"
 
     def epoch(self, *, step: int, scalars: dict[str, float], line: str) -> None:
         """An epoch was evaluated."""

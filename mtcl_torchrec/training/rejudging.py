@@ -19,11 +19,12 @@ from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import AMOUNT, PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import METRICS, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
+from mtcl_torchrec.training.fused import item_numbers
 from mtcl_torchrec.training.held_out import columns_needed, rows_of_split
 from mtcl_torchrec.training.judging import (
     evaluation_as_json,
@@ -38,7 +39,7 @@ from mtcl_torchrec.training.oracle import knowable_of
 JUDGED_BY = "fusion"  # in metrics.json: the fingerprint of the fused score that its rankings are of
 ROUNDED = 0.05  # of a prediction's spread: by so much may it differ on average, and not be another model's
 # What of an evaluation hangs on the score.
-_OF_SCORE = ("ranking", "segments", "intervals", "knowable", "against_popularity")
+_OF_SCORE = ("values", "ranking", "segments", "intervals", "knowable", "against_popularity")
 
 
 def rejudge(folder: Path) -> list[str]:
@@ -106,7 +107,8 @@ def _with_score(
     predictions = predict(run.model, encoded, batch_size=run.config.training.eval_batch_size)
     fresh = rows_predicted(
         run.model.tasks, run.preprocessor, raw, encoded, run.catalogue, predictions, split=split, segments=segments,
-        thresholds=thresholds_of(folder), values=worth_of(run.config),
+        thresholds=thresholds_of(folder), values=worth_of(run.config), fused=fused_tasks(run.model),
+        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder),
     )  # fmt: skip
     path = predictions_path(folder, split)
     if not path.is_file():
@@ -117,8 +119,14 @@ def _with_score(
             f"{raw.name}: these are not the rows that the run was judged by, or its model is another: {path} keeps the "
             "score that it had"
         )
-    frame = stored.frame.drop(columns="score", errors="ignore")
-    return replace(stored, frame=frame if fresh.score is None else frame.assign(score=fresh.frame["score"].to_numpy()))
+    # What the score is made of is another than it was, and so may be what events are worth.
+    of_score = {name: fresh.frame[name].to_numpy() for name in fresh.frame if _is_of_score(name)}
+    kept = stored.frame[[name for name in stored.frame if not _is_of_score(name)]]
+    return replace(stored, frame=kept.assign(**of_score), values=fresh.values, fused=fresh.fused)
+
+
+def _is_of_score(column: str) -> bool:
+    return column == "score" or column.startswith(("part.", AMOUNT))
 
 
 def _agree(stored: PredictionsTable, fresh: PredictionsTable) -> bool:

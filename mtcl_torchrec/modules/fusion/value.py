@@ -53,6 +53,21 @@ class DenseNumber(NamedTuple):
         return float(self.undo(torch.tensor(self.mean, dtype=torch.float64)))
 
 
+def amounts_of(numbers: Mapping[str, DenseNumber], dense_features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Task -> (N,) float64, at least 0: the number of each row's item that the value of the task's event is multiplied
+    by.
+
+    Args:
+        numbers: by task.
+        dense_features: (N, D) as the model takes them.
+
+    Example:
+        >>> amounts_of({"buy": DenseNumber(0, mean=10.0, std=2.0)}, torch.tensor([[-6.0], [1.0]]))["buy"].tolist()
+        [0.0, 12.0]
+    """
+    return {task: number.read(dense_features.double()).clamp(0, LARGEST) for task, number in numbers.items()}
+
+
 class ExpectedValue(Weighted):
     """V = Σ wᵢ nᵢ Pᵢ, the expected value of showing an item: wᵢ is what event i is worth, Pᵢ its probability, nᵢ
     a number of the item (its price), or 1.

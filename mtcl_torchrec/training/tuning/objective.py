@@ -8,12 +8,12 @@ from typing import Literal
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.metrics import Metrics, task_quality
+from mtcl_torchrec.evaluation.naming import sign_of_better
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.history import TrainingHistory
 
 Direction = Literal["maximize", "minimize"]
 MEAN = "mean_skill"
-_LOWER = ("log_loss", "ne", "mse", "mae")  # the lower, the better
 _OF_KIND = {
     "binary": ("auc", "gauc", "log_loss", "ne"),
     "multiclass": ("log_loss", "ne", "top1", "top5"),
@@ -86,7 +86,7 @@ class Objective:
     @property
     def direction(self) -> Direction:
         """What is done to the number."""
-        return "minimize" if self.metric in _LOWER else "maximize"
+        return "minimize" if self.metric is not None and sign_of_better(self.metric) < 0 else "maximize"
 
     def of_epoch(self, history: TrainingHistory, epoch: int) -> float:
         """The number of an epoch, counted from 1; NaN where it is not defined."""
