@@ -41,6 +41,7 @@ from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.training.build import build_model
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
+from mtcl_torchrec.training.memory import keep_freed_memory
 from mtcl_torchrec.training.sharding import ranks
 
 WAYS = ("pyarrow", "windows", "encoded", "batches")
@@ -86,6 +87,7 @@ def configured(path: Path, what: Line) -> RunConfig:
 
 def work(what: Line, folder: Path) -> Line:
     """One way to the end of the file, in this process."""
+    keep_freed_memory()  # as `mtcl train` does
     path = folder / f"input-{what['rows']}x{what['ids']}x{what['numbers']}.parquet"
     run = configured(path, what)
     preprocessor = Preprocessor(run.data_schema, run.statistics)

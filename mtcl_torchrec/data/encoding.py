@@ -66,7 +66,7 @@ class FeatureEncoder(Learnt):
         for key in self.keys:
             feature = features[key]
             if feature.kind == "id":
-                ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows))
+                ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows, copy=False))
             elif feature.kind == "history":
                 bags[key] = self._history(feature, rows, lists[key])
             elif feature.has_content:
@@ -83,14 +83,14 @@ class FeatureEncoder(Learnt):
                 offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
                 found = torch.from_numpy(self._row_numbers(feature, values, rows, owner))
                 bags[key] = Bag(found, torch.from_numpy(offsets))
-        dense = [c for f in self.schema.dense_features for c in self._dense_columns(f, rows)]
         labels, weights = self._no_labels(len(rows)), None
         if with_labels:
             labels, weights = self.labels(rows)
         return EncodedRows(
-            dense=torch.from_numpy(np.stack(dense, 1)) if dense else torch.empty(len(rows), 0),
+            dense=torch.from_numpy(self._dense_rows(rows)),
             keys=self.keys,
-            ids=torch.from_numpy(np.stack(ids, 1)) if ids else torch.empty(len(rows), 0, dtype=torch.int64),
+            # Column by column, as a batch has them; (N, F) all the same.
+            ids=torch.from_numpy(np.stack(ids)).T if ids else torch.empty(len(rows), 0, dtype=torch.int64),
             bags=bags,
             labels=labels,
             weights=weights,
@@ -111,7 +111,7 @@ class FeatureEncoder(Learnt):
 
     def _history(self, feature: Feature, rows: Rows, lists: Listed | Earlier) -> Jagged:
         """A history's or companion's values as row numbers."""
-        size = self.num_embeddings(feature.table_name)
+        size = self._table_size(feature)
         if isinstance(lists, Earlier):
             if lists.values is None:
                 return ages_of(lists, size)
@@ -139,9 +139,10 @@ class FeatureEncoder(Learnt):
         return found
 
     def _row_numbers(
-        self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None
+        self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None, *, copy: bool = True
     ) -> np.ndarray:
-        size = self.num_embeddings(feature.table_name)
+        """(N,) int64; with `copy` False it may share the memory of `values`."""
+        size = self._table_size(feature)
         if feature.encoding == "vocabulary":
             return table_rows(self._vocabularies[feature.table_name], values)
         if feature.encoding == "hash":
@@ -149,7 +150,7 @@ class FeatureEncoder(Learnt):
             return np.r_[(hashes % np.uint64(size - 1)).astype(np.int64) + 1, 0][codes]
         whole = as_integers(values)
         if whole is not None and (len(whole) == 0 or (whole.min() >= 0 and whole.max() < size)):
-            return np.array(whole)
+            return np.array(whole) if copy else whole
         missing = values.isna().to_numpy(dtype=bool)
         plain = pd.to_numeric(values, errors="coerce").astype("Float64")
         index = plain.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -163,12 +164,21 @@ class FeatureEncoder(Learnt):
             )
         return np.where(missing, 0, index).astype(np.int64)
 
-    def _dense_columns(self, feature: Feature, rows: Rows) -> list[np.ndarray]:
-        mean, std, marks_missing = self._dense[feature.name]
-        values = (dense_values(feature, rows) - mean) / std
-        missing = np.isnan(values)
-        values = np.clip(np.where(missing, 0.0, values), -feature.clip, feature.clip).astype(np.float32)
-        return [values, missing.astype(np.float32)] if marks_missing else [values]
+    def _dense_rows(self, rows: Rows) -> np.ndarray:
+        """(N, D) float32: dense features, standardised and clipped, and marks of missing values."""
+        columns = np.empty((len(self.dense_columns()), len(rows)), np.float32)
+        at = 0
+        for feature in self.schema.dense_features:
+            mean, std, marks_missing = self._dense[feature.name]
+            values = dense_values(feature, rows) - mean
+            values /= std
+            missing = np.isnan(values)
+            np.copyto(values, 0.0, where=missing)
+            columns[at] = np.clip(values, -feature.clip, feature.clip, out=values)
+            if marks_missing:
+                columns[at + 1] = missing
+            at += 2 if marks_missing else 1
+        return np.ascontiguousarray(columns.T)
 
     def _label_classes(self, rows: Rows, task: Task) -> np.ndarray:
         """(N,) float32: the row that the item's own class would have; NaN for row 0, unknown, which is no label."""

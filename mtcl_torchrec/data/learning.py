@@ -46,7 +46,11 @@ class Learnt:
 
     def num_embeddings(self, table: str) -> int:
         """Rows of an embedding table, row 0 included."""
-        feature = self.schema.tables()[table][0]
+        return self._table_size(self.schema.tables()[table][0])
+
+    def _table_size(self, feature: Feature) -> int:
+        """Rows of the table of a feature; features that share one agree on what it is found by."""
+        table = feature.table_name
         if table in self._vocabularies and feature.vocabulary_size is None:
             return len(self._vocabularies[table]) + 1
         if feature.name in self._contents and feature.vocabulary_size is None:

@@ -65,7 +65,7 @@ class MemoryRows:
     """
 
     def __init__(self, rows: EncodedRows, *, seed: int, id_dropout: Mapping[str, float] | None = None) -> None:
-        self.rows = rows
+        self.rows = rows.row_by_row()
         self.seed = seed
         self.id_dropout = id_dropout or {}
 
