@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, draw, quantile_of, spread
-from mtcl_torchrec.evaluation.compare import Difference, holm, two_sided, with_amounts_of
+from mtcl_torchrec.evaluation.compare import Difference, with_amounts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
+from mtcl_torchrec.evaluation.significance import holm, two_sided
 
 # (task or "ranking", metric) -> the baseline's less the run's.
 Differences = dict[tuple[str, str], Difference]
@@ -62,7 +63,7 @@ def differences(
         for key, i, j, error in zip(shared, a, b, errors, strict=True):
             x, y = float(own[i]), float(theirs[j])
             half = quantile_of(clusters[1]) * float(error)
-            p = two_sided(y - x, float(error), clusters[1])
+            p = two_sided(y - x, float(error), clusters[1] - 1)
             found[name][key] = Difference(*key, x, y, y - x, y - x - half, y - x + half, p)
     every = [(name, key) for name, of in found.items() for key in of]
     for (name, key), p in zip(every, holm([found[name][key].p for name, key in every]), strict=True):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import t as student
 
 from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread, unsure_of
 from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
 from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
+from mtcl_torchrec.evaluation.significance import LEVEL, holm, two_sided
 from mtcl_torchrec.schema import DataError
 
 HEADLINES = ("auc", "gauc", "ne", "f1", "top1", "r2", "mae", "value", "rate", "ndcg")
@@ -64,7 +64,7 @@ class Difference:
             'b'
         """
         way = sign_of_better(self.metric)
-        if not self.p_holm < 0.05 or not way:
+        if not self.p_holm < LEVEL or not way:
             return None
         return "b" if self.difference * way > 0 else "a"
 
@@ -166,7 +166,7 @@ def compare_tables(
             found.append(Difference(of, metric, x, y, y - x, np.nan, np.nan, np.nan, unsure=unsure))
             continue
         half = quantile_of(users) * float(errors[i])
-        p = two_sided(y - x, float(errors[i]), users)
+        p = two_sided(y - x, float(errors[i]), users - 1)
         found.append(Difference(of, metric, x, y, y - x, y - x - half, y - x + half, p))
     adjusted = holm([float("nan") if difference.equal else difference.p for difference in found])
     return [replace(difference, p_holm=p) for difference, p in zip(found, adjusted, strict=True)]
@@ -216,33 +216,3 @@ def _measured(
     at = [place[name] for name in names]
     values = np.concatenate([part.estimate(users) for part in parts])
     return values[at], draw(parts, users, draws=draws, seed=seed)[:, at]
-
-
-def two_sided(difference: float, error: float, users: int) -> float:
-    """p-value of a difference with a standard error, by Student's t of (users - 1) degrees of freedom.
-
-    Example:
-        >>> round(two_sided(1.96, 1.0, 10**6), 3), two_sided(0.0, 0.0, 100)
-        (0.05, 1.0)
-    """
-    if users < 2 or np.isnan(difference) or np.isnan(error):
-        return float("nan")
-    if error == 0:
-        return 1.0 if difference == 0 else 0.0
-    return float(2 * student.sf(abs(difference) / error, users - 1))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values of m tests, such that the chance of a single wrong rejection among all stays at the level (Holm, 1979):
-    the i-th smallest, from 0, times (m - i), and none below one that was smaller.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03, float("nan")])
-        [0.03, 0.06, 0.06, nan]
-    """
-    known = [i for i, value in enumerate(p) if not np.isnan(value)]
-    adjusted, largest = [float("nan")] * len(p), 0.0
-    for rank, i in enumerate(sorted(known, key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(known) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted

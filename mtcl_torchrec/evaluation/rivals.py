@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import SURE, too_little
+from mtcl_torchrec.evaluation.confidence import too_little
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, gauc_estimate
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.significance import signs_after_holm, t_quantile
 
 MARGIN = 0.005  # of an AUC, where no standard error is known
 FUSED, HEAD, POPULARITY = "fused", "own head", "popularity"
@@ -31,6 +32,7 @@ class Gap:
         difference: of AUC (or GAUC): positive where the first is better.
         error: its standard error; NaN where it is not known.
         unsure: why no difference could be sure, in a few words, such as too few events; empty where one could.
+        freedom: degrees of freedom of the standard error.
     """
 
     task: str
@@ -38,6 +40,12 @@ class Gap:
     difference: float
     error: float = math.nan
     unsure: str = ""
+    freedom: float = math.inf
+
+    @property
+    def half(self) -> float:
+        """Half of its 95 % interval; NaN where it has none."""
+        return math.nan if self.unsure else t_quantile(self.freedom) * self.error
 
 
 def sign_of(gap: Gap) -> int:
@@ -51,8 +59,23 @@ def sign_of(gap: Gap) -> int:
     """
     if math.isnan(gap.difference) or gap.unsure:
         return 0
-    bound = MARGIN if math.isnan(gap.error) else SURE * gap.error
-    return 0 if abs(gap.difference) <= bound else (1 if gap.difference > 0 else -1)
+    bound = MARGIN if math.isnan(gap.error) else gap.half
+    return 0 if not abs(gap.difference) > bound else (1 if gap.difference > 0 else -1)
+
+
+def signs_of(gaps: Sequence[Gap]) -> list[int]:
+    """`sign_of` each, where one of so many would be beyond its interval by chance: after Holm's correction.
+
+    Those without a standard error are no tests: they are judged alone, and make the others no less sure.
+
+    Example:
+        >>> few, many = Gap("like", "trees", 0.021, 0.01), [Gap("like", "als", 0.0, 0.01)]
+        >>> signs_of([few]), signs_of([few, *many])
+        ([1], [0, 0])
+    """
+    tested = [g if not g.unsure else replace(g, error=math.nan) for g in gaps]
+    signs = signs_after_holm((g.difference, g.error, g.freedom) for g in tested)
+    return [sign_of(gap) if math.isnan(gap.error) else sign for gap, sign in zip(gaps, signs, strict=True)]
 
 
 def word_of(gap: Gap) -> str:
