@@ -92,6 +92,9 @@ def verdict(found: Mapping[str, Differences], shown: Mapping[tuple[str, str], st
         of = {name: by[key] for name, by in found.items() if key in by and not np.isnan(by[key].difference)}
         if not of:
             continue
+        if unsure := next((d.unsure for d in of.values() if d.unsure), ""):
+            lines.append(f"{called}: cannot be judged, {unsure}")
+            continue
         ahead = sorted((n for n, d in of.items() if d.better == "b"), key=lambda n: of[n].p)
         close = [n for n, d in of.items() if d.better is None]
         if ahead:
