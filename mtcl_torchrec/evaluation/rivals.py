@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import too_little
+from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, gauc_estimate
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.significance import signs_after_holm, t_quantile
+from mtcl_torchrec.evaluation.supports import RANKING, supports_of
 
 MARGIN = 0.005  # of an AUC, where no standard error is known
 FUSED, HEAD, POPULARITY = "fused", "own head", "popularity"
@@ -96,13 +97,13 @@ class Ranked:
         task: whose event.
         metric: ``"gauc"``, or ``"auc"`` where no user has rows with and without the event.
         estimates: ranking -> its value and error.
-        unsure: see `Gap`.
+        support: what the metric rests on.
     """
 
     task: str
     metric: str
     estimates: Mapping[str, Estimate]
-    unsure: str = ""
+    support: Support
 
     def gap(self, against: str, *, unwanted: bool = False) -> Gap:
         """Of the fused score to another ranking.
@@ -115,7 +116,8 @@ class Ranked:
         if unwanted and against == HEAD:
             other = Estimate(1 - other.value, -other.influence)
         difference, error = fused.minus(other)
-        return Gap(self.task, against, -difference if unwanted else difference, error, self.unsure)
+        gap = -difference if unwanted else difference
+        return Gap(self.task, against, gap, error, self.support.unsure, self.support.freedom)
 
 
 def ranked_events(
@@ -137,7 +139,7 @@ def ranked_events(
     Returns:
         One for each task that has rows with and without the event.
     """
-    found = []
+    found, support = [], supports_of(table, (clusters, _count(clusters) if count is None else count))
     for task in tasks:
         rankings = {FUSED: table.score}
         if HEAD in against and task in table.predicted_names:
@@ -154,8 +156,12 @@ def ranked_events(
         if not estimates:
             estimates = {n: auc_estimate(labels, s, clusters, count) for n, s in rankings.items() if s is not None}
         if FUSED in estimates and not math.isnan(estimates[FUSED].value):
-            found.append(Ranked(task, metric, estimates, too_little(labels, clusters)))
+            found.append(Ranked(task, metric, estimates, support(RANKING, f"{metric} {task}")))
     return found
+
+
+def _count(clusters: np.ndarray) -> int:
+    return int(clusters.max(initial=-1)) + 1
 
 
 def against_popularity(
@@ -174,8 +180,8 @@ def against_popularity(
         unwanted: events that lower the score.
 
     Returns:
-        ``metric``, ``difference`` (positive: the fused score is better), ``error`` and ``unsure`` as of `Gap`, and
-        ``fused_is``, as `word_of` says it.
+        ``metric``, ``difference`` (positive: the fused score is better), ``error``, ``unsure`` and ``freedom`` as of
+        `Gap`, and ``fused_is``, as `word_of` says it.
     """
     if table.score is None or table.popular is None:
         return {}
