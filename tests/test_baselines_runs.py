@@ -29,7 +29,7 @@ from mtcl_torchrec.training.directory import locked
 # One epoch in large batches, two tasks in a chain and a number: networks take a second or two.
 SMALL = (
     shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256")
-    .replace("{name: buy, kind: binary, mask: click, weight: 0.5}", "{name: buy, kind: binary, after: click}")
+    .replace("mask: click, weight: 0.5}", "after: click, weight: 0.5}")
     .replace("    - {name: taste, kind: multiclass, label: genre, item_class: genre, mask: click, "
              "inputs: [user, context]}\n", "")
     .replace("taste: 0.5, ", "")
@@ -323,7 +323,7 @@ def test_the_seconds_are_shared_among_the_tasks(folder):
     ("arguments", "message"),
     [
         (("--only", "popularty"), r"no baseline 'popularty' \(did you mean 'popularity'\?\); there are popularity, "),
-        (("--only", "als"), r"als needs schema.user, the column that names the user"),
+        (("--only", "als"), r"als: needs schema.user, the column that names the user; leave it out of --only"),
         (("nowhere.yaml",), r"no such file: nowhere.yaml"),
     ],
 )
@@ -357,11 +357,13 @@ def test_what_cannot_be_run_says_so(folder, monkeypatch):
     with pytest.raises(DataError, match=r"baselines.json: cannot be read \(trees has no seconds\)"):
         run_baselines(run, folder / "out", only=["popularity"])
     only_stars = SMALL
-    for part in ("{name: click, kind: binary}", "{name: buy, kind: binary, after: click}"):
+    for part in ("{name: click, kind: binary}", "{name: buy, kind: binary, after: click, weight: 0.5}"):
         only_stars = only_stars.replace(f"    - {part}\n", "")
     only_stars = only_stars.replace("click: 1, buy: 3, ", "")
     numbers = parse_run(only_stars, folder=folder)
-    with pytest.raises(ConfigError, match="als: no task of the run is one that it predicts"):
+    with pytest.raises(
+        ConfigError, match="als: predicts events only, and 'stars' is a regression task; leave it out of --only"
+    ):
         run_baselines(numbers, folder / "other", only=["als"], say=lambda line: None)
 
 
@@ -438,7 +440,9 @@ def test_a_network_has_trials_of_its_own(mtcl, folder):
     assert "unweighted: all tasks, 2 trials, " in shown
     entry = json.loads((folder / "out/baselines.json").read_text())["unweighted"]
     assert (entry["trials"], entry["budget"]["trials"]) == (2, 2)
-    assert entry["searched"]["all tasks"][0]["settings"] == {"tables_lr": 1.0, "dense_lr": 1.0}  # the run's own first
+    assert entry["searched"]["all tasks"][0]["settings"] == {
+        "tables_lr": 1.0, "dense_lr": 1.0, "weight_decay": 0.0, "l2_embedding": 0.0,
+    }  # fmt: skip
     # More trials of the others leave it as it is.
     shown = mtcl(*arguments, "--trials", 2, "--network-trials", 2)[1]
     assert "unweighted: done before" in shown
