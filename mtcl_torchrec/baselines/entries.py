@@ -26,6 +26,8 @@ ABOUT = {
     "unweighted": "the run's network, its tasks weighing the same",
 }
 
+NETWORKS = ("single_task", "unweighted")  # those whose trials are trainings
+
 
 def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """Baseline -> its entry: key, about, settings, trials, seconds, metrics, searched, notes and rows.
