@@ -21,6 +21,8 @@ from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import auc
 from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
 from mtcl_torchrec.evaluation.thresholds import best_threshold
+from mtcl_torchrec.report.contents import read_contents
+from mtcl_torchrec.report.tables import baseline_tables
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import locked
 
@@ -136,6 +138,47 @@ def test_what_is_done_is_not_done_again(mtcl, folder, monkeypatch):
     assert "done before" not in mtcl(*arguments)[1]
     assert ": done before" not in mtcl(*arguments[:-1], 3)[1]
     assert len(loaded) == 2
+
+
+LEARNT = "kind: stacking, weights: {click: 2, buy: 1, stars: 1}, train: {reward: {click: 1, buy: 3}}"
+PRICED = "kind: expected_value, weights: {click: 2, buy: 1, stars: 1}, numbers: {buy: price}"
+
+
+@pytest.mark.parametrize(
+    ("fusion", "why"), [(LEARNT, "stacking) learns along with the model"), (PRICED, "expected_value) reads inputs of")]
+)
+def test_a_score_that_baselines_cannot_rank_by_is_said_to_be_another(mtcl, folder, fusion, why):
+    text = SMALL.replace("weights: {click: 1, buy: 3, stars: 0.5}", fusion)
+    (folder / "run.yaml").write_text(text)
+    assert mtcl("train", "run.yaml", "--out", "runs/one", "--device", "cpu")[0] == 0
+    arguments = ("baselines", "runs/one", "--only", "popularity", "--trials", 1)
+    of_words = re.compile(
+        rf"^the run's fused score \({re.escape(why)}.*: baselines rank by the weighted mean of its weights instead$",
+        re.M,
+    )
+    for _ in range(2):  # also where all was done before
+        status, shown, _ = mtcl(*arguments)
+        assert status == 0
+        assert of_words.search(shown.split("split: quality")[1])
+    table = read_predictions(folder / "runs/one/baselines/popularity/predictions/test.parquet")
+    stars = table.part("stars")
+    mean = (2 * table.predicted("click") + table.predicted("buy") + stars) / 4
+    np.testing.assert_allclose(table.score, mean, atol=1e-5)
+    kept = json.loads((folder / "runs/one/baselines.json").read_text())["popularity"]["ranked_by_instead"]
+    (note,) = (t.note for t in baseline_tables(read_contents(folder / "runs/one"), {}, []))
+    assert note == kept[0].upper() + kept[1:] + "."
+    # Of one that was ranked before that was said, too.
+    path = folder / "runs/one/baselines.json"
+    entries = json.loads(path.read_text())
+    del entries["popularity"]["ranked_by_instead"]
+    entries["popularity"]["judged_by"] = "before"
+    path.write_text(json.dumps(entries))
+    assert of_words.search(mtcl(*arguments)[1].split("split: quality")[1])
+    # By a score that they can rank by, nothing is said.
+    assert mtcl("fuse", "runs/one", "--value", "click=1,buy=3", "--combiner", "weighted_mean", "--search", "none",
+                "--session-minutes", 0, "--target", "value@2", "--folds", 2)[0] == 0  # fmt: skip
+    assert "weighted mean of its weights" not in mtcl(*arguments)[1]
+    assert [t.note for t in baseline_tables(read_contents(folder / "runs/one"), {}, [])] == [""]
 
 
 def test_more_trials_are_those_that_were_not_done(folder, monkeypatch):

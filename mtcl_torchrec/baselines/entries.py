@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import replace_file
 
 FILE = "baselines.json"
+INSTEAD = "ranked_by_instead"  # in an entry: what stood in for the run's fused score, in words; empty where nothing
 _ENTRY = ("trials", "seconds", "metrics")  # what each has at least
 # Name -> what it is; in the order of what they know.
 ABOUT = {
@@ -43,6 +45,16 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it to begin anew") from None
     return entries
+
+
+def said_of_score(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What stood in for the run's fused score when baselines were ranked, each once.
+
+    Example:
+        >>> said_of_score({"als": {INSTEAD: "the mean"}, "bpr": {INSTEAD: "the mean"}, "trees": {INSTEAD: ""}})
+        ['the mean']
+    """
+    return list(dict.fromkeys(said for entry in entries.values() if (said := entry.get(INSTEAD))))
 
 
 def write_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from mtcl_torchrec.baselines.entries import read_entries, write_entry
-from mtcl_torchrec.baselines.fused import numbers_of, score_of
+from mtcl_torchrec.baselines.fused import numbers_of, score_of, stand_in
 from mtcl_torchrec.baselines.judge import JUDGED_BY, Judge
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
 from mtcl_torchrec.baselines.progress import Course, Progress, quiet
@@ -93,7 +93,7 @@ def run_baselines(
         network = BASELINES[name].network
         searches[name] = key_of(run, files, whole=network, name=name, **options)
         keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **options)
-    by = judged_by(run, fusion_fingerprint(run_dir or folder))
+    by = _judged_by(run, run_dir or folder)
     entries = read_entries(folder)
     done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
     for name in done:
@@ -107,7 +107,7 @@ def run_baselines(
             fused, said = score_of(run, rows.tasks, folder=run_dir or folder, encoder=rows.encoder)
             if said:
                 say(said)
-            judge = Judge(run, rows, fused, by, numbers_of(run, run_dir or folder, rows.encoder))
+            judge = Judge(run, rows, fused, by, said, numbers_of(run, run_dir or folder, rows.encoder))
             if stale:
                 say("the run ranks, or is judged, otherwise than when its baselines were")
             _judge_anew(judge, folder, stale, say)
@@ -129,7 +129,7 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
         ConfigError: another process is at work on them.
         DataError: the rows cannot be read.
     """
-    by, entries = judged_by(run, fusion_fingerprint(folder)), read_entries(folder)
+    by, entries = _judged_by(run, folder), read_entries(folder)
     stale = [name for name, entry in entries.items() if entry.get(JUDGED_BY) != by]
     if stale:
         with locked(folder / FOLDER, "mtcl baselines"):
@@ -137,8 +137,12 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
             fused, said = score_of(run, rows.tasks, folder=folder, encoder=rows.encoder)
             if said:
                 say(said)
-            judge = Judge(run, rows, fused, by, numbers_of(run, folder, rows.encoder))
+            judge = Judge(run, rows, fused, by, said, numbers_of(run, folder, rows.encoder))
             _judge_anew(judge, folder, stale, say)
+
+
+def _judged_by(run: RunConfig, run_dir: Path) -> str:
+    return judged_by(run, fusion_fingerprint(run_dir), stand_in(run, run_dir))
 
 
 def _judge_anew(judge: Judge, folder: Path, names: Sequence[str], say: Say) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mtcl_torchrec.baselines.differences import Differences, differences, half_of, verdict
+from mtcl_torchrec.baselines.entries import said_of_score
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
@@ -80,7 +81,7 @@ def print_baselines(
     if apart:
         notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
     console.print("; ".join(notes), highlight=False, soft_wrap=True)
-    for line in _reasons(entries):
+    for line in [*said_of_score(entries), *_reasons(entries)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     values = {key: heading for key, heading in told.items() if key[1].startswith("value@")}
     lines = verdict(apart, {key: key[0] for key in quality} | values)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mtcl_torchrec.baselines.entries import said_of_score
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE, plain_number, plus_minus
 from mtcl_torchrec.evaluation.naming import BASE, DECISIONS, OF_SHOWN, TASK_MEASURES, bounds_of, label_of, parts_of
 from mtcl_torchrec.evaluation.rivals import HEAD, POPULARITY, Gap, sign_of, word_of
@@ -212,7 +213,9 @@ def baseline_tables(
             trials = of.get("trials")
             trials = len(trials) if isinstance(trials, list) else trials
             rows.append([name, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
-        tables.append(Table("How the baselines were tuned", ["baseline", "trials", "seconds", "settings"], rows))
+        known = {name: of for name, of in run.baselines.items() if isinstance(of, dict)}
+        note = " ".join(f"{said[0].upper()}{said[1:]}." for said in said_of_score(known))
+        tables.append(Table("How the baselines were tuned", ["baseline", "trials", "seconds", "settings"], rows, note))
     return tables
 
 
