@@ -12,6 +12,8 @@ from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
 
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.id_dropout import drop_ids
@@ -181,7 +183,7 @@ def in_order(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
         ['a', 'b']
     """
     waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix=_THREADS)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=_THREADS, initializer=_without_helpers)
     try:
         for call in calls:
             if len(waiting) == workers:
@@ -197,3 +199,13 @@ def in_order(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T, Non
         # No thread can wait for itself: Python may collect the iterator on one of these.
         here = threading.current_thread().name.startswith(_THREADS)
         pool.shutdown(wait=not here, cancel_futures=True)
+
+
+def _without_helpers() -> None:
+    """Let OpenMP, and so torch's operators, run on this thread alone; other threads keep what they have.
+
+    A permutation of more than 32,768 rows is begun on all cores, and the others then spin for a while in case there is
+    more: up to 10 ms of processor time for 0.2.  `torch.set_num_threads` would hold for training's products, too.
+    """
+    torch.randperm(2)  # torch sets a thread's number when it is first used there
+    threadpool_limits(1, user_api="openmp")
