@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 import shop
-from test_startup import begun, stopped
+from test_startup import RUN, begun, stopped
 
 NAME, TRIALS = "logistic_regression", 6
+EPOCHS = 15
 TUNED = (
-    shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 30, batch_size: 64")
+    RUN.replace("epochs: 500", f"epochs: {EPOCHS}")
     + """
 tuning:
   optimizers.dense.lr: {log: [1e-3, 3e-2]}
@@ -68,8 +69,8 @@ def test_ctrl_c_while_settings_are_searched_and_the_same_command_goes_on(tmp_pat
     said = interrupted_when(lambda: list(second.glob("checkpoints/step_*/state.json")), command, tmp_path)
     assert said == ["mtcl: stopped; what was tried is kept in out, the same command goes on"]
     logs = [(tmp_path / f"out/logs/{number:04d}.txt").read_text() for number in range(2)]
-    assert "epoch 30/30" in logs[0]
-    assert "epoch 30/30" not in logs[1]
+    assert f"epoch {EPOCHS}/{EPOCHS}" in logs[0]
+    assert f"epoch {EPOCHS}/{EPOCHS}" not in logs[1]
     assert "going on in out: 1 trials are over" in whole(command, tmp_path)
     after = [(tmp_path / f"out/logs/{number:04d}.txt").read_text() for number in range(2)]
     assert after[0] == logs[0]  # the first was not run again
@@ -77,5 +78,5 @@ def test_ctrl_c_while_settings_are_searched_and_the_same_command_goes_on(tmp_pat
     further = [line for line in after[1][len(logs[1]) :].splitlines() if line.startswith("epoch ")]
     epochs = [int(line.removeprefix("epoch ").split("/")[0]) for line in further]
     assert epochs[0] > 1  # the second went on after its newest checkpoint
-    assert epochs == list(range(epochs[0], 31))
+    assert epochs == list(range(epochs[0], EPOCHS + 1))
     assert (tmp_path / "out/best.yaml").is_file()

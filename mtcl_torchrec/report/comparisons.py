@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.baselines.entries import is_tuned
 from mtcl_torchrec.baselines.family import against_run, concluded_from, lengths_of
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import plain_number, plus_minus
@@ -165,5 +166,4 @@ def _clusters(table: PredictionsTable) -> tuple[np.ndarray, int]:
 def untuned(run: RunContents) -> list[str]:
     """The baselines, twins among them, that were trained at one setting only: the usual one of a baseline, the run's
     own of its networks."""
-    named = {name: of.get("budget") or {} for name, of in run.baselines.items() if isinstance(of, dict)}
-    return [name for name, budget in named.items() if budget.get("trials") == 1]
+    return [name for name, of in run.baselines.items() if isinstance(of, dict) and not is_tuned(of)]

@@ -151,7 +151,12 @@ def events(run: RunContents) -> list[Event]:
         }  # fmt: skip
         estimates = {} if of is None else of.estimates
         rankings = {
-            n: (v, known_or(stored.get(n, math.nan), estimates[n].error if n in estimates else None))
+            n: (
+                v,
+                known_or(
+                    stored.get(n, math.nan), error_of(estimates[n], of.support) if of and n in estimates else None
+                ),
+            )
             for n, v in known.items()
         }
         unwanted = negative(run, task)
