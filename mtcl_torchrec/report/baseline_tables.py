@@ -76,7 +76,7 @@ def _tuning_table(run: RunContents) -> Table:
         said = _settings(of.get("settings") or {})
         trials = of.get("trials")
         trials = len(trials) if isinstance(trials, list) else trials
-        how = str(of.get(TUNED) or ("not tuned" if name in once else "–"))
+        how = str(of.get(TUNED) or (f"not tuned: {once[name]}" if name in once else "–"))
         rows.append([name, how, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
     known = {name: of for name, of in run.baselines.items() if isinstance(of, dict)}
     note = " ".join(f"{said[0].upper()}{said[1:]}." for said in said_of_score(known))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from mtcl_torchrec.baselines.entries import is_tuned
+from mtcl_torchrec.baselines.entries import NETWORKS, TUNED, is_tuned
 from mtcl_torchrec.baselines.family import against_run, concluded_from, lengths_of
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import plain_number, plus_minus
@@ -163,7 +163,12 @@ def _clusters(table: PredictionsTable) -> tuple[np.ndarray, int]:
     return clusters, int(clusters.max(initial=-1)) + 1
 
 
-def untuned(run: RunContents) -> list[str]:
-    """The baselines, twins among them, that were trained at one setting only: the usual one of a baseline, the run's
-    own of its networks."""
-    return [name for name, of in run.baselines.items() if isinstance(of, dict) and not is_tuned(of)]
+def untuned(run: RunContents) -> dict[str, str]:
+    """The baselines, twins among them, that were trained at one setting only -> which one, in words."""
+    found = {name: of for name, of in run.baselines.items() if isinstance(of, dict) and not is_tuned(of)}
+    return {name: _which(name, str(of.get(TUNED) or "")) for name, of in found.items()}
+
+
+def _which(name: str, how: str) -> str:
+    own = "the run's own settings" if name in NETWORKS else "its usual settings"
+    return how.partition("not tuned: ")[2] or own
