@@ -10,7 +10,6 @@ machine and costs less than half on the busy one (benchmarks/NOTES.md).
 from __future__ import annotations
 
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 SPINS = 3_000  # rounds
@@ -52,22 +51,12 @@ def lone_workers(workers: int, name: str) -> ThreadPoolExecutor:
         ...     pool.submit(torch.get_num_threads).result()
         1
     """
+    return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=_alone)
+
+
+def _alone() -> None:
     import torch
+    from threadpoolctl import threadpool_limits
 
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
-    if threads > 1:
-        # A thread's number is its own, but the last one that was set anywhere is what threads to come begin with: the
-        # caller's is set again when all of the pool have theirs.
-        met = threading.Barrier(workers + 1)
-
-        def alone() -> None:
-            torch.get_num_threads()  # a thread's first look at its number sets it, and would undo the next line
-            torch.set_num_threads(1)
-            met.wait()
-
-        for _ in range(workers):
-            pool.submit(alone)
-        met.wait()
-        torch.set_num_threads(threads)
-    return pool
+    torch.get_num_threads()  # a thread's first look at its number sets it, and would undo the next line
+    threadpool_limits(1, user_api="openmp")  # of this thread; `torch.set_num_threads` would hold for those to come, too

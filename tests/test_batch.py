@@ -1,5 +1,7 @@
 """Batches: every row once on any number of ranks, and the same jagged tensors as a loop over rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,35 @@ def test_batch_equals_a_loop_over_its_rows(bags, index):
     assert torch.equal(batch.labels, rows.labels[index])
     assert torch.equal(batch.weights, rows.weights[index])
     assert batch.mask is None
+
+
+@pytest.mark.parametrize("bags", [False, True])
+def test_ids_that_lie_by_column_or_by_row_give_the_same_batches(bags):
+    by_row, _ = rows_of(9, bags, weights=True)
+    by_column = replace(by_row, ids=by_row.ids.T.contiguous().T)
+    assert not by_column.ids.is_contiguous()
+    assert by_column.row_by_row().ids.is_contiguous()
+    assert by_row.row_by_row() is by_row
+    index = torch.tensor([8, 0, 0, 3])
+    expected = by_row.ids[[2, 3, 4, 0]].T.reshape(-1)
+    for rows in (by_row, by_column, by_column.row_by_row()):
+        cut = EncodedRows.cat([rows.slice(2, 5), rows.slice(0, 1)]).batch().sparse_features
+        assert torch.cat([cut[key].values() for key in ("i", "j")]).tolist() == expected.tolist()
+        picked, wanted = rows.batch(index).sparse_features, by_row.batch(index).sparse_features
+        assert torch.equal(picked.values(), wanted.values())
+        assert torch.equal(picked.lengths(), wanted.lengths())
+        whole = by_row.batch(torch.arange(9)).sparse_features
+        assert torch.equal(rows.batch().sparse_features.values(), whole.values())
+
+
+def test_a_slice_keeps_no_memory_of_the_rows_it_was_cut_from():
+    rows, _ = rows_of(9, bags=True, weights=True)
+    for whole in (rows, replace(rows, ids=rows.ids.T.contiguous().T)):
+        part = whole.slice(0, 9)
+        for name in ("dense", "ids", "labels", "weights"):
+            mine, theirs = getattr(part, name), getattr(whole, name)
+            assert torch.equal(mine, theirs)
+            assert mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
 
 
 def test_a_batch_of_empty_bags_only_has_no_values():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtcl_torchrec.modules.experts import BatchedExperts
+from mtcl_torchrec.modules.experts import LOOP_FROM_OUTPUTS, BatchedExperts
 
 
 def loop_of(experts: BatchedExperts) -> list[nn.Sequential]:
@@ -179,3 +179,11 @@ def test_both_forms_drop_out_as_much():
     for form in ("batched", "loop"):
         out = BatchedExperts(8, [64], 3, dropout=0.25, form=form)(torch.randn(200, 8))
         assert abs((out == 0).float().mean() - 0.25) < 0.02
+
+
+def test_many_outputs_are_computed_expert_by_expert_but_in_a_graph(monkeypatch):
+    experts = BatchedExperts(8, [64, 32], 16)
+    few, many = torch.randn(16, 8), torch.randn(LOOP_FROM_OUTPUTS // (16 * 96) + 1, 8)
+    assert [experts._one_by_one(x) for x in (few, many)] == [False, True]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not experts._one_by_one(many)

@@ -204,6 +204,16 @@ def test_reading_and_encoding_happen_off_the_training_thread(tmp_path, monkeypat
     assert all(thread.name.startswith("mtcl-data") for thread in threads)
 
 
+def test_reading_threads_run_torch_alone_and_leave_the_others_as_they_are():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)  # what a new thread would have, too
+    try:
+        assert list(in_order([torch.get_num_threads] * 3, workers=2)) == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_order_and_few_are_made_ahead(workers):
     made, alive = [], []
@@ -384,6 +394,8 @@ def test_a_file_that_breaks_or_changes_during_training_is_refused_by_name(tmp_pa
     assert f"{path}: cannot be read" in message()
     frame_of(0, 2003).to_parquet(path, row_group_size=50, index=False)
     assert f"{path}: the file has changed" in message()
+    path.write_bytes(whole)  # what is known of its footer is not that of the file in between
+    assert sum(len(b.labels) for b in rows.batches(Position(), rank=0, world_size=1, batch_size=100)) == 2504
     path.unlink()
     assert f"{path}: cannot be read" in message()
 

@@ -37,19 +37,35 @@ def score_of(
     Raises:
         DataError: what was fitted is damaged.
     """
-    fitted = None if folder is None else fitted_config(folder)
-    config = fitted or run.fusion
-    reads = config is not None and bool(config.numbers or config.features)
-    if fitted is not None and not reads:
+    fitted, said = None if folder is None else fitted_config(folder), stand_in(run, folder)
+    if said:
+        weights = (fitted or run.fusion).weights  # type: ignore[union-attr]
+        return (WeightedMean(weights) if weights else build_fused_score(None, tasks)), said
+    if fitted is not None:
         assert folder is not None
         assert encoder is not None
         return build_fitted(folder, fitted, tasks, encoder, {}), ""
-    if config is None or not (is_learned(config) or reads):
-        return build_fused_score(config, tasks), ""
-    said = f"fusion.kind {config.kind} learns, or reads inputs: baselines rank by the weighted mean"
-    if config.weights:
-        return WeightedMean(config.weights), f"{said} of its weights"
-    return build_fused_score(None, tasks), f"{said} of the binary tasks"
+    return build_fused_score(run.fusion, tasks), ""
+
+
+def stand_in(run: RunConfig, folder: Path | None = None) -> str:
+    """What baselines rank by where they cannot rank by the run's fused score, in words; empty where they can.
+
+    Args:
+        folder: the run directory, where there is one.
+    """
+    fitted = None if folder is None else fitted_config(folder)
+    config = fitted or run.fusion
+    if config is None:
+        return ""
+    if config.numbers or config.features:
+        why = "reads inputs of the model"
+    elif fitted is None and is_learned(config):
+        why = "is a module of its own" if config.import_path is not None else "learns along with the model"
+    else:
+        return ""
+    of = "of its weights" if config.weights else "of the binary tasks"
+    return f"the run's fused score ({config.kind}) {why}: baselines rank by the weighted mean {of} instead"
 
 
 def numbers_of(run: RunConfig, folder: Path, encoder: FeatureEncoder) -> dict[str, DenseNumber]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mtcl_torchrec.baselines.entries import INSTEAD
 from mtcl_torchrec.baselines.fused import fused_score
 from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.baselines.search import Predictions
@@ -37,6 +38,7 @@ class Judge:
         data: its rows.
         fused: what ranks.
         by: names all that.
+        instead: what is said where it is not the run's fused score, see `mtcl_torchrec.baselines.fused.stand_in`.
         numbers: see `mtcl_torchrec.training.fused.item_numbers`.
     """
 
@@ -44,6 +46,7 @@ class Judge:
     data: BaselineData
     fused: nn.Module
     by: str
+    instead: str = ""
     numbers: Mapping[str, DenseNumber] = field(default_factory=dict)
 
     def entry(self, folder: Path, predictions: Predictions, notes: Sequence[str]) -> dict[str, Any]:
@@ -54,7 +57,7 @@ class Judge:
             notes: what there is to say of it.
 
         Returns:
-            Of its entry: metrics, notes, and what it was judged by.
+            Of its entry: metrics, notes, what stood in for the fused score, and what it was judged by.
         """
         metrics, thresholds, lacking = dict[str, Any](), dict[str, float](), list[str]()
         fused_tasks: Sequence[str] = self.fused.tasks  # type: ignore[assignment]
@@ -69,7 +72,7 @@ class Judge:
         said = [note for note in notes if not note.startswith(_LACKING)]
         if lacking:
             said.append(f"{_LACKING}{', '.join(lacking)} enters as the mean of the training rows")
-        return {"metrics": metrics, "notes": said, JUDGED_BY: self.by}
+        return {"metrics": metrics, "notes": said, INSTEAD: self.instead, JUDGED_BY: self.by}
 
     def entry_anew(self, folder: Path, entry: Mapping[str, Any]) -> dict[str, Any] | None:
         """The entry of a baseline that was judged by something else, by the predictions that it keeps; None where they

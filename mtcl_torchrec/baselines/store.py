@@ -40,18 +40,20 @@ def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
     return _named([without_paths(counts), files, options])
 
 
-def judged_by(run: RunConfig, fitted: str) -> str:
+def judged_by(run: RunConfig, fitted: str, instead: str = "") -> str:
     """Equal where the same predictions would be judged the same: by fused score, values, thresholds and K.
 
     Args:
         fitted: names the fused score that was fitted after training, see
             `mtcl_torchrec.training.fitted_fusion.fusion_fingerprint`.
+        instead: what stands in for the fused score, see `mtcl_torchrec.baselines.fused.stand_in`.
     """
     config = run.evaluation
     fusion = fitted or (None if run.fusion is None else run.fusion.model_dump(mode="json"))
     numbers = None if run.fusion is None else run.fusion.numbers
-    # Said only where there are any: what was judged without stays as it is.
-    return _named([fusion, worth_of(run), config.threshold, config.k, *([numbers] if numbers else [])])
+    # Named only where there is any: what was judged without stays as it is.
+    more = [what for what in (numbers, instead) if what]
+    return _named([fusion, worth_of(run), config.threshold, config.k, *more])
 
 
 def _named(what: Any) -> str:

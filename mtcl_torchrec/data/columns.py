@@ -17,9 +17,11 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 def column_of(rows: Rows, column: str) -> pd.Series:
     """A column, or a DataError with the nearest name."""
-    if column not in rows.frame:
-        raise DataError(f"{rows.name}: no column {column!r}{nearest(column, map(str, rows.frame.columns))}")
-    return rows.frame[column]
+    try:
+        return rows.frame[column]
+    except KeyError:
+        hint = nearest(column, map(str, rows.frame.columns))
+        raise DataError(f"{rows.name}: no column {column!r}{hint}") from None
 
 
 def refuse(rows: Rows, wrong: np.ndarray, column: str, rule: str) -> None:
@@ -44,6 +46,8 @@ def as_integers(values: pd.Series) -> np.ndarray | None:
     """
     if values.dtype.kind not in "iu" or values.dtype in (np.dtype(np.uint64), pd.UInt64Dtype()):
         return None
+    if isinstance(values.dtype, np.dtype):  # none is missing
+        return values.to_numpy().astype(np.int64, copy=False)
     return values.to_numpy(dtype=np.int64, na_value=0) if values.hasnans else values.to_numpy(dtype=np.int64)
 
 
@@ -66,6 +70,8 @@ def canonical(values: pd.Series) -> pd.Series:
         >>> canonical(pd.Series([5.0, None])).tolist()
         [5, <NA>]
     """
+    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iub":
+        return values  # most columns: a window has many of them
     if isinstance(values.dtype, pd.CategoricalDtype):
         categories, codes = values.cat.categories, values.cat.codes.to_numpy()
         if pd.api.types.is_integer_dtype(categories):

@@ -83,9 +83,7 @@ class FeatureEncoder(Learnt):
                 offsets = np.r_[0, np.cumsum(lengths)].astype(np.int64)
                 found = torch.from_numpy(self._row_numbers(feature, values, rows, owner))
                 bags[key] = Bag(found, torch.from_numpy(offsets))
-        labels, weights = self._no_labels(len(rows)), None
-        if with_labels:
-            labels, weights = self.labels(rows)
+        labels, weights = self.labels(rows) if with_labels else (self._no_labels(len(rows)), None)
         return EncodedRows(
             dense=torch.from_numpy(self._dense_rows(rows)),
             keys=self.keys,

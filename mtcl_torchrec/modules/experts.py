@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mtcl_torchrec.modules.linear import linear
+
 Norm = Literal["layer", "rms", "none"]
 Form = Literal["auto", "batched", "loop"]
-# On a CPU, from so many numbers in an expert's largest weight on, one expert after the other is as fast or faster
-# (`benchmarks/experts.py`): the products are large enough by themselves, and each one's norm is a single kernel.
-LOOP_FROM = 8_192
+# On a CPU, one expert after the other is as fast or faster (`benchmarks/experts.py`) from so many numbers on in an
+# expert's largest weight, as the products are large enough by themselves and each one's norm is a single kernel; or in
+# all layers' outputs of all experts, as one expert's stay in the cache and those of all do not.
+LOOP_FROM, LOOP_FROM_OUTPUTS = 8_192, 3 << 19
 
 
 class BatchedExperts(nn.Module):
@@ -72,6 +75,7 @@ class BatchedExperts(nn.Module):
         self.reads = None if reads is None else list(reads)
         widths = [in_features, *layers]
         self._large = max(o * i for i, o in pairwise(widths)) >= LOOP_FROM
+        self._outputs = num_experts * sum(layers)
         # Stored as (E, out, in): its (E·out, in) view is the one matrix of the shared first layer.
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o, i)) for i, o in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in layers)
@@ -116,7 +120,7 @@ class BatchedExperts(nn.Module):
         if self._one_by_one(x):
             return self._loop(x, chosen, factors)
         if x.dim() == 2:
-            h = F.linear(x, weight.flatten(0, 1), bias.flatten())
+            h = linear(x, weight.flatten(0, 1), bias.flatten())
             h = h.view(x.shape[0], *bias.shape).transpose(0, 1)
         else:
             h = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
@@ -129,10 +133,13 @@ class BatchedExperts(nn.Module):
         return h
 
     def _one_by_one(self, x: torch.Tensor) -> bool:
-        """By what does not change from batch to batch, so that a graph that is exported or compiled fits them all."""
         if self.form != "auto":
             return self.form == "loop"
-        return x.device.type == "cpu" and self._large
+        if x.device.type != "cpu":
+            return False
+        # A graph that is exported or compiled must fit batches of all sizes.
+        many = not torch.compiler.is_compiling() and x.shape[-2] * self._outputs >= LOOP_FROM_OUTPUTS
+        return self._large or many
 
     def _loop(self, x: torch.Tensor, chosen: list[int] | None, factors: Sequence[torch.Tensor] | None) -> torch.Tensor:
         """The same, one expert after the other.
@@ -149,7 +156,7 @@ class BatchedExperts(nn.Module):
         for place, e in enumerate(range(self.num_experts) if chosen is None else chosen):
             h = x if x.dim() == 2 else x[place]
             for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                h, width = F.linear(h, weight[e], bias[e]), bias[e].shape
+                h, width = linear(h, weight[e], bias[e]), bias[e].shape
                 if self.norm == "layer":
                     h = F.layer_norm(h, width, scales[layer][e], shifts[layer][e])
                 elif self.norm == "rms":

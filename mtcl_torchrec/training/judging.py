@@ -207,7 +207,7 @@ def _part(task: Task, predicted: np.ndarray, encoded: EncodedRows) -> np.ndarray
     if task.kind == "multiclass":
         feature = task.item_class or task.name
         own = encoded.first_values(feature) if feature in encoded.keys else None
-    return in_unit_interval(task, torch.from_numpy(predicted).float(), own).clamp(0, 1).numpy()
+    return in_unit_interval(task, torch.tensor(predicted, dtype=torch.float32), own).clamp(0, 1).numpy()
 
 
 def check_segments(run: RunConfig, splits: Splits) -> None:
