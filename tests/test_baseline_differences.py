@@ -2,9 +2,12 @@
 
 import made_run
 import numpy as np
+import pandas as pd
 import pytest
 
+from mtcl_torchrec import Task
 from mtcl_torchrec.baselines.differences import differences, half_of, verdict
+from mtcl_torchrec.evaluation.compare import compare_tables, is_headline
 from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
@@ -59,3 +62,29 @@ def test_who_is_ahead_is_told_for_each_task(tables):
     assert np.isnan(found["near"][("click", "auc")].p_holm) or found["near"][("click", "auc")].p_holm <= 1
     lines = verdict({name: found[name] for name in ("same", "als")}, KEYS)
     assert lines[0] == "click: no difference that counts between this run and same; it is ahead of the others"
+
+
+def test_a_handful_of_events_makes_nobody_ahead():
+    """Random against random, and random against the truth: three events tell nothing of either."""
+    draw, rows = np.random.default_rng(0), 600
+    happened = np.zeros(rows)
+    happened[draw.choice(rows, 3, replace=False)] = 1
+
+    def table(predicted):
+        frame = pd.DataFrame({"user": np.arange(rows) // 10, "label.buy": happened, "p.buy": predicted})
+        return PredictionsTable(frame, (Task.binary("buy"),))
+
+    run = table(draw.random(rows))
+    found = differences(run, {"luck": table(draw.random(rows)), "truth": table(happened)}, only=lambda of, m: True)
+    for of in found.values():
+        assert {d.unsure for d in of.values()} == {"too few events (3)"}
+        assert {d.better for d in of.values()} == {None}
+    assert verdict(found, {("buy", "auc"): "buy"}) == ["buy: cannot be judged, too few events (3)"]
+
+
+def test_differences_are_those_of_mtcl_compare(tables):
+    own, other = tables[0.3], tables[2.0]
+    found = differences(own, {"other": other}, only=is_headline, k=[5, 1000])["other"]
+    of_two = compare_tables(own, other, k=[5, 1000], draws=200)
+    assert list(found.values()) == of_two
+    assert ("ranking", "rate@1000 click") not in found  # the same in any order

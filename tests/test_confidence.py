@@ -15,9 +15,9 @@ from test_resampling import made
 
 from mtcl_torchrec import Task
 from mtcl_torchrec.data.catalogue import Catalogue
-from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals, unsure_of
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
 from mtcl_torchrec.evaluation.compare import compare_tables
-from mtcl_torchrec.evaluation.confidence import FEWEST, plus_minus, too_little
+from mtcl_torchrec.evaluation.confidence import FEWEST, FEWEST_USERS, plus_minus, support_of
 from mtcl_torchrec.evaluation.details import print_differences, print_segments
 from mtcl_torchrec.evaluation.estimates import ratio_estimate, task_estimates
 from mtcl_torchrec.evaluation.judged import evaluate_table
@@ -28,6 +28,7 @@ from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.rivals import ranked_events, sign_of, word_of
 from mtcl_torchrec.evaluation.segments import rows_of
+from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.evaluation.worth import verdict_of
 from mtcl_torchrec.schema import Feature, Schema
 
@@ -119,11 +120,15 @@ def test_a_handful_of_events_or_one_user_has_no_interval():
     row = next(line for line in shown.splitlines() if line.startswith("buy"))
     assert "±" not in row
     alone = made(users=1)
-    assert unsure_of(alone, clusters_of(alone))("click", "auc")
+    assert supports_of(alone, clusters_of(alone))("click", "auc").unsure
     many = np.r_[np.ones(FEWEST), np.zeros(FEWEST)]
-    assert too_little(many, np.arange(2 * FEWEST)) == ""
-    assert too_little(many[1:], np.arange(2 * FEWEST - 1)) == f"too few events ({FEWEST - 1})"
-    assert "without the event" in too_little(many[:-1], np.arange(2 * FEWEST - 1))
+    assert support_of(many, np.arange(2 * FEWEST)).unsure == ""
+    assert support_of(many[1:], np.arange(2 * FEWEST - 1)).unsure == f"too few events ({FEWEST - 1})"
+    few = FEWEST_USERS - 1  # have events, many; the other users none
+    assert support_of(many, np.r_[np.arange(FEWEST) % few, np.arange(FEWEST)]).unsure == (
+        f"too few users with an event ({few})"
+    )
+    assert "without the event" in support_of(many[:-1], np.arange(2 * FEWEST - 1)).unsure
 
 
 def test_numbers_are_printed_once_and_fit_the_screen():
@@ -285,12 +290,13 @@ def test_segments_have_rows_events_and_intervals_and_hours_are_a_row_each():
     large = found.segments["shop"]["large"]["quality"]["click"]
     own = rows_of(table, rows % 100 != 7)
     assert large["events"] == np.nansum(own.labels("click"))
-    assert large["error"] == pytest.approx(task_estimates(own, "click", *clusters_of(own))["auc"].error)
+    error, support = task_estimates(own, "click", *clusters_of(own))["auc"].error, supports_of(own, clusters_of(own))
+    assert large["half"] == pytest.approx(support("click", "auc").quantile * error)
     small = found.segments["shop"]["small"]["quality"]["click"]
     assert small["unsure"].startswith("too few")
-    assert math.isnan(small["error"])
+    assert math.isnan(small["half"])
     shown = text_of(print_segments, found, width=100)
-    cell = f"{large['value']:.3f} ± {1.96 * large['error']:.3f} ({large['events']:,})"
+    cell = f"{large['value']:.3f} ± {large['half']:.3f} ({large['events']:,})"
     assert cell in shown
     hours = shown[shown.index("By hour_of_day") :].splitlines()
     assert sum(line.split("  ")[0].strip().isdigit() for line in hours) == 24

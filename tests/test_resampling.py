@@ -13,13 +13,14 @@ from test_cli import mtcl, one_line  # noqa: F401  (a fixture)
 
 from mtcl_torchrec import Task
 from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, quantile_of, spread, weights
-from mtcl_torchrec.evaluation.compare import compare_tables, holm
+from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.details import print_details, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.segments import rows_of, segment_values
+from mtcl_torchrec.evaluation.significance import holm
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.judging import thresholds_of

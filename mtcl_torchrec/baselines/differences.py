@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.bootstrap import clusters_of, draw, quantile_of, spread
-from mtcl_torchrec.evaluation.compare import Difference, holm, two_sided, with_amounts_of
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, draw, spread
+from mtcl_torchrec.evaluation.compare import Difference, corrected, difference_of, distinct_metrics, with_amounts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
+from mtcl_torchrec.evaluation.supports import supports_of
 
 # (task or "ranking", metric) -> the baseline's less the run's.
 Differences = dict[tuple[str, str], Difference]
@@ -29,7 +29,9 @@ def differences(
     """Baseline -> every metric that it and the run have; `Difference.a` is the run's, `Difference.b` the baseline's.
 
     All are measured in the same draws of users (see `mtcl_torchrec.evaluation.bootstrap`), 200 of them, or fewer, down
-    to 50, of more than 50,000 rows.  One correction for many comparisons (Holm) is of them all.
+    to 50, of more than 50,000 rows.  They are judged as `mtcl_torchrec.evaluation.compare.compare_tables` judges two
+    runs: what is equal by construction is left out, what rests on too few users is there without interval, and one
+    correction for many comparisons (Holm) is of them all.
 
     Args:
         run: its predictions.
@@ -40,9 +42,14 @@ def differences(
     """
     clusters = clusters_of(run)
     count = int(np.clip(_ROWS // max(len(run), 1), _FEWEST_DRAWS, _DRAWS))
+    distinct = distinct_metrics(run, k)
+    support = supports_of(run, clusters, values=values, paired=True)
+
+    def wanted(of: str, metric: str) -> bool:
+        return only(of, metric) and distinct(of, metric)
 
     def measured(table: PredictionsTable) -> tuple[dict[tuple[str, str], int], np.ndarray, np.ndarray]:
-        parts = resampled_metrics(table, clusters, k=k, values=values, only=only)
+        parts = resampled_metrics(table, clusters, k=k, values=values, only=wanted)
         if not parts:
             return {}, np.empty(0), np.empty((count, 0))
         place = {name: i for i, name in enumerate(name for part in parts for name in part.names)}
@@ -50,24 +57,19 @@ def differences(
         return place, values_of, draw(parts, clusters[1], draws=count, seed=seed)
 
     places, own, own_draws = measured(run)
-    found: dict[str, Differences] = {}
-    for name, table in baselines.items():
-        if len(table) != len(run) or table.fingerprint != run.fingerprint:
-            continue
-        there, theirs, their_draws = measured(with_amounts_of(run, table))
-        shared = [key for key in places if key in there]
-        a, b = [places[key] for key in shared], [there[key] for key in shared]
-        errors = spread(their_draws[:, b] - own_draws[:, a])
-        found[name] = {}
-        for key, i, j, error in zip(shared, a, b, errors, strict=True):
-            x, y = float(own[i]), float(theirs[j])
-            half = quantile_of(clusters[1]) * float(error)
-            p = two_sided(y - x, float(error), clusters[1])
-            found[name][key] = Difference(*key, x, y, y - x, y - x - half, y - x + half, p)
-    every = [(name, key) for name, of in found.items() for key in of]
-    for (name, key), p in zip(every, holm([found[name][key].p for name, key in every]), strict=True):
-        found[name][key] = replace(found[name][key], p_holm=p)
-    return found
+    every = list[tuple[str, Difference]]()
+    there = {n: t for n, t in baselines.items() if len(t) == len(run) and t.fingerprint == run.fingerprint}
+    for name, table in there.items():
+        found, theirs, their_draws = measured(with_amounts_of(run, table))
+        shared = [key for key in places if key in found]
+        a, b = [places[key] for key in shared], [found[key] for key in shared]
+        over_draws = spread(their_draws[:, b] - own_draws[:, a])
+        for key, x, y, of_draws in zip(shared, own[a], theirs[b], over_draws, strict=True):
+            every.append((name, difference_of(*key, float(x), float(y), float(of_draws), support(*key))))
+    by_baseline: dict[str, Differences] = {name: {} for name in there}
+    for (name, _), difference in zip(every, corrected([d for _, d in every]), strict=True):
+        by_baseline[name][difference.of, difference.metric] = difference
+    return by_baseline
 
 
 def verdict(found: Mapping[str, Differences], shown: Mapping[tuple[str, str], str]) -> list[str]:
@@ -90,6 +92,9 @@ def verdict(found: Mapping[str, Differences], shown: Mapping[tuple[str, str], st
     for key, called in shown.items():
         of = {name: by[key] for name, by in found.items() if key in by and not np.isnan(by[key].difference)}
         if not of:
+            continue
+        if unsure := next((d.unsure for d in of.values() if d.unsure), ""):
+            lines.append(f"{called}: cannot be judged, {unsure}")
             continue
         ahead = sorted((n for n, d in of.items() if d.better == "b"), key=lambda n: of[n].p)
         close = [n for n, d in of.items() if d.better is None]

@@ -80,6 +80,7 @@ def print_baselines(
     notes = [f"* is the best of its column (of {label_of('ne')} the lowest)"]
     if apart:
         notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
+        notes += [f"none of {heading}: {why}" for heading, why in _unsure(apart, {**quality, **within, **told})]
     console.print("; ".join(notes), highlight=False, soft_wrap=True)
     for line in [*said_of_score(entries), *_reasons(entries)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -111,6 +112,12 @@ def _apart(
     there = {name: table for name, table in theirs.items() if table is not None}
     k = sorted({int(metric.split("@")[1].split(" ")[0]) for _, metric in keys if "@" in metric})
     return differences(own, there, only=lambda of, metric: (of, metric) in keys, k=k, values=dict(own.values))
+
+
+def _unsure(apart: Mapping[str, Differences], shown: Mapping[Key, str]) -> list[tuple[str, str]]:
+    """Of which metrics no difference is sure, and why."""
+    why = {key: d.unsure for of in apart.values() for key, d in of.items() if d.unsure}
+    return [(heading, why[key]) for key, heading in shown.items() if key in why]
 
 
 def _predictions(folder: Path, split: str) -> PredictionsTable | None:
@@ -161,6 +168,8 @@ def _cell(column: Mapping[str, float], name: str, key: Key, apart: Difference | 
     known = [v for v in column.values() if not math.isnan(v)]
     best = min(known) if sign_of_better(key[1]) < 0 else max(known)
     shown = f"{value:.4f}*" if value == best else f"{value:.4f} "
-    if apart is None or math.isnan(apart.low):
+    if apart is None or math.isnan(apart.difference):
         return shown
+    if math.isnan(apart.low):
+        return f"{shown}\n{apart.difference:+z.4f} "
     return f"{shown}\n{apart.difference:+z.4f} ± {half_of(apart):.4f} "

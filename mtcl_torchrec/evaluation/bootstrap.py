@@ -3,7 +3,7 @@
 Rows of one user are alike, so that users are drawn, not rows (cluster bootstrap; Field & Welsh, JRSS B 2007).  A draw
 is how often each user was drawn, a weight, and every metric is a function of these weights: no row is copied.  The
 interval is the estimate ± t · the standard deviation over the draws, with Student's t of (users - 1) degrees of
-freedom.
+freedom: of the users who tell something of the metric, see `mtcl_torchrec.evaluation.confidence.Support`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from mtcl_torchrec.config.commands import DRAWS
-from mtcl_torchrec.evaluation.confidence import FEWEST, clipped, too_little
-from mtcl_torchrec.evaluation.naming import bounds_of, parts_of
+from mtcl_torchrec.evaluation.confidence import Support, clipped
+from mtcl_torchrec.evaluation.naming import bounds_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 
 _NUMBERS_AT_ONCE = 10**7  # of weights
@@ -126,32 +126,13 @@ def quantile_of(users: int) -> float:
     return float(student.ppf(0.975, users - 1)) if users > 1 else float("nan")
 
 
-def unsure_of(table: PredictionsTable, clusters: tuple[np.ndarray, int]) -> Callable[[str, str], str]:
-    """A function from (task or ``"ranking"``, metric) to why it can have no interval; ``""`` where it can.
-
-    A handful of events draws no more events than it has: the spread over draws is then too small, and says nothing of
-    what is rare and did not happen here.
-    """
-    names = {name for task in table.tasks for name in (task.name, task.conditional_name) if name is not None}
-    why = {}
-    for name in names:
-        labels = table.labels(name)
-        if table.task(name).kind == "binary":
-            why[name] = too_little(labels, clusters[0])
-        else:
-            known = int((~np.isnan(labels)).sum())
-            why[name] = f"too few labels ({known})" if known < FEWEST else ""
-    alone = "a single user" if clusters[1] < 2 else ""
-    return lambda of, metric: alone or why.get(parts_of(metric).of if of == "ranking" else of, "")
-
-
 def intervals(
     parts: Sequence[Resampled],
     users: int,
     *,
     draws: int = DRAWS,
     seed: int = 0,
-    unsure: Callable[[str, str], str] = lambda of, metric: "",
+    support: Callable[[str, str], Support] | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """Task or ``"ranking"`` -> metric -> its interval.
 
@@ -160,7 +141,8 @@ def intervals(
         users: U.
         draws: how many times users are drawn.
         seed: the same seed draws the same users.
-        unsure: see `unsure_of`.
+        support: (task or ``"ranking"``, metric) -> what it rests on; see `mtcl_torchrec.evaluation.supports`.  By
+            default all users, alike.
 
     Example:
         >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
@@ -169,16 +151,18 @@ def intervals(
         >>> found.value, 0.5 < found.error < 0.6
         (2.5, True)
     """
-    errors = spread(draw(parts, users, draws=draws, seed=seed))
+    spreads = spread(draw(parts, users, draws=draws, seed=seed))
     values = np.concatenate([part.estimate(users) for part in parts])
     names = [name for part in parts for name in part.names]
-    half = quantile_of(users) * errors
     found: dict[str, dict[str, Interval]] = {}
-    for (of, metric), value, error, h in zip(names, values, errors, half, strict=True):
-        if why := unsure(of, metric):
-            sure = Interval(float(value), np.nan, np.nan, np.nan, why)
+    for (of, metric), value, over_draws in zip(names, values, spreads, strict=True):
+        rests = Support(float(users)) if support is None else support(of, metric)
+        if rests.unsure:
+            sure = Interval(float(value), np.nan, np.nan, np.nan, rests.unsure)
         else:
-            ends = clipped(float(value - h), float(value + h), bounds_of(metric))
-            sure = Interval(float(value), float(error), *ends)
+            error = rests.error_of(float(over_draws))
+            half = rests.quantile * error
+            ends = clipped(float(value - half), float(value + half), bounds_of(metric))
+            sure = Interval(float(value), error, *ends)
         found.setdefault(of, {})[metric] = sure
     return found

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import t as student
 
-from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread, unsure_of
+from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, spread
+from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
 from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
+from mtcl_torchrec.evaluation.significance import LEVEL, holm, two_sided
+from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.schema import DataError
 
 HEADLINES = ("auc", "gauc", "ne", "f1", "top1", "r2", "mae", "value", "rate", "ndcg")
@@ -64,7 +66,7 @@ class Difference:
             'b'
         """
         way = sign_of_better(self.metric)
-        if not self.p_holm < 0.05 or not way:
+        if not self.p_holm < LEVEL or not way:
             return None
         return "b" if self.difference * way > 0 else "a"
 
@@ -128,8 +130,8 @@ def compare_tables(
     there, without p-value.
 
     A metric's difference over draws of users (see `mtcl_torchrec.evaluation.bootstrap`) gives its standard error; t =
-    difference / error is compared with Student's t of (users - 1) degrees of freedom, so that the interval leaves out 0
-    exactly where p < 0.05.
+    difference / error is compared with Student's t of (users - 1) degrees of freedom, of the users who tell something
+    of it (see `mtcl_torchrec.evaluation.supports`), so that the interval leaves out 0 exactly where p < 0.05.
 
     Args:
         a, b: on the same rows.
@@ -147,7 +149,7 @@ def compare_tables(
     values = dict(a.values) if values is None else values
     a, b = _completed(a, b), with_amounts_of(a, _completed(b, a))
     clusters = clusters_of(a)
-    wanted = _real(a, k)
+    wanted = distinct_metrics(a, k)
     parts = [
         resampled_metrics(of, clusters, k=k, values=values, only=lambda name, m: only(name, m) and wanted(name, m))
         for of in (a, b)
@@ -158,21 +160,34 @@ def compare_tables(
         raise DataError(f"{names[0]} and {names[1]} have no metric in common")
     users = clusters[1]
     values_of, draws_of = zip(*(_measured(of, shared, users, draws, seed) for of in parts), strict=True)
-    errors, why = spread(draws_of[1] - draws_of[0]), unsure_of(a, clusters)
-    found = []
-    for i, (of, metric) in enumerate(shared):
-        x, y = float(values_of[0][i]), float(values_of[1][i])
-        if unsure := why(of, metric):
-            found.append(Difference(of, metric, x, y, y - x, np.nan, np.nan, np.nan, unsure=unsure))
-            continue
-        half = quantile_of(users) * float(errors[i])
-        p = two_sided(y - x, float(errors[i]), users)
-        found.append(Difference(of, metric, x, y, y - x, y - x - half, y - x + half, p))
+    spreads = spread(draws_of[1] - draws_of[0])
+    support = supports_of(a, clusters, values=values, paired=True)
+    found = [
+        difference_of(*key, float(x), float(y), float(over_draws), support(*key))
+        for key, x, y, over_draws in zip(shared, *values_of, spreads, strict=True)
+    ]
+    return corrected(found)
+
+
+def difference_of(of: str, metric: str, a: float, b: float, over_draws: float, support: Support) -> Difference:
+    """A difference with its interval and its p-value.
+
+    Args:
+        over_draws: standard deviation of b - a over the draws.
+        support: what it rests on.
+    """
+    error = support.error_of(over_draws)
+    half, p = support.quantile * error, two_sided(b - a, error, support.freedom)
+    return Difference(of, metric, a, b, b - a, b - a - half, b - a + half, p, unsure=support.unsure)
+
+
+def corrected(found: Sequence[Difference]) -> list[Difference]:
+    """One family of differences, with `Difference.p_holm`: what is equal, or cannot be sure, was not tested."""
     adjusted = holm([float("nan") if difference.equal else difference.p for difference in found])
     return [replace(difference, p_holm=p) for difference, p in zip(found, adjusted, strict=True)]
 
 
-def _real(table: PredictionsTable, lengths: Sequence[int]) -> Callable[[str, str], bool]:
+def distinct_metrics(table: PredictionsTable, lengths: Sequence[int]) -> Callable[[str, str], bool]:
     """A function from (task or ``"ranking"``, metric) to whether two rankings of these rows could differ in it, and no
     other metric is the same number."""
     again = same_events(table.tasks)
@@ -216,33 +231,3 @@ def _measured(
     at = [place[name] for name in names]
     values = np.concatenate([part.estimate(users) for part in parts])
     return values[at], draw(parts, users, draws=draws, seed=seed)[:, at]
-
-
-def two_sided(difference: float, error: float, users: int) -> float:
-    """p-value of a difference with a standard error, by Student's t of (users - 1) degrees of freedom.
-
-    Example:
-        >>> round(two_sided(1.96, 1.0, 10**6), 3), two_sided(0.0, 0.0, 100)
-        (0.05, 1.0)
-    """
-    if users < 2 or np.isnan(difference) or np.isnan(error):
-        return float("nan")
-    if error == 0:
-        return 1.0 if difference == 0 else 0.0
-    return float(2 * student.sf(abs(difference) / error, users - 1))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values of m tests, such that the chance of a single wrong rejection among all stays at the level (Holm, 1979):
-    the i-th smallest, from 0, times (m - i), and none below one that was smaller.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03, float("nan")])
-        [0.03, 0.06, 0.06, nan]
-    """
-    known = [i for i, value in enumerate(p) if not np.isnan(value)]
-    adjusted, largest = [float("nan")] * len(p), 0.0
-    for rank, i in enumerate(sorted(known, key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(known) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted

@@ -1,37 +1,140 @@
-"""How sure a number is, as it is said: one meaning of ±, and when nothing can be sure."""
+"""How sure a number is, as it is said: one meaning of ±, what an interval rests on, and when nothing can be sure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-SURE = 1.96  # standard errors on either side of a 95 % interval
+from mtcl_torchrec.evaluation.significance import t_quantile
+
+SURE = 1.96  # standard errors on either side of a 95 % interval of so many users that their number does not count
 FEWEST = 20  # events, and rows without: of fewer, standard errors are too small, and nothing is sure
+FEWEST_USERS = 10  # with an event, and with rows without
+FEWEST_EFFECTIVE = 4  # of users, see `Support`
 PLUS_MINUS = "± is half of a 95 % interval, over users"
 TOO_FEW = "too few events"
 
 
-def too_little(labels: np.ndarray, clusters: np.ndarray) -> str:
-    """Why a metric of an event cannot be sure, in a few words; empty where it can.
+@dataclass(frozen=True)
+class Support:
+    """What the standard error of a metric rests on.
+
+    Users without an event add nothing to what is known of it, however many there are; and where most events are those
+    of a few users, the others add little.  Kish's effective number of users (*Survey Sampling*, 1965), (Σ n)² / Σ n²
+    of their events n, counts both, and is the number of users where all have equally many.
+
+    Args:
+        users: effective number.
+        unsure: why nothing can be sure, in a few words; empty where it can.
+    """
+
+    users: float
+    unsure: str = ""
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the standard error; NaN where nothing can be sure."""
+        return math.nan if self.unsure else max(self.users - 1, 0.0)
+
+    @property
+    def quantile(self) -> float:
+        """What the standard error is multiplied by, of half a 95 % interval; NaN where nothing can be sure.
+
+        Example:
+            >>> round(Support(20.0).quantile, 2), Support(20.0, "too few events (3)").quantile
+            (2.09, nan)
+        """
+        return t_quantile(self.freedom)
+
+    def error_of(self, spread: float) -> float:
+        """Standard error, of the spread over draws of so many users: that is too small by √((n - 1) / n), as the standard
+        deviation of n numbers around their own mean is (Efron, *The Jackknife, the Bootstrap*, 1982).
+
+        Example:
+            >>> round(Support(10.0).error_of(0.3), 4)
+            0.3162
+        """
+        return spread * math.sqrt(self.users / (self.users - 1)) if self.users > 1 else math.nan
+
+
+def support_of(labels: np.ndarray, clusters: np.ndarray, weights: np.ndarray | None = None) -> Support:
+    """What a metric of an event rests on: rows with the event, and rows without, whichever are of fewer users.
 
     Args:
         labels: (N,) 0 or 1, NaN where missing.
-        clusters: (N,) whose rows are drawn together, such as the user's.
+        clusters: (N,) int, whose rows are drawn together, such as the user's.
+        weights: (N,) of the rows.
 
     Example:
-        >>> too_little(np.array([1.0, 0.0, 0.0]), np.array([0, 1, 2]))
+        >>> support_of(np.tile([1.0, 0.0], 50), np.arange(100) // 4)
+        Support(users=25.0, unsure='')
+        >>> support_of(np.array([1.0, 0.0, 0.0]), np.array([0, 1, 2])).unsure
         'too few events (1)'
-        >>> too_little(np.tile([1.0, 0.0], 50), np.zeros(100))
+        >>> support_of(np.tile([1.0, 0.0], 50), np.zeros(100, int)).unsure
         'a single user'
+        >>> support_of(np.r_[np.ones(50), np.zeros(50)], np.r_[np.arange(50) % 3, np.arange(50)]).unsure
+        'too few users with an event (3)'
     """
     known = ~np.isnan(labels)
-    events, others = int((labels[known] > 0).sum()), int((labels[known] <= 0).sum())
-    if events < FEWEST:
-        return f"{TOO_FEW} ({events:,})"
-    if others < FEWEST:
-        return f"too few rows without the event ({others:,})"
-    return "a single user" if len(np.unique(clusters[known])) < 2 else ""
+    counts = known if weights is None else known & (weights > 0)
+    size = np.ones(int(counts.sum())) if weights is None else weights[counts].astype(np.float64)
+    happened, of = labels[counts] > 0, clusters[counts]
+    sides = [(happened, "event"), (~happened, "other")]
+    found = [rests_on(np.where(side, size, 0.0), of, called) for side, called in sides]
+    return weakest(found)
+
+
+def rests_on(amounts: np.ndarray, clusters: np.ndarray, of: str = "event") -> Support:
+    """What a metric rests on that adds up something over rows.
+
+    Args:
+        amounts: (N,) what each row has of it, such as 1 where its event happened; 0 or NaN: nothing.
+        clusters: (N,) int, whose rows are drawn together.
+        of: ``"event"``; ``"other"``: a row without; ``"label"``; ``"request"``; ``"both"``: of users with and without.
+
+    Example:
+        >>> rests_on(np.ones(60), np.arange(60) % 30).users, rests_on(np.ones(60), np.arange(60) % 6).unsure
+        (30.0, 'too few users with an event (6)')
+        >>> rests_on(np.ones(60), np.maximum(np.arange(60) - 35, 0)).unsure
+        'most events are of too few users (effectively 2.7)'
+    """
+    some = np.nan_to_num(amounts) != 0
+    rows, owners = int(some.sum()), np.unique(clusters[some], return_inverse=True)[1]
+    by_user = np.bincount(owners, np.abs(amounts[some])) if rows else np.zeros(0)
+    effective = float(by_user.sum() ** 2 / (by_user**2).sum()) if rows else 0.0
+    plural, one = _CALLED[of]
+    if rows < FEWEST:
+        return Support(effective, f"too few {plural} ({rows:,})")
+    if len(by_user) < 2:
+        return Support(effective, "a single user")
+    if len(by_user) < FEWEST_USERS:
+        return Support(effective, f"too few users with {one} ({len(by_user)})")
+    if effective < FEWEST_EFFECTIVE:
+        return Support(effective, f"most {plural} are of too few users (effectively {effective:.1f})")
+    return Support(effective)
+
+
+_CALLED = {
+    "event": ("events", "an event"),
+    "other": ("rows without the event", "a row without the event"),
+    "label": ("labels", "a label"),
+    "request": ("requests", "a request"),
+    "both": ("rows", "and without an event"),
+}
+
+
+def weakest(found: Iterable[Support]) -> Support:
+    """Of what a metric rests on alike: the first that makes nothing sure, else the one of the fewest users.
+
+    Example:
+        >>> weakest([Support(30.0), Support(20.0)]).users, weakest([Support(9.0), Support(30.0, "why")]).unsure
+        (20.0, 'why')
+    """
+    found = list(found)
+    return next((of for of in found if of.unsure), None) or min(found, key=lambda of: of.users)
 
 
 def clipped(low: float, high: float, bounds: tuple[float, float]) -> tuple[float, float]:

@@ -128,7 +128,7 @@ def _of_segment(of: Mapping[str, Any] | None, kind: str, short: bool) -> str | T
     if of is None:
         return "–"
     digits, metric = (2, "") if short else (3, QUALITY.get(kind, ""))
-    said = plus_minus(of["value"], SURE * of["error"], digits, bounds_of(metric))
+    said = plus_minus(of["value"], of["half"], digits, bounds_of(metric))
     said = said.replace(" ± ", "±") if short else f"{said} ({of['events']:,})"
     return Text(said, style="dim") if of["unsure"] else said
 

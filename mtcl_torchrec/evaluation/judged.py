@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals, unsure_of
+from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.rivals import against_popularity
 from mtcl_torchrec.evaluation.segments import of_segment, split_by_segment
+from mtcl_torchrec.evaluation.supports import supports_of
 
 
 def evaluate_table(
@@ -72,7 +73,8 @@ def evaluate_table(
     sure = {}
     if bootstrap:
         parts = resampled_metrics(table, clusters, k=k, values=table.values)
-        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, unsure=unsure_of(table, clusters))
+        support = supports_of(table, clusters, values=table.values)
+        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, support=support)
     held_against = {}
     if popularity is not None:
         judged = [key.removeprefix("auc ") for key in found.ranking.get("fused", {}) if key.startswith("auc ")]

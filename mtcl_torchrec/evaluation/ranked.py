@@ -46,6 +46,7 @@ class RankedRows:
 
     Attributes:
         known: (N,) bool, which rows of the table they are.
+        requests: (M,) int64, the request of each of those.
         ranking: of those.
 
     Raises:
@@ -58,9 +59,9 @@ class RankedRows:
             raise DataError("ranking needs a score, and the keys of requests or users")
         self.table = table
         self.known = ~np.isnan(table.requests)
-        numbers = table.requests[self.known].astype(np.int64)
-        self.ranking = Ranking(numbers, scores[self.known])
-        self.rows_of_request = np.bincount(numbers)
+        self.requests = table.requests[self.known].astype(np.int64)
+        self.ranking = Ranking(self.requests, scores[self.known])
+        self.rows_of_request = np.bincount(self.requests)
         self._labels: dict[str, np.ndarray] = {}
 
     def labels(self, task: str) -> np.ndarray:

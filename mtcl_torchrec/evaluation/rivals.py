@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import SURE, too_little
+from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, gauc_estimate
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.significance import signs_after_holm, t_quantile
+from mtcl_torchrec.evaluation.supports import RANKING, supports_of
 
 MARGIN = 0.005  # of an AUC, where no standard error is known
 FUSED, HEAD, POPULARITY = "fused", "own head", "popularity"
@@ -31,6 +33,7 @@ class Gap:
         difference: of AUC (or GAUC): positive where the first is better.
         error: its standard error; NaN where it is not known.
         unsure: why no difference could be sure, in a few words, such as too few events; empty where one could.
+        freedom: degrees of freedom of the standard error.
     """
 
     task: str
@@ -38,6 +41,12 @@ class Gap:
     difference: float
     error: float = math.nan
     unsure: str = ""
+    freedom: float = math.inf
+
+    @property
+    def half(self) -> float:
+        """Half of its 95 % interval; NaN where it has none."""
+        return math.nan if self.unsure else t_quantile(self.freedom) * self.error
 
 
 def sign_of(gap: Gap) -> int:
@@ -51,8 +60,23 @@ def sign_of(gap: Gap) -> int:
     """
     if math.isnan(gap.difference) or gap.unsure:
         return 0
-    bound = MARGIN if math.isnan(gap.error) else SURE * gap.error
-    return 0 if abs(gap.difference) <= bound else (1 if gap.difference > 0 else -1)
+    bound = MARGIN if math.isnan(gap.error) else gap.half
+    return 0 if not abs(gap.difference) > bound else (1 if gap.difference > 0 else -1)
+
+
+def signs_of(gaps: Sequence[Gap]) -> list[int]:
+    """`sign_of` each, where one of so many would be beyond its interval by chance: after Holm's correction.
+
+    Those without a standard error are no tests: they are judged alone, and make the others no less sure.
+
+    Example:
+        >>> few, many = Gap("like", "trees", 0.021, 0.01), [Gap("like", "als", 0.0, 0.01)]
+        >>> signs_of([few]), signs_of([few, *many])
+        ([1], [0, 0])
+    """
+    tested = [g if not g.unsure else replace(g, error=math.nan) for g in gaps]
+    signs = signs_after_holm((g.difference, g.error, g.freedom) for g in tested)
+    return [sign_of(gap) if math.isnan(gap.error) else sign for gap, sign in zip(gaps, signs, strict=True)]
 
 
 def word_of(gap: Gap) -> str:
@@ -73,13 +97,13 @@ class Ranked:
         task: whose event.
         metric: ``"gauc"``, or ``"auc"`` where no user has rows with and without the event.
         estimates: ranking -> its value and error.
-        unsure: see `Gap`.
+        support: what the metric rests on.
     """
 
     task: str
     metric: str
     estimates: Mapping[str, Estimate]
-    unsure: str = ""
+    support: Support
 
     def gap(self, against: str, *, unwanted: bool = False) -> Gap:
         """Of the fused score to another ranking.
@@ -92,7 +116,8 @@ class Ranked:
         if unwanted and against == HEAD:
             other = Estimate(1 - other.value, -other.influence)
         difference, error = fused.minus(other)
-        return Gap(self.task, against, -difference if unwanted else difference, error, self.unsure)
+        gap = -difference if unwanted else difference
+        return Gap(self.task, against, gap, error, self.support.unsure, self.support.freedom)
 
 
 def ranked_events(
@@ -114,7 +139,7 @@ def ranked_events(
     Returns:
         One for each task that has rows with and without the event.
     """
-    found = []
+    found, support = [], supports_of(table, (clusters, _count(clusters) if count is None else count))
     for task in tasks:
         rankings = {FUSED: table.score}
         if HEAD in against and task in table.predicted_names:
@@ -131,8 +156,12 @@ def ranked_events(
         if not estimates:
             estimates = {n: auc_estimate(labels, s, clusters, count) for n, s in rankings.items() if s is not None}
         if FUSED in estimates and not math.isnan(estimates[FUSED].value):
-            found.append(Ranked(task, metric, estimates, too_little(labels, clusters)))
+            found.append(Ranked(task, metric, estimates, support(RANKING, f"{metric} {task}")))
     return found
+
+
+def _count(clusters: np.ndarray) -> int:
+    return int(clusters.max(initial=-1)) + 1
 
 
 def against_popularity(
@@ -151,8 +180,8 @@ def against_popularity(
         unwanted: events that lower the score.
 
     Returns:
-        ``metric``, ``difference`` (positive: the fused score is better), ``error`` and ``unsure`` as of `Gap`, and
-        ``fused_is``, as `word_of` says it.
+        ``metric``, ``difference`` (positive: the fused score is better), ``error``, ``unsure`` and ``freedom`` as of
+        `Gap`, and ``fused_is``, as `word_of` says it.
     """
     if table.score is None or table.popular is None:
         return {}

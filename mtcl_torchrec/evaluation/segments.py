@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.data.columns import as_text, canonical
-from mtcl_torchrec.evaluation.bootstrap import clusters_of, unsure_of
+from mtcl_torchrec.evaluation.bootstrap import clusters_of
 from mtcl_torchrec.evaluation.estimates import task_estimates
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.schema import DataError, nearest
 
 DERIVED = ("item_seen", "user_seen", "hour_of_day")  # beside the columns of the data
@@ -114,7 +115,7 @@ def of_segment(rows: PredictionsTable) -> dict[str, dict[str, Any]]:
     """Task -> how well it is predicted on some rows, and how sure that is.
 
     Returns:
-        ``value`` of `QUALITY` of its kind, ``error`` (standard error over users), ``events`` (of a binary task; else
+        ``value`` of `QUALITY` of its kind, ``half`` of its 95 % interval over users, ``events`` (of a binary task; else
         labels), and ``unsure``, why nothing can be sure here; ``""`` where it can.
 
     Example:
@@ -124,16 +125,16 @@ def of_segment(rows: PredictionsTable) -> dict[str, dict[str, Any]]:
         50
     """
     clusters = clusters_of(rows)
-    why, found = unsure_of(rows, clusters), {}
+    support, found = supports_of(rows, clusters), {}
     for name in rows.predicted_names:
         metric, labels = QUALITY[rows.task(name).kind], rows.labels(name)
         estimate = task_estimates(rows, name, *clusters).get(metric)
-        unsure = why(name, metric)
-        error = np.nan if estimate is None or unsure else estimate.error
+        rests = support(name, metric)
+        half = np.nan if estimate is None else rests.quantile * estimate.error
         known = ~np.isnan(labels)
         events = int((labels[known] > 0).sum()) if metric == "auc" else int(known.sum())
         value = np.nan if estimate is None else estimate.value
-        found[name] = {"value": value, "error": error, "events": events, "unsure": unsure}
+        found[name] = {"value": value, "half": half, "events": events, "unsure": rests.unsure}
     return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.confidence import SURE, too_little
+from mtcl_torchrec.evaluation.confidence import SURE, support_of
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
@@ -109,6 +109,7 @@ def compared_aucs(runs: Sequence[RunContents]) -> list[Compared]:
         if tables[0] is None or task not in tables[0].predicted_names:
             continue
         first = _task_auc(tables[0], task)
+        support = support_of(tables[0].labels(task), clusters_of(tables[0].users, len(tables[0])))
         values: list[float] = [first.value]
         differences: list[tuple[float, float, float] | None] = []
         for table in tables[1:]:
@@ -119,9 +120,9 @@ def compared_aucs(runs: Sequence[RunContents]) -> list[Compared]:
             other = _task_auc(table, task)
             gained, error = other.minus(first, paired=same_rows(tables[0], table, task))
             values.append(other.value)
-            differences.append((gained, gained - SURE * error, gained + SURE * error))
-        unsure = too_little(tables[0].labels(task), clusters_of(tables[0].users, len(tables[0])))
-        found.append(Compared(task, label_of("auc"), values, differences, unsure=unsure))
+            half = support.quantile * error
+            differences.append((gained, gained - half, gained + half))
+        found.append(Compared(task, label_of("auc"), values, differences, unsure=support.unsure))
     return found
 
 

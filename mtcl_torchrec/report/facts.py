@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, too_little
+from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, support_of
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, chance_error, clusters_of, task_estimates
 from mtcl_torchrec.evaluation.naming import label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
@@ -79,7 +79,7 @@ def task_facts(run: RunContents) -> list[TaskFact]:
         if run.table is not None and task in run.table.predicted_names:
             labels, (clusters, count) = run.table.labels(task), run.clusters
             errors = {key: of.error for key, of in task_estimates(run.table, task, clusters, count).items()}
-            unsure = too_little(labels, clusters) if kind == "binary" else ""
+            unsure = support_of(labels, clusters).unsure if kind == "binary" else ""
         elif kind == "binary" and metrics.get("auc") is not None:
             rows, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
             unsure = f"{TOO_FEW} ({rows * rate:.0f})" if rows * rate < FEWEST else ""
@@ -213,8 +213,8 @@ def baseline_gaps(run: RunContents) -> list[Gap]:
             clusters = run.clusters if paired else _clusters(run, table)
             difference, error = own.minus(auc_estimate(table.labels(task), scores, *clusters), paired=paired)
             if not math.isnan(difference):
-                unsure = too_little(run.table.labels(task), run.clusters[0])
-                gaps.append(Gap(task, name, difference, error, unsure))
+                support = support_of(run.table.labels(task), run.clusters[0])
+                gaps.append(Gap(task, name, difference, error, support.unsure, support.freedom))
     return gaps
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import PLUS_MINUS
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
+from mtcl_torchrec.evaluation.naming import bounds_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.segments import of_segment, rows_of
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.tables import Table, with_error
+from mtcl_torchrec.report.tables import Table
 
 FEWEST = 50  # rows of a segment that is shown by itself
 REST = "(the rest)"  # segments of fewer rows, together
@@ -107,7 +108,7 @@ def _table(heading: str, parts: Mapping[str, tuple[int, Mapping[str, Any]]], tas
         cells = []
         for c, task in enumerate(tasks, 2):
             of = quality.get(task) or {}
-            said = with_error(of.get("value"), of.get("error"), 3, "auc")
+            said = plus_minus(of.get("value"), of.get("half"), 3, bounds_of("auc"))
             cells.append(f"{said} ({int(of['events']):,})" if of.get("events") is not None else said)
             if of.get("unsure"):
                 tones[len(rows), c] = "few"
