@@ -21,8 +21,8 @@ from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import auc
 from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
 from mtcl_torchrec.evaluation.thresholds import best_threshold
+from mtcl_torchrec.report.baseline_tables import baseline_tables
 from mtcl_torchrec.report.contents import read_contents
-from mtcl_torchrec.report.tables import baseline_tables
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import locked
 

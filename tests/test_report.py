@@ -151,12 +151,17 @@ def test_tables_say_cost_versions_and_data(made, page):
     assert "kind: multiclass" in page.text
 
 
+QUALITIES = "Each task on the test split"
+
+
 def test_baselines_have_intervals_and_are_marked(page):
-    columns, *rows = page.tables["AUC on the test split"]
-    assert columns == ["ranked by", "click", "like", "report"]
+    columns, *rows = page.tables[QUALITIES]
+    assert columns == ["predicted by", "click, AUC", "like, AUC", "report, AUC", "taste, NE", "minutes, R²"]
     assert [row[0] for row in rows] == ["this run", "popularity", "logistic", "single_task", "trees"]
     assert all(re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", cell) for cell in rows[0][1:])
-    assert all("▲" in cell for cell in rows[1][1:])
+    assert all("▲" in cell for cell in rows[1][1:4])
+    assert rows[1][4:] == ["–", "–"]  # one score is no prediction of classes or numbers
+    assert all("▲" in cell for cell in rows[2][1:])
     assert page.tables["How the baselines were tuned"][-1] == ["trees", "10", "3.0", "c 1"]
 
 
@@ -164,7 +169,8 @@ def test_every_picture_is_there_with_words_for_it(page):
     drawn = {value for tag, name, value in page.attributes if (tag, name) == ("div", "id")}
     tasks = [task.name for task in TASKS]
     expected = {f"{kind}-{t}" for kind in ("learning", "reliability") for t in tasks}
-    expected |= {f"{kind}-{t}" for kind in ("roc", "precision-recall", "baselines") for t in WEIGHTS}
+    expected |= {f"{kind}-{t}" for kind in ("roc", "precision-recall") for t in WEIGHTS}
+    expected |= {f"baselines-{t}" for t in tasks}
     expected |= {"experts-level-1", "conflicts-trunk", "fusion-weights", "fusion-influence", "fusion-events-gauc",
                  "pareto-click", "pareto-like"}  # fmt: skip
     assert drawn == expected
@@ -335,7 +341,7 @@ def test_rankings_within_requests_and_segments_of_metrics_json(made, tmp_path, f
         of["segments"] = {"hour": {"9 <am>": {"rows": 1234, "tasks": {"click": {"auc": 0.7}}, "ranking": {}}}}
 
     found = read(edited(copied(made, tmp_path / "run"), more))
-    assert found.tables["What the first 5 of each request bring"] == [
+    assert found.tables["What the first 5 rows of each request bring"] == [
         ["measure", "fused", "popular"], ["value", "0.5000 ± 0.0196", "0.4000"], ["NDCG of click", "0.7500", "–"],
     ]  # fmt: skip
     assert found.tables["Where in a request the events are"][1] == ["MRR of click", "–", "–"]
@@ -397,22 +403,24 @@ def test_intervals_of_metrics_json_are_those_that_are_shown(made, tmp_path, fast
     columns, first, *_ = found.tables["Binary tasks"]
     assert first[columns.index("AUC")].endswith(" ± 0.0321")
     assert "±" not in first[columns.index("log-loss")]
-    assert found.tables["AUC on the test split"][1][1].endswith(" ± 0.0321")
+    assert found.tables[QUALITIES][1][1].endswith(" ± 0.0321")
     title = "The same rows in the order of the fused score, of the event's own head, and by popularity"
     assert found.tables[title][1][2].endswith(" ± 0.0456")
-    assert found.tables["What the first 5 of each request bring"][1][1:] == ["0.5000 ± 0.0567", "0.4000 ± 0.0196"]
+    assert found.tables["What the first 5 rows of each request bring"][1][1:] == ["0.5000 ± 0.0567", "0.4000 ± 0.0196"]
     assert found.text.count("± is half of a 95 % interval, over users") >= 3
 
 
 def test_twins_stand_beside_the_run(page):
     columns, *rows = page.tables["Together and alone"]
-    assert columns == ["task", "together", "alone", "difference", "together is"]
-    assert [row[0] for row in rows] == ["click", "like", "report"]
-    for _, together, alone, difference, verdict in rows:
+    assert columns == ["task", "measure", "together", "alone", "difference", "together is"]
+    assert [row[:2] for row in rows] == [
+        ["click", "AUC"], ["like", "AUC"], ["report", "AUC"], ["taste", "NE"], ["minutes", "R²"],
+    ]  # fmt: skip
+    for _, _, together, alone, difference, verdict in rows:
         gap = float(together.split()[0]) - float(alone.split()[0])
         assert float(difference.split()[0].replace("−", "-")) == pytest.approx(gap, abs=1.01e-4)
         assert verdict == "better ▲"
-    assert "Of 3 tasks that twins were trained on alone, 3 are predicted better together" in page.text
+    assert "Of 5 tasks that twins were trained on alone, 5 are predicted better together" in page.text
 
 
 def test_a_twin_is_no_rival_for_tasks_that_it_was_not_trained_on(made, tmp_path, fast):
@@ -422,9 +430,9 @@ def test_a_twin_is_no_rival_for_tasks_that_it_was_not_trained_on(made, tmp_path,
     kept = of.frame.drop(columns=[c for c in of.frame if c in ("p.like", "uncalibrated.like")])
     write_predictions(path, PredictionsTable(kept, of.tasks, of.split, of.classes, of.thresholds))
     found = read(folder)
-    assert [row[0] for row in found.tables["Together and alone"][1:]] == ["click", "report"]
-    assert "Not compared: like, taste and minutes." in found.text
-    rows = {row[0]: row[1:] for row in found.tables["AUC on the test split"][1:]}
+    assert [row[0] for row in found.tables["Together and alone"][1:]] == ["click", "report", "taste", "minutes"]
+    assert "Not compared: like." in found.text
+    rows = {row[0]: row[1:] for row in found.tables[QUALITIES][1:]}
     assert rows["single_task"][1] == "–"
     assert "▲" in rows["popularity"][1]
 
@@ -450,7 +458,7 @@ def test_baselines_of_other_rows_are_left_out(made, tmp_path, fast):
         write_predictions(path, PredictionsTable(changed, of.tasks, of.split, of.classes, of.thresholds))
     found = read(folder)
     assert f"Left out, since they were judged by other rows than this run: {', '.join(names)}" in found.text
-    shown = [row[0] for row in found.tables["AUC on the test split"][1:]]
+    shown = [row[0] for row in found.tables[QUALITIES][1:]]
     assert not {*names} & {*shown}
 
 
@@ -469,13 +477,13 @@ def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
     folder = edited(copied(made, tmp_path / "run"), lambda m: m["evaluations"]["test"].update(knowable=KNOWN))
     found = read(folder)
     assert "Of what is knowable in this world it knows 93% of click, −5% of taste and 50% of minutes" in found.text
-    assert "of what its ranking can gain, the fused score gains 75% (first 1)" in found.text
+    assert "of what its ranking can gain, the fused score gains 75% (first row)" in found.text
     assert found.tables["Beside the truth"][1:] == [
         ["click", "93.4 %", "expected AUC", "0.7500", "0.7677", "0.0100"],
         ["taste", "−5.1 %", "information, nats", "−0.0100", "0.2000", "0.0200"],
         ["minutes", "50.0 %", "R²", "0.2000", "0.4000", "2.0000"],
         ["fused score, all rows", "80.0 %", "gain of ranking", "–", "–", "–"],
-        ["fused score, first 1", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
+        ["fused score, first row", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
     ]
     assert "knowable" in fast
     assert "nobody can predict better" in found.text

@@ -13,12 +13,13 @@ from mtcl_torchrec.evaluation.metrics import gauc
 from mtcl_torchrec.evaluation.rivals import Gap, sign_of
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.weights import influence_of
+from mtcl_torchrec.report.comparisons import Comparison
 from mtcl_torchrec.report.curves import precision_recall_points, reliability, roc_points
 from mtcl_torchrec.report.facts import Event, TaskFact
 from mtcl_torchrec.report.fusion_verdict import what_does_fusion
 from mtcl_torchrec.report.influence import shares_of_ranking
 from mtcl_torchrec.report.sharing import do_tasks_help
-from mtcl_torchrec.report.verdict import is_it_good, learnt
+from mtcl_torchrec.report.verdict import is_it_good, learnt, orders
 
 NAN = math.nan
 
@@ -181,24 +182,83 @@ def test_a_good_model_and_a_bad_one():
     assert (bad.tone, bad.short) == ("bad", "No: 1 of 3 tasks learnt")
     unknown = is_it_good([fact(auc=None, ne=None)], [], [])
     assert (unknown.tone, unknown.short) == ("unknown", "Not known")
-    assert "cannot be judged" in said(is_it_good([GOOD, fact(task="like")], [], []))
+    assert "Cannot be judged, and left out below: like (no labels)." in said(
+        is_it_good([GOOD, fact(task="like")], [], [])
+    )
+
+
+def versus(task, against, difference, error=0.01, metric="auc", **more):
+    """A comparison that is sure, one way or the other, beyond 1.96 standard errors."""
+    half = 1.96 * error
+    sign = (1 if difference > 0 else -1) * (abs(difference) > half) * (-1 if metric == "ne" else 1)
+    return Comparison(task, metric, against, difference, half, sign, **more)
 
 
 def test_baselines_decide_too():
-    ahead, behind = Gap("click", "trees", 0.05, 0.01), Gap("click", "als", -0.05, 0.01)
+    ahead, behind = versus("click", "trees", 0.05), versus("click", "als", -0.05)
     assert is_it_good([GOOD], [ahead], []).short == "Yes: no baseline is better"
     assert is_it_good([GOOD], [], []).short == "Better than guessing"
     beaten = is_it_good([GOOD], [ahead, behind], [])
     assert beaten.tone == "bad"
-    assert "als is better by 0.050 AUC" in said(beaten)
-    others = [Gap(f"t{n}", "trees", 0.05, 0.01) for n in range(3)]
-    assert is_it_good([GOOD], [behind, *others], []).tone == "mixed"
-    close = Gap("click", "als", -0.01, 0.01)
+    assert "On click, als (by 0.0500 ± 0.0196 AUC) is better." in said(beaten)
+    others = [fact(task=f"t{n}", auc=0.8, ne=0.8) for n in range(3)]
+    gaps = [versus(f"t{n}", "trees", 0.05) for n in range(3)]
+    assert is_it_good([GOOD, *others], [behind, *gaps], []).short == "In part: a baseline wins 1 of 4 tasks"
+    close = versus("click", "als", -0.01)
     assert is_it_good([GOOD], [ahead, close], []).tone == "good"
     assert "clearly the best on 0 of 1 tasks" in said(is_it_good([GOOD], [ahead, close], []))
-    assert "Against trees and als (not tuned; " in said(is_it_good([GOOD], [ahead, close], [], untuned=True))
+    untuned = said(is_it_good([GOOD], [ahead, close], [], untuned=["als", "trees"]))
+    assert "They were tried at one setting only" in untuned
+    assert "als was tried at one setting only" in said(is_it_good([GOOD], [ahead, close], [], untuned=["als"]))
     # A twin that was trained alone is no rival; the second question is about it.
-    assert "no tuned baselines" in said(is_it_good([GOOD], [Gap("click", "single_task", -0.1, 0.01)], []))
+    assert "no tuned baselines" in said(is_it_good([GOOD], [versus("click", "single_task", -0.1)], []))
+    assert "Against trees (the twins not counted)," in said(
+        is_it_good([GOOD], [ahead, versus("click", "single_task", -0.1)], [])
+    )
+
+
+def test_classes_and_numbers_can_be_beaten_too():
+    taste, minutes = fact("multiclass", task="taste", ne=0.8), fact("regression", task="minutes", r2=0.3)
+    lost = is_it_good([minutes], [versus("minutes", "trees", -0.2, metric="r2")], [])
+    assert (lost.tone, lost.short) == ("bad", "No: a baseline is better")
+    assert "On minutes, trees (by 0.2000 ± 0.0196 R²) is better." in said(lost)
+    worse = versus("taste", "trees", 0.0855, 0.0045, metric="ne")  # of NE, more is worse
+    both = is_it_good([GOOD, taste, minutes], [worse, versus("click", "trees", 0.1)], [])
+    assert both.short == "No: a baseline is better"
+    assert "clearly the best on 1 of 2 tasks (click)" in said(both)
+    assert "On taste, trees (by 0.0855 ± 0.0088 NE) is better." in said(both)
+    assert "No baseline predicts minutes." in said(both)
+    ranked = Comparison("ranking", "value@5", "trees", -0.3, 0.1, -1)
+    answer = is_it_good([GOOD], [versus("click", "trees", 0.1), ranked], [])
+    assert "By value@5 of what is shown, trees (by 0.3000 ± 0.1000 value@5) is better." in said(answer)
+
+
+def test_each_by_more_than_half_of_its_interval():
+    """AUC and NE: the one may be sure where the other is not."""
+    vague = TaskFact("rare", "binary", {"auc": 0.75, "ne": 0.9972}, {"auc": 0.05, "ne": 0.0134})
+    assert learnt(vague) is False
+    assert orders(vague) is True
+    assert "not clearly so rare (NE 0.9972 ± 0.0263)" in said(is_it_good([GOOD, vague], [], []))
+    flat = TaskFact("flat", "binary", {"auc": 0.52, "ne": 0.99}, {"auc": 0.05, "ne": 0.0001})
+    assert "not clearly so flat (AUC 0.5200 ± 0.0980)" in said(is_it_good([GOOD, flat], [], []))
+    assert orders(flat) is False
+
+
+def test_of_what_cannot_be_judged_nothing_is_said():
+    metrics = {"auc": 0.161, "ne": 1.2, "calibration": 9.0, "count": 500.0, "base_rate": 0.002}
+    rare = TaskFact("rare", "binary", metrics, {"auc": 0.01, "ne": 0.01}, "too few events (1)")
+    compared = [versus("click", "trees", 0.1), Comparison("rare", "auc", "trees", -0.5, unsure="too few events (1)")]
+    found = [Event("rare", "GAUC", {"fused": (0.2, 0.1)}, False, (Gap("rare", "popularity", -0.3, 0.1, "too few"),))]
+    answer = is_it_good([GOOD, rare], compared, [*found, event("click", 0.1, 0.1)])
+    assert answer.short == "Yes: no baseline is better"
+    about = [line for line in answer.sentences if "rare" in line]
+    assert about == ["Cannot be judged, and left out below: rare (too few events (1))."]
+    assert "1 of 1 events come out better than by popularity (click)" in said(answer)
+    alone = is_it_good([rare], compared, found)
+    assert (alone.short, len(alone.sentences)) == ("Not known", 1)
+    fused = what_does_fusion({"click": 0.9}, [*found, event("click", 0.1, 0.1)], True)
+    assert fused.tone == "good"
+    assert [line for line in fused.sentences if "rare" in line] == ["Not judged: rare (too few)."]
 
 
 def test_words_for_separation_and_calibration():
@@ -213,7 +273,7 @@ def test_words_for_separation_and_calibration():
 
 def test_twins_tell_whether_tasks_help():
     names = ["a", "b", "c", "d"]
-    up, down, level = (Gap(t, "single_task", d, 0.01) for t, d in (("a", 0.05), ("b", -0.05), ("c", 0.01)))
+    up, down, level = (versus(t, "single_task", d) for t, d in (("a", 0.05), ("b", -0.05), ("c", 0.01)))
     assert do_tasks_help([up, level], [], [], names).short == "Yes, 1 of 2"
     assert do_tasks_help([down, level], [], [], names).tone == "bad"
     both = do_tasks_help([up, down, level], [], [], names)
@@ -222,18 +282,35 @@ def test_twins_tell_whether_tasks_help():
     assert f"Of 3 tasks that twins were trained on alone, {counts}" in said(both)
     assert "Worse: b (−0.0500 ± 0.0196 AUC)." in said(both)
     assert "Not compared: d." in said(both)
+    assert "run's own settings" not in said(both)
+    assert "The twins have the run's own settings" in said(do_tasks_help([up], [], [], names, ["single_task"]))
     assert do_tasks_help([level], [], [], names).short == "No difference that counts"
-    assert do_tasks_help([Gap("a", "trees", 0.5, 0.01)], [], [], names).short == "Not measured"
+    assert do_tasks_help([versus("a", "trees", 0.5)], [], [], names).short == "Not measured"
     assert "--only single_task" in said(do_tasks_help([], [], [], names))
     assert do_tasks_help([], [], [], ["a"]).short == "There is one task"
 
 
+def test_twins_of_classes_and_numbers_count_and_rare_events_do_not():
+    names = ["taste", "minutes", "rare"]
+    taste = versus("taste", "single_task", -0.03, metric="ne")
+    minutes = versus("minutes", "single_task", -0.05, metric="r2")
+    rare = Comparison("rare", "auc", "single_task", 0.3, unsure="too few events (2)")
+    found = do_tasks_help([taste, minutes, rare], [], [], names)
+    assert found.short == "1 gain, 1 lose"
+    assert "Better: taste (−0.0300 ± 0.0196 NE). Worse: minutes (−0.0500 ± 0.0196 R²). Of NE, less is better." in said(
+        found
+    )
+    assert "Cannot be judged: rare (too few events (2))." in said(found)
+    assert "Not compared" not in said(found)
+    assert do_tasks_help([rare], [], [], names).short == "Not known: too few events"
+
+
 def test_what_is_sure_and_small_is_hardly_a_difference():
-    gaps = [Gap("a", "single_task", -0.0015, 0.0003), Gap("b", "single_task", 0.0001, 0.0003)]
+    gaps = [versus("a", "single_task", -0.0015, 0.0003), versus("b", "single_task", 0.0001, 0.0003)]
     found = do_tasks_help(gaps, [], [], ["a", "b"])
     assert (found.short, found.tone) == ("Hardly: all differences are below 0.002 AUC", "mixed")
     assert "0 are predicted better together, 1 worse, 1 too close to call" in said(found)
-    gaps[0] = Gap("a", "single_task", -0.0025, 0.0003)
+    gaps[0] = versus("a", "single_task", -0.0025, 0.0003)
     assert do_tasks_help(gaps, [], [], ["a", "b"]).short == "No, sharing hurts 1 of 2"
 
 

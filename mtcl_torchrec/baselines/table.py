@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from mtcl_torchrec.baselines.differences import Differences, differences, half_of, verdict
-from mtcl_torchrec.baselines.entries import said_of_score
+from mtcl_torchrec.baselines.differences import Differences, half_of, verdict
+from mtcl_torchrec.baselines.entries import read_entries, said_of_score
+from mtcl_torchrec.baselines.family import Key, against_run, lengths_of
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
@@ -27,9 +28,6 @@ THIS_RUN = "this run"
 _TOLD = ("auc ", "gauc ", "value@", "rate@")
 _PER_TABLE = 5  # columns that a screen holds
 _MISSING = "–"
-
-# What is shown: (task or "ranking", metric).
-Key = tuple[str, str]
 
 
 def evaluations_of(entries: Mapping[str, dict[str, Any]], split: str, folder: Path | None = None) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def print_baselines(
         for key in evaluation["ranking"].get("fused", {}):
             if key.startswith(_TOLD) and " error" not in key:
                 told[(RANKING, key)] = heading_of(key)
-    apart = _apart(entries, folder, run_dir, split, {*quality, *within, *told})
+    apart = _apart(entries, folder, run_dir, split, found, {*quality, *within, *told})
     _print(console, f"{split} split: quality of each task", found, quality, apart)
     _print(console, f"{split} split: AUC within users", found, within, apart)
     _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
@@ -85,7 +83,8 @@ def print_baselines(
     for line in [*said_of_score(entries), *_reasons(entries)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     values = {key: heading for key, heading in told.items() if key[1].startswith("value@")}
-    lines = verdict(apart, {key: key[0] for key in quality} | values)
+    shown_here = {name: apart[name] for name in entries if name in apart}
+    lines = verdict(shown_here, {key: key[0] for key in quality} | values)
     if lines:
         console.print(
             "\n[bold]Who is ahead, beyond chance[/] (corrected for as many comparisons, Holm)", highlight=False
@@ -100,18 +99,26 @@ def print_baselines(
 
 
 def _apart(
-    entries: Mapping[str, dict[str, Any]], folder: Path | None, run_dir: Path | None, split: str, keys: set[Key]
+    entries: Mapping[str, dict[str, Any]],
+    folder: Path | None,
+    run_dir: Path | None,
+    split: str,
+    found: Mapping[str, Any],
+    keys: set[Key],
 ) -> dict[str, Differences]:
-    """Baseline -> its differences to the run; nothing where there is no run with predictions."""
+    """Baseline -> its differences to the run; nothing where there is no run with predictions.
+
+    Of all baselines in the folder, so that showing fewer of them does not make a difference more sure.
+    """
     if folder is None or run_dir is None:
         return {}
     own = _predictions(run_dir, split)
     if own is None:
         return {}
-    theirs = {name: _predictions(folder / FOLDER / name, split) for name in entries}
+    theirs = {name: _predictions(folder / FOLDER / name, split) for name in {**read_entries(folder), **entries}}
     there = {name: table for name, table in theirs.items() if table is not None}
-    k = sorted({int(metric.split("@")[1].split(" ")[0]) for _, metric in keys if "@" in metric})
-    return differences(own, there, only=lambda of, metric: (of, metric) in keys, k=k, values=dict(own.values))
+    lengths = sorted({k for evaluation in found.values() for k in lengths_of(evaluation)})
+    return against_run(own, there, lengths, also=keys)
 
 
 def _unsure(apart: Mapping[str, Differences], shown: Mapping[Key, str]) -> list[tuple[str, str]]:

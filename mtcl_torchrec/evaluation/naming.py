@@ -52,7 +52,8 @@ MEASURES = {
     "majority": Measure("always the same", "the accuracy of always saying what is more frequent", "",
                         short="majority"),
     "precision": Measure("precision", "the share of events among the rows where yes was said", "", short="precis."),
-    "recall": Measure("recall", "the share of the events that are found", ""),
+    "recall": Measure("recall", "the share of the events that are found: where yes was said or, of a ranking, among "
+                      "the first k rows, the mean over the requests that have the event", ""),
     "f1": Measure("F1", "the harmonic mean of precision and recall"),
     "f1_all_yes": Measure("F1 of all yes", "the F1 of always saying yes", "", short="all yes"),
     "said_yes": Measure("said yes", "the share of rows where yes was said", ""),
@@ -71,17 +72,20 @@ MEASURES = {
     "count": Measure("labels", "rows whose label is known", "", high=_ANY),
     "value": Measure("value", "what the first k rows of a request brought: the values of what happened, added up",
                      low=-_ANY, high=_ANY),
-    "rate": Measure("rate", "the share of the first k rows in which the event happened: click-through rate, "
-                    "conversion"),
-    "ndcg": Measure("NDCG", "how high in a request the rows with the event stand, against the best possible order"),
-    "hit": Measure("hit rate", "the share of requests whose first k rows have the event at least once", short="hit"),
-    "mrr": Measure("MRR", "mean reciprocal rank: 1 over the place of the first row with the event"),
-    "map": Measure("MAP", "mean average precision within requests"),
+    "rate": Measure("rate", "the share of the first k rows in which the event happened, of all requests: "
+                    "click-through rate, conversion"),
+    "ndcg": Measure("NDCG", "how high in a request the rows with the event stand, against the best possible order; the "
+                    "mean over the requests that have the event"),
+    "hit": Measure("hit rate", "of the requests that have the event, the share that have it among their first k rows",
+                   short="hit"),
+    "mrr": Measure("MRR", "mean reciprocal rank: 1 over the place of the first row with the event; the mean over the "
+                   "requests that have it"),
+    "map": Measure("MAP", "mean average precision within the requests that have the event"),
     "coverage": Measure("items shown", "the share of the items that are shown to anybody", ""),
     "novelty": Measure("novelty", "how unusual what is shown is: −log₂ of the item's share of training clicks", "",
                        high=_ANY),
-    "choice": Measure("choice", "the share of requests of more than k rows: in all others the order changes nothing",
-                      ""),
+    "choice": Measure("choice", "the share of requests that have more than k rows: in all others the order changes "
+                      "nothing", ""),
     "requests": Measure("requests", "whose rows are ranked against each other", "", high=_ANY),
 }  # fmt: skip
 BASE = {"binary": "base rate", "multiclass": "top class", "regression": "mean label"}  # what ``base_rate`` is of a kind

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, support_of
-from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, chance_error, clusters_of, task_estimates
-from mtcl_torchrec.evaluation.naming import label_of
+from mtcl_torchrec.evaluation.bootstrap import unsure_of
+from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW
+from mtcl_torchrec.evaluation.estimates import chance_error, task_estimates
+from mtcl_torchrec.evaluation.naming import MAIN, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.rivals import FUSED, HEAD, POPULARITY, Gap, Ranked, ranked_events
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.influence import shares_of_ranking
-
-SINGLE = ("single_task", "single-task", "single", "twin")  # in the name of the baseline that trains each task alone
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,14 @@ def task_facts(run: RunContents) -> list[TaskFact]:
         errors: dict[str, float] = {}
         unsure = ""
         if run.table is not None and task in run.table.predicted_names:
-            labels, (clusters, count) = run.table.labels(task), run.clusters
-            errors = {key: of.error for key, of in task_estimates(run.table, task, clusters, count).items()}
-            unsure = support_of(labels, clusters).unsure if kind == "binary" else ""
+            errors = {key: of.error for key, of in task_estimates(run.table, task, *run.clusters).items()}
+            unsure = unsure_of(run.table, run.clusters)(task, MAIN[kind])
         elif kind == "binary" and metrics.get("auc") is not None:
             rows, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
             unsure = f"{TOO_FEW} ({rows * rate:.0f})" if rows * rate < FEWEST else ""
             errors["auc"] = chance_error(rows, rate)
         for key in run.intervals.get(task) or {}:
-            errors[key] = _known(stored_error(run, task, key), errors.get(key))
+            errors[key] = known_or(stored_error(run, task, key), errors.get(key))
         facts.append(TaskFact(task, kind, metrics, errors, unsure))
     return facts
 
@@ -103,12 +101,9 @@ def stored_error(run: RunContents, of: str, metric: str) -> float:
     return max(float(high) - float(value), float(value) - float(low)) / SURE  # a bound may cut one end off
 
 
-def _known(first: float, other: float | None) -> float:
+def known_or(first: float, other: float | None) -> float:
+    """The first, or the other where that is NaN."""
     return first if not math.isnan(first) or other is None else other
-
-
-def _auc(run: RunContents, labels: np.ndarray, scores: np.ndarray) -> Estimate:
-    return auc_estimate(labels, scores, *run.clusters)
 
 
 def negative(run: RunContents, task: str) -> bool:
@@ -149,7 +144,7 @@ def events(run: RunContents) -> list[Event]:
         }  # fmt: skip
         estimates = {} if of is None else of.estimates
         rankings = {
-            n: (v, _known(stored.get(n, math.nan), estimates[n].error if n in estimates else None))
+            n: (v, known_or(stored.get(n, math.nan), estimates[n].error if n in estimates else None))
             for n, v in known.items()
         }
         unwanted = negative(run, task)
@@ -172,87 +167,6 @@ def same_rows(one: PredictionsTable, other: PredictionsTable, task: str) -> bool
         return False
     a, b = one.labels(task), other.labels(task)
     return bool(np.array_equal(a, b, equal_nan=True)) and one.fingerprint == other.fingerprint
-
-
-def baseline_estimates(run: RunContents) -> dict[str, dict[str, tuple[float, float]]]:
-    """Binary task -> this run and each baseline -> AUC and its standard error on the report's split.
-
-    A baseline that predicts one score alone is judged by that for every event.
-    """
-    tables = {"this run": run.table, **{name: of.get(run.split) for name, of in run.of_baselines.items()}}
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for fact in run.kinds:
-        if run.kinds[fact] != "binary":
-            continue
-        for name, table in tables.items():
-            scores = None if table is None else scores_for(table, fact)
-            if table is None or scores is None or fact not in _labelled(table):
-                continue
-            e = auc_estimate(table.labels(fact), scores, *_clusters(run, table))
-            error = _known(stored_error(run, fact, "auc"), e.error) if table is run.table else e.error
-            if not math.isnan(e.value):
-                found.setdefault(fact, {})[name] = (e.value, error)
-    return {task: of for task, of in found.items() if set(of) - {"this run"}}
-
-
-def baseline_gaps(run: RunContents) -> list[Gap]:
-    """By how much this run's AUC is better than each baseline's, for each binary task that both predict."""
-    gaps = []
-    for name, of in run.of_baselines.items():
-        table = of.get(run.split)
-        if table is None or run.table is None:
-            continue
-        for task in run.kinds:
-            scores = scores_for(table, task)
-            if run.kinds[task] != "binary" or scores is None or task not in _labelled(table):
-                continue
-            if task not in run.table.predicted_names:
-                continue
-            paired = same_rows(run.table, table, task)
-            own = _auc(run, run.table.labels(task), run.table.predicted(task))
-            clusters = run.clusters if paired else _clusters(run, table)
-            difference, error = own.minus(auc_estimate(table.labels(task), scores, *clusters), paired=paired)
-            if not math.isnan(difference):
-                support = support_of(run.table.labels(task), run.clusters[0])
-                gaps.append(Gap(task, name, difference, error, support.unsure, support.freedom))
-    return gaps
-
-
-def scores_for(table: PredictionsTable, task: str) -> np.ndarray | None:
-    """What a table ranks the rows by for an event: its prediction, or its only score where it predicts none; None
-    otherwise.
-    """
-    if table.predicted_names and task not in table.predicted_names:
-        return None
-    scores = table.predicted(task) if table.predicted_names else table.score
-    return None if scores is None else np.nan_to_num(scores, nan=float(np.nanmin(scores)) if len(scores) else 0.0)
-
-
-def _labelled(table: PredictionsTable) -> set[str]:
-    return {name for task in table.tasks for name in (task.name, task.conditional_name) if name is not None}
-
-
-def _clusters(run: RunContents, table: PredictionsTable) -> tuple[np.ndarray, int]:
-    if table is run.table:
-        return run.clusters
-    clusters = clusters_of(table.users, len(table))
-    return clusters, int(clusters.max(initial=-1)) + 1
-
-
-def untuned(run: RunContents) -> bool:
-    """Whether the baselines other than twins were tried at their usual settings only."""
-    rivals = [of for name, of in run.baselines.items() if not is_single_task(name) and isinstance(of, dict)]
-    return bool(rivals) and all((of.get("budget") or {}).get("trials") == 1 for of in rivals)
-
-
-def is_single_task(name: str) -> bool:
-    """Whether a baseline is the twin that trains each task alone.
-
-    Example:
-        >>> is_single_task("single_task"), is_single_task("item_knn")
-        (True, False)
-    """
-    return any(part in name.lower() for part in SINGLE)
 
 
 def tried_gaps(run: RunContents) -> tuple[float, list[Gap]]:

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtcl_torchrec.evaluation.confidence import SURE
+import numpy as np
+
+from mtcl_torchrec.evaluation.confidence import SURE, clipped
+from mtcl_torchrec.evaluation.naming import bounds_of
 from mtcl_torchrec.report.facts import chosen_name
 from mtcl_torchrec.report.studio import MARKERS, Colours, Picture, Studio, roles_of, ticks
 
@@ -60,13 +63,16 @@ def bars(studio: Studio, name: str, title: str, values: Mapping[str, float], lab
     return studio.draw(name, title, f"{title}: {said}.", paint, size=size, margins=(left, 0.12, 0.44, 0.06))
 
 
-def dots(studio: Studio, name: str, title: str, label: str, rows: Mapping[str, Dots], *, guess: float) -> Picture:
+def dots(
+    studio: Studio, name: str, title: str, label: str, rows: Mapping[str, Dots], *, guess: float, metric: str = "auc"
+) -> Picture:
     """A line for each event or model, a mark with its 95% interval for each way to rank.
 
     Args:
         rows: what stands at the left -> way to rank -> value and standard error; the first row that has a way decides
             its place in the legend.
         guess: what guessing gives, a line.
+        metric: of the values: no interval passes its bounds.
     """
     ways = list(dict.fromkeys(way for of in rows.values() for way in of))
     left = 0.2 + _LETTER * max(map(len, rows))
@@ -82,7 +88,7 @@ def dots(studio: Studio, name: str, title: str, label: str, rows: Mapping[str, D
             there = [(y + shift, *of[way]) for y, of in enumerate(rows.values()) if way in of]
             axes.errorbar(
                 [v for _, v, _ in there], [y for y, _, _ in there],
-                xerr=[0.0 if math.isnan(e) else SURE * e for _, _, e in there],
+                xerr=np.array([ends_of(v, e, metric) for _, v, e in there]).T,
                 color=c[role], marker=MARKERS[role], markersize=5, linestyle="none", elinewidth=1.4, label=way,
             )  # fmt: skip
         axes.grid(visible=False, axis="y")
@@ -94,6 +100,19 @@ def dots(studio: Studio, name: str, title: str, label: str, rows: Mapping[str, D
 
     said = "; ".join(f"{row}: " + ", ".join(f"{way} {v:.4f}" for way, (v, _) in of.items()) for row, of in rows.items())
     return studio.draw(name, title, f"{label}. {said}.", paint, size=size, margins=(left, 0.12, 0.44, above))
+
+
+def ends_of(value: float, error: float, metric: str) -> tuple[float, float]:
+    """How far a 95% interval reaches below and above a value, within the metric's bounds; 0 where it is not known.
+
+    Example:
+        >>> [round(end, 4) for end in ends_of(0.99, 0.01, "auc")]
+        [0.0196, 0.01]
+    """
+    if math.isnan(error):
+        return 0.0, 0.0
+    low, high = clipped(value - SURE * error, value + SURE * error, bounds_of(metric))
+    return max(value - low, 0.0), max(high - value, 0.0)
 
 
 def pareto_pictures(studio: Studio, fitted: Mapping[str, Any]) -> list[Picture]:

@@ -9,7 +9,7 @@ from mtcl_torchrec.evaluation.rivals import Gap, sign_of
 from mtcl_torchrec.evaluation.worth import Verdict, lead_of
 from mtcl_torchrec.report.facts import Event
 from mtcl_torchrec.report.verdict import Answer, Tone, against_popularity
-from mtcl_torchrec.report.words import listed, signed
+from mtcl_torchrec.report.words import first_rows, listed, rows_in_words, signed
 
 AHEAD = 1.5  # times the share of the next task: from there on, a task of half the ranking decides it mostly
 HEARD = 0.05  # share of the ranking from which on a task is said to decide it
@@ -36,8 +36,9 @@ def worth_in_a_line(found: Verdict | None) -> str:
             continue
         unsure = f", with {found.unsure} to be sure" if found.unsure else ", which is too close to call"
         said.append(f"{lead_of(rival)} against {of}{unsure * (rival.sign == 0)}".replace("-", "−", 1))
-    k = found.measure.partition("@")[2]
-    return f"What the fusion is worth: the first {k} rows of a request bring {', and '.join(said)}."
+    k = int(found.measure.partition("@")[2])
+    bring = f"{first_rows(k)} of a request bring{'s' * (k == 1)}"
+    return f"What the fusion is worth: {bring} {', and '.join(said)}."
 
 
 def worth_explained(
@@ -57,9 +58,11 @@ def worth_explained(
     """
     by = {task: f" · {feature}" for task, feature in (numbers or {}).items()}
     counted = ", ".join(f"{task} {value:g}{by.get(task, '')}" for task, value in values.items())
-    line = f"That is value@{k}: what happened to these rows, worth {counted}; "
+    line = f"That is value@{k}: what happened to {'that row' if k == 1 else 'these rows'}, worth {counted}; "
     if choice is not None:
-        line += f"{choice:.0%} of the requests have more than {k} rows: in all others the order changes nothing; "
+        line += (
+            f"{choice:.0%} of the requests have more than {rows_in_words(k)}: in all others the order changes nothing; "
+        )
     return f"{line}{PLUS_MINUS}."
 
 
@@ -79,7 +82,7 @@ def what_does_fusion(
         has_fusion: whether the run declares or fitted one.
         tried: of one fitted after training, see `mtcl_torchrec.report.facts.tried_gaps`.
         target: what it was fitted for.
-        not_learnt: tasks that are not predicted better than guessing, or of which that is not sure.
+        not_learnt: tasks whose predictions order rows no better than chance, or of which that is not sure.
     """
     question = "What does the fusion do?"
     if not has_fusion:
@@ -98,11 +101,11 @@ def what_does_fusion(
     blind = [task for task in tasks if task in not_learnt and abs(shares[task]) >= HEARD]
     if blind:
         sentences.append(
-            f"Warning: the score ranks by {listed(blind)}, which {'was' if len(blind) == 1 else 'were'} not learnt; "
-            "such a weight adds noise."
+            f"Warning: the score ranks by {listed(blind)}, whose order is not clearly better than chance; such a "
+            "weight may add noise."
         )
     sentences += against_popularity(events)
-    lost = [(g.difference, e) for e in events for g in e.gaps if g.against == "own head"]
+    lost = [(g.difference, e) for e in events for g in e.gaps if g.against == "own head" and not g.unsure]
     if lost:
         worst, event = min(lost, key=lambda of: of[0])
         ahead = [e.task for d, e in lost for g in e.gaps if g.against == "own head" and sign_of(g) > 0]
@@ -118,7 +121,9 @@ def what_does_fusion(
         other = f"the head of {gap.task} alone" if gap.task else gap.against
         found = f"{words[sign_of(gap)]} {other} on rows left out ({signed(gap.difference)})"
         sentences.append(f"Fitted for {target}, it is {found}.")
-    signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity"]
+    if unsure := [f"{e.task} ({why})" for e in events if (why := next((g.unsure for g in e.gaps if g.unsure), ""))]:
+        sentences.append(f"Not judged: {listed(unsure)}.")
+    signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity" and not g.unsure]
     signs += [sign_of(gap) for gap in tried]
     if not signs:
         return Answer(question, short, "unknown" if not tasks else "mixed", sentences or ["It was not evaluated."])

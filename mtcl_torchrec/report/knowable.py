@@ -11,7 +11,7 @@ from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.fusion_pictures import bars, share
 from mtcl_torchrec.report.studio import Picture, Studio
 from mtcl_torchrec.report.tables import Table, number
-from mtcl_torchrec.report.words import listed
+from mtcl_torchrec.report.words import first_rows, listed
 
 SCORE = "score"
 RULE = (
@@ -35,7 +35,7 @@ def _of_score(run: RunContents) -> tuple[str, float] | None:
     score = (run.evaluation.get("knowable") or {}).get(SCORE) or {}
     for k in (5, 10, 1):
         if score.get(f"share@{k}") is not None:
-            return f"first {k}", float(score[f"share@{k}"])
+            return first_rows(k).removeprefix("the "), float(score[f"share@{k}"])
     return None if score.get("share") is None else ("order of all rows", float(score["share"]))
 
 
@@ -84,7 +84,15 @@ def knowable_table(run: RunContents) -> Table | None:
             sure = "" if error is None else f" ± {100 * SURE * error:.1f}"
             both = [number(score.get(f"{who}@{k}")) for who in ("value", "oracle")]
             known = _percent(score[f"share@{k}"]) + sure
-            rows.append([f"fused score, first {k}", known, f"value@{k}", *both, number(score.get(f"regret@{k}"))])
+            rows.append(
+                [
+                    f"fused score, {first_rows(k).removeprefix('the ')}",
+                    known,
+                    f"value@{k}",
+                    *both,
+                    number(score.get(f"regret@{k}")),
+                ]
+            )
     if not rows:
         return None
     note = (

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mtcl_torchrec.evaluation.naming import glossary
-from mtcl_torchrec.evaluation.rivals import Gap
+from mtcl_torchrec.evaluation.naming import MAIN, glossary, label_of
 from mtcl_torchrec.evaluation.worth import verdict_of
 from mtcl_torchrec.report import heat, pictures
+from mtcl_torchrec.report.baseline_tables import Qualities, baseline_tables, twins_table
+from mtcl_torchrec.report.comparisons import GUESS, Comparison, comparisons, qualities, untuned
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.facts import (
-    Event,
-    TaskFact,
-    baseline_estimates,
-    baseline_gaps,
-    events,
-    influence,
-    task_facts,
-    tried_gaps,
-    untuned,
-)
+from mtcl_torchrec.report.facts import Event, TaskFact, events, influence, task_facts, tried_gaps
 from mtcl_torchrec.report.fusion_pictures import bars, dots, pareto_pictures
 from mtcl_torchrec.report.fusion_verdict import what_does_fusion, worth_explained, worth_in_a_line
 from mtcl_torchrec.report.knowable import knowable_picture, knowable_sentence, knowable_table
@@ -28,16 +19,15 @@ from mtcl_torchrec.report.segments import segment_tables
 from mtcl_torchrec.report.sharing import do_tasks_help
 from mtcl_torchrec.report.studio import Studio
 from mtcl_torchrec.report.tables import (
-    baseline_tables,
+    Table,
     cost_tables,
     event_table,
     origin_table,
     shown_tables,
     task_tables,
     tried_table,
-    twins_table,
 )
-from mtcl_torchrec.report.verdict import Answer, is_it_good, learnt
+from mtcl_torchrec.report.verdict import Answer, is_it_good, orders
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
@@ -52,21 +42,22 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
         say: is told what is being done.
     """
     say("judging")
-    facts, of_events, gaps = task_facts(run), events(run), baseline_gaps(run)
+    facts, of_events = task_facts(run), events(run)
+    compared, of_each = comparisons(run), qualities(run)
     gates, gradients = _balance(run)
     shares, whence = influence(run)
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
     answers = [
-        is_it_good(facts, gaps, ranked, untuned=untuned(run), knowable=knowable_sentence(run)),
-        sharing_answer(run, gaps),
+        is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run)),
+        sharing_answer(run, compared),
         what_does_fusion(
             shares,
             ranked,
             has_fusion,
             tried_gaps(run)[1],
             str(run.fitted.get("target") or ""),
-            [fact.task for fact in facts if learnt(fact) is False],
+            [fact.task for fact in facts if orders(fact) is False],
         ),
     ]
     say("drawing")
@@ -80,10 +71,10 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
             _learning(run, studio),
             _ranking(run, studio),
             _calibration(run, studio),
-            _sharing(run, gates, gradients, gaps, studio),
+            _sharing(gates, gradients, twins_table(of_each, compared), studio),
             _fusion(run, studio, of_events, shares, whence, has_fusion),
             _segments(run),
-            _baselines(run, studio, gaps),
+            _baselines(run, studio, of_each, compared),
             Section("cost", "What it cost", tables=cost_tables(run), missing=_cost_missing(run)),
             Section("run", "The run itself", _diagnosis(run), [], [origin_table(run)], code=run.run_yaml),
         ],
@@ -112,15 +103,16 @@ def _measures(run: RunContents) -> list[str]:
     return [*of_tasks, *(key for of in (run.evaluation.get("ranking") or {}).values() for key in of or {})]
 
 
-def sharing_answer(run: RunContents, gaps: Sequence[Gap] | None = None) -> Answer:
+def sharing_answer(run: RunContents, compared: Sequence[Comparison] | None = None) -> Answer:
     """Whether the run's tasks help each other.
 
     Args:
-        gaps: against baselines; None computes them.
+        compared: with baselines; None compares.
     """
     gates, gradients = _balance(run)
     tasks = run.tasks or list(run.of_tasks)
-    return do_tasks_help(baseline_gaps(run) if gaps is None else gaps, gradients, gates, tasks)
+    found = comparisons(run) if compared is None else compared
+    return do_tasks_help(found, gradients, gates, tasks, untuned(run))
 
 
 def _balance(run: RunContents) -> tuple[list[dict], list[dict]]:
@@ -147,7 +139,11 @@ def _drawn(run: RunContents) -> list[str]:
 
 
 def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
-    section = Section("tasks", "How well each task is predicted", tables=task_tables(facts))
+    section = Section(
+        "tasks",
+        "How well each task is predicted",
+        tables=task_tables(facts, str((run.config.get("evaluation") or {}).get("threshold") or "f1")),
+    )
     if section.tables:
         section.text.append(
             "AUC 0.5 is guessing, 1 is perfect; GAUC is AUC within one user's rows. NE is log-loss relative to always "
@@ -252,11 +248,8 @@ def _calibration(run: RunContents, studio: Studio) -> Section:
     return section
 
 
-def _sharing(
-    run: RunContents, gates: Sequence[dict], gradients: Sequence[dict], gaps: Sequence[Gap], studio: Studio
-) -> Section:
+def _sharing(gates: Sequence[dict], gradients: Sequence[dict], together: Table | None, studio: Studio) -> Section:
     section = Section("sharing", "How the tasks share")
-    together = twins_table(baseline_estimates(run), gaps)
     section.tables += [] if together is None else [together]
     section.pictures += heat.expert_use(studio, gates) + heat.task_conflicts(studio, gradients)
     if gates:
@@ -336,7 +329,7 @@ def _segments(run: RunContents) -> Section:
     return section
 
 
-def _baselines(run: RunContents, studio: Studio, gaps: list[Gap]) -> Section:
+def _baselines(run: RunContents, studio: Studio, found: Qualities, compared: Sequence[Comparison]) -> Section:
     section = Section("baselines", "Against baselines")
     if not run.baselines:
         section.missing.append(
@@ -344,12 +337,15 @@ def _baselines(run: RunContents, studio: Studio, gaps: list[Gap]) -> Section:
             "regression, trees, single-task twins and more on the same splits."
         )
         return section
-    estimates = baseline_estimates(run)
-    section.tables = baseline_tables(run, estimates, gaps)
-    for task, of in estimates.items():
-        rows = {name: {"AUC": value} for name, value in of.items()}
-        section.pictures.append(dots(studio, f"baselines {task}", f"AUC of {task}", f"AUC of {task}", rows, guess=0.5))
-    if not estimates:
+    section.tables = baseline_tables(run, found, compared)
+    for task, of in found.items():
+        metric = MAIN[run.kinds[task]]
+        title = f"{label_of(metric)} of {task}"
+        rows = {name: {label_of(metric): value} for name, value in of.items()}
+        section.pictures.append(
+            dots(studio, f"baselines {task}", title, title, rows, guess=GUESS[metric], metric=metric)
+        )
+    if not found:
         section.missing.append("The baselines' predictions for this split are missing: no confidence intervals.")
     return section
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ REST = "(the rest)"  # segments of fewer rows, together
 MOST = 24  # values of a column that are shown, the most frequent ones
 
 
-def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
-    """Heading -> value -> (N,) bool: the rows of each segment.
+def segment_masks(table: PredictionsTable, judged: Collection[str] = ()) -> dict[str, dict[str, np.ndarray]]:
+    """Heading -> value -> (N,) bool: the rows of each segment, but of those in `judged`, which are known already.
 
     Items by events in training (of the first binary task) and users by whether they were in it, where the table knows;
     and every ``segment.`` column.
@@ -42,12 +42,16 @@ def segment_masks(table: PredictionsTable) -> dict[str, dict[str, np.ndarray]]:
             }
         found["items"] = masks
     for column, heading, words in (("item_seen", "items", "not in training"), ("user_seen", "users", "new")):
-        if column in frame:
+        if column in judged:
+            found.get(heading, {}).pop(words, None)
+        elif column in frame:
             seen = frame[column].to_numpy(bool)
             found.setdefault(heading, {})[words] = ~seen
             if heading == "users":
                 found[heading]["in training"] = seen
     for column in [c for c in map(str, frame) if c.startswith("segment.")]:
+        if column.removeprefix("segment.") in judged:
+            continue
         values = frame[column]
         counts = values.value_counts()
         kept = sorted(counts.index[:MOST], key=lambda v: (isinstance(v, str), v))
@@ -89,10 +93,9 @@ def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
         tables.append(_table(heading, rows, tasks))
     if run.table is None or not tasks:
         return tables
-    for heading, masks in segment_masks(run.table).items():
-        if heading not in judged:
-            found = {v: (int(mask.sum()), of_segment(rows_of(run.table, mask))) for v, mask in masks.items()}
-            tables.append(_table(heading, found, tasks))
+    for heading, masks in segment_masks(run.table, judged).items():
+        found = {v: (int(mask.sum()), of_segment(rows_of(run.table, mask))) for v, mask in masks.items()}
+        tables.append(_table(heading, found, tasks))
     return tables
 
 
@@ -108,11 +111,13 @@ def _table(heading: str, parts: Mapping[str, tuple[int, Mapping[str, Any]]], tas
         cells = []
         for c, task in enumerate(tasks, 2):
             of = quality.get(task) or {}
-            said = plus_minus(of.get("value"), of.get("half"), 3, bounds_of("auc"))
-            cells.append(f"{said} ({int(of['events']):,})" if of.get("events") is not None else said)
-            if of.get("unsure"):
+            said, unsure = plus_minus(of.get("value"), of.get("half"), 3, bounds_of("auc")), bool(of.get("unsure"))
+            events = f"{int(of['events']):,}" if of.get("events") is not None else ""
+            more = ": ".join(part for part in (events, "unsure" * (unsure and said != "–")) if part)
+            cells.append(f"{said} ({more})" if more else said)
+            if unsure:
                 tones[len(rows), c] = "few"
         rows.append([value, f"{count:,}", *cells])
-    few = "; grey: too few events, or too few rows without one, to be sure" if tones else ""
+    few = "; unsure (grey): too few events, or too few rows without one" if tones else ""
     note = f"AUC; {PLUS_MINUS}; in brackets, how many events{few}."
     return Table(f"AUC by {heading}", [heading, "rows", *tasks], rows, note, tones)

@@ -5,57 +5,72 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtcl_torchrec.evaluation.rivals import Gap, sign_of
-from mtcl_torchrec.report.facts import is_single_task
+from mtcl_torchrec.report.comparisons import Comparison, is_single_task, of_tasks
 from mtcl_torchrec.report.verdict import Answer, Tone
-from mtcl_torchrec.report.words import listed, signed, signed_with_error
+from mtcl_torchrec.report.words import listed, signed
 
-SMALL = 0.002  # of an AUC: what is sure and smaller is too little to go by
+SMALL = 0.002  # of AUC, NE or R²: what is sure and smaller is too little to go by
 OPPOSED, ALIKE = -0.05, 0.05  # mean cosine of two gradients
 
 
 def do_tasks_help(
-    gaps: Sequence[Gap], gradients: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]],
-    tasks: Sequence[str],
+    compared: Sequence[Comparison], gradients: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]],
+    tasks: Sequence[str], untuned: Sequence[str] = (),
 ) -> Answer:  # fmt: skip
     """Do tasks help each other: against single-task twins; gradients and gates beside it.
 
     Args:
-        gaps: against all baselines.
+        compared: with all baselines.
         gradients, gates: as in metrics.json, ``balance``.
         tasks: of the run.
+        untuned: baselines, twins among them, that were trained at one setting only.
     """
     question = "Do the tasks help each other?"
     if len(tasks) < 2:
         return Answer(question, "There is one task", "unknown", ["With one task there is nothing to share."])
     hints = _agreement(gradients) + _sharing(gates)
-    twins = [gap for gap in gaps if is_single_task(gap.against)]
+    every = [c for c in of_tasks(compared) if is_single_task(c.against)]
     command = "`mtcl baselines RUN_DIR --only single_task --trials 1` trains them."
-    if not twins:
+    if not every:
         first = f"Only twins, the same network trained on each task alone, tell whether sharing pays: {command}"
         return Answer(question, "Not measured", "unknown", [first, *hints])
-    groups: dict[int, list[Gap]] = {sign: [gap for gap in twins if sign_of(gap) == sign] for sign in (1, -1, 0)}
+    twins = [c for c in every if not c.unsure]
+    groups = {sign: [c for c in twins if c.sign == sign] for sign in (1, -1, 0)}
     helped, hurt, close = groups[1], groups[-1], groups[0]
-    sentences = [
-        f"Of {len(twins)} task{'s' * (len(twins) > 1)} that twins were trained on alone, {len(helped)} "
-        f"{'is' if len(helped) == 1 else 'are'} predicted better together, {len(hurt)} worse, {len(close)} too close "
-        "to call."
-    ]
+    sentences = []
+    if twins:
+        sentences.append(
+            f"Of {len(twins)} task{'s' * (len(twins) > 1)} that twins were trained on alone, {len(helped)} "
+            f"{'is' if len(helped) == 1 else 'are'} predicted better together, {len(hurt)} worse, {len(close)} too "
+            "close to call."
+        )
     for of, word in ((helped, "Better"), (hurt, "Worse"), (close, "Too close to call")):
         if of:
-            said = [f"{gap.task} ({signed_with_error(gap.difference, gap.error)} AUC)" for gap in of]
-            sentences.append(f"{word}: {listed(said)}.")
-    if left := [task for task in tasks if task not in {gap.task for gap in twins}]:
+            sentences.append(f"{word}: {listed([f'{c.of} ({c.said()})' for c in of])}.")
+    if any(c.metric == "ne" for c in twins):
+        sentences.append("Of NE, less is better.")
+    if unsure := [f"{c.of} ({c.unsure})" for c in every if c.unsure]:
+        sentences.append(f"Cannot be judged: {listed(unsure)}.")
+    if left := [task for task in tasks if task not in {c.of for c in every}]:
         sentences.append(f"Not compared: {listed(left)}.")
+    if any(c.against in untuned for c in every):
+        sentences.append(
+            "The twins have the run's own settings, which may suit the run better: `mtcl baselines RUN_DIR --only "
+            "single_task --network-trials 8` tunes them."
+        )
+    if not twins:
+        return Answer(question, "Not known: too few events", "unknown", sentences + hints)
     short, tone = _of_sharing(helped, hurt, len(twins))
     return Answer(question, short, tone, sentences + hints)
 
 
-def _of_sharing(helped: Sequence[Gap], hurt: Sequence[Gap], count: int) -> tuple[str, Tone]:
+def _of_sharing(helped: Sequence[Comparison], hurt: Sequence[Comparison], count: int) -> tuple[str, Tone]:
     if not helped and not hurt:
         return "No difference that counts", "mixed"
-    if max(abs(gap.difference) for gap in (*helped, *hurt)) < SMALL:
-        return f"Hardly: all differences are below {SMALL} AUC", "mixed"
+    if max(abs(c.difference) for c in (*helped, *hurt)) < SMALL:
+        measures = {c.metric for c in (*helped, *hurt)}
+        unit = " AUC" if measures == {"auc"} else ""
+        return f"Hardly: all differences are below {SMALL}{unit}", "mixed"
     if not hurt:
         return f"Yes, {len(helped)} of {count}", "good"
     if not helped:

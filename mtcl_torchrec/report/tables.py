@@ -7,15 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtcl_torchrec.baselines.entries import said_of_score
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE, plain_number, plus_minus
 from mtcl_torchrec.evaluation.naming import BASE, DECISIONS, OF_SHOWN, TASK_MEASURES, bounds_of, label_of, parts_of
-from mtcl_torchrec.evaluation.rivals import HEAD, POPULARITY, Gap, sign_of, word_of
+from mtcl_torchrec.evaluation.rivals import HEAD, POPULARITY, sign_of, word_of
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.facts import Event, TaskFact, chosen_name, is_single_task, stored_error
-from mtcl_torchrec.report.words import signed_with_error
+from mtcl_torchrec.report.facts import Event, TaskFact, chosen_name, stored_error
+from mtcl_torchrec.report.words import first_rows, rows_in_words
 
 _TABLES = 10  # of a run that are named
+_RULES = {"f1": "F1", "accuracy": "accuracy", "youden": "sensitivity + specificity (Youden)"}  # of thresholds
+_OF_RULES = {
+    "f1": "F1 looks for events: of a rare one, the best threshold says yes more often than it happens, and the "
+    "accuracy is below that of always saying no; evaluation: {threshold: accuracy} in the run's YAML chooses by that.",
+    "youden": "That looks for as large a share of the events as of the rest: of a rare event, the accuracy is below "
+    "that of always saying no.",
+}
+_WHERE = "Where in a request the events are"
 SURE_OF = (
     "auc",
     "gauc",
@@ -60,8 +67,12 @@ def with_error(value: float | None, error: float | None, digits: int = 4, metric
     return plus_minus(value, None if error is None else SURE * error, digits, bounds_of(metric))
 
 
-def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
-    """One for each kind of task; columns that no task has are left out."""
+def task_tables(facts: Sequence[TaskFact], rule: str = "f1") -> list[Table]:
+    """One for each kind of task; columns that no task has are left out.
+
+    Args:
+        rule: by which thresholds were chosen, see `mtcl_torchrec.evaluation.thresholds.best_threshold`.
+    """
     tables = []
     for kind, shown in TASK_MEASURES.items():
         of_kind = [fact for fact in facts if fact.kind == kind]
@@ -85,17 +96,18 @@ def task_tables(facts: Sequence[TaskFact]) -> list[Table]:
         note = f"{PLUS_MINUS}{few}." if any(fact.errors for fact in of_kind) else ""
         tables.append(Table(f"{kind.capitalize()} tasks", columns, rows, note))
         if kind == "binary":
-            tables += _decisions(of_kind)
+            tables += _decisions(of_kind, rule)
     return tables
 
 
-def _decisions(facts: Sequence[TaskFact]) -> list[Table]:
+def _decisions(facts: Sequence[TaskFact], rule: str) -> list[Table]:
     there = [key for key in DECISIONS if any(key in fact.metrics for fact in facts)]
     if not there:
         return []
     rows = [[fact.task, *(number(fact.metrics.get(key)) for key in there)] for fact in facts]
-    caption = "Yes or no, from the threshold on that was best on validation"
-    return [Table(caption, ["binary task", *map(label_of, there)], rows)]
+    caption = f"Yes or no, from the threshold on that had the best {_RULES[rule]} on validation"
+    note = _OF_RULES.get(rule, "")
+    return [Table(caption, ["binary task", *map(label_of, there)], rows, note)]
 
 
 def event_table(events: Sequence[Event]) -> Table | None:
@@ -107,7 +119,9 @@ def event_table(events: Sequence[Event]) -> Table | None:
     tones: dict[tuple[int, int], str] = {}
     for r, e in enumerate(events):
         name = ", ".join((e.task, *e.others)) + " (lowers the score)" * e.unwanted
-        cells = [with_error(*e.rankings[way], metric=e.metric.lower()) if way in e.rankings else "–" for way in ways]
+        sure = not any(gap.unsure for gap in e.gaps)
+        numbers = {way: (value, error if sure else math.nan) for way, (value, error) in e.rankings.items()}
+        cells = [with_error(*numbers[way], metric=e.metric.lower()) if way in numbers else "–" for way in ways]
         against = {gap.against: gap for gap in e.gaps}
         for c, other in enumerate((HEAD, POPULARITY)):
             cells.append(word_of(against[other]) if other in against else "–")
@@ -117,28 +131,6 @@ def event_table(events: Sequence[Event]) -> Table | None:
     columns = ["event", "metric", *ways, "fused against own head", "fused against popularity"]
     return Table("The same rows in the order of the fused score, of the event's own head, and by popularity",
                  columns, rows, f"{PLUS_MINUS}; differences are of the same rows.", tones)  # fmt: skip
-
-
-def twins_table(estimates: Mapping[str, Mapping[str, tuple[float, float]]], gaps: Sequence[Gap]) -> Table | None:
-    """Each task as the run predicts it, and as a twin does that was trained on it alone; None without twins."""
-    rows: list[list[str]] = []
-    tones: dict[tuple[int, int], str] = {}
-    for gap in gaps:
-        if not is_single_task(gap.against):
-            continue
-        of = estimates.get(gap.task) or {}
-        both = [with_error(*of[name], metric="auc") if name in of else "–" for name in ("this run", gap.against)]
-        sign = sign_of(gap)
-        if sign:
-            tones[len(rows), 4] = "good" if sign > 0 else "bad"
-        rows.append([gap.task, *both, signed_with_error(gap.difference, gap.error), word_of(gap)])
-    if not rows:
-        return None
-    note = (
-        f"AUC; {PLUS_MINUS}; the difference is paired, so its interval is the narrower one. Run and twins are of one "
-        "training each: what another seed would change is not in it."
-    )
-    return Table("Together and alone", ["task", "together", "alone", "difference", "together is"], rows, note, tones)
 
 
 def shown_tables(run: RunContents) -> list[Table]:
@@ -152,7 +144,7 @@ def shown_tables(run: RunContents) -> list[Table]:
             measures.setdefault(parts.k, []).append((key, label_of(key.replace(f"@{parts.k}", ""))))
     tables = []
     for k, found in measures.items():
-        title = f"What the first {k} of each request bring" if k else "Where in a request the events are"
+        title = f"What {first_rows(int(k))} of each request bring{'s' * (k == '1')}" if k else _WHERE
         rows = []
         for key, label in found:
             errors = {rule: of.get(f"{key} error") for rule, of in ranking.items()}
@@ -160,7 +152,11 @@ def shown_tables(run: RunContents) -> list[Table]:
                 errors["fused"] = of_bootstrap
             rows.append([label, *(with_error(of.get(key), errors[rule], metric=key) for rule, of in ranking.items())])
         choice = next((of.get(f"choice@{k}") for of in ranking.values()), None)
-        note = "" if choice is None else f"{choice:.0%} of the requests have more than {k} rows to choose from. "
+        note = (
+            ""
+            if choice is None
+            else f"{choice:.0%} of the requests have more than {rows_in_words(int(k))} to choose from. "
+        )
         note += f"{PLUS_MINUS}." if any("±" in cell for row in rows for cell in row) else ""
         tables.append(Table(title, ["measure", *ranking], rows, note))
     return tables
@@ -179,56 +175,6 @@ def tried_table(fitted: Mapping[str, Any]) -> Table | None:
         rows.append([name, *numbers, str(of.get("broken") or "")])
     return Table(f"What was tried for {target}", ["ranked by", target, "better than the best head", "breaks"], rows,
                  f"On folds left out; {PLUS_MINUS}.")  # fmt: skip
-
-
-def baseline_tables(
-    run: RunContents, estimates: Mapping[str, Mapping[str, tuple[float, float]]], gaps: Sequence[Gap]
-) -> list[Table]:
-    """AUC of this run and of each baseline; and what each baseline cost."""
-    names = list(run.baselines)
-    tables = []
-    if estimates:
-        signs = {(gap.task, gap.against): sign_of(gap) for gap in gaps}
-        rows: list[list[str]] = []
-        tones: dict[tuple[int, int], str] = {}
-        for name in ["this run", *names]:
-            if not any(name in of for of in estimates.values()):
-                continue
-            for c, task in enumerate(estimates, 1):
-                if sign := signs.get((task, name), 0):
-                    tones[len(rows), c] = "bad" if sign < 0 else "good"
-            rows.append(
-                [name, *(with_error(*of[name], metric="auc") if name in of else "–" for of in estimates.values())]
-            )
-        note = (
-            f"AUC; {PLUS_MINUS}. Marked where the difference to this run is beyond its interval (the same rows "
-            "compared): ▲ this run is better, ▼ this run is worse."
-        )
-        tables.append(Table(f"AUC on the {run.split} split", ["ranked by", *estimates], rows, note, tones))
-    if names:
-        rows = []
-        for name in names:
-            of = run.baselines[name] if isinstance(run.baselines[name], dict) else {}
-            said = _settings(of.get("settings") or {})
-            trials = of.get("trials")
-            trials = len(trials) if isinstance(trials, list) else trials
-            rows.append([name, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
-        known = {name: of for name, of in run.baselines.items() if isinstance(of, dict)}
-        note = " ".join(f"{said[0].upper()}{said[1:]}." for said in said_of_score(known))
-        tables.append(Table("How the baselines were tuned", ["baseline", "trials", "seconds", "settings"], rows, note))
-    return tables
-
-
-def _settings(settings: Any) -> str:
-    """Settings in a line, those of each task after its name."""
-    if not isinstance(settings, dict):
-        return str(settings)
-    parts = [f"{k}: {_settings(v)}" if isinstance(v, dict) else f"{k} {_short(v)}" for k, v in settings.items()]
-    return ("; " if any(isinstance(v, dict) for v in settings.values()) else ", ").join(parts)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def cost_tables(run: RunContents) -> list[Table]:

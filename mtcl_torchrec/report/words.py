@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtcl_torchrec.evaluation.confidence import SURE, plain_number, plus_minus
-
 
 def listed(parts: Sequence[str]) -> str:
     """Parts as a sentence lists them.
@@ -18,6 +16,26 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(front)} and {last}" if front else last
 
 
+def first_rows(k: int) -> str:
+    """What is shown of a request.
+
+    Example:
+        >>> first_rows(1), first_rows(5)
+        ('the first row', 'the first 5 rows')
+    """
+    return "the first row" if k == 1 else f"the first {k} rows"
+
+
+def rows_in_words(k: int) -> str:
+    """A number of rows.
+
+    Example:
+        >>> rows_in_words(1), rows_in_words(5)
+        ('one row', '5 rows')
+    """
+    return "one row" if k == 1 else f"{k} rows"
+
+
 def signed(value: float, digits: int = 4) -> str:
     """A number with its sign.
 
@@ -26,14 +44,3 @@ def signed(value: float, digits: int = 4) -> str:
         ('−0.12', '+0.10')
     """
     return f"{value:+z.{digits}f}".replace("-", "−")
-
-
-def signed_with_error(value: float, error: float, digits: int = 4) -> str:
-    """A difference and half of its 95% interval.
-
-    Example:
-        >>> signed_with_error(0.01, 0.001), signed_with_error(0.01, float("nan"))
-        ('+0.0100 ± 0.0020', '+0.0100')
-    """
-    half = SURE * error
-    return signed(value, digits) + plus_minus(value, half, digits).removeprefix(plain_number(value, digits))
