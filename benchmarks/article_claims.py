@@ -232,15 +232,7 @@ def measured(
 
 def alone(run: RunConfig, click: str) -> RunConfig:
     """The run's network for the click alone; its penalty on embeddings is as large beside the loss as it was."""
-    tasks = {task.name: task for task in run.data_schema.tasks}
-    one = single_task(run, tasks[click])
-    share = tasks[click].weight / sum(task.weight for task in tasks.values())
-    penalty = one.training.regularisers.l2_embedding
-    one.training.regularisers.l2_embedding = (
-        {feature: share * weight for feature, weight in penalty.items()}
-        if isinstance(penalty, dict)
-        else share * penalty
-    )
+    one = single_task(run, next(task for task in run.data_schema.tasks if task.name == click))
     one.evaluation.save_predictions = True
     return one
 

@@ -100,9 +100,13 @@ def test_the_networks_penalty_on_embeddings_is_as_large_beside_one_loss_as_it_wa
     total = sum(task.weight for task in run.data_schema.tasks)
     alone = claims.alone(run, "liked")
     assert [task.name for task in alone.data_schema.tasks] == ["liked"]
-    whole, of_one = (r.training.regularisers.l2_embedding for r in (run, alone))
-    assert of_one == {name: pytest.approx(weight / total) for name, weight in whole.items()}
-    assert run.training.regularisers.l2_embedding == whole  # the run itself is as it was
+    # As much loss beside the same penalty.
+    assert alone.data_schema.tasks[0].weight == pytest.approx(total)
+    assert alone.training.regularisers == run.training.regularisers
+    assert {name: alone.optimizers.dense.model_dump()[name] for name in ("lr", "weight_decay")} == {
+        "lr": 0.004, "weight_decay": 0.3,
+    }  # fmt: skip
+    assert run.data_schema.tasks[0].weight == 1.0  # the run itself is as it was
 
 
 def arguments(out, seeds=(0, 1)):

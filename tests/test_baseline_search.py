@@ -84,7 +84,7 @@ def test_the_twin_of_a_chain_learns_from_its_own_label_alone():
     run = changed([("after: click}", "after: click, chain: {kind: escm2_ips, joint_weight: 2}}")])
     twin = networks.single_task(run, run.data_schema.tasks[1])
     weights = {t.name: t.weight for t in twin.data_schema.tasks}
-    assert weights == {"buy": 1.0, "click": 0.0}
+    assert weights == {"buy": 3.2, "click": 0.0}
     assert twin.data_schema.tasks[0].chain.kind == "esmm"
     assert twin.training.watch == ["buy"]
 
@@ -104,10 +104,13 @@ def test_twins_of_trunks_that_name_tasks_and_their_tables():
 
 
 def test_unweighted_adds_up_the_losses_of_the_tasks_that_train():
-    run = changed([("weight: 0.2}", "weight: 0}"), ("fusion: {", "balance: {weighting: {kind: famo}}\nfusion: {")])
+    run = changed(
+        [("weight: 0.2}", "weight: 0}"), ("name: click, kind: binary}", "name: click, kind: binary, weight: 4}")]
+    )
     plain = networks.unweighted(run)
-    assert {t.name: t.weight for t in plain.data_schema.tasks} == {"click": 1, "buy": 1, "taste": 1, "stars": 0}
-    assert plain.balance.weighting.kind == "sum"
+    assert {t.name: t.weight for t in plain.data_schema.tasks} == {"click": 2, "buy": 2, "taste": 2, "stars": 0}
+    run.balance.weighting.kind = "famo"
+    assert networks.unweighted(run).balance.weighting.kind == "sum"
     assert plain.data_schema.tasks[1].after == "click"
-    faster = networks._with_rates(plain, {"tables_lr": 2.0, "dense_lr": 0.5})
+    faster = networks._with_settings(plain, {"tables_lr": 2.0, "dense_lr": 0.5})
     assert (faster.optimizers.tables.lr, faster.optimizers.dense.lr) == (0.2, 0.005)

@@ -11,7 +11,8 @@ import shop
 
 from mtcl_torchrec.baselines import BASELINES, Budget, run_baselines
 from mtcl_torchrec.baselines import run as baselines_run
-from mtcl_torchrec.baselines.entries import ABOUT
+from mtcl_torchrec.baselines.entries import ABOUT, NETWORKS, is_tuned
+from mtcl_torchrec.baselines.networks import _with_settings, is_unweighted, unweighted
 from mtcl_torchrec.baselines.progress import Doing
 from mtcl_torchrec.baselines.search import Found
 from mtcl_torchrec.baselines.store import load_part, save_part
@@ -29,7 +30,7 @@ from mtcl_torchrec.training.directory import locked
 # One epoch in large batches, two tasks in a chain and a number: networks take a second or two.
 SMALL = (
     shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256")
-    .replace("{name: buy, kind: binary, mask: click, weight: 0.5}", "{name: buy, kind: binary, after: click}")
+    .replace("mask: click, weight: 0.5}", "after: click, weight: 0.5}")
     .replace("    - {name: taste, kind: multiclass, label: genre, item_class: genre, mask: click, "
              "inputs: [user, context]}\n", "")
     .replace("taste: 0.5, ", "")
@@ -323,7 +324,7 @@ def test_the_seconds_are_shared_among_the_tasks(folder):
     ("arguments", "message"),
     [
         (("--only", "popularty"), r"no baseline 'popularty' \(did you mean 'popularity'\?\); there are popularity, "),
-        (("--only", "als"), r"als needs schema.user, the column that names the user"),
+        (("--only", "als"), r"als: needs schema.user, the column that names the user; leave it out of --only"),
         (("nowhere.yaml",), r"no such file: nowhere.yaml"),
     ],
 )
@@ -357,11 +358,13 @@ def test_what_cannot_be_run_says_so(folder, monkeypatch):
     with pytest.raises(DataError, match=r"baselines.json: cannot be read \(trees has no seconds\)"):
         run_baselines(run, folder / "out", only=["popularity"])
     only_stars = SMALL
-    for part in ("{name: click, kind: binary}", "{name: buy, kind: binary, after: click}"):
+    for part in ("{name: click, kind: binary}", "{name: buy, kind: binary, after: click, weight: 0.5}"):
         only_stars = only_stars.replace(f"    - {part}\n", "")
     only_stars = only_stars.replace("click: 1, buy: 3, ", "")
     numbers = parse_run(only_stars, folder=folder)
-    with pytest.raises(ConfigError, match="als: no task of the run is one that it predicts"):
+    with pytest.raises(
+        ConfigError, match="als: predicts events only, and 'stars' is a regression task; leave it out of --only"
+    ):
         run_baselines(numbers, folder / "other", only=["als"], say=lambda line: None)
 
 
@@ -438,17 +441,163 @@ def test_a_network_has_trials_of_its_own(mtcl, folder):
     assert "unweighted: all tasks, 2 trials, " in shown
     entry = json.loads((folder / "out/baselines.json").read_text())["unweighted"]
     assert (entry["trials"], entry["budget"]["trials"]) == (2, 2)
-    assert entry["searched"]["all tasks"][0]["settings"] == {"tables_lr": 1.0, "dense_lr": 1.0}  # the run's own first
+    assert entry["searched"]["all tasks"][0]["settings"] == {
+        "tables_lr": 1.0, "dense_lr": 1.0, "weight_decay": 0.0, "l2_embedding": 0.0,
+    }  # fmt: skip
     # More trials of the others leave it as it is.
     shown = mtcl(*arguments, "--trials", 2, "--network-trials", 2)[1]
     assert "unweighted: done before" in shown
     assert "popularity: done before" not in shown
 
 
+@pytest.mark.parametrize(
+    ("kind", "tasks"),
+    [
+        ("regression", "{name: stars, kind: regression}, {name: again, kind: regression, label: stars, weight: 0.5}"),
+        ("multiclass", "{name: genre, kind: multiclass, item_class: genre, inputs: [user]}"),
+    ],
+)
+def test_without_events_what_predicts_events_is_skipped_and_the_others_go_on(mtcl, folder, kind, tasks):
+    before, after = SMALL.split("  tasks:")[0], SMALL.split("statistics:")[1].split("fusion:")[0]
+    (folder / "run.yaml").write_text(f"{before}  tasks: [{tasks}]\nstatistics:{after}")
+    name = "stars" if kind == "regression" else "genre"
+    arguments = ("baselines", "run.yaml", "--trials", 1, "-o", "out", "--device", "cpu")
+    status, shown, error = mtcl(*arguments)
+    assert status == 0, error
+    for left in ("item_knn", "als", "bpr"):
+        assert f"{left}: skipped: predicts events only, and '{name}' is a {kind} task\n" in shown
+    entries = json.loads((folder / "out/baselines.json").read_text())
+    quality = {of: entry["metrics"]["test"]["tasks"][name] for of, entry in entries.items()}
+    if kind == "regression":
+        assert list(entries) == ["popularity", "logistic_regression", "trees", "single_task", "unweighted"]
+        assert quality["trees"]["r2"] > quality["popularity"]["r2"] + 0.2
+    else:
+        assert list(entries) == ["popularity", "logistic_regression", "trees"]
+        assert quality["trees"]["ne"] < quality["popularity"]["ne"]
+        assert f"single_task: skipped: would be the run itself, which trains '{name}' alone\n" in shown
+        assert "unweighted: skipped: would be the run itself, whose tasks weigh the same" in shown
+    assert mtcl(*arguments)[1].count("done before") == len(entries)
+    for asked in ("als", *(["unweighted"] if kind == "multiclass" else [])):
+        status, _, error = mtcl("baselines", "run.yaml", "--only", asked, "-o", "out")
+        assert status == 2
+        assert error.count("\n") == 1
+        assert error.endswith("; leave it out of --only\n")
+
+
+def test_where_training_has_no_task_with_both_classes_what_there_is_goes_on(folder):
+    log = shop.log(1500)
+    log["click"] = 1
+    log["buy"] = np.where(np.arange(1500) < 1100, 0, log["buy"])
+    log.to_parquet(folder / "log.parquet", index=False)
+    run, lines = parse_run(SMALL, folder=folder), list[str]()
+    entries = run_baselines(run, folder / "out", budget=Budget(1), say=lines.append, device="cpu")
+    assert set(entries) == {"popularity", "logistic_regression", "trees", "single_task", "unweighted"}
+    assert set(entries["trees"]["metrics"]["val"]["tasks"]) == {"stars"}
+    why = "skipped: all training labels of 'click' are the same, or missing"
+    assert [line for line in lines if "skipped" in line] == [f"{name}: {why}" for name in ("item_knn", "als", "bpr")]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ([], False),
+        ([(", weight: 0.5", ""), (", weight: 0.2", "")], True),
+        (
+            [(", weight: 0.5", ""), (", weight: 0.2", ""), ("model:", "balance: {surgery: {kind: measure}}\nmodel:")],
+            True,
+        ),
+        (
+            [(", weight: 0.5", ""), (", weight: 0.2", ""), ("model:", "balance: {surgery: {kind: cagrad}}\nmodel:")],
+            False,
+        ),
+        (
+            [(", weight: 0.5", ""), (", weight: 0.2", ""), ("model:", "balance: {weighting: {kind: famo}}\nmodel:")],
+            False,
+        ),
+        ([(", weight: 0.5", ""), (", weight: 0.2", ""), ("patience: 0", "patience: 0, task_patience: 1")], False),
+        ([(", weight: 0.5", ", weight: 0"), (", weight: 0.2", "")], True),
+    ],
+)
+def test_unweighted_is_skipped_where_it_would_be_the_run_itself(change, same):
+    text = SMALL
+    for before, after in change:
+        assert before in text
+        text = text.replace(before, after)
+    run = parse_run(text)
+    assert is_unweighted(run) == same
+    assert (BASELINES["unweighted"].why_not_in(run) != "") == same
+    if same:  # it is trained with what the run is trained with
+        plain = unweighted(run)
+        assert plain.data_schema == run.data_schema
+        assert (plain.training, plain.model, plain.optimizers) == (run.training, run.model, run.optimizers)
+
+
+def test_networks_are_said_to_be_tuned_as_they_were(mtcl, folder):
+    best = folder / "runs/shop-tuning/best.yaml"
+    best.parent.mkdir(parents=True)
+    best.write_text("# Found by mtcl tune\n" + SMALL.replace("log: log", "log: ../../log"))
+    arguments = (
+        "baselines",
+        "run.yaml",
+        "--only",
+        "popularity,unweighted",
+        "--trials",
+        2,
+        "-o",
+        "out",
+        "--device",
+        "cpu",
+    )
+    told = "the run is the best of 7 trials of mtcl tune (runs/shop-tuning); single_task and unweighted have "
+
+    def tuned():
+        entries = json.loads((folder / "out/baselines.json").read_text())
+        assert is_tuned(entries["popularity"])
+        assert entries["popularity"]["tuned"] == "the best of 2 trials for each task"
+        return entries["unweighted"]["tuned"], is_tuned(entries["unweighted"])
+
+    shown = mtcl(*arguments)[1]
+    assert "mtcl tune" not in shown
+    assert "unweighted: all tasks, 1 trial (not tuned: the run's own settings), " in shown
+    assert tuned() == ("not tuned: the run's own settings", False)
+    (best.parent / "tuning.json").write_text(json.dumps({"trials": [{}] * 7}))
+    shown = mtcl(*arguments)[1]
+    assert told + "1 trial, the run's own settings: --network-trials 7 gives them as many\n" in shown
+    shown = mtcl(*arguments, "--network-trials", 2)[1]
+    assert told + "2 trials: --network-trials 7" in shown
+    assert tuned() == ("the best of 2 trials", True)
+    assert re.search(r"unweighted +2 +[\d.]+ +1,050 +the best of 2 trials", shown.split("What the search cost")[1])
+    assert "mtcl tune" not in mtcl(*arguments[:3], "popularity", *arguments[4:])[1]
+    (folder / "run.yaml").write_text(SMALL.replace("epochs: 1", "epochs: 2"))  # it is not that of the search any more
+    assert "mtcl tune" not in mtcl(*arguments)[1]
+
+
+def test_the_trials_of_a_network_are_of_penalties_too(folder):
+    text = SMALL.replace("patience: 0}", "patience: 0, regularisers: {l2_embedding: {user_id: 0.1}}}")
+    run = parse_run(text.replace("{lr: 0.01}", "{lr: 0.01, weight_decay: 0.02}"), folder=folder)
+    entry = run_baselines(run, folder / "out", only=["unweighted"], budget=Budget(network_trials=3), device="cpu",
+                          say=lambda line: None)["unweighted"]  # fmt: skip
+    first, *others = (trial["settings"] for trial in entry["searched"]["all tasks"])
+    assert first == {"tables_lr": 1.0, "dense_lr": 1.0, "weight_decay": 0.02, "l2_embedding_times": 1.0}
+    assert len({trial["quality"] for trial in entry["searched"]["all tasks"]}) == 3
+    for setting in others:
+        assert 0.002 <= setting["weight_decay"] <= 0.2
+        assert 0.1 <= setting["l2_embedding_times"] <= 10
+        changed = _with_settings(run, setting)
+        assert changed.optimizers.dense.weight_decay == setting["weight_decay"]
+        assert changed.training.regularisers.l2_embedding == {
+            "user_id": pytest.approx(0.1 * setting["l2_embedding_times"])
+        }
+    assert run.optimizers.dense.weight_decay == 0.02
+    plain = _with_settings(parse_run(SMALL), {**first, "l2_embedding": 0.3})
+    assert plain.training.regularisers.l2_embedding == 0.3
+
+
 def test_which_baselines_there_are_is_told(mtcl):
     status, shown, _ = mtcl("baselines", "--list")
     assert status == 0
     assert list(ABOUT) == list(BASELINES)
+    assert [name for name, baseline in BASELINES.items() if baseline.network] == list(NETWORKS)
     heading, _, *lines = shown.splitlines()
     assert heading.strip() == "Baselines"
     assert [line.split()[0] for line in lines] == list(ABOUT)

@@ -1,8 +1,11 @@
 """Twins of single tasks: the rows that they share with the run, the tasks that are asked for."""
 
+import json
+
 import numpy as np
 import pytest
 import shop
+import torch
 from rich.console import Console
 
 from mtcl_torchrec.baselines import Budget, read_entries, run_baselines
@@ -10,7 +13,9 @@ from mtcl_torchrec.baselines import networks as baseline_networks
 from mtcl_torchrec.baselines.rows import load_data
 from mtcl_torchrec.cli.twins import twin_tasks
 from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.models import MTCLTrain
 from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.build import build_loss_weighting, build_model
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.run_data import load_data as training_data
 from mtcl_torchrec.training.sharding import ranks
@@ -77,3 +82,87 @@ def test_twins_are_of_the_events_that_are_watched_and_weigh_most(run):
     assert set(twin_tasks(run)) == weighs
     watching = run.model_copy(update={"training": run.training.model_copy(update={"watch": ["click"]})})
     assert twin_tasks(watching) == ["click"]
+
+
+# ---------------------------------------------------------------------- as strongly regularised as the run
+
+# Two tasks that are one: with equal towers, what they ask of shared weights differs by their weights alone.
+TASKS = """  tasks:
+    - {name: click, kind: binary, weight: 1.5}
+    - {name: again, kind: binary, label: click, weight: 3}
+"""
+EQUAL = shop.RUN.split("  tasks:")[0] + TASKS + "statistics:" + shop.RUN.split("statistics:")[1].split("fusion:")[0]
+EQUAL = EQUAL.replace(
+    "kind: mmoe, num_experts: 3, expert_layers: [16], gate_dropout: 0.1", "kind: shared_bottom, expert_layers: [16]"
+)
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("equal")
+    shop.log(600).to_parquet(folder / "log.parquet", index=False)
+    run = parse_run(EQUAL, folder=folder)
+    return run, load_data(run, max_rows=10**6, seed=0, say=silent)
+
+
+def gradients(run, data, weighting=None):
+    """Of one batch's whole loss, and of its penalties alone, by shared parameter."""
+    found = []
+    for penalised in (True, False):
+        model = build_model(
+            run.model, data.preprocessor.redeclared(run.data_schema).encoder, None, table_device="cpu", seed=0
+        )
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "tower.towers" in name:  # (T, ...)
+                parameter.data.copy_(torch.randn_like(parameter[0]))
+            elif "embedding" in name or "heads" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        given = run.training.regularisers.model_dump() if penalised else None
+        train = MTCLTrain(model, regularisers=given, loss_weighting=weighting)
+        rows = baseline_networks.data_for(run, data).splits.train.rows
+        loss, _ = train(rows.batch(torch.arange(64)))
+        loss.backward()
+        shared = {n: p.grad for n, p in model.named_parameters() if "towers" not in n and "heads" not in n}
+        found.append(shared)
+    whole, of_tasks = found
+    return whole, {name: whole[name] - of_tasks[name] for name in whole}
+
+
+@pytest.mark.parametrize(
+    "penalties", ["l2_embedding: 0.3", "l2_embedding: {user_id: 0.3, genre: 0.1}", "l2_dense: 0.05", "l2_embedding: 0"]
+)
+def test_penalties_pull_as_hard_beside_a_twins_loss_as_beside_the_runs(equal, penalties):
+    run, data = equal
+    text = EQUAL.replace("patience: 0}", f"patience: 0, regularisers: {{{penalties}}}}}")
+    run = parse_run(text).model_copy(update={"data": run.data})
+    expected, of_penalties = gradients(run, data)
+    assert any(of.abs().max() > 0 for of in of_penalties.values()) == (penalties != "l2_embedding: 0")
+    for other in (baseline_networks.single_task(run, run.data_schema.tasks[0]), baseline_networks.unweighted(run)):
+        assert other.training.regularisers == run.training.regularisers
+        found, _ = gradients(other, data)
+        for name, of in found.items():
+            torch.testing.assert_close(of, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["dwa", "tchebycheff", "famo", "geometric_mean", "uncertainty", "imtl_l"])
+def test_a_twin_weighs_what_a_loss_weighting_gives_to_equal_losses(equal, kind):
+    _, data = equal
+    # The smoothed maximum tells tasks of other weights apart, by how large their losses are.
+    text = EQUAL.replace("weight: 3}", "weight: 1.5}") if kind == "tchebycheff" else EQUAL
+    weighed = parse_run(text + f"balance: {{weighting: {{kind: {kind}}}}}\n")
+    expected, _ = gradients(weighed, data, build_loss_weighting(weighed.balance.weighting, 2))
+    found, _ = gradients(baseline_networks.single_task(weighed, weighed.data_schema.tasks[0]), data)
+    for name, of in found.items():
+        torch.testing.assert_close(of, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_run_that_is_trained_says_what_its_losses_weighed(equal, tmp_path):
+    run, _ = equal
+    run = run.model_copy(deep=True)
+    run.balance.weighting.kind = "uncertainty"
+    assert baseline_networks.total_weight(run) == baseline_networks.total_weight(run, tmp_path) == 2.25  # ½ each
+    mean = {"click": 0.8, "again": 0.5}
+    about = {"balance": {"loss_weights": {"method": "x", "mean": mean, "clamped": {}}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(about))
+    assert baseline_networks.total_weight(run, tmp_path) == pytest.approx(0.8 * 1.5 + 0.5 * 3)

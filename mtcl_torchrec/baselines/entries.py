@@ -12,6 +12,7 @@ from mtcl_torchrec.training.directory import replace_file
 
 FILE = "baselines.json"
 INSTEAD = "ranked_by_instead"  # in an entry: what stood in for the run's fused score, in words; empty where nothing
+TUNED = "tuned"  # in an entry: how its settings were found, in words
 _ENTRY = ("trials", "seconds", "metrics")  # what each has at least
 # Name -> what it is; in the order of what they know.
 ABOUT = {
@@ -22,8 +23,10 @@ ABOUT = {
     "logistic_regression": "linear in one-hot features, ridge for a number; scikit-learn",
     "trees": "gradient-boosted, on target-encoded features; scikit-learn",
     "single_task": "the run's network once for each task",
-    "unweighted": "the run's network, its tasks' losses just added up",
+    "unweighted": "the run's network, its tasks weighing the same",
 }
+
+NETWORKS = ("single_task", "unweighted")  # those whose trials are trainings
 
 
 def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
@@ -55,6 +58,38 @@ def said_of_score(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ['the mean']
     """
     return list(dict.fromkeys(said for entry in entries.values() if (said := entry.get(INSTEAD))))
+
+
+def how_tuned(trials: int, network: bool, each: bool, of_run: int = 0) -> str:
+    """How the settings of a baseline were found, in words.
+
+    Args:
+        trials: the most that were tried for a task.
+        network: whether the first setting is the run's own.
+        each: whether each task has its own trials.
+        of_run: trials of the search that the run is the best of; 0 of none that is known.
+
+    Example:
+        >>> how_tuned(8, network=False, each=True), how_tuned(1, network=True, each=True)
+        ('the best of 8 trials for each task', "not tuned: the run's own settings")
+    """
+    if trials > 1:
+        return f"the best of {trials} trials" + " for each task" * each
+    own = "not tuned: the run's own settings" if network else "not tuned: its usual settings"
+    return own + f", which are the best of {of_run} trials for the run" * (network and of_run > 1)
+
+
+def is_tuned(entry: Mapping[str, Any]) -> bool:
+    """Whether more than one setting was tried for some task.
+
+    Example:
+        >>> is_tuned({"searched": {"click": [{}], "buy": [{}, {}]}}), is_tuned({"searched": {"all tasks": [{}]}})
+        (True, False)
+    """
+    searched = entry.get("searched") or {}
+    if not searched:
+        return (entry.get("budget") or {}).get("trials") != 1
+    return any(len(trials) > 1 for trials in searched.values())
 
 
 def write_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from mtcl_torchrec.baselines.entries import read_entries, write_entry
+from mtcl_torchrec.baselines.entries import TUNED, how_tuned, read_entries, write_entry
 from mtcl_torchrec.baselines.fused import numbers_of, score_of, stand_in
 from mtcl_torchrec.baselines.judge import JUDGED_BY, Judge
 from mtcl_torchrec.baselines.kinds import BASELINES, Baseline, Job
+from mtcl_torchrec.baselines.networks import total_weight
 from mtcl_torchrec.baselines.progress import Course, Progress, quiet
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget, Found, Predictions, Settings, candidates, search
@@ -48,6 +49,7 @@ def run_baselines(
     say: Say = print,
     progress: Progress = quiet,
     data: RunData | None = None,
+    run_trials: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Train and tune baselines on a run's data, and judge them by its validation and test split.
 
@@ -71,13 +73,16 @@ def run_baselines(
         say: called with lines for the user.
         progress: told of each trial that begins.
         data: what `mtcl_torchrec.training.run_data.load_data` read for the run; None reads it.
+        run_trials: of the search that the run is the best of, see `mtcl_torchrec.baselines.beside.search_of`; 0 of none
+            that is known.
 
     Returns:
-        Baseline -> its entry in ``baselines.json``, of those asked for.
+        Baseline -> its entry in ``baselines.json``, of those asked for.  Without `only`, one that is of no use beside
+        this run is left out, and `say` is told why.
 
     Raises:
-        ConfigError: no such baseline or task, one that lacks a library or a column of the schema, several processes, or
-            another process at work in the folder.
+        ConfigError: no such baseline or task, one of `only` that is of no use beside this run, or lacks a library,
+            several processes, or another process at work in the folder.
         DataError: the data does not fit the schema.
     """
     budget = budget or Budget()
@@ -89,10 +94,13 @@ def run_baselines(
     options: dict[str, Any] = {"seconds": budget.seconds, "seed": seed, "max_rows": max_rows}
     options |= {"tasks": sorted(tasks)} if tasks else {}
     keys, searches = dict[str, str](), dict[str, str]()
+    trains = any(BASELINES[name].network for name in names)
+    total = total_weight(run, run_dir or folder) if trains else None
     for name in names:
         network = BASELINES[name].network
-        searches[name] = key_of(run, files, whole=network, name=name, **options)
-        keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **options)
+        counts = options | ({"total": total} if network else {})
+        searches[name] = key_of(run, files, whole=network, name=name, **counts)
+        keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **counts)
     by = _judged_by(run, run_dir or folder)
     entries = read_entries(folder)
     done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
@@ -103,7 +111,8 @@ def run_baselines(
     if left or stale:
         with locked(folder / FOLDER, "mtcl baselines"):
             rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
-            job = Job(run, rows, folder / FOLDER, device, seed, tuple(tasks))
+            job = Job(run, rows, folder / FOLDER, device, seed, tuple(tasks), total)
+            left = _of_use(job, left, bool(only), say)
             fused, said = score_of(run, rows.tasks, folder=run_dir or folder, encoder=rows.encoder)
             if said:
                 say(said)
@@ -111,9 +120,9 @@ def run_baselines(
             if stale:
                 say("the run ranks, or is judged, otherwise than when its baselines were")
             _judge_anew(judge, folder, stale, say)
-            _go_on(job, judge, folder, left, keys, searches, budget, say, progress)
+            _go_on(job, judge, folder, left, keys, searches, budget, run_trials, say, progress)
         entries = read_entries(folder)
-    return {name: entries[name] for name in names}
+    return {name: entries[name] for name in names if name in done or name in left}
 
 
 def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
@@ -166,6 +175,7 @@ def _go_on(
     keys: dict[str, str],
     searches: dict[str, str],
     budget: Budget,
+    run_trials: int,
     say: Say,
     progress: Progress,
 ) -> None:
@@ -174,7 +184,7 @@ def _go_on(
         place = folder / FOLDER / name
         told = _Told(say, progress, number, len(names))
         earlier = read_entries(folder).get(name, {})
-        entry = _one(name, replace(job, folder=place), judge, budget, searches[name], earlier, told)
+        entry = _one(name, replace(job, folder=place), judge, budget, searches[name], earlier, run_trials, told)
         write_entry(folder, name, {"key": keys[name], **entry})
         for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
             shutil.rmtree(rest, ignore_errors=True)
@@ -198,17 +208,58 @@ def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
             raise ConfigError(f"no baseline {name!r}{nearest(name, BASELINES)}; there are {', '.join(BASELINES)}")
     names = [name for name in BASELINES if name in only or not only]
     for name in list(names):
-        lacking = [key for key in BASELINES[name].needs if getattr(run.data_schema, key) is None]
-        if lacking and only:
-            raise ConfigError(f"{name} needs schema.{lacking[0]}, the column that names the {lacking[0]}")
-        if lacking:
-            say(f"{name}: left out, it needs schema.{lacking[0]}")
+        if reason := BASELINES[name].why_not_in(run):
+            _leave_out(name, reason, bool(only), say)
             names.remove(name)
+    if not names:
+        raise ConfigError("no baseline is of use beside this run")
     return names
 
 
+def _of_use(job: Job, names: Sequence[str], named: bool, say: Say) -> list[str]:
+    """Those that predict some task from this data, before any is trained.
+
+    Args:
+        named: whether they were asked for by name.
+    """
+    found = []
+    for name in names:
+        tasks, reasons = _predicted(BASELINES[name], job)
+        if tasks:
+            found.append(name)
+        else:
+            _leave_out(name, reasons[0] if reasons else "predicts none of the tasks asked for", named, say)
+    return found
+
+
+def _leave_out(name: str, reason: str, named: bool, say: Say) -> None:
+    if named:
+        raise ConfigError(f"{name}: {reason}; leave it out of --only")
+    say(f"{name}: skipped: {reason}")
+
+
+def _predicted(baseline: Baseline, job: Job) -> tuple[list[Task], list[str]]:
+    """The tasks that a baseline predicts, and why not the others."""
+    tasks, reasons = list[Task](), list[str]()
+    for task in job.data.tasks:
+        if job.tasks and task.name not in job.tasks and not baseline.joint:
+            continue
+        if reason := baseline.why_not(task, job.data):
+            reasons.append(reason)
+        else:
+            tasks.append(task)
+    return tasks, reasons
+
+
 def _one(
-    name: str, job: Job, judge: Judge, budget: Budget, key: str, earlier_entry: dict[str, Any], told: _Told
+    name: str,
+    job: Job,
+    judge: Judge,
+    budget: Budget,
+    key: str,
+    earlier_entry: dict[str, Any],
+    run_trials: int,
+    told: _Told,
 ) -> dict[str, Any]:
     """Search for one baseline's settings, write its predictions, and make its entry.
 
@@ -217,18 +268,10 @@ def _one(
         earlier_entry: of ``baselines.json``; where it is of the same search, its trials are the first.
     """
     baseline, data = BASELINES[name], job.data
-    tasks, notes = list[Task](), list[str]()
-    for task in _by_weight(data.tasks, judge.fused):
-        if job.tasks and task.name not in job.tasks and not baseline.joint:
-            continue
-        if reason := baseline.why_not(task, data):
-            notes.append(reason)
-        else:
-            tasks.append(task)
-    if not tasks:
-        raise ConfigError(f"{name}: no task of the run is one that it predicts; leave it out with --only")
+    tasks, notes = _predicted(baseline, job)
+    tasks = _by_weight(tasks, judge.fused)
     units = {"all tasks": tasks} if baseline.joint else {task.name: [task] for task in tasks}
-    settings = candidates_of(baseline, budget, job.seed)
+    settings = candidates_of(baseline, job.run, budget, job.seed)
     parts = {title: job.folder / "parts" / f"{i}.npz" for i, title in enumerate(units)}
     before = {title: Found() for title in units}
     for title, unit in units.items():
@@ -251,7 +294,8 @@ def _one(
         found = _searched(baseline, job, unit, settings, until, before[title], parts[title], key, course)
         searched[title] = found
         trials = f"{len(found.trials)} trial{'s' * (len(found.trials) != 1)}"
-        told.say(f"{name}: {title}, {trials}, {found.seconds:.1f} s, {_shown(unit, found)}")
+        own = " (not tuned: the run's own settings)" * (baseline.network and len(found.trials) == 1)
+        told.say(f"{name}: {title}, {trials}{own}, {found.seconds:.1f} s, {_shown(unit, found)}")
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
     return {
@@ -261,6 +305,9 @@ def _one(
         "trials": sum(len(found.trials) for found in searched.values()),
         "seconds": sum(found.seconds for found in searched.values()),
         "budget": {"trials": budget.trials_of(baseline.network), "seconds": budget.seconds},
+        TUNED: how_tuned(
+            max(len(found.trials) for found in searched.values()), baseline.network, not baseline.joint, run_trials
+        ),
         "rows": data.total if baseline.network else len(data.train),
         "searched": {title: [finite(asdict(trial)) for trial in found.trials] for title, found in searched.items()},
         **judge.entry(job.folder, predictions, notes),
@@ -281,9 +328,9 @@ def _is_whole(job: Job, unit: Sequence[Task], found: Found) -> bool:
     return math.isclose(_quality(job, unit, found.predictions["val"]), found.quality, abs_tol=1e-4)
 
 
-def candidates_of(baseline: Baseline, budget: Budget, seed: int) -> list[Settings]:
-    """The settings that a baseline tries."""
-    return candidates(baseline.usual, baseline.space, budget.trials_of(baseline.network), seed)
+def candidates_of(baseline: Baseline, run: RunConfig, budget: Budget, seed: int) -> list[Settings]:
+    """The settings that a baseline tries beside a run."""
+    return candidates(*baseline.settings_in(run), budget.trials_of(baseline.network), seed)
 
 
 def _searched(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mtcl_torchrec.baselines.differences import Differences, half_of, verdict
-from mtcl_torchrec.baselines.entries import read_entries, said_of_score
+from mtcl_torchrec.baselines.entries import TUNED, read_entries, said_of_score
 from mtcl_torchrec.baselines.family import Key, against_run, lengths_of
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.evaluation.compare import Difference
@@ -93,8 +93,11 @@ def print_baselines(
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print()
     table = plain_table("What the search cost", ["baseline", "trials", "seconds", "training rows"])
+    table.add_column("settings")
     for name, entry in entries.items():
-        table.add_row(name, str(entry["trials"]), f"{entry['seconds']:,.1f}", f"{entry['rows']:,}")
+        table.add_row(
+            name, str(entry["trials"]), f"{entry['seconds']:,.1f}", f"{entry['rows']:,}", entry.get(TUNED, "")
+        )
     console.print(table)
 
 

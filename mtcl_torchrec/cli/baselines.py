@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtcl_torchrec.baselines.entries import ABOUT, FILE, read_entries
+from mtcl_torchrec.baselines.entries import ABOUT, FILE, NETWORKS, read_entries
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
 from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import load_run
@@ -39,7 +39,7 @@ def baselines(
         typer.Option(
             min=1,
             help="The same, of single_task and unweighted, where each is a training: 1 takes the run's own settings, "
-            "more draw other learning rates.",
+            "untuned; more draw other learning rates, penalties on embeddings and weight decay.",
         ),
     ] = 1,
     budget: Annotated[
@@ -93,10 +93,11 @@ def baselines(
     folder = out or run_dir or _alone(run)
     if_stopped(f"what is done is kept in {folder}, the same command goes on")
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    run_trials = _run_trials(run, run_dir, network_trials, say) if not names or set(names) & set(NETWORKS) else 0
     with _Bar() as bar:
         entries = run_baselines(
             run, folder, run_dir=run_dir, only=names, budget=Budget(trials, budget, network_trials), seed=seed,
-            max_rows=max_rows, device=device, say=say, progress=bar.tell,
+            max_rows=max_rows, device=device, say=say, progress=bar.tell, run_trials=run_trials,
         )  # fmt: skip
     console.print()
     print_baselines(entries, console, folder=folder, run_dir=run_dir)
@@ -122,6 +123,23 @@ def _found(run: RunConfig, run_yaml: Path, out: Path | None, say: Any) -> Path |
         f"`mtcl train {run_yaml}`, `mtcl baselines RUN_DIR --out {where}` sets them beside it, without doing them again"
     )
     return None
+
+
+def _run_trials(run: RunConfig, run_dir: Path | None, network_trials: int, say: Any) -> int:
+    """How many trials the run itself had, 0 where that is not known; what the networks would need is said."""
+    from mtcl_torchrec.baselines.beside import search_of
+
+    searched = search_of(run, [_RUNS, *([run_dir.parent] if run_dir is not None else [])])
+    if searched is None:
+        return 0
+    folder, trials = searched
+    if network_trials < trials:
+        have = "1 trial, the run's own settings" if network_trials == 1 else f"{network_trials} trials"
+        say(
+            f"the run is the best of {trials} trials of mtcl tune ({folder}); {' and '.join(NETWORKS)} have {have}: "
+            f"--network-trials {trials} gives them as many"
+        )
+    return trials
 
 
 class _Bar:
