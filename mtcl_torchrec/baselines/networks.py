@@ -134,7 +134,9 @@ def _changed(run: RunConfig, tasks: Sequence[Task]) -> RunConfig:
     raw["schema"].pop("reward", None)
     training = raw.setdefault("training", {})
     weighed = [task.name for task in tasks if task.weight > 0]
-    training["watch"] = [name for name in training.get("watch", []) if name in weighed] or weighed
+    training["watch"] = [name for name in training.get("watch", []) if name in weighed]
+    if not training["watch"] and len(weighed) < len(tasks):
+        training["watch"] = weighed
     training.pop("task_patience", None)
     model = raw.get("model", {})
     if not any(task.in_trunk for task in tasks):
