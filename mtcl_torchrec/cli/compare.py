@@ -14,7 +14,7 @@ from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
 from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import replace_file
+from mtcl_torchrec.training.directory import METRICS, replace_file
 from mtcl_torchrec.training.unfinished import unfinished_line
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ def compare(
     for run in runs:
         if run not in there:
             say_unfinished(run, "it is shown beside the others, and is not in the comparison")
+    for run in there:
+        for doubt in _doubts(run):
+            console.print(f"WARNING: {run}: {doubt}", highlight=False, markup=False, soft_wrap=True)
     first = _read(there[0], split)
     values = task_numbers(value, "--value") if value else None
     lengths = list(dict.fromkeys(k or _lengths(there[0])))
@@ -91,6 +94,12 @@ def compare(
         compared = from_differences(list(found.values())) if len(there) == len(runs) else None
         said = f"The runs side by side: {compare_html(runs, compared, page)}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _doubts(run: Path) -> list[str]:
+    """What training has found that puts a run's figures in doubt."""
+    path = run / METRICS
+    return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", [])) if path.is_file() else []
 
 
 def _lengths(run: Path) -> list[int]:

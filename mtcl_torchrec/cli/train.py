@@ -163,12 +163,11 @@ def _check_segments(config: EvaluationConfig, there: Collection[str]) -> None:
 
 def _note_known(config: RunConfig, rows: Rows) -> None:
     """Say so, where the run was trained on some of the rows that it is judged by."""
-    from mtcl_torchrec.training.known_rows import trained_on
+    from mtcl_torchrec.training.known_rows import said_of_known, trained_on
 
     seen = trained_on(config, rows)
     if seen is not None and seen.any():
-        what = f"--data: {seen.sum():,} of {len(rows):,} rows are rows that the run was trained on"
-        typer.echo(f"mtcl: {what}; what follows is too good to be true", err=True)
+        typer.echo(f"mtcl: --data: {said_of_known(seen)}", err=True)
 
 
 def show(result: RunResult, console: Console) -> None:
