@@ -128,8 +128,10 @@ def check_files(run: RunConfig) -> None:
 
 
 def screen() -> Console:
-    """A console wide enough for the tables when the output is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    """A console as wide as the terminal, or as COLUMNS says; wide enough for most tables when the output is a file or a
+    pipe."""
+    told = os.environ.get("COLUMNS", "").isdigit()
+    return Console() if told or sys.stdout.isatty() else Console(width=110)
 
 
 def note_if_unfinished(run: FinishedRun, *folders: Path) -> None:

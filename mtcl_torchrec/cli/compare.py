@@ -84,6 +84,13 @@ def compare(
         )  # fmt: skip
         print_differences(found[str(run)], names, console)
         console.print()
+    if any(d.metric.startswith("value@") for of in found.values() for d in of):
+        whose = "as --value says" if values else f"as {there[0]} (A) says; --value TASK=NUMBER for others"
+        shown = ", ".join(f"{task} {number:g}" for task, number in (values or first.values).items())
+        console.print(
+            f"value@k: what happened to the rows that are shown, worth {shown}, for all runs: {whose}.\n",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     if write is not None:
         content = {run: [asdict(difference) for difference in of] for run, of in found.items()}
         replace_file(write, json.dumps(finite({"a": str(there[0]), "split": split, "against": content}), indent=1))
