@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import Device
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.unfinished import unfinished_line
 
 if TYPE_CHECKING:
@@ -89,29 +89,6 @@ def holds_json_with(*keys: str) -> Callable[[Path], bool]:
         return isinstance(content, dict) and set(keys) <= content.keys()
 
     return is_one
-
-
-def check_run(folder: Path) -> None:
-    """See that a run is there, before torch is loaded.
-
-    Raises:
-        DataError: there is none.
-    """
-    if not (folder / "run.yaml").is_file():
-        raise DataError(f"{folder}: no run here (run.yaml is missing)")
-
-
-def check_model(places: list[Path]) -> None:
-    """See that runs, or a file that one was exported to, are there, before torch is loaded.
-
-    Raises:
-        DataError: one is not.
-    """
-    for place in places:
-        if not place.exists():
-            raise DataError(f"{place}: no run here, and no such file")
-        if place.is_dir():
-            check_run(place)
 
 
 def check_files(run: RunConfig) -> None:

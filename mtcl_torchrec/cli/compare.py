@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtcl_torchrec.cli.app import app, check_target, holds_json_with, say_unfinished, screen
+from mtcl_torchrec.cli.arguments import YAML, check_run
 from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
 from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import replace_file
-from mtcl_torchrec.training.unfinished import unfinished_line
+from mtcl_torchrec.training.unfinished import is_begun, unfinished_line
 
 if TYPE_CHECKING:
     from mtcl_torchrec.evaluation.compare import Difference
@@ -117,6 +118,8 @@ def _read(run: Path, split: str) -> PredictionsTable:
     from mtcl_torchrec.training.judging import predictions_path
 
     path = predictions_path(run, split) if run.is_dir() else run
+    if (run.is_dir() and not is_begun(run)) or run.suffix.lower() in YAML:
+        check_run(run, "compare")
     if run.is_dir() and not path.is_file():
         if line := unfinished_line(run):
             raise DataError(f"no predictions for {split} of {run} to compare yet: {line}")
