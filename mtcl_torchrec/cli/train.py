@@ -15,12 +15,12 @@ from mtcl_torchrec.cli.app import (
     DeviceOption,
     app,
     check_files,
-    check_run,
     check_target,
     holds_json_with,
     note_if_unfinished,
     screen,
 )
+from mtcl_torchrec.cli.arguments import check_run, read_run_yaml
 from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import EvaluationConfig, RunConfig, load_run
 from mtcl_torchrec.config.evaluation import MIN_DRAWS
@@ -54,7 +54,7 @@ def train(
     if resume and out is None:
         raise ConfigError("--resume needs --out: the run directory to go on with")
     existing: Existing = "resume" if resume else "overwrite" if overwrite else "refuse"
-    run = load_run(run_yaml)
+    run = read_run_yaml(run_yaml, "train")
     check_files(run)
     from mtcl_torchrec.training.run import train_run
     from mtcl_torchrec.training.sharding import ranks

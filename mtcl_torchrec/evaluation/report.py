@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.text import Text
 
 from mtcl_torchrec.evaluation.bootstrap import Interval
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, weighted_metrics, whole_task_metrics
 from mtcl_torchrec.evaluation.naming import BASE, WEIGHTED, bounds_of, label_of
-from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
 _WEIGHTED = ("auc", "top1", "log_loss", "ne", "calibration", "mse", "mae", "r2", "base_rate")
@@ -146,30 +145,6 @@ def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
 def cell(value: float | None, digits: int = 4) -> str:
     """A number of a table; a dash where it is not defined."""
     return "–" if value is None or np.isnan(value) else f"{value:z.{digits}f}"
-
-
-def print_columns(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, last: bool = False
-) -> None:
-    """Print a table; where it is wider than the screen, as several below each other, each with the first column.
-
-    Args:
-        last: no empty line follows.
-    """
-    widths = [
-        max(Text(str(name)).cell_len, *(Text(str(r[c])).cell_len for r in rows)) for c, name in enumerate(columns)
-    ]
-    start = 1
-    while start < len(columns):
-        end, width = start + 1, widths[0] + 2 + widths[start]
-        while end < len(columns) and width + 2 + widths[end] <= console.width:
-            width += 2 + widths[end]
-            end += 1
-        table = plain_table(title, [columns[0], *columns[start:end]])
-        for row in rows:
-            table.add_row(row[0], *row[start:end])
-        console.print(table, *([] if last and end == len(columns) else [""]))
-        title, start = "", end
 
 
 def told(evaluation: Evaluation, of: str, metric: str, value: float | None) -> str:
