@@ -111,8 +111,7 @@ _network = partial(Baseline, usual=networks.USUAL, space=networks.SPACE, network
 # In the order of `ABOUT`.
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
-        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, popularity.SPACE,
-        needs=("item",),
+        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, {}, needs=("item",),
     ),
     "item_knn": _collaborative(
         ABOUT["item_knn"], _alone(collaborative.fit_knn),

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, quantile_of, spread, unsure_of
 from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
-from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, PredictionsTable
+from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, POPULAR, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
 from mtcl_torchrec.schema import DataError
@@ -196,7 +196,8 @@ def _real(table: PredictionsTable, lengths: Sequence[int]) -> Callable[[str, str
 def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
     """A table with what another says of the same rows: a ranking can be judged by an event that it does not predict."""
     more = [task for task in other.tasks if task.name not in {own.name for own in table.tasks}]
-    columns = [*KEYS, "popularity", "popular", *(f"label.{task.name}" for task in more)]
+    popular = ["popularity", "popular", *(POPULAR + task.name for task in other.tasks)]
+    columns = [*KEYS, *popular, *(f"label.{task.name}" for task in more)]
     known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
     return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
 
