@@ -192,7 +192,9 @@ def fuse(
         reads_context = getattr(before, "needs_context", False)
         judged = _held_out(run, run_dir, None, "test", session_minutes, context=reads_context)
         if before is not None:
-            judged.rankings["as it was"] = judged.scores(before)
+            judged = judged.with_ranking("as it was", judged.scores(before))
+        if run.model.output.fused_score is not None:
+            judged = judged.with_popularity(run.model.output.fused_score)
         print_test(run, judged, values, target, console)
     if not dry_run:
         _judge_anew(run_dir, console)

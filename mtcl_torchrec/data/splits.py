@@ -15,6 +15,7 @@ from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.lacking import explained
 from mtcl_torchrec.data.parquet import ParquetFiles
+from mtcl_torchrec.data.popularity import Popularity, known_items
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, find_files, read_rows, read_splits
 from mtcl_torchrec.data.stream import StreamRows
@@ -107,6 +108,11 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
         catalogue = preprocessor.catalogue(raw["train"], later["val"])
+        items = known_items(run.data_schema, raw["train"].frame[run.data_schema.item])
+        catalogue.rates = Popularity.count(
+            items, preprocessor.encoder.resolved_tasks(), train.labels.numpy(),
+            None if train.weights is None else train.weights.numpy(),
+        )  # fmt: skip
     memory = MemoryRows(train, seed=run.training.seed, id_dropout=run.training.id_dropout)
     totals = LabelTotals(preprocessor.encoder.resolved_tasks())
     totals.add((train.labels, train.weights))

@@ -29,7 +29,8 @@ class Evaluation:
         tasks: task name -> its metrics; and, in a chain of events, ``"buy|click"`` -> those of the prediction given the
             parent's event, on the rows where that happened.
         ranking: ranking rule -> {"auc <task>", "gauc <task>"}, and what
-            `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; the fused score and what it is compared with.
+            `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; ``"fused"``, the fused score, and ``"popular"``:
+            of an event, by the popularity for it; of all that is shown, by the fused popularity.
         rows: number of rows.
         values: task -> what its event is worth, in value@k.
         segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"``, ``"ranking"``, by the
@@ -59,18 +60,19 @@ def evaluate_predictions(
     predictions: Mapping[str, np.ndarray],
     labels: np.ndarray,
     users: np.ndarray | None,
-    popularity: np.ndarray | None,
+    popularity: Mapping[str, np.ndarray],
     ranked_tasks: Sequence[str],
     thresholds: Mapping[str, float] | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
-    """Metrics of each task, and of the fused score beside popularity as rankings of the same impressions.
+    """Metrics of each task, and of the fused score beside each event's popularity as rankings of the same impressions.
 
     Args:
         predictions: what `predict` returned; a task without a prediction is left out.
         labels: (N, T) in the order of `tasks`.
         users: (N,) keys for GAUC, missing (NaN) where the user is not known.
-        popularity: (N,) how popular each row's item was in the training split; see `mtcl_torchrec.data.popularity`.
+        popularity: task -> (N,) how popular each row's item was for its event in the training split; see
+            `mtcl_torchrec.data.popularity`.
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
         thresholds: binary task -> from which probability on a yes is said.
         weights: task -> (N,) sample weights, of those that have some: `weighted_metrics` are told beside the others,
@@ -92,20 +94,19 @@ def evaluate_predictions(
     for child, parent in chain_links(tasks):
         if (name := tasks[child].conditional_name) is not None:
             judge(name, tasks[child], np.where(labels[:, parent] == 1, labels[:, child], np.nan))
-    rules = {"fused": predictions.get("score"), "popular": popularity}
-    ranking: dict[str, Metrics] = {}
-    for rule, scores in rules.items():
-        if scores is None:
+    score = predictions.get("score")
+    ranking: dict[str, Metrics] = ({} if score is None else {"fused": {}}) | ({"popular": {}} if popularity else {})
+    for i, task in enumerate(tasks):
+        if task.kind != "binary" or task.name not in ranked_tasks:
             continue
-        ranking[rule] = {}
-        for i, task in enumerate(tasks):
-            if task.kind != "binary" or task.name not in ranked_tasks:
+        present = ~np.isnan(labels[:, i])
+        for rule, scores in {"fused": score, "popular": popularity.get(task.name)}.items():
+            if scores is None:
                 continue
-            present = ~np.isnan(labels[:, i])
-            y, s = labels[present, i], scores[present]
-            ranking[rule][f"auc {task.name}"] = auc(y, s)
+            y, s, found = labels[present, i], scores[present], ranking[rule]
+            found[f"auc {task.name}"] = auc(y, s)
             if users is not None:
-                ranking[rule][f"gauc {task.name}"] = gauc(y, s, users[present])
+                found[f"gauc {task.name}"] = gauc(y, s, users[present])
     return Evaluation(kinds, by_task, ranking, len(labels), same_event=same_events(tasks))
 
 
@@ -215,11 +216,11 @@ def _print_ranking(evaluation: Evaluation, console: Console) -> None:
             for rule, metrics in evaluation.ranking.items()
         ]
         rows.append([heading, *cells, *([against.get(name, "–")] if against else [])])
-    title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
+    title = "The same rows ranked by the fused score" + (" and by each event's popularity" if len(rules) > 1 else "")
     print_columns(console, title, columns, rows, last=True)
     if against:
         unwanted = [n for n, value in evaluation.values.items() if value < 0 and n in against]
-        line = "fused is: than popularity, of the same rows, " + f"by {label_of(kinds[-1])}"
+        line = "fused is: than the popularity of items for that event, of the same rows, " + f"by {label_of(kinds[-1])}"
         line += "; better or worse where the difference is beyond its 95 % interval"
         line += f"; of {', '.join(unwanted)}, low is what is wanted" if unwanted else ""
         console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)

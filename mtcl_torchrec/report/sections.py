@@ -208,8 +208,8 @@ def _ranking(run: RunContents, studio: Studio) -> Section:
         rankings = {"own head": table.predicted(task)}
         if table.score is not None and task in run.fused_tasks:
             rankings["fused score"] = table.score
-        if table.popular is not None:
-            rankings["popularity"] = table.popular
+        if (popular := table.popular_for.get(task)) is not None:
+            rankings["popularity"] = popular
         threshold = table.thresholds.get(task)
         drawn = pictures.ranking_curves(studio, task, table.labels(task), rankings, threshold)
         section.pictures += drawn
