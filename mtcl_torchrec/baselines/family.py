@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mtcl_torchrec.baselines.differences import Differences, differences
-from mtcl_torchrec.evaluation.bootstrap import clusters_of, unsure_of
 from mtcl_torchrec.evaluation.naming import MAIN, parts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import RANKING
@@ -73,12 +72,6 @@ def against_run(
     wanted = family | set(also)
     k = sorted({*lengths, *(int(parts_of(metric).k) for _, metric in wanted if parts_of(metric).k)})
     found = differences(run, baselines, only=lambda of, metric: (of, metric) in wanted, k=k, values=dict(run.values))
-    why = unsure_of(run, clusters_of(run))
-    for name, of in found.items():
-        for key, difference in of.items():
-            if unsure := why(*key):
-                nothing = dict.fromkeys(("low", "high", "p"), np.nan)
-                found[name][key] = replace(difference, **nothing, unsure=unsure)  # type: ignore[arg-type]
     tested = [(name, key) for name, of in found.items() for key in of if key in family and not of[key].equal]
     adjusted = dict(zip(tested, holm([found[name][key].p for name, key in tested]), strict=True))
     return {

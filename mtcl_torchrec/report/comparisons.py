@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.baselines.family import against_run, concluded_from, lengths_of
-from mtcl_torchrec.evaluation.bootstrap import unsure_of
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import plain_number, plus_minus
 from mtcl_torchrec.evaluation.estimates import clusters_of, task_estimates
@@ -22,6 +21,7 @@ from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.evaluation.rivals import WORDS
+from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.facts import known_or, stored_error
 from mtcl_torchrec.report.words import signed
@@ -152,7 +152,7 @@ def qualities(run: RunContents) -> dict[str, dict[str, tuple[float, float]]]:
             if estimate is None or math.isnan(estimate.value):
                 continue
             stored = stored_error(run, task, metric) if table is run.table else math.nan
-            unsure = unsure_of(of, clusters)(task, metric)
+            unsure = supports_of(of, clusters)(task, metric).unsure
             error = math.nan if unsure else known_or(stored, estimate.error)
             found.setdefault(task, {})[name] = (estimate.value, error)
     return {task: of for task, of in found.items() if set(of) - {THIS_RUN}}

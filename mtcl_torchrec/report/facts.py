@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.bootstrap import unsure_of
 from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW
 from mtcl_torchrec.evaluation.estimates import chance_error, task_estimates
 from mtcl_torchrec.evaluation.naming import MAIN, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.rivals import FUSED, HEAD, POPULARITY, Gap, Ranked, ranked_events
+from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.influence import shares_of_ranking
 
@@ -77,7 +77,7 @@ def task_facts(run: RunContents) -> list[TaskFact]:
         unsure = ""
         if run.table is not None and task in run.table.predicted_names:
             errors = {key: of.error for key, of in task_estimates(run.table, task, *run.clusters).items()}
-            unsure = unsure_of(run.table, run.clusters)(task, MAIN[kind])
+            unsure = supports_of(run.table, run.clusters)(task, MAIN[kind]).unsure
         elif kind == "binary" and metrics.get("auc") is not None:
             rows, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
             unsure = f"{TOO_FEW} ({rows * rate:.0f})" if rows * rate < FEWEST else ""

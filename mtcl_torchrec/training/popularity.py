@@ -58,7 +58,7 @@ def gives_way(config: FusionConfig | None, *, fitted: bool) -> str:
         fitted: whether it is that; what it has learnt is then kept with the run.
 
     Example:
-        >>> gives_way(FusionConfig(kind="monotone_network"), fitted=False).split(": ")[1]
+        >>> gives_way(FusionConfig(kind="monotone_network", signs={"click": 1}), fitted=False).split(": ")[1]
         'baselines rank by the weighted mean of the binary tasks instead'
         >>> gives_way(FusionConfig(weights={"click": 1.0}), fitted=False)
         ''
