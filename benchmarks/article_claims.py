@@ -277,15 +277,17 @@ def fused_parts(
         parts: split -> task -> (N,) probabilities.
     """
 
-    def held_out(split: str) -> HeldOut:
-        table = rows[split]
-        labels = {task: table.labels(task) for task in values}
-        return HeldOut(parts[split], labels, request=table.users.astype(np.int64), user=table.users.astype(np.int64))
-
-    fitted = fit_fusion(
-        held_out("val"), values=values, target=TARGET, combiners=["weighted_mean"], folds=5, front_points=0
+    users = rows["val"].users
+    known = ~np.isnan(users)  # of somebody unknown there is no request
+    held_out = HeldOut(
+        {task: part[known] for task, part in parts["val"].items()},
+        {task: rows["val"].labels(task)[known] for task in values},
+        request=users[known].astype(np.int64),
+        user=users[known].astype(np.int64),
     )
-    return {split: held_out(split).scores(fitted.fused_score) for split in SPLITS}
+    fitted = fit_fusion(held_out, values=values, target=TARGET, combiners=["weighted_mean"], front_points=0)
+    return {split: HeldOut(of, {}, request=np.arange(len(next(iter(of.values()))))).scores(fitted.fused_score)
+            for split, of in parts.items()}  # fmt: skip
 
 
 def fuse(folder: Path, values: dict[str, float]) -> None:

@@ -149,6 +149,7 @@ def test_a_factorisation_of_each_event_is_fused_as_the_networks_tasks_are():
         users = np.repeat(np.arange(60.0), 12)
         chances = {task: draw.random(len(users)) * most for task, most in (("click", 0.6), ("like", 0.2))}
         labels = {task: (draw.random(len(users)) < of).astype(float) for task, of in chances.items()}
+        users[::40] = np.nan  # somebody unknown
         rows[split] = SimpleNamespace(users=users, labels=labels.__getitem__)
         parts[split] = chances
     scores = claims.fused_parts(rows, parts, {"click": 1.0, "like": 3.0})
