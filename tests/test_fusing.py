@@ -1,5 +1,6 @@
 """Fitting the fused score: objectives against plain loops, closed forms, search, constraints, a world with a truth."""
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -329,8 +330,34 @@ def test_what_is_left_for_the_values_is_said():
     assert name == first.name
     by_values = next(t for t in fitted.tried if t.name == "weighted_mean, values")
     apart, error = fitted.target.difference(held_out, first.scores, by_values.scores)
-    assert (ahead, half) == (apart, pytest.approx(student.ppf(0.975, 79) * error))
+    # Kish's effective number of requests, of what those brought (or cost) that leave a choice.
+    brought = np.bincount(held_out.numbers, np.abs(held_out.reward(values)))[held_out.rows_of_requests > 3]
+    effective = brought.sum() ** 2 / (brought**2).sum()
+    assert (ahead, half) == (apart, pytest.approx(student.ppf(0.975, effective - 1) * error))
     assert ahead <= half
+
+
+def test_what_was_chosen_is_worth_the_same_wherever_it_is_said():
+    """Folds have not equally many requests: the mean of their means is another number than the mean of all."""
+    held_out, values = rows_of(requests=83)
+    fitted = fit_fusion(held_out, values=values, target="value@3", search="none", folds=4, front_points=0)
+    assert fitted.chosen.mean == pytest.approx(fitted.pays.worth, rel=1e-12)
+    assert fitted.chosen.mean != pytest.approx(fitted.chosen.of_fold.mean(), rel=1e-6)
+    by_auc = fit_fusion(held_out, target="auc:like", search="none", folds=4, front_points=0)
+    assert by_auc.chosen.mean == pytest.approx(by_auc.chosen.of_fold.mean()) == pytest.approx(by_auc.pays.worth)
+
+
+def test_a_handful_of_events_makes_no_lead_sure():
+    held_out, values = rows_of(requests=80)
+    happened = np.flatnonzero(held_out.labels["like"] > 0)[:9]
+    few = {**held_out.labels, "like": np.zeros(len(held_out)), "click": np.zeros(len(held_out))}
+    few["like"][happened] = 1
+    rare = dataclasses.replace(held_out, labels=few)
+    fitted = fit_fusion(rare, values={"like": 1.0, "click": 1.0}, target="value@3", search="none", front_points=0)
+    assert np.isnan([[t.half, t.better_half] for t in fitted.tried]).all()
+    assert fitted.pays.unsure == "too few events (9)"
+    assert fitted.method == "values"
+    assert rare.requests > 20
 
 
 def test_a_target_of_influence_is_met_by_all_that_is_tried():

@@ -227,7 +227,7 @@ def test_classes_and_numbers_can_be_beaten_too():
     assert both.short == "No: a baseline is better"
     assert "clearly the best on 1 of 2 tasks (click)" in said(both)
     assert "On taste, trees (by 0.0855 ± 0.0088 NE) is better." in said(both)
-    assert "No baseline predicts minutes." in said(both)
+    assert "Not compared with baselines: minutes." in said(both)
     ranked = Comparison("ranking", "value@5", "trees", -0.3, 0.1, -1)
     answer = is_it_good([GOOD], [versus("click", "trees", 0.1), ranked], [])
     assert "By value@5 of what is shown, trees (by 0.3000 ± 0.1000 value@5) is better." in said(answer)
@@ -283,7 +283,9 @@ def test_twins_tell_whether_tasks_help():
     assert "Worse: b (−0.0500 ± 0.0196 AUC)." in said(both)
     assert "Not compared: d." in said(both)
     assert "run's own settings" not in said(both)
-    assert "The twins have the run's own settings" in said(do_tasks_help([up], [], [], names, ["single_task"]))
+    assert "The twins have the run's own settings" in said(
+        do_tasks_help([up], [], [], names, {"single_task": "the run's own settings"})
+    )
     assert do_tasks_help([level], [], [], names).short == "No difference that counts"
     assert do_tasks_help([versus("a", "trees", 0.5)], [], [], names).short == "Not measured"
     assert "--only single_task" in said(do_tasks_help([], [], [], names))

@@ -13,7 +13,7 @@ from rich.console import Console
 from test_cli import mtcl, one_line  # noqa: F401  (a fixture)
 
 from mtcl_torchrec import Task
-from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, quantile_of, spread, weights
+from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, spread, weights
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.details import print_details, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
@@ -135,7 +135,6 @@ def test_the_bootstraps_error_of_a_mean_is_the_closed_form():
     same = np.concatenate(list(weights(users, 50, seed=1)))
     np.testing.assert_array_equal(same.sum(1), users)
     np.testing.assert_array_equal(same, np.concatenate(list(weights(users, 50, seed=1))))
-    assert np.isnan(quantile_of(1))
     assert np.isnan(spread(np.array([[1.0], [np.nan]]))[0])
 
 

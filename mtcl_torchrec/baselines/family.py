@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from mtcl_torchrec.baselines.differences import Differences, differences
+from mtcl_torchrec.evaluation.compare import corrected
 from mtcl_torchrec.evaluation.naming import MAIN, parts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import RANKING
-from mtcl_torchrec.evaluation.significance import holm
 
 # What is compared: (task or "ranking", metric).
 Key = tuple[str, str]
@@ -72,9 +72,9 @@ def against_run(
     wanted = family | set(also)
     k = sorted({*lengths, *(int(parts_of(metric).k) for _, metric in wanted if parts_of(metric).k)})
     found = differences(run, baselines, only=lambda of, metric: (of, metric) in wanted, k=k, values=dict(run.values))
-    tested = [(name, key) for name, of in found.items() for key in of if key in family and not of[key].equal]
-    adjusted = dict(zip(tested, holm([found[name][key].p for name, key in tested]), strict=True))
+    tested = [(name, key) for name, of in found.items() for key in of if key in family]
+    judged = dict(zip(tested, corrected([found[name][key] for name, key in tested]), strict=True))
     return {
-        name: {key: replace(difference, p_holm=adjusted.get((name, key), np.nan)) for key, difference in of.items()}
+        name: {key: judged.get((name, key)) or replace(of[key], p_holm=np.nan) for key in of}
         for name, of in found.items()
     }

@@ -8,15 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.bootstrap import quantile_of
 from mtcl_torchrec.evaluation.naming import heading_of
 from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.worth import verdict_lines
-from mtcl_torchrec.fusing.cross_validation import sure_of
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.rivals import verdict_on
@@ -60,16 +57,14 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
     console.print(f"[bold]{title}[/]", highlight=False, soft_wrap=True)
     table = plain_table("", ["ranked by", fitted.target.name, "sd of folds", *against])
     lines = fitted.table()
-    sure = quantile_of(len(np.unique(held_out.clusters)))
-    sure_of_lead = sure_of(held_out, fitted.chosen)
     for line in lines.to_dict("records"):
         mark = "  ← chosen" if line["name"] == fitted.chosen.name else ""
         if line["broken"]:
             mark = f"  breaks {line['broken']}"
         table.add_row(
-            f"{line['name']}{mark}", _plus_minus(float(line["target"]), sure * float(line["error"])),
+            f"{line['name']}{mark}", _plus_minus(float(line["target"]), float(line["half"])),
             f"{line['std']:.4f}",
-            *([_lead(str(line["name"]), heads, line["better"], sure_of_lead * line["better_error"])] if heads else []),
+            *([_lead(str(line["name"]), heads, line["better"], line["better_half"])] if heads else []),
         )  # fmt: skip
     console.print(table)
     if fitted.left_for_values is not None:
@@ -143,10 +138,9 @@ def print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], ta
     title = f"test split: {len(held_out):,} rows, {held_out.requests:,} requests (each a {held_out.requests_are})"
     console.print(f"\n[bold]{title}[/]", highlight=False, soft_wrap=True)
     table = plain_table("", ["ranked by", goal.name, "fused is better by"])
-    sure = quantile_of(len(np.unique(held_out.clusters)))
     for line in lines.to_dict("records"):
-        gain = "" if line["name"] == "fused" else _gain(float(line["better"]), sure * float(line["better_error"]))
-        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), sure * float(line["error"])), gain)
+        gain = "" if line["name"] == "fused" else _gain(float(line["better"]), float(line["better_half"]))
+        table.add_row(str(line["name"]), _plus_minus(float(line["target"]), float(line["half"])), gain)
     console.print(table)
     found = verdict_on(held_out, held_out.scores(fused), tasks, goal, values)
     for said in verdict_lines(found, "on the test split"):
@@ -173,17 +167,14 @@ def print_former(folder: Path, fitted: FittedFusion, console: Console) -> None:
         weights = ", ".join(f"{task} {weight:.4g}" for task, weight in (before.get("weights") or {}).items())
         line = f"{stood}{f' ({weights})' if weights else ''}, which was not judged on folds left out"
     else:
-        sure = quantile_of(int(before.get("users") or before.get("requests") or 0))
-        was = _plus_minus(float(found["target"]), sure * _number(found.get("error")))
+        was = _plus_minus(float(found["target"]), _number(found.get("half")))
         line = f"{stood}: {before['target']} {was} on folds left out"
         same = all(before.get(key) == value for key, value in _judged_on(fitted).items())
         if not same:
             line += ", of other rows, requests or another target: the two do not compare"
         else:
             ahead = now.mean - float(found["target"])
-            line += (
-                f"; the new one: {_plus_minus(now.mean, sure * now.error)}, {'better' if ahead > 0 else 'no better'}"
-            )
+            line += f"; the new one: {_plus_minus(now.mean, now.half)}, {'better' if ahead > 0 else 'no better'}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     if found.get("target") is not None and "as it was" in {t.name for t in fitted.tried}:
         console.print(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
 
 from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.evaluation.confidence import Support, clipped
@@ -114,16 +113,6 @@ def spread(found: np.ndarray) -> np.ndarray:
     mean = np.where(known, found, 0).sum(0) / np.maximum(count, 1)
     squares = (np.where(known, found - mean, 0) ** 2).sum(0)
     return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
-
-
-def quantile_of(users: int) -> float:
-    """What the standard error is multiplied by, of a 95 % interval; NaN of fewer than two users.
-
-    Example:
-        >>> round(quantile_of(1000), 2)
-        1.96
-    """
-    return float(student.ppf(0.975, users - 1)) if users > 1 else float("nan")
 
 
 def intervals(

@@ -50,8 +50,8 @@ class Support:
         return t_quantile(self.freedom)
 
     def error_of(self, spread: float) -> float:
-        """Standard error, of the spread over draws of so many users: that is too small by √((n - 1) / n), as the
-        standard deviation of n numbers around their own mean is (Efron, *The Jackknife, the Bootstrap*, 1982).
+        """Standard error, of the spread over draws of so many users, which is too small by √((n - 1) / n), as of a mean
+        of n numbers (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993).
 
         Example:
             >>> round(Support(10.0).error_of(0.3), 4)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.bootstrap import quantile_of
-from mtcl_torchrec.evaluation.confidence import FEWEST, TOO_FEW
+from mtcl_torchrec.evaluation.bootstrap import clusters_of
+from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import RankedRows, reward_of
 from mtcl_torchrec.evaluation.ranking import mean_and_error
+from mtcl_torchrec.evaluation.supports import RANKING, supports_of
 
 POPULARITY = "popularity"
 
@@ -124,7 +125,7 @@ def does_fusing_pay(
     *,
     clusters: np.ndarray | None = None,
     paired: str = "users",
-    reward: np.ndarray | None = None,
+    support: Support | None = None,
 ) -> Verdict:
     """Compare a fused score with the best single head and with popularity: each request (or fold) is ranked by both,
     and the differences are averaged.
@@ -141,8 +142,7 @@ def does_fusing_pay(
         values: task -> what its event is worth.
         clusters: (R,) of which user each request is; None: none depends on another.
         paired: see `Verdict`.
-        reward: (N,) what each row brought, where that is what counts: with fewer than 20 rows that brought something,
-            nothing is sure.
+        support: what a difference rests on; by default all users, requests or folds, alike.
 
     Example:
         >>> request, clicks = np.repeat(np.arange(30), 2), np.tile([0.0, 1.0], 30)
@@ -154,16 +154,14 @@ def does_fusing_pay(
         (1.0, 'head like', 0.3333, 'yes')
     """
     own = np.asarray(worth_of(scores), np.float64)
-    count = np.size(own) if clusters is None else len(np.unique(clusters))
-    events = FEWEST if reward is None else int(np.count_nonzero(reward))
-    unsure = "" if events >= FEWEST else f"{TOO_FEW} ({events:,})"
+    rests = support or Support(float(np.size(own) if clusters is None else len(np.unique(clusters))))
 
     def rival(name: str, ranked_by: np.ndarray) -> Rival:
         theirs = np.asarray(worth_of(ranked_by), np.float64)
         if np.ndim(own) == 0:
             return Rival(name, float(theirs), float(own - theirs), math.nan)
         ahead, error = mean_and_error(own - theirs, clusters)
-        return Rival(name, mean_and_error(theirs)[0], ahead, math.nan if unsure else quantile_of(count) * error)
+        return Rival(name, mean_and_error(theirs)[0], ahead, rests.quantile * error)
 
     alone = [rival(f"head {t}", (-1.0 if values.get(t, 0.0) < 0 else 1.0) * part) for t, part in heads.items()]
     alone = [head for head in alone if not np.isnan(head.worth)]
@@ -171,7 +169,7 @@ def does_fusing_pay(
     if popularity is not None:
         rivals.append(rival(POPULARITY, popularity))
     worth = float(own) if np.ndim(own) == 0 else mean_and_error(own)[0]
-    return Verdict(measure, worth, tuple(rivals), paired, unsure)
+    return Verdict(measure, worth, tuple(rivals), paired, rests.unsure)
 
 
 def verdict_of(table: PredictionsTable, lengths: Sequence[int]) -> Verdict | None:
@@ -212,7 +210,7 @@ def verdict_of(table: PredictionsTable, lengths: Sequence[int]) -> Verdict | Non
         table.values,
         clusters=rows.users_of_requests(),
         paired="requests" if table.users is None else "users",
-        reward=reward,
+        support=supports_of(table, clusters_of(table), values=table.values, paired=True)(RANKING, f"value@{k}"),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.bootstrap import quantile_of
+from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.ranking import mean_and_error
 from mtcl_torchrec.fusing.combiners import Combiner, Setting
 from mtcl_torchrec.fusing.fitted import Tried
@@ -65,12 +66,14 @@ def try_on_folds(
     weights = setting.weights
     size = sum(abs(w) for w in weights.values())
     final = held_out.scores(setting.fused_score)
+    mean, error = _of_all(held_out, scores, of_fold, goal)
     return Tried(
         combiner=candidate.combiner.name,
         method=candidate.method,
-        mean=_mean(of_fold),
+        mean=mean,
         std=_std(of_fold),
-        error=goal.with_error(held_out, scores)[1],
+        error=error,
+        half=sure_of(held_out, of_fold, goal).quantile * error,
         scores=scores,
         of_fold=np.array(of_fold),
         setting=setting,
@@ -78,6 +81,13 @@ def try_on_folds(
         kept={c.text: c.of(held_out, final, unit(weights)) for c in constraints},
         broken=[c.text for c in constraints if c.violation(c.of(held_out, final, unit(weights))) > 0],
     )
+
+
+def _of_all(held_out: HeldOut, scores: np.ndarray, of_fold: list[float], goal: Target) -> tuple[float, float]:
+    """The target on the folds left out, and its standard error: the mean over all their requests, of which folds have
+    not equally many; where it is no mean over requests, that over folds, without one."""
+    found, error = goal.with_error(held_out, scores)
+    return (found, error) if np.ndim(goal.of(held_out, scores)) else (_mean(of_fold), math.nan)
 
 
 def _spread(weights: list[float]) -> float:
@@ -98,9 +108,10 @@ def _std(values: list[float]) -> float:
 def as_it_is(name: str, scores: np.ndarray, held_out: HeldOut, fold: np.ndarray, goal: Target) -> Tried:
     """Another ranking, which has nothing to fit."""
     of_fold = [goal(held_out.take(fold == n), scores[fold == n]) for n in range(int(fold.max()) + 1)]
+    mean, error = _of_all(held_out, scores, of_fold, goal)
     return Tried(
-        combiner="", method=name, mean=_mean(of_fold), std=_std(of_fold),
-        error=goal.with_error(held_out, scores)[1], scores=scores, of_fold=np.array(of_fold),
+        combiner="", method=name, mean=mean, std=_std(of_fold), error=error,
+        half=sure_of(held_out, of_fold, goal).quantile * error, scores=scores, of_fold=np.array(of_fold),
     )  # fmt: skip
 
 
@@ -112,18 +123,20 @@ def ahead_of(one: Tried, other: Tried, held_out: HeldOut, goal: Target) -> tuple
     return mean_and_error(one.of_fold - other.of_fold)
 
 
-def sure_of(held_out: HeldOut, one: Tried) -> float:
-    """What the standard error of a lead is multiplied by, of a 95 % interval: over users (or requests); where the
-    target is no mean over requests, over folds."""
-    return quantile_of(len(one.of_fold) if np.isnan(one.error) else len(np.unique(held_out.clusters)))
+def sure_of(held_out: HeldOut, of_fold: Sequence[float] | np.ndarray, goal: Target, *, paired: bool = False) -> Support:
+    """What a number of the folds left out rests on: users (or requests); where the target is no mean over requests,
+    folds."""
+    by_request = np.ndim(goal.of(held_out, np.zeros(len(held_out)))) > 0
+    return goal.support(held_out, 0 if by_request else len(of_fold), paired=paired)
 
 
 def best_of(
     tried: list[Tried], constraints: dict[str, list[Constraint]], held_out: HeldOut, goal: Target
 ) -> tuple[Tried, tuple[str, float, float] | None]:
     """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
-    is as good but for chance (its interval of 95 % holds 0; after the one-standard-error rule, Breiman et al., CART,
-    1984), and then what was left for it, its lead, and half of that interval."""
+    is as good but for chance (its interval of 95 % holds 0, or there are too few events for one; after the
+    one-standard-error rule, Breiman et al., CART, 1984), and then what was left for it, its lead, and half of that
+    interval."""
     able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
     if not able:
         raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")
@@ -132,8 +145,8 @@ def best_of(
         value_models = [t for t in feasible if t.method == "values" and t.combiner in VALUE_MODELS]
         by_values = max(value_models, key=lambda t: t.mean, default=best)
         ahead, error = ahead_of(best, by_values, held_out, goal)
-        half = sure_of(held_out, best) * error
-        if best is by_values or ahead > (0.0 if np.isnan(half) else half):
+        half = sure_of(held_out, best.of_fold, goal, paired=True).quantile * error
+        if best is by_values or ahead > half:
             return best, None
         return by_values, (best.name, ahead, half)
 

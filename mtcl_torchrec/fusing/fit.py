@@ -16,6 +16,7 @@ from mtcl_torchrec.fusing.cross_validation import (
     ahead_of,
     as_it_is,
     best_of,
+    sure_of,
     try_on_folds,
 )
 from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
@@ -147,6 +148,7 @@ def fit_fusion(
             head = max(heads, key=lambda t: t.mean)
             one.against = head.method.removeprefix("head ")
             one.better, one.better_error = ahead_of(one, head, held_out, goal)
+            one.better_half = sure_of(held_out, one.of_fold, goal, paired=True).quantile * one.better_error
     fitted = FittedFusion(
         combiner=combiner,
         method=best.method,

@@ -26,8 +26,10 @@ class Tried:
     Args:
         combiner: its name; empty for a ranking that is no combiner, such as popularity.
         method: how it came to its weights.
-        mean, std: of the target, over folds.
+        mean: the target on the folds left out: over their requests, or where it is no mean over requests, over folds.
+        std: its standard deviation over folds.
         error: standard error of the target over users or requests; NaN where the target is no mean over requests.
+        half: half of its 95 % interval; NaN where it has none, as of too few events.
         scores: (N,) of each row while its fold was left out.
         of_fold: (folds,) the target on each.
         setting: fitted on all rows; None of what has nothing to fit.
@@ -35,8 +37,8 @@ class Tried:
         kept: constraint -> what it came to on all rows.
         broken: constraints not kept to.
         against: the best single head.
-        better, better_error: by how much this is better than that head, request by request (where the target is no
-            mean over requests, fold by fold), and the standard error.
+        better, better_error, better_half: by how much this is better than that head, request by request (where the
+            target is no mean over requests, fold by fold), the standard error, and half of the interval.
     """
 
     combiner: str
@@ -44,6 +46,7 @@ class Tried:
     mean: float
     std: float
     error: float
+    half: float
     scores: np.ndarray = field(repr=False)
     of_fold: np.ndarray = field(repr=False)
     setting: Setting | None = field(default=None, repr=False)
@@ -53,6 +56,7 @@ class Tried:
     against: str = ""
     better: float = float("nan")
     better_error: float = float("nan")
+    better_half: float = float("nan")
 
     @property
     def weights(self) -> Weights:
@@ -124,12 +128,14 @@ class FittedFusion:
     def table(self) -> pd.DataFrame:
         """Everything that was tried, best first: the target on folds left out, and how much better than the best head.
 
-        Columns: name, target, std (over folds), error, better, better_error, broken (constraints not kept to).
+        Columns: name, target, std (over folds), error, half (of the 95 % interval), better, better_error, better_half,
+        broken (constraints not kept to).
         """
         rows = [
             {
-                "name": t.name, "target": t.mean, "std": t.std, "error": t.error, "better": t.better,
-                "better_error": t.better_error, "broken": "; ".join(t.broken),
+                "name": t.name, "target": t.mean, "std": t.std, "error": t.error, "half": t.half,
+                "better": t.better, "better_error": t.better_error, "better_half": t.better_half,
+                "broken": "; ".join(t.broken),
             }
             for t in self.tried
         ]  # fmt: skip
@@ -139,8 +145,8 @@ class FittedFusion:
         """The fused score beside each task's own head and the other rankings, on rows that nothing was fitted on.
 
         Returns:
-            One line each, the fused score first: name, target, error, and how much better than this line the fused
-            score is, request by request: better, better_error.
+            One line each, the fused score first: name, target, error, half (of its 95 % interval), and how much better
+            than this line the fused score is, request by request: better, better_error, better_half.
         """
         return compare(held_out, self.fused_score, self.target, list(self.weights), self.values)
 
@@ -194,10 +200,14 @@ def compare(
     scores = held_out.scores(fused_score)
     heads = {f"head {t}": (-1.0 if values.get(t, 0.0) < 0 else 1.0) * held_out.parts[t] for t in tasks}
     lines = []
+    sure, sure_of_lead = (target.support(held_out, paired=paired).quantile for paired in (False, True))
     for name, other in {"fused": scores, **heads, **held_out.rankings}.items():
         mean, error = target.with_error(held_out, other)
         better, better_error = target.difference(held_out, scores, other)
-        lines.append({"name": name, "target": mean, "error": error, "better": better, "better_error": better_error})
+        lines.append(
+            {"name": name, "target": mean, "error": error, "half": sure * error, "better": better,
+             "better_error": better_error, "better_half": sure_of_lead * better_error}
+        )  # fmt: skip
     return pd.DataFrame(lines)
 
 

@@ -64,7 +64,7 @@ def verdict_on(
         values,
         clusters=held_out.clusters if by_request else None,
         paired="folds" if not by_request else "requests" if held_out.user is None else "users",
-        reward=held_out.reward(values) if measure.name.startswith("value@") else None,
+        support=measure.support(held_out, len(folds or ()), paired=True),
     )
 
 

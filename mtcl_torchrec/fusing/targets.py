@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.confidence import Support, rests_on, support_of
 from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of, mean_and_error, ndcg_at_k, value_at_k
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.schema import ConfigError, nearest
@@ -26,10 +27,14 @@ class Target:
         name: such as ``"value@5"``.
         of: function of held-out rows and their scores (N,): one number, or (R,) one for each request, NaN where it is
             not defined; the mean counts then.
+        reward: of held-out rows, (N,) what each brought, where that is what `of` adds up.
+        labels: of held-out rows, (N,) 1 where the event happened by which `of` judges an order of all rows.
     """
 
     name: str
     of: OfRows
+    reward: Callable[[HeldOut], np.ndarray] | None = None
+    labels: Callable[[HeldOut], np.ndarray] | None = None
 
     def __call__(self, held_out: HeldOut, scores: np.ndarray) -> float:
         """The number for all rows."""
@@ -45,6 +50,22 @@ class Target:
         """By how much `scores` are better than `others`, request by request, and the standard error of that."""
         a, b = (np.asarray(self.of(held_out, s), dtype=np.float64) for s in (scores, others))
         return (float(a - b), float("nan")) if a.ndim == 0 else mean_and_error(a - b, held_out.clusters)
+
+    def support(self, held_out: HeldOut, folds: int = 0, *, paired: bool = False) -> Support:
+        """What a number of these rows rests on: users (without them requests) to whom something happened that counts.
+
+        Args:
+            folds: over which the standard error is, where the target is no mean over requests; 0: it is one.
+            paired: of a difference, which only requests tell something of that leave a choice.
+        """
+        owner = held_out.clusters[held_out.numbers]
+        if self.reward is None:
+            many = Support(float(folds or len(np.unique(held_out.clusters))))
+            unsure = "" if self.labels is None else support_of(self.labels(held_out), owner).unsure
+            return replace(many, unsure=unsure)
+        least = 1 if self.name.startswith("ndcg") else int(self.name.partition("@")[2])
+        counts = held_out.rows_of_requests > (least if paired else 0)
+        return rests_on(np.where(counts[held_out.numbers], self.reward(held_out), 0.0), owner)
 
 
 def parse_target(target: str | OfRows, values: Values | None, tasks: Iterable[str]) -> Target:
@@ -77,11 +98,11 @@ def parse_target(target: str | OfRows, values: Values | None, tasks: Iterable[st
         at_k, k, worth = value_at_k if found[1] == "value" else ndcg_at_k, int(found[2]), dict(values)
         if found[1] == "ndcg" and not any(v > 0 for v in worth.values()):
             raise ConfigError(f"target {target} needs a positive value: a gain below 0 counts as 0")
-        return Target(target, lambda h, scores: at_k(h.numbers, scores, h.reward(worth), k))
+        return Target(target, lambda h, scores: at_k(h.numbers, scores, h.reward(worth), k), lambda h: h.reward(worth))
     if found := re.fullmatch(r"(gauc|auc):(.+)", target):
         kind, task = found[1], found[2].strip()
         _check_task(target, task, tasks)
-        return Target(target, lambda h, scores: ranking_auc(h, scores, task, kind))
+        return Target(target, lambda h, scores: ranking_auc(h, scores, task, kind), labels=lambda h: _events(h, task))
     raise ConfigError(f"no target {target!r}; there are {', '.join(_KINDS)}")
 
 
@@ -91,13 +112,18 @@ def ranking_auc(held_out: HeldOut, scores: np.ndarray, task: str, kind: str = "g
     Args:
         kind: ``"gauc"`` within requests, ``"auc"`` over all rows.
     """
-    labels = held_out.labels[task]
-    labels = np.where(np.isnan(labels), np.nan, (labels > 0).astype(float))
+    labels = _events(held_out, task)
     if kind == "auc":
         return auc_of(scores, labels)
     found, rows = auc_by_request(held_out.numbers, scores, labels)
     both = ~np.isnan(found)
     return float(np.average(found[both], weights=rows[both])) if both.any() else float("nan")
+
+
+def _events(held_out: HeldOut, task: str) -> np.ndarray:
+    """(N,) 1 where the label is above 0, 0 where it is not, NaN where it is missing."""
+    labels = held_out.labels[task]
+    return np.where(np.isnan(labels), np.nan, (labels > 0).astype(float))
 
 
 def check_choice(held_out: HeldOut, target: Target) -> None:

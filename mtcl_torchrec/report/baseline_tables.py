@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtcl_torchrec.baselines.entries import said_of_score
+from mtcl_torchrec.baselines.entries import TUNED, said_of_score
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS
 from mtcl_torchrec.evaluation.naming import MAIN, label_of
 from mtcl_torchrec.report.comparisons import THIS_RUN, Comparison, is_single_task, of_tasks, untuned
@@ -76,11 +76,11 @@ def _tuning_table(run: RunContents) -> Table:
         said = _settings(of.get("settings") or {})
         trials = of.get("trials")
         trials = len(trials) if isinstance(trials, list) else trials
-        tuned = "–" if trials is None else f"{trials}{', not tuned' * (name in once)}"
-        rows.append([name, tuned, number(of.get("seconds"), 1), said or "–"])
+        how = str(of.get(TUNED) or (f"not tuned: {once[name]}" if name in once else "–"))
+        rows.append([name, how, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
     known = {name: of for name, of in run.baselines.items() if isinstance(of, dict)}
     note = " ".join(f"{said[0].upper()}{said[1:]}." for said in said_of_score(known))
-    return Table("How the baselines were tuned", ["baseline", "trials", "seconds", "settings"], rows, note)
+    return Table("How the baselines were tuned", ["baseline", "how", "trials", "seconds", "settings"], rows, note)
 
 
 def _settings(settings: Any) -> str:

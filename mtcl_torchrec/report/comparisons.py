@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.baselines.entries import NETWORKS, TUNED, is_tuned
 from mtcl_torchrec.baselines.family import against_run, concluded_from, lengths_of
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import plain_number, plus_minus
@@ -23,7 +24,7 @@ from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.evaluation.rivals import WORDS
 from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.report.contents import RunContents
-from mtcl_torchrec.report.facts import known_or, stored_error
+from mtcl_torchrec.report.facts import error_of, known_or, stored_error
 from mtcl_torchrec.report.words import signed
 
 THIS_RUN = "this run"
@@ -152,9 +153,8 @@ def qualities(run: RunContents) -> dict[str, dict[str, tuple[float, float]]]:
             if estimate is None or math.isnan(estimate.value):
                 continue
             stored = stored_error(run, task, metric) if table is run.table else math.nan
-            unsure = supports_of(of, clusters)(task, metric).unsure
-            error = math.nan if unsure else known_or(stored, estimate.error)
-            found.setdefault(task, {})[name] = (estimate.value, error)
+            own = error_of(estimate, supports_of(of, clusters)(task, metric))
+            found.setdefault(task, {})[name] = (estimate.value, known_or(stored, own))
     return {task: of for task, of in found.items() if set(of) - {THIS_RUN}}
 
 
@@ -163,8 +163,12 @@ def _clusters(table: PredictionsTable) -> tuple[np.ndarray, int]:
     return clusters, int(clusters.max(initial=-1)) + 1
 
 
-def untuned(run: RunContents) -> list[str]:
-    """The baselines, twins among them, that were trained at one setting only: the usual one of a baseline, the run's
-    own of its networks."""
-    named = {name: of.get("budget") or {} for name, of in run.baselines.items() if isinstance(of, dict)}
-    return [name for name, budget in named.items() if budget.get("trials") == 1]
+def untuned(run: RunContents) -> dict[str, str]:
+    """The baselines, twins among them, that were trained at one setting only -> which one, in words."""
+    found = {name: of for name, of in run.baselines.items() if isinstance(of, dict) and not is_tuned(of)}
+    return {name: _which(name, str(of.get(TUNED) or "")) for name, of in found.items()}
+
+
+def _which(name: str, how: str) -> str:
+    own = "the run's own settings" if name in NETWORKS else "its usual settings"
+    return how.partition("not tuned: ")[2] or own

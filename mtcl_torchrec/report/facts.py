@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW
-from mtcl_torchrec.evaluation.estimates import chance_error, task_estimates
+from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, Support
+from mtcl_torchrec.evaluation.estimates import Estimate, chance_error, task_estimates
 from mtcl_torchrec.evaluation.naming import MAIN, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.rivals import FUSED, HEAD, POPULARITY, Gap, Ranked, ranked_events
@@ -76,8 +76,10 @@ def task_facts(run: RunContents) -> list[TaskFact]:
         errors: dict[str, float] = {}
         unsure = ""
         if run.table is not None and task in run.table.predicted_names:
-            errors = {key: of.error for key, of in task_estimates(run.table, task, *run.clusters).items()}
-            unsure = supports_of(run.table, run.clusters)(task, MAIN[kind]).unsure
+            support = supports_of(run.table, run.clusters)
+            found = task_estimates(run.table, task, *run.clusters)
+            errors = {key: error_of(of, support(task, key)) for key, of in found.items()}
+            unsure = support(task, MAIN[kind]).unsure
         elif kind == "binary" and metrics.get("auc") is not None:
             rows, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
             unsure = f"{TOO_FEW} ({rows * rate:.0f})" if rows * rate < FEWEST else ""
@@ -86,6 +88,11 @@ def task_facts(run: RunContents) -> list[TaskFact]:
             errors[key] = known_or(stored_error(run, task, key), errors.get(key))
         facts.append(TaskFact(task, kind, metrics, errors, unsure))
     return facts
+
+
+def error_of(estimate: Estimate, support: Support) -> float:
+    """Standard error of which 1.96 make half of the interval, as `stored_error`; NaN where nothing is sure."""
+    return support.quantile * estimate.error / SURE
 
 
 def stored_error(run: RunContents, of: str, metric: str) -> float:
@@ -144,7 +151,12 @@ def events(run: RunContents) -> list[Event]:
         }  # fmt: skip
         estimates = {} if of is None else of.estimates
         rankings = {
-            n: (v, known_or(stored.get(n, math.nan), estimates[n].error if n in estimates else None))
+            n: (
+                v,
+                known_or(
+                    stored.get(n, math.nan), error_of(estimates[n], of.support) if of and n in estimates else None
+                ),
+            )
             for n, v in known.items()
         }
         unwanted = negative(run, task)

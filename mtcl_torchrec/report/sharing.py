@@ -15,7 +15,7 @@ OPPOSED, ALIKE = -0.05, 0.05  # mean cosine of two gradients
 
 def do_tasks_help(
     compared: Sequence[Comparison], gradients: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]],
-    tasks: Sequence[str], untuned: Sequence[str] = (),
+    tasks: Sequence[str], untuned: Mapping[str, str] | None = None,
 ) -> Answer:  # fmt: skip
     """Do tasks help each other: against single-task twins; gradients and gates beside it.
 
@@ -23,8 +23,9 @@ def do_tasks_help(
         compared: with all baselines.
         gradients, gates: as in metrics.json, ``balance``.
         tasks: of the run.
-        untuned: baselines, twins among them, that were trained at one setting only.
+        untuned: baselines, twins among them, that were trained at one setting only -> which one, in words.
     """
+    untuned = untuned or {}
     question = "Do the tasks help each other?"
     if len(tasks) < 2:
         return Answer(question, "There is one task", "unknown", ["With one task there is nothing to share."])
@@ -53,10 +54,10 @@ def do_tasks_help(
         sentences.append(f"Cannot be judged: {listed(unsure)}.")
     if left := [task for task in tasks if task not in {c.of for c in every}]:
         sentences.append(f"Not compared: {listed(left)}.")
-    if any(c.against in untuned for c in every):
+    if which := next((untuned[c.against] for c in every if c.against in untuned), ""):
         sentences.append(
-            "The twins have the run's own settings, which may suit the run better: `mtcl baselines RUN_DIR --only "
-            "single_task --network-trials 8` tunes them."
+            f"The twins have {which}, and were not tuned: `mtcl baselines RUN_DIR --only single_task --network-trials "
+            "8` tunes them."
         )
     if not twins:
         return Answer(question, "Not known: too few events", "unknown", sentences + hints)

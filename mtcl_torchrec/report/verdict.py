@@ -107,7 +107,7 @@ def is_it_good(
     compared: Sequence[Comparison],
     events: Sequence[Event],
     *,
-    untuned: Sequence[str] = (),
+    untuned: Collection[str] = (),
     knowable: str = "",
 ) -> Answer:
     """Is the model good: against guessing, popularity and baselines.
@@ -203,7 +203,7 @@ def against_popularity(events: Sequence[Event]) -> list[str]:
 
 
 def _against_baselines(
-    every: Sequence[Comparison], untuned: Sequence[str], known: Sequence[str]
+    every: Sequence[Comparison], untuned: Collection[str], known: Sequence[str]
 ) -> tuple[int, int, list[str]]:
     """Tasks on which some baseline is clearly better, tasks compared, and sentences."""
     compared = [c for c in every if not is_single_task(c.against)]
@@ -226,7 +226,7 @@ def _against_baselines(
     if close := [task for task in tasks if task not in won and task not in lost]:
         lines.append(f"On {listed(close)}, no difference that counts between it and the best baseline.")
     if left := [task for task in known if task not in tasks and "|" not in task]:
-        lines.append(f"No baseline predicts {listed(left)}.")
+        lines.append(f"Not compared with baselines: {listed(left)}.")
     lines += [f"By {metric} of what is shown, {said}." for metric, said in _of_ranking(compared)]
     if alone := [name for name in names if name in untuned]:
         of = "They" if len(alone) == len(names) > 1 else listed(alone)
