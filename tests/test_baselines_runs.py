@@ -558,7 +558,7 @@ def test_networks_are_said_to_be_tuned_as_they_were(mtcl, folder):
 
     shown = mtcl(*arguments)[1]
     assert "mtcl tune" not in shown
-    assert "unweighted: all tasks, 1 trial (not tuned: the run's own settings), " in shown
+    assert re.search(r"unweighted: all tasks, 1 trial, .* on val \(not tuned: the run's own settings\)\n", shown)
     assert tuned() == ("not tuned: the run's own settings", False)
     (best.parent / "tuning.json").write_text(json.dumps({"trials": [{}] * 7}))
     shown = mtcl(*arguments)[1]

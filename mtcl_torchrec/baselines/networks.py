@@ -1,4 +1,4 @@
-"""The run's own architecture without what makes it multi-task collaborative: a network for each task, or plain sums."""
+"""The run's own architecture without what makes it multi-task collaborative: a network a task, or equal weights."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ def _one(
         searched[title] = found
         trials = f"{len(found.trials)} trial{'s' * (len(found.trials) != 1)}"
         own = " (not tuned: the run's own settings)" * (baseline.network and len(found.trials) == 1)
-        told.say(f"{name}: {title}, {trials}{own}, {found.seconds:.1f} s, {_shown(unit, found)}")
+        told.say(f"{name}: {title}, {trials}, {found.seconds:.1f} s, {_shown(unit, found)}{own}")
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
     return {
