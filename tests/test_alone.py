@@ -20,7 +20,11 @@ from mtcl_torchrec.schema import DataError
 def by_hand(event, lists):
     """The same, one row and one half after the other."""
     rows = [i for i, value in enumerate(event) if not np.isnan(value)]
-    half = {row: (place * 20 // len(rows)) % 2 for place, row in enumerate(rows)}
+    half = {}
+    for kind in (0, 1):
+        those = [row for row in rows if event[row] == kind]
+        blocks = min(20, max(2, len(those) // 10))
+        half |= {row: (place * blocks // len(those)) % 2 for place, row in enumerate(those)}
     found = []
     for learn in (0, 1):
         mean = np.mean([event[row] for row in rows if half[row] == learn])
@@ -66,7 +70,9 @@ def test_what_says_the_event_tells_it_and_what_does_not_does_not(seed, rate):
 
 def test_too_few_events_tell_nothing():
     event = np.zeros(1000)
-    event[::40] = 1  # 25 events, 13 and 12 in the halves
+    event[::50] = 1  # 20 events, 10 in each half
+    assert auc_alone(event, event.astype(np.int64)) == 1.0
+    event[0] = 0
     assert np.isnan(auc_alone(event, event.astype(np.int64)))
     assert np.isnan(auc_alone(1 - event, event.astype(np.int64)))
     assert np.isnan(auc_alone(np.full(9, np.nan), np.zeros(9, np.int64)))

@@ -8,10 +8,10 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 ALMOST = 0.95  # AUC from which on a column tells an event almost by itself
-FEWEST = 20  # events, and rows without, in each half: of fewer, an AUC is chance
+FEWEST = 10  # events, and rows without, in each half: of fewer, even a high AUC may be chance
 MOST_ROWS = 50_000  # that are looked at
 _BINS, _ROWS_A_BIN = 200, 20  # of numbers
-_BLOCKS = 20  # of neighbouring rows, which mostly stay in one half
+_BLOCKS = 20  # of neighbouring events, or of rows without, that stay in one half
 _SMOOTHING = 2.0  # rows at the base rate that are added to those of a value
 
 
@@ -69,7 +69,7 @@ def codes_of_column(column: pd.Series, separator: str | None = None) -> tuple[np
 
 
 def above_median(values: np.ndarray) -> np.ndarray:
-    """(N,) 1 where a number is above the median, 0 where not, NaN where it is missing.
+    """(N,) 1 where a number is above the median (where none is, at it), 0 where not, NaN where it is missing.
 
     Example:
         >>> above_median(np.array([3.0, 1.0, np.nan, 2.0])).tolist()
@@ -78,7 +78,9 @@ def above_median(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     if not known.any():
         return values
-    return np.where(known, values > np.median(values[known]), np.nan)
+    median = np.median(values[known])
+    above = values > median if (values[known] > median).any() else values >= median
+    return np.where(known, above, np.nan)
 
 
 def auc_alone(event: np.ndarray, codes: np.ndarray, lengths: np.ndarray | None = None) -> float:
@@ -101,13 +103,14 @@ def auc_alone(event: np.ndarray, codes: np.ndarray, lengths: np.ndarray | None =
     """
     rows = np.arange(len(event)) if lengths is None else np.repeat(np.arange(len(event)), lengths)
     half = np.full(len(event), -1)
-    known = np.flatnonzero(~np.isnan(event))
     # In blocks: the rows of one request would else be in both halves, and its id would tell what is one to them.
-    half[known] = np.arange(len(known)) * _BLOCKS // max(len(known), 1) % 2
+    for value in (0, 1):
+        those = np.flatnonzero(event == value)
+        half[those] = np.arange(len(those)) * _blocks(len(those)) // max(len(those), 1) % 2
     found = []
     for learn in (0, 1):
         judged = event[half == 1 - learn]
-        if min(judged.sum(), len(judged) - judged.sum()) < FEWEST or not 0 < event[half == learn].mean() < 1:
+        if min(judged.sum(), len(judged) - judged.sum()) < FEWEST:
             return float("nan")
         here = half[rows] == learn
         rate, size = event[half == learn].mean(), int(codes.max(initial=-1)) + 1
@@ -118,3 +121,8 @@ def auc_alone(event: np.ndarray, codes: np.ndarray, lengths: np.ndarray | None =
         score = np.bincount(rows, odds[codes], minlength=len(event)).round(9)  # sums of equal parts are equal
         found.append(float(roc_auc_score(judged, score[half == 1 - learn])))
     return sum(found) / 2
+
+
+def _blocks(count: int) -> int:
+    """How many blocks of at least `FEWEST` there are, so that twice as many are enough for both halves."""
+    return min(_BLOCKS, max(2, count // FEWEST))

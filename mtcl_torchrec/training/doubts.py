@@ -59,6 +59,8 @@ def too_good(
 def _line(task: str, metric: str, value: float, telling: Sequence[str], alone: Mapping[str, float]) -> str:
     said = {"auc": f"AUC {value:.4f}", "r2": f"R² {value:.4f}", "ne": f"NE {value:.4f}"}[metric]
     start = f"{task} is predicted too well to be true (validation {said})"
+    if not telling and all(np.isnan(value) for value in alone.values()):
+        return f"{start}: is every feature known before the event?"
     if not telling:
         return f"{start}, though no single feature tells it: look for what is known only after the event"
     named = [f"{name} (AUC {alone[name]:.3f})" for name in telling[:_NAMED]]
