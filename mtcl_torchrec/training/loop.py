@@ -15,6 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
+from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.naming import label_of, main_metric
@@ -173,7 +174,7 @@ def fit(
             _let_go(pipeline)
             line, scalars = _judge_epoch(state, validation, config, where)
             said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
-            said += waiting_lines(state.history.waiting[-1])
+            said += waiting_lines(state.history.waiting[-1], streams=isinstance(rows, StreamRows))
             state.position = state.position.next_epoch()
             save(state, on_the_way=False)
             clock.saved_at = time.monotonic()
