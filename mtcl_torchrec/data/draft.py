@@ -31,7 +31,19 @@ from mtcl_torchrec.schema import DataError, nearest
 
 SAMPLE_ROWS = 200_000
 _MOST_KINDS = 50  # of items, that a user has met often enough to say what they think of one
-UNWANTED_WORDS = ("hate", "hide", "report", "skip", "dislike", "block", "unfollow", "unsubscribe", "refund", "return")
+UNWANTED_WORDS = (
+    "hate",
+    "hide",
+    "report",
+    "skip",
+    "dislike",
+    "block",
+    "unfollow",
+    "unsubscribe",
+    "refund",
+    "return",
+    "flag",
+)
 _ROLES = {
     "user": "who it is about: GAUC, recommend --user",
     "item": "what is ranked",
@@ -80,8 +92,11 @@ def draft_run(
     if not draft.events and not draft.outcomes:
         raise DataError(f"{rows.name}: found no 0/1 column that looks like an event; name them with --label")
     for label in labels:
+        if frame[label].isna().all():
+            raise DataError(f"{rows.name}: --label {label}: it has no value at all, there is nothing to learn")
         if not is_binary(frame[label]):
-            raise DataError(f"{rows.name}: {label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere")
+            what = f"{label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere"
+            raise DataError(f"{rows.name}: {what}{_if_number(frame[label], label)}")
     if not draft.features:
         told = f" and what tells them by itself ({', '.join(draft.telling)})" if draft.telling else ""
         raise DataError(f"{rows.name}: found no input column beside the labels{told}")
@@ -309,6 +324,14 @@ class _Draft:
 
 def _is_event(name: str, guess: Guess, labels: Sequence[str]) -> bool:
     return name in labels or (guess.kind == "event" and not labels)
+
+
+def _if_number(column: pd.Series, label: str) -> str:
+    """What to do with a label that is a number."""
+    if not pd.api.types.is_numeric_dtype(column):
+        return ""
+    task = f"{{name: {plain(task_name(label))}, kind: regression, label: {plain(label)}}}"
+    return f"; a number is a regression task: leave --label {label} out, and uncomment or add - {task} under tasks"
 
 
 def _model(suits: Defaults) -> list[str]:

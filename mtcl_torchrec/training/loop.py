@@ -15,6 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
+from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.evaluation.metrics import Metrics, deciding, mean_auc, task_metrics
@@ -175,7 +176,7 @@ def fit(
             _let_go(pipeline)
             line, scalars = _judge_epoch(state, validation, config, where)
             said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
-            said += waiting_lines(state.history.waiting[-1])
+            said += waiting_lines(state.history.waiting[-1], streams=isinstance(rows, StreamRows))
             if len(state.history.epochs) == 1 and not config.watch:
                 said += _undecided(plain.tasks, state.history.epochs[0])
             state.position = state.position.next_epoch()
