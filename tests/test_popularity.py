@@ -20,6 +20,7 @@ from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_pr
 from mtcl_torchrec.evaluation.ranked import RankedRows, reward_of
 from mtcl_torchrec.report.contents import read_contents
 from mtcl_torchrec.report.facts import events
+from mtcl_torchrec.training.directory import RunWarning
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
 from mtcl_torchrec.training.run import train_run
@@ -151,6 +152,22 @@ def test_each_event_is_held_against_its_own_popularity(tmp_path):
     fused = sum(weights[task] * parts[task].to_numpy() if isinstance(parts[task], pd.Series)
                 else weights[task] * parts[task] for task in weights) / sum(weights.values())  # fmt: skip
     np.testing.assert_allclose(table.popular, fused, rtol=1e-4)
+    check_that_a_former_run_says_so(folder, table)
+
+
+def check_that_a_former_run_says_so(folder, table):
+    """A run from before: it kept no popularity of events, and calls popularity what is that of clicks."""
+    (folder / "catalogue/rates.parquet").unlink()
+    run = FinishedRun.load(folder)
+    raw = rows_of_split(load_run(folder / "run.yaml"), columns_needed(run), "test")
+    with pytest.warns(RunWarning, match="before it kept how popular items are for each event"):
+        assert "popularity" not in held_out_of(run, raw, session_minutes=0).rankings
+    assert "popularity" in events(read_contents(folder))[0].rankings
+    kept = table.frame[[column for column in table.frame if not column.startswith("popular.") and column != "popular"]]
+    write_predictions(folder / "predictions/test.parquet", dataclasses.replace(table, frame=kept))
+    former = read_contents(folder)
+    assert all("popularity" not in event.rankings for event in events(former))
+    assert any("held against no popularity" in line for line in former.missing)
 
 
 def test_a_file_from_before_each_event_had_its_own_is_read_without_popularity(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ _RATES, _USUAL, _KEY, _RATE = "rates.parquet", "usual_rates.json", "item", "rate
 
 @dataclass(frozen=True)
 class Popularity:
-    """How popular each item is for each event: (Σ wy + m·p̄) / (Σ w + m) over its training rows, m = `SMOOTHING`.
+    """How popular each item is for each event: (Σ wy + m·p̄) / (Σ w + m) over its training rows, m = `SMOOTHING`, with
+    weights w as in the loss, 1 on average.
 
     A share, not a count: how often an item was shown says less of whether it is liked.  Of a regression it is the
     item's smoothed mean label.  No item is popular for a class: of a multiclass task, the shares p̄ hold for all items.
@@ -55,7 +56,7 @@ class Popularity:
             items: (N,) keys, missing where the item is not known; see `known_items`.
             tasks: in the order of the labels; multiclass ones with their number of classes.
             labels: (N, T) as tasks learn them: NaN where missing or masked out.
-            weights: (N, T) of the rows in the losses; None where all are 1.
+            weights: (N, T) of the rows in the losses, of which only their ratios count; None where all are alike.
             smoothing: m.
         """
         codes, keys = pd.factorize(items)
@@ -67,6 +68,7 @@ class Popularity:
             mean = usual_rate(task, label, weight)
             usual[task.name] = mean.tolist()
             if task.kind != "multiclass":
+                weight = weight / (weight.mean() if weight.any() else 1.0)  # m is of rows as they are on average
                 at = codes[known] + 1  # the first is no item
                 sums, rows = (np.bincount(at, of, minlength=len(keys) + 1)[1:] for of in (weight * label, weight))
                 rates[task.name] = (sums + smoothing * float(mean)) / (rows + smoothing)

@@ -24,7 +24,7 @@ from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import item_numbers, read_by_gate
-from mtcl_torchrec.training.popularity import parts_of_popularity, rule_of
+from mtcl_torchrec.training.popularity import popularity_of_rows, rule_of
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -99,10 +99,7 @@ def held_out_of(
     needs_context = context or getattr(now, "needs_context", False)
     given, numbers = _chains(run)
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
-    popular: dict[str, np.ndarray] = {}
-    if run.catalogue is not None and run.catalogue.rates is not None and schema.item is not None:
-        by_event = run.catalogue.rates.of(rows.frame[schema.item])
-        popular = parts_of_popularity(run.catalogue.rates, by_event, run.model.tasks, encoded)
+    _, popular = popularity_of_rows(run.catalogue, run.model.tasks, rows, encoded, schema)
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),

@@ -41,7 +41,7 @@ from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import item_numbers
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.oracle import knowable_of
-from mtcl_torchrec.training.popularity import applied_rule, fuse_parts, part_of, parts_of_popularity, rule_of
+from mtcl_torchrec.training.popularity import applied_rule, fuse_parts, part_of, popularity_of_rows, rule_of
 from mtcl_torchrec.training.sharding import Ranks
 
 
@@ -186,12 +186,10 @@ def rows_predicted(
     """
     keys = _keys(preprocessor, raw, encoded, catalogue)
     declared = preprocessor.declared
-    if catalogue is not None and catalogue.rates is not None and declared.item is not None:
-        by_event = catalogue.rates.of(raw.frame[declared.item])
-        keys |= {POPULAR + name: of for name, of in by_event.items()}
-        if rule is not None:
-            parts = parts_of_popularity(catalogue.rates, by_event, tasks, encoded)
-            keys["popular"] = fuse_parts(rule, parts, raw, encoded, declared)
+    by_event, parts = popularity_of_rows(catalogue, tasks, raw, encoded, declared)
+    keys |= {POPULAR + name: of for name, of in by_event.items()}
+    if rule is not None and parts:
+        keys["popular"] = fuse_parts(rule, parts, raw, encoded, declared)
     same = {"user": declared.user, "item": declared.item, "request": declared.request, "time": declared.time}
     for column in segments:
         if same.get(column) == column or (column in keys and column not in raw.frame):
