@@ -98,7 +98,7 @@ def test_terminal_and_report_say_the_same(run):
     for c in found:
         assert f"{-c.difference:+.4f} ± {c.half:.4f}" in shown
     assert "report: cannot be judged, too few events (5)" in shown
-    assert any("report (too few events (5))" in line for line in good.sentences)
+    assert any("report, too few events (5)" in line for line in good.sentences)
 
 
 def test_showing_fewer_baselines_makes_no_difference_more_sure(run):

@@ -162,7 +162,7 @@ def test_baselines_have_intervals_and_are_marked(page):
     assert all("▲" in cell for cell in rows[1][1:4])
     assert rows[1][4:] == ["–", "–"]  # one score is no prediction of classes or numbers
     assert all("▲" in cell for cell in rows[2][1:])
-    assert page.tables["How the baselines were tuned"][-1] == ["trees", "–", "10", "3.0", "c 1"]
+    assert page.tables["How the baselines were tuned"][-1] == ["trees", "10", "3.0", "c 1"]
 
 
 def test_every_picture_is_there_with_words_for_it(page):
@@ -349,6 +349,47 @@ def test_rankings_within_requests_and_segments_of_metrics_json(made, tmp_path, f
     assert found.tables["AUC by hour"][0] == ["hour", "rows", "click", "like", "report"]
     assert found.tables["AUC by hour"][1:] == [["9 <am>", "1,234", "0.700", "–", "–"]]
     assert "AUC by items" in found.tables
+
+
+def test_a_segment_stands_there_once_and_says_where_nothing_is_sure(made, tmp_path, fast):
+    rare = {"value": 0.161, "half": None, "error": None, "events": 1, "unsure": "too few events (1)"}
+    sure = {"value": 0.7, "half": 0.02, "error": 0.01, "events": 900, "unsure": ""}
+    part = {"rows": 1400, "tasks": {}, "ranking": {}, "quality": {"click": sure, "like": rare}}
+
+    def judged(metrics):
+        metrics["evaluations"]["test"]["segments"] = {"item_seen": {"True": part}, "hour": {"0": part}}
+
+    found = read(edited(copied(made, tmp_path / "run"), judged))
+    captions = [caption for caption in found.tables if caption.startswith("AUC by ")]
+    assert captions == ["AUC by item_seen", "AUC by hour", "AUC by items"]
+    assert not any("not in training" in row[0] for row in found.tables["AUC by items"])
+    assert found.tables["AUC by hour"][1][:4] == ["0", "1,400", "0.700 ± 0.020 (900)", "0.161 (1: unsure)"]
+    assert "unsure (grey): too few events" in found.text
+
+
+@pytest.mark.parametrize(("rule", "said"), [(None, "F1"), ("accuracy", "accuracy"), ("youden", "Youden")])
+def test_the_rule_of_thresholds_is_said(made, tmp_path, fast, rule, said):
+    folder = copied(made, tmp_path / "run")
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump(run | ({"evaluation": {"threshold": rule}} if rule else {})))
+
+    def decided(metrics):
+        metrics["evaluations"]["test"]["tasks"]["click"] |= {"threshold": 0.3, "accuracy": 0.6, "majority": 0.8}
+
+    found = read(edited(folder, decided))
+    (caption,) = [caption for caption in found.tables if caption.startswith("Yes or no")]
+    assert said in caption
+    assert ("the accuracy is below that of always saying no" in found.text) == (rule != "accuracy")
+
+
+def test_one_row_is_said_as_one(made, tmp_path, fast):
+    def more(metrics):
+        metrics["evaluations"]["test"]["ranking"]["fused"] |= {"choice@1": 0.25, "value@1": 0.5}
+
+    found = read(edited(copied(made, tmp_path / "run"), more))
+    assert "What the first row of each request brings" in found.tables
+    assert "25% of the requests have more than one row to choose from" in found.text
+    assert "first 1" not in found.text
 
 
 def test_a_damaged_file_is_named(made, tmp_path, fast):

@@ -10,12 +10,15 @@ from sklearn.metrics import roc_auc_score
 
 from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of, gauc_estimate
 from mtcl_torchrec.evaluation.metrics import gauc
+from mtcl_torchrec.evaluation.naming import MEASURES, bounds_of
+from mtcl_torchrec.evaluation.ranking import Ranking
 from mtcl_torchrec.evaluation.rivals import Gap, sign_of
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.weights import influence_of
 from mtcl_torchrec.report.comparisons import Comparison
 from mtcl_torchrec.report.curves import precision_recall_points, reliability, roc_points
 from mtcl_torchrec.report.facts import Event, TaskFact
+from mtcl_torchrec.report.fusion_pictures import ends_of
 from mtcl_torchrec.report.fusion_verdict import what_does_fusion
 from mtcl_torchrec.report.influence import shares_of_ranking
 from mtcl_torchrec.report.sharing import do_tasks_help
@@ -182,7 +185,7 @@ def test_a_good_model_and_a_bad_one():
     assert (bad.tone, bad.short) == ("bad", "No: 1 of 3 tasks learnt")
     unknown = is_it_good([fact(auc=None, ne=None)], [], [])
     assert (unknown.tone, unknown.short) == ("unknown", "Not known")
-    assert "Cannot be judged, and left out below: like (no labels)." in said(
+    assert "Cannot be judged, and left out below: like, no labels." in said(
         is_it_good([GOOD, fact(task="like")], [], [])
     )
 
@@ -252,13 +255,13 @@ def test_of_what_cannot_be_judged_nothing_is_said():
     answer = is_it_good([GOOD, rare], compared, [*found, event("click", 0.1, 0.1)])
     assert answer.short == "Yes: no baseline is better"
     about = [line for line in answer.sentences if "rare" in line]
-    assert about == ["Cannot be judged, and left out below: rare (too few events (1))."]
+    assert about == ["Cannot be judged, and left out below: rare, too few events (1)."]
     assert "1 of 1 events come out better than by popularity (click)" in said(answer)
     alone = is_it_good([rare], compared, found)
     assert (alone.short, len(alone.sentences)) == ("Not known", 1)
     fused = what_does_fusion({"click": 0.9}, [*found, event("click", 0.1, 0.1)], True)
     assert fused.tone == "good"
-    assert [line for line in fused.sentences if "rare" in line] == ["Not judged: rare (too few)."]
+    assert [line for line in fused.sentences if "rare" in line] == ["Cannot be judged: rare, too few."]
 
 
 def test_words_for_separation_and_calibration():
@@ -302,7 +305,7 @@ def test_twins_of_classes_and_numbers_count_and_rare_events_do_not():
     assert "Better: taste (−0.0300 ± 0.0196 NE). Worse: minutes (−0.0500 ± 0.0196 R²). Of NE, less is better." in said(
         found
     )
-    assert "Cannot be judged: rare (too few events (2))." in said(found)
+    assert "Cannot be judged: rare, too few events (2)." in said(found)
     assert "Not compared" not in said(found)
     assert do_tasks_help([rare], [], [], names).short == "Not known: too few events"
 
@@ -366,6 +369,29 @@ def test_a_fusion_fitted_after_training_is_held_against_the_best_head():
     assert fitted.tone == "good"
     assert "Fitted for value@5, it is clearly better than the head of like alone" in said(fitted)
     assert what_does_fusion({"like": 1.0}, [], True, [worse], "value@5").tone == "bad"
+
+
+@pytest.mark.parametrize(("metric", "value"), [("auc", 0.99), ("auc", 0.01), ("r2", 0.99), ("ne", 0.01)])
+def test_bars_end_at_the_bounds_of_a_metric(metric, value):
+    low, high = bounds_of(metric)
+    below, above = ends_of(value, 0.02, metric)
+    assert value - below == pytest.approx(max(low, value - 0.0392))
+    assert value + above == pytest.approx(min(high, value + 0.0392))
+    assert ends_of(value, NAN, metric) == (0, 0)
+
+
+def test_the_glossary_says_what_is_computed():
+    """A request without the event counts in the rate of what is shown, and in no hit rate, recall, NDCG, MRR, MAP."""
+    ranking = Ranking(np.array([0, 0, 1, 2, 2]), np.array([0.9, 0.1, 0.5, 0.8, 0.7]))
+    labels = np.array([1.0, 0, 0, 0, 1])
+    said = {key: MEASURES[key].explained for key in ("rate", "hit", "recall", "ndcg", "mrr", "map")}
+    assert (labels * ranking.shown(1)).sum() / ranking.shown(1).sum() == pytest.approx(1 / 3)
+    assert "of all requests" in said.pop("rate")
+    assert np.nanmean(ranking.hit_at_k(labels, 1)) == 1 / 2
+    per_request = [ranking.hit_at_k(labels, 1), ranking.recall_at_k(labels, 1), ranking.ndcg_at_k(labels, 1),
+                   ranking.reciprocal_rank(labels), ranking.average_precision(labels)]  # fmt: skip
+    assert all(np.isnan(of).tolist() == [False, True, False] for of in per_request)
+    assert all("requests that have" in words for words in said.values())
 
 
 def test_one_epoch_has_one_tick():

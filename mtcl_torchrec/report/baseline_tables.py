@@ -78,9 +78,12 @@ def _tuning_table(run: RunContents) -> Table:
         trials = len(trials) if isinstance(trials, list) else trials
         how = str(of.get(TUNED) or (f"not tuned: {once[name]}" if name in once else "–"))
         rows.append([name, how, "–" if trials is None else str(trials), number(of.get("seconds"), 1), said or "–"])
+    columns = ["baseline", "how", "trials", "seconds", "settings"]
+    if all(row[1] == "–" for row in rows):
+        columns, rows = columns[:1] + columns[2:], [row[:1] + row[2:] for row in rows]
     known = {name: of for name, of in run.baselines.items() if isinstance(of, dict)}
     note = " ".join(f"{said[0].upper()}{said[1:]}." for said in said_of_score(known))
-    return Table("How the baselines were tuned", ["baseline", "how", "trials", "seconds", "settings"], rows, note)
+    return Table("How the baselines were tuned", columns, rows, note)
 
 
 def _settings(settings: Any) -> str:

@@ -121,8 +121,8 @@ def what_does_fusion(
         other = f"the head of {gap.task} alone" if gap.task else gap.against
         found = f"{words[sign_of(gap)]} {other} on rows left out ({signed(gap.difference)})"
         sentences.append(f"Fitted for {target}, it is {found}.")
-    if unsure := [f"{e.task} ({why})" for e in events if (why := next((g.unsure for g in e.gaps if g.unsure), ""))]:
-        sentences.append(f"Not judged: {listed(unsure)}.")
+    if unsure := [f"{e.task}, {why}" for e in events if (why := next((g.unsure for g in e.gaps if g.unsure), ""))]:
+        sentences.append(f"Cannot be judged: {'; '.join(unsure)}.")
     signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity" and not g.unsure]
     signs += [sign_of(gap) for gap in tried]
     if not signs:

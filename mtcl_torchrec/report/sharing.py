@@ -50,8 +50,8 @@ def do_tasks_help(
             sentences.append(f"{word}: {listed([f'{c.of} ({c.said()})' for c in of])}.")
     if any(c.metric == "ne" for c in twins):
         sentences.append("Of NE, less is better.")
-    if unsure := [f"{c.of} ({c.unsure})" for c in every if c.unsure]:
-        sentences.append(f"Cannot be judged: {listed(unsure)}.")
+    if unsure := [f"{c.of}, {c.unsure}" for c in every if c.unsure]:
+        sentences.append(f"Cannot be judged: {'; '.join(unsure)}.")
     if left := [task for task in tasks if task not in {c.of for c in every}]:
         sentences.append(f"Not compared: {listed(left)}.")
     if which := next((untuned[c.against] for c in every if c.against in untuned), ""):

@@ -122,14 +122,14 @@ def is_it_good(
     known = {f.task: better for f in facts if (better := learnt(f)) is not None}
     unknown = [fact for fact in facts if fact.task not in known]
     if not known:
-        why = [f"No task can be judged: {listed([_why_not(fact) for fact in unknown])}."] if unknown else []
+        why = [f"No task can be judged: {'; '.join(map(_why_not, unknown))}."] if unknown else []
         return Answer(question, "Not known", "unknown", why or ["No task has labels by which it could be judged."])
     good = [task for task, better in known.items() if better]
     sentences = [f"{_of(good, known)} predicted better than guessing."]
     if weak := [_weak(f) for f in facts if known.get(f.task) is False]:
         sentences[0] = f"{sentences[0][:-1]}; not clearly so {listed(weak)}."
     if unknown:
-        sentences.append(f"Cannot be judged, and left out below: {listed([_why_not(fact) for fact in unknown])}.")
+        sentences.append(f"Cannot be judged, and left out below: {'; '.join(map(_why_not, unknown))}.")
     sentences += [knowable] if knowable else []
     judged = [fact for fact in facts if fact.task in known]
     sentences += _separation(judged) + against_popularity([e for e in events if e.task in known])
@@ -155,7 +155,7 @@ def _count(good: Sequence[str], known: Collection[str]) -> str:
 def _why_not(fact: TaskFact) -> str:
     """A task that cannot be judged, and why, in a few words."""
     lacking = "no labels" if not fact.metrics.get("count") else "only one kind of label"
-    return f"{fact.task} ({fact.unsure or lacking})"
+    return f"{fact.task}, {fact.unsure or lacking}"
 
 
 def _weak(fact: TaskFact) -> str:
