@@ -13,6 +13,8 @@ What each one ranks by:
 - collaborative filtering: the best of item-kNN, ALS and BPR (`implicit`) on the validation split, each tuned with
   --trials trials for the click;
 - matrix factorisation: with biases, fitted to the label itself (`factorisation.py`), tuned likewise;
+- matrix factorisation, fused: one for the click and one for the conversion, each tuned, whose probabilities are fused
+  as those of the network's tasks are: what fusing does by itself;
 - one task: the run's network trained on the click alone; its probability of a click;
 - several tasks: the run itself; the same;
 - several tasks, fused: the same run; a weighted mean of its tasks whose weights `mtcl fuse` fits on the validation
@@ -57,6 +59,7 @@ from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.ranked import RankedRows
 from mtcl_torchrec.evaluation.thresholds import best_threshold
+from mtcl_torchrec.fusing import HeldOut, fit_fusion
 from mtcl_torchrec.training.directory import replace_file
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.held_out import columns_needed, rows_of_split
@@ -65,8 +68,10 @@ from mtcl_torchrec.training.run import train_run
 
 FILTERING = ("item_knn", "als", "bpr")
 SPLITS = ("val", "test")
+TARGET = "value@5"
 NETWORKS = ("one task", "several tasks", "several tasks, fused")
-FILTERS = ("collaborative filtering", "matrix factorisation")
+FUSED_FILTER = "matrix factorisation, fused"
+FILTERS = ("collaborative filtering", "matrix factorisation", FUSED_FILTER)
 SYSTEMS = ("random order", *FILTERS, *NETWORKS)
 EVENTS = {"kuairand": ("click", "like"), "movielens": ("liked", "loved")}
 COLUMNS = {
@@ -209,22 +214,28 @@ def measured(
     click, conversion = EVENTS[arguments.data]
     run = parse_run(dump_run(run))
     run.training.seed = seed
-    event = next(task for task in data.tasks if task.name == click)
     rows = {split: labelled(data, split) for split in SPLITS}
+    rates = {task: float(np.nanmean(rows["val"].labels(task))) for task in (click, conversion)}
+    values = {click: 1.0, conversion: arguments.worth or round(rates[click] / rates[conversion], 1)}
     scores: dict[str, dict[str, np.ndarray]] = {}
     if set(NETWORKS) & set(systems):
         for name, config, place in (("one task", alone(run, click), "one"), ("several tasks", run, "several")):
             train_run(config, folder / place, console=Console(quiet=True))
             scores[name] = {split: saved(folder / place, split).predicted(click) for split in SPLITS}
-        rates = {task: float(np.nanmean(rows["val"].labels(task))) for task in (click, conversion)}
-        worth = arguments.worth or round(rates[click] / rates[conversion], 1)
-        fuse(folder / "several", {click: 1.0, conversion: worth})
+        fuse(folder / "several", values)
         scores["several tasks, fused"] = fused_scores(folder / "several")
     if "collaborative filtering" in systems:
         scores["collaborative filtering"] = filtered(alone(run, click), folder, click, seed, arguments.trials)
-    if "matrix factorisation" in systems:
-        found = factorised(data, event, trials=arguments.trials, seed=seed)
-        scores["matrix factorisation"] = {split: found.predictions[split][click] for split in SPLITS}
+    if {"matrix factorisation", FUSED_FILTER} & set(systems):
+        events = [task for name in values for task in data.tasks if task.name == name]
+        found = {
+            task.name: factorised(data, task, trials=arguments.trials, seed=seed).predictions
+            for task in (events if FUSED_FILTER in systems else events[:1])
+        }
+        scores["matrix factorisation"] = {split: found[click][split][click] for split in SPLITS}
+        if FUSED_FILTER in systems:
+            parts = {split: {task: of[split][task] for task, of in found.items()} for split in SPLITS}
+            scores[FUSED_FILTER] = fused_parts(rows, parts, values)
     draw = np.random.default_rng(seed)
     scores["random order"] = {split: draw.random(len(rows[split])) for split in SPLITS}
     return {name: judged(rows, scores[name], click, conversion, arguments.k) for name in systems}
@@ -249,10 +260,32 @@ def saved(place: Path, split: str) -> PredictionsTable:
     return read_predictions(predictions_path(place, split))
 
 
+def fused_parts(
+    rows: dict[str, PredictionsTable], parts: dict[str, dict[str, np.ndarray]], values: dict[str, float]
+) -> dict[str, np.ndarray]:
+    """Split -> the score of a weighted mean of probabilities that is fitted on the validation split as `fuse` fits it.
+
+    Args:
+        parts: split -> task -> (N,) probabilities.
+    """
+
+    users = rows["val"].users
+    known = ~np.isnan(users)  # of somebody unknown there is no request
+    held_out = HeldOut(
+        {task: part[known] for task, part in parts["val"].items()},
+        {task: rows["val"].labels(task)[known] for task in values},
+        request=users[known].astype(np.int64),
+        user=users[known].astype(np.int64),
+    )
+    fitted = fit_fusion(held_out, values=values, target=TARGET, combiners=["weighted_mean"], front_points=0)
+    return {split: HeldOut(of, {}, request=np.arange(len(next(iter(of.values()))))).scores(fitted.fused_score)
+            for split, of in parts.items()}  # fmt: skip
+
+
 def fuse(folder: Path, values: dict[str, float]) -> None:
     """Fit the weights of a run's fused score, as a user would."""
     command = [sys.executable, "-m", "mtcl_torchrec", "fuse", str(folder), "--combiner", "weighted_mean",
-               "--target", "value@5", "--session-minutes", "0"]  # fmt: skip
+               "--target", TARGET, "--session-minutes", "0"]  # fmt: skip
     command += [f"--value={task}={value}" for task, value in values.items()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -320,7 +353,7 @@ def show(results: Sequence[dict[str, Any]], *, markdown: bool) -> None:
         lines = [[system, *(cell(of, system, key) for key in COLUMNS)] for system in SYSTEMS]
         for base in FILTERS:
             lines += [[f"{system}: gain over {base}", *(gain(of, system, key, base) for key in COLUMNS)]
-                      for system in NETWORKS]  # fmt: skip
+                      for system in (NETWORKS[-1:] if base == FUSED_FILTER else NETWORKS)]  # fmt: skip
         lines.append(["claimed gain", *(CLAIMS.get(key, "") for key in COLUMNS)])
         if markdown:
             columns = ["", *headings]

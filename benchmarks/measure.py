@@ -198,6 +198,7 @@ def in_process(
     threads: int | None = None,
     flags: Sequence[str] = (),
     ranks: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Line | None:
     """What ``script --worker WHAT --result FILE`` wrote there, run in a process of its own; None where it failed.
 
@@ -205,14 +206,15 @@ def in_process(
         threads: of OpenMP; None leaves it to the environment.
         flags: more options of the script.
         ranks: start so many processes by torchrun, of which the first writes; None starts one without it.
+        environment: variables added to those there are.
     """
     with tempfile.TemporaryDirectory(prefix="mtcl-benchmark-") as temporary:
         result, log = Path(temporary) / "result.json", Path(temporary) / "log.txt"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         command = [sys.executable, *torchrun, str(script), "--worker", json.dumps(what), "--result", str(result)]
         command += flags
-        environment = dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
-        run(command, log, timeout_s, environment)
+        told = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        run(command, log, timeout_s, os.environ | told | dict(environment or {}))
         if not result.exists():
             CONSOLE.print(log.read_text(errors="replace")[-3000:], markup=False)
             return None

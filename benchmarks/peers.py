@@ -34,10 +34,13 @@ from document import Table, median, ranged, ratios
 from measure import CONSOLE, Line, benchmark, figure, in_process, options, peak_rss, save
 from peer_cases import CASES, GROWING, Case, files_of
 
+from mtcl_torchrec.openmp import SPINS
+
 DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
 FASTER = ("ours_bf16", "ours_bf16_compiled")
 PEERS = ("torch-rechub", "deepctr-torch")
 COLOURS = {"ours": "#1f77b4", "ours_bf16": "#17becf", "ours_bf16_compiled": "#0b7285"}
+OURS = {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) else {"GOMP_SPINCOUNT": str(SPINS)}  # as `mtcl`
 SAME_SIZE = 0.02  # how far dense parameters may differ: the peers have a bias more in a gate, or none in a head
 
 
@@ -191,6 +194,7 @@ def main() -> int:
         result = in_process(
             Path(__file__).resolve(), what, timeout_s=given.timeout, threads=given.threads,
             flags=["--data", str(given.data)],
+            environment=OURS if what["contender"].startswith("ours") else {},
         )  # fmt: skip
         if result:
             CONSOLE.print(f"{what['case']}, {what['contender']}: {result['from_file_per_s']:,.0f} samples/s from file")

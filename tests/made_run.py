@@ -37,6 +37,8 @@ def table(rows=1500, seed=0, noise=0.3, tasks=TASKS, off=1.0, split="test"):
         "user": [f"u{u}" for u in user],
         "item": [f"i{i}" for i in item],
         "popularity": (80.0 - item).astype(np.float32),
+        "popular": (1 - item / 80).astype(np.float32),
+        **{f"popular.{task.name}": (1 - item / 80).astype(np.float32) for task in tasks if task.kind == "binary"},
         "item_seen": item < 75,
         "segment.hour": draw.integers(0, 3, rows),
     }
@@ -71,7 +73,7 @@ def evaluation(of, tasks=TASKS):
     """As metrics.json holds it, of a table."""
     predictions = {task.name: of.predicted(task.name) for task in tasks} | {"score": of.score}
     labels = np.stack([of.labels(task.name) for task in tasks], axis=1)
-    found = evaluate_predictions(tuple(tasks), predictions, labels, of.users, of.popularity, list(WEIGHTS))
+    found = evaluate_predictions(tuple(tasks), predictions, labels, of.users, of.popular_for, list(WEIGHTS))
     return finite({"kinds": found.kinds, "tasks": found.tasks, "ranking": found.ranking, "rows": found.rows})
 
 

@@ -144,3 +144,20 @@ def test_what_a_line_has_is_kept_and_what_it_lacks_is_measured(tmp_path, monkeyp
     said = capsys.readouterr().out
     assert "| matrix factorisation | 0.650 ± 0.071 |" in said
     assert "| several tasks: gain over matrix factorisation | +0.0% ± 0.0% |" in said
+
+
+def test_a_factorisation_of_each_event_is_fused_as_the_networks_tasks_are():
+    claims, draw = script("article_claims"), np.random.default_rng(0)
+    rows, parts = {}, {}
+    for split in claims.SPLITS:
+        users = np.repeat(np.arange(60.0), 12)
+        chances = {task: draw.random(len(users)) * most for task, most in (("click", 0.6), ("like", 0.2))}
+        labels = {task: (draw.random(len(users)) < of).astype(float) for task, of in chances.items()}
+        users[::40] = np.nan  # somebody unknown
+        rows[split] = SimpleNamespace(users=users, labels=labels.__getitem__)
+        parts[split] = chances
+    scores = claims.fused_parts(rows, parts, {"click": 1.0, "like": 3.0})
+    # Of true chances the values are the best weights, but for their scale.
+    best = parts["test"]["click"] + 3.0 * parts["test"]["like"]
+    assert np.corrcoef(scores["test"], best)[0, 1] > 0.98
+    assert ((scores["test"] >= 0) & (scores["test"] <= 1)).all()

@@ -145,8 +145,8 @@ def test_popularity_is_the_smoothed_mean_of_the_items_labels(data, raw, name):
     expected = []
     for item in raw["test"]["product_id"]:
         own = frame.loc[frame["product_id"] == item, "label"]
-        expected.append((own.sum() + 7 * prior) / (len(own) + 7))
-    found = popularity.fit_popularity(data, task, {"smoothing": 7.0})["test"][name]
+        expected.append((own.sum() + 20 * prior) / (len(own) + 20))
+    found = popularity.fit_popularity(data, task, popularity.USUAL)["test"][name]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

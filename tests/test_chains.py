@@ -484,7 +484,7 @@ def test_the_conditional_prediction_is_judged_where_the_parent_happened(capsys):
     labels = np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [NAN, 0.0]])
     predictions = {"click": np.array([0.8, 0.8, 0.1, 0.5]), "buy": np.array([0.4, 0.1, 0.0, 0.2])}
     predictions["buy|click"] = np.array([0.5, 0.3, 0.9, 0.9])
-    found = evaluate_predictions((CLICK, buy()), predictions, labels, None, None, ["buy"])
+    found = evaluate_predictions((CLICK, buy()), predictions, labels, None, {}, ["buy"])
     assert {name: m["count"] for name, m in found.tasks.items()} == {"click": 3, "buy": 4, "buy|click": 2}
     assert found.tasks["buy|click"]["auc"] == 1
     assert found.tasks["buy|click"]["calibration"] == pytest.approx(0.8)

@@ -203,6 +203,33 @@ def test_a_mistake_is_one_line_and_no_traceback(mtcl, tmp_path, change, says):
     assert not list(tmp_path.glob("runs/*"))  # a run that never began leaves nothing behind
 
 
+def test_what_was_given_in_place_of_what_a_command_takes_is_named(mtcl, log, tmp_path):
+    (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 4", "epochs: 1"))
+    shop.log(400).to_parquet(log, index=False)
+    said = one_line(mtcl("evaluate", "run.yaml", "--data", "log.parquet")[2])
+    assert "runs/ holds no finished run of it as it stands: mtcl train run.yaml makes one" in said
+    assert mtcl("train", "run.yaml", "--out", "runs/shop", "--device", "cpu")[0] == 0
+    for arguments, said in (
+        (["train", "runs/shop"], "runs/shop is a run, and mtcl train takes its YAML: mtcl train runs/shop/run.yaml"),
+        (["tune", "runs/shop"], "runs/shop is a run, and mtcl tune takes its YAML: mtcl tune runs/shop/run.yaml"),
+        (["train", "runs"], "runs is a folder, and mtcl train takes the YAML of a run; the runs in it: runs/shop"),
+        (["train", "log.parquet"], "mtcl init log.parquet > run.yaml writes one for it"),
+        (["evaluate", "log.parquet", "--data", "log.parquet"], "log.parquet is data, and mtcl evaluate takes"),
+        (["evaluate", "run.yaml", "--data", "log.parquet"], "its run is runs/shop: mtcl evaluate runs/shop"),
+        (["fuse", "run.yaml"], "run.yaml is a YAML; its run is runs/shop: mtcl fuse runs/shop"),
+        (["report", "run.yaml"], "run.yaml is a YAML; its run is runs/shop: mtcl report runs/shop"),
+        (["recommend", "run.yaml", "--user", "u1"], "its run is runs/shop: mtcl recommend runs/shop"),
+        (["compare", "run.yaml", "runs/shop"], "its run is runs/shop"),
+        (["report", "runs"], "runs is a folder of runs; name one of them: runs/shop"),
+        (["evaluate", "runs", "--data", "log.parquet"], "runs is a folder of runs"),
+    ):
+        status, shown, error = mtcl(*arguments)
+        assert (status, shown) == (2, ""), arguments
+        assert said in one_line(error), arguments
+    # What is said to go on does.
+    assert mtcl("train", "runs/shop/run.yaml", "--out", "runs/shop", "--resume", "--device", "cpu")[0] == 0
+
+
 def test_other_mistakes_are_one_line_too(mtcl, log, tmp_path):
     assert "no such file" in one_line(mtcl("train", "nowhere.yaml")[2])
     assert "nowhere: no run here, and no such file" in one_line(mtcl("recommend", "nowhere", "--user", "1")[2])

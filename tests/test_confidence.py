@@ -15,6 +15,7 @@ from test_resampling import made
 
 from mtcl_torchrec import Task
 from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.confidence import FEWEST, FEWEST_USERS, plus_minus, support_of
@@ -206,30 +207,38 @@ def test_popularity_is_a_share_that_counts_alone_do_not_tell():
     )
     features = [Feature(name=name, group=group, embedding_dim=4) for name, group in (("u", "user"), ("i", "item"))]
     schema = Schema(user="u", item="i", features=features, tasks=[CLICK])
+    clicks = rows[["click"]].to_numpy(float)
+    rates = Popularity.count(rows["i"], schema.tasks, clicks)
+    often, good, new = rates.of(pd.Series(["often", "good", "new"]))["click"]
     found = Catalogue.build(schema, {"u": "user", "i": "item"}, rows, rows[:0])
-    often, good, new = found.popularity_of(pd.Series(["often", "good", "new"]))
     assert found.popularity["often"] > found.popularity["good"]
     mean = 29 / 110
     assert (often, good, new) == pytest.approx(((20 + 20 * mean) / 120, (9 + 20 * mean) / 30, mean))
 
 
 def test_popularity_survives_saving(tmp_path):
-    series = pd.Series({"a": 3.0, "b": 0.0}, name="popularity").rename_axis("i")
-    shown = pd.Series({"a": 5.0, "b": 5.0}, name="shown").rename_axis("i")
-    frame = pd.DataFrame({"i": ["a", "b"]})
-    items = pd.Series(["b", "a", "z"])
-    for counted in (shown, None):
-        catalogue = Catalogue(frame, frame, {}, frame, series, shown=counted)
-        catalogue.save(tmp_path)
-        np.testing.assert_allclose(Catalogue.load(tmp_path).popularity_of(items), catalogue.popularity_of(items))
-    assert catalogue.popularity_of(items).tolist() == [0.0, 3.0, 0.0]
+    items = pd.Series(["a", "a", "b", None], name="i")
+    tasks = (CLICK, Task.regression("stars"), Task.multiclass("genre", 3))
+    labels = np.array([[1, 2.5, 0], [0, np.nan, 2], [1, 1.0, 2], [0, 3.0, np.nan]])
+    rates, asked = Popularity.count(items, tasks, labels), pd.Series(["b", "a", "z", None])
+    frame, series = pd.DataFrame({"i": ["a", "b"]}), pd.Series({"a": 1.0, "b": 1.0}, name="popularity")
+    for kept in (rates, None):
+        Catalogue(frame, frame, {}, frame, series.rename_axis("i"), rates=kept).save(tmp_path / str(kept is None))
+        read = Catalogue.load(tmp_path / str(kept is None)).rates
+        assert (read is None) == (kept is None)
+    read = Catalogue.load(tmp_path / "False").rates
+    assert read.usual == rates.usual
+    assert set(read.of(asked)) == {"click", "stars"}  # no item is popular for a class
+    for name, found in read.of(asked).items():
+        np.testing.assert_array_equal(found, rates.of(asked)[name])
+    assert read.of(asked)["stars"][2:] == pytest.approx([6.5 / 3] * 2)
 
 
 def test_the_fused_score_is_better_than_popularity_only_beyond_the_interval():
     table = made(users=400)
     random = np.random.default_rng(3).random(len(table))
     clusters = clusters_of(table)
-    (good,) = ranked_events(replaced(table, popular=random), ["click"], *clusters)
+    (good,) = ranked_events(replaced(table, **{"popular.click": random}), ["click"], *clusters)
     assert word_of(good.gap("popularity")) == "better"
     assert sign_of(good.gap("popularity", unwanted=True)) == -1
     draws = []
@@ -237,14 +246,14 @@ def test_the_fused_score_is_better_than_popularity_only_beyond_the_interval():
         users = np.random.default_rng(len(draws)).integers(0, clusters[1], clusters[1])
         rows = np.concatenate([np.flatnonzero(clusters[0] == user) for user in users])
         new = np.repeat(np.arange(len(users)), np.bincount(clusters[0])[users])
-        part = taken(replaced(table, popular=random), rows)
+        part = taken(replaced(table, **{"popular.click": random}), rows)
         (again,) = ranked_events(replaced(part, user=new), ["click"], new, len(users))
         draws.append(again.gap("popularity").difference)
     assert good.gap("popularity").error == pytest.approx(np.std(draws), rel=0.35)
-    close = replaced(table, popular=random, score=np.random.default_rng(4).random(len(table)))
+    close = replaced(table, **{"popular.click": random}, score=np.random.default_rng(4).random(len(table)))
     assert word_of(ranked_events(close, ["click"], *clusters)[0].gap("popularity")) == "too close to call"
     few = handful()
-    found = evaluate_table(replaced(few, popular=np.where(few.labels("buy") == 1, 1.0, 0.0)), k=[3])
+    found = evaluate_table(replaced(few, **{"popular.buy": np.where(few.labels("buy") == 1, 1.0, 0.0)}), k=[3])
     assert found.against_popularity["buy"]["fused_is"].startswith("too few events")
     shown = text_of(print_evaluation, found, "test")
     assert "fused is" in shown

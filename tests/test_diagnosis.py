@@ -65,7 +65,18 @@ LINES = [
         "like and click pull apart in 41% of steps (mean cosine of late −0.12)",
     ),
     (Balance(gradients=[agreement(-0.01, 0.98)]), "nothing stands out in the tasks' gradients"),
-    (Balance(gates=gates([0.5, 0.5], [0.5, 0.5], entropy=0.99)), "nothing stands out in the use of experts"),
+    (
+        Balance(gates=gates([0.5, 0.5], [0.5, 0.5], entropy=0.99)),
+        "the gates mix all experts evenly: so few steps may not teach them to choose",
+    ),
+    (  # one rule for all gates of a level: what they do on average
+        Balance(readings=85, gates=gates([0.25] * 4, entropy=0.974) + gates([0.25] * 4, entropy=0.971)),
+        "the gates mix all experts evenly: one larger expert may do as well",
+    ),
+    (
+        Balance(readings=50, gates=gates([0.25] * 4, entropy=0.98) + gates([0.25] * 4, entropy=0.95)),
+        "nothing stands out in the use of experts",
+    ),
     (Balance(gradients=[agreement(None, None)]), "nothing stands out in the tasks' gradients"),
     (
         Balance(gradients=[agreement(0.5, 0.0), agreement(-0.3, 0.8, cut="embeddings")]),
@@ -120,9 +131,9 @@ NOTHING = "nothing stands out in the tasks' validation metrics"
 METRICS = [
     ([{"like": auc(0.7)}], 1, "nothing stands out in the tasks' validation metrics"),
     ([{"like": auc(0.504)}], 1, "like is predicted no better than by chance (validation AUC 0.504)"),
-    ([{"like": {"r2": -0.2, "count": 9.0}}], 1, "like is predicted no better than by its mean (validation R² −0.20)"),
+    ([{"like": {"r2": -0.2, "count": 90.0}}], 1, "like is predicted no better than by its mean (validation R² −0.20)"),
     (
-        [{"like": {"ne": 1.1, "count": 9.0}}],
+        [{"like": {"ne": 1.1, "count": 90.0}}],
         1,
         "like is predicted no better than by its base rates (validation NE 1.10)",
     ),
@@ -132,7 +143,7 @@ METRICS = [
         "like and buy are predicted no better than by chance (validation AUC 0.480 to 0.504)",
     ),
     (
-        [{"stars": {"r2": -0.2, "count": 9.0}, "age": {"r2": -0.2, "count": 9.0}}],
+        [{"stars": {"r2": -0.2, "count": 90.0}, "age": {"r2": -0.2, "count": 90.0}}],
         1,
         "stars and age are predicted no better than by their means (validation R² −0.20)",
     ),
@@ -148,7 +159,7 @@ METRICS = [
     ),
     ([{"like": auc(0.75, 100.0)}, {"like": auc(0.7, 100.0)}], 2, "nothing stands out in the tasks' validation metrics"),
     ([{"like": auc(0.705)}, {"like": auc(0.7)}], 2, "nothing stands out in the tasks' validation metrics"),
-    ([{"like": {"auc": None, "count": 0.0}}], 1, "nothing stands out in the tasks' validation metrics"),
+    ([{"like": {"auc": None, "count": 0.0}}], 1, "validation cannot judge like (no label)"),
     ([{"like": auc(None)}, {"like": auc(0.7)}], 2, "nothing stands out in the tasks' validation metrics"),
 ]
 
@@ -168,7 +179,7 @@ METRICS += [
     ),
     ([{"buy": auc(0.6) | {"calibration": 0.5}}], 1,
      "buy is predicted 0.50 times as often as it came in validation; `calibration:` mends levels"),
-    ([{"buy": auc(0.6, 60.0) | {"calibration": 1.5}}], 1, NOTHING),  # 18 events: chance
+    ([{"buy": auc(0.6, 90.0) | {"calibration": 1.5}}], 1, NOTHING),  # 27 events: chance
     ([{"buy": auc(0.6) | {"calibration": 1.1, "ne": 0.99}}], 1, NOTHING),
     (
         [{"next": {"ne": 0.958}}, {"next": {"ne": 0.962}}, {"next": {"ne": 0.963}}],
@@ -192,7 +203,7 @@ def test_levels_that_calibration_mends_after_training_are_no_finding():
 
 
 def test_a_score_that_popularity_outranks_is_told():
-    kept = [{"click": auc(0.6), "share": auc(0.6), "rare": auc(0.6, 60.0), "next": {"ne": 0.9}}]
+    kept = [{"click": auc(0.6), "share": auc(0.6), "rare": auc(0.6, 90.0), "next": {"ne": 0.9}}]
     popular = {
         "click": {"metric": "gauc", "difference": -0.015, "fused_is": "worse"},
         "share": {"metric": "gauc", "difference": -0.02, "fused_is": "too close to call"},
@@ -239,9 +250,35 @@ def test_many_pairs_that_pull_apart_are_three_lines_and_a_list():
 
 def test_a_task_of_few_events_is_not_called_unlearnt():
     few = {"report": {"auc": 0.385, "count": 2400.0, "base_rate": 0.004}}
-    assert diagnose(Balance(), [few], 1) == ["report cannot be judged: validation has 10 of its events"]
+    assert diagnose(Balance(), [few], 1) == ["validation cannot judge report (10 events)"]
     many = {"report": {"auc": 0.5, "count": 240000.0, "base_rate": 0.004}}
     assert diagnose(Balance(), [many], 1) == ["report is predicted no better than by chance (validation AUC 0.500)"]
+
+
+def test_every_task_that_cannot_be_judged_is_named_and_is_in_no_other_finding():
+    kept = {
+        "late": {"auc": math.nan, "count": 6196.0, "base_rate": 0.0, "calibration": math.nan, "ne": math.nan},
+        "always": {"auc": None, "count": 6196.0, "base_rate": 1.0},
+        "flagged": {"auc": 0.99, "count": 6196.0, "base_rate": 15 / 6196, "ne": 1.3, "calibration": 4.0},
+        "subscribed": {"auc": 0.4, "count": 6196.0, "base_rate": 20 / 6196},  # as many as a judgement takes
+        "once": {"auc": 0.3, "count": 300.0, "base_rate": 299 / 300},
+        "minutes": {"r2": None, "count": 900.0, "base_rate": 3.0},
+        "next": {"ne": None, "count": 0.0},
+        "stars": {"r2": -1.0, "count": 19.0},
+    }
+    assert diagnose(Balance(), [kept], 1) == [
+        "subscribed is predicted no better than by chance (validation AUC 0.400)",
+        "validation cannot judge late (no event), always (no row without it), flagged (15 events), "
+        "once (1 row without it), minutes (one label throughout), next (no label) and stars (19 labels)",
+    ]
+    # What cannot be judged in the kept epoch is not said to have been better in another.
+    assert "was better" not in " ".join(diagnose(Balance(), [kept | {"once": auc(0.9)}, kept], 2))
+
+
+def test_what_is_in_doubt_comes_before_all_else():
+    lines = diagnose(Balance(gradients=[agreement(-0.2, 0.6, degenerate=0.9)]), [], 0, doubts=["b", "a"])
+    assert lines[:2] == ["b", "a"]
+    assert len(lines) == 4
 
 
 # ---------------------------------------------------------------- numbers
@@ -414,6 +451,6 @@ def test_a_run_says_it_writes_it_and_shows_it(tmp_path):
 
 
 def test_a_metric_that_is_not_defined_is_no_finding():
-    undefined, fine = {"a": {"auc": math.nan}}, {"a": {"auc": 0.7, "count": 10.0, "base_rate": 0.5}}
+    undefined, fine = {"a": {"auc": math.nan}}, {"a": {"auc": 0.7, "count": 50.0, "base_rate": 0.5}}
     for epochs in ([undefined], [undefined, fine], [fine, undefined]):
         assert diagnose(Balance(), epochs, len(epochs)) == ["nothing stands out in the tasks' validation metrics"]

@@ -124,7 +124,7 @@ def test_every_kind_of_task_is_judged_by_its_own_metric_and_frozen_once():
 
 
 RUN = """
-data: {train: log.parquet, val: log.parquet}
+data: {train: log.parquet, val: val.parquet}
 schema:
   features: [{name: item, group: item, embedding_dim: 4}]
   tasks: [{name: click, kind: binary}]
@@ -136,7 +136,8 @@ training: {epochs: 9, batch_size: 50, patience: 0, task_patience: 2}
 
 def test_training_stops_when_all_tasks_are_frozen(tmp_path):
     frame = pd.DataFrame({"item": [f"i{n % 7}" for n in range(100)], "click": [int(n % 3 == 0) for n in range(100)]})
-    frame.to_parquet(tmp_path / "log.parquet")
+    for name in ("log", "val"):
+        frame.to_parquet(tmp_path / f"{name}.parquet")
     run, said = parse_run(RUN, folder=tmp_path), io.StringIO()
     result = train_run(run, tmp_path / "run", device="cpu", console=Console(file=said, width=200))
     assert len(result.history.epochs) == 3  # the first is the best, of equal ones

@@ -60,7 +60,10 @@ def test_held_out_rows_are_the_runs_own_predictions_labels_and_requests(trained)
     of_item, usual = train.groupby("product_id")["click"].agg(["sum", "count"]), train["click"].mean()
     shares = (of_item["sum"] + 20 * usual) / (of_item["count"] + 20)
     expected = raw.frame["product_id"].map(shares).fillna(usual)
-    np.testing.assert_allclose(rows.rankings["popularity"], expected.to_numpy(), rtol=1e-6)
+    np.testing.assert_allclose(rows.popular["click"], expected.to_numpy(), rtol=1e-6)
+    weights, popular = {"click": 1, "buy": 3, "taste": 0.5, "stars": 0.5}, rows.popular  # as the shop fuses
+    fused = sum(weight * popular[task] for task, weight in weights.items()) / 5
+    np.testing.assert_allclose(rows.rankings["popularity"], fused, rtol=1e-5)
     assert run.model.output.fused_score is not None
 
 

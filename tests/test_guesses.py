@@ -1,5 +1,7 @@
 """What `mtcl init` takes columns for: from their names, and from what they hold."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.draft import draft_run
 from mtcl_torchrec.data.guesses import guess_roles, lengths_to_judge, request_sizes
+from mtcl_torchrec.schema import DataError
 
 
 def drafted(frame, tmp_path, **given):
@@ -67,6 +70,68 @@ def test_ids_without_telling_names_are_told_apart_by_how_long_they_stay(tmp_path
     found, text = drafted(frame, tmp_path)
     assert (found["schema"]["user"], found["schema"]["item"]) == ("a_id", "b_id")
     assert text.count("CHECK THIS, its name does not tell") == 2
+
+
+def podcasts(rows=3000, size=6):
+    """The shop's log under names that tell little."""
+    frame = requested(rows, size)
+    named = {"user_id": "listenerUUID", "product_id": "ep_guid", "request": "feedLoad#", "time": "evt_ts"}
+    frame = frame.rename(columns={**named, "click": "didTap", "buy": "flagged"})
+    frame["feedLoad#"] = "fl" + frame["feedLoad#"].astype(str)
+    frame["didTap"] = frame["didTap"].astype(bool)
+    frame["slot_idx"] = np.arange(rows) % size
+    frame["ipw"] = np.clip(1 / (1.2 - 0.07 * frame["slot_idx"]), 0.5, 5)
+    frame["fold"] = np.random.default_rng(3).integers(0, 6, rows)
+    frame["legacy_score"] = np.nan
+    frame["minutes"] = np.random.default_rng(4).exponential(9, rows)
+    return frame
+
+
+def test_odd_names_are_guessed_from_what_they_hold(tmp_path):
+    found, text = drafted(podcasts(), tmp_path)
+    schema = found["schema"]
+    assert [schema.get(role) for role in ("user", "item", "time", "request")] == [
+        "listenerUUID", "ep_guid", "evt_ts", "feedLoad#",
+    ]  # fmt: skip
+    assert "CHECK THIS, its name does not tell; each is of one listenerUUID" in text
+    assert "CHECK THIS, its name does not tell; the only id of many users" in text
+    names = [feature["name"] for feature in schema["features"]]
+    assert not {"feedLoad#", "ipw", "fold", "didTap", "legacy_score"} & set(names)
+    assert [task["name"] for task in schema["tasks"]] == ["didTap", "flagged"]
+    assert found["fusion"]["weights"]["flagged"] < 0 < found["fusion"]["weights"]["didTap"]
+    assert "#   ipw: a weight, by its name: a task may count rows by it, with sample_weight: ipw" in text
+    assert "#   fold: a fold of a split" in text
+
+
+def test_a_property_of_the_user_is_no_visit_and_no_event(tmp_path):
+    frame = podcasts()
+    frame["device"] = [f"{user}-{n % 2}" for n, user in enumerate(frame["listenerUUID"])]  # of one user, for long
+    frame["opened"] = frame["ep_guid"].str[1:].astype(int) % 2  # of the item: known before
+    found, _ = drafted(frame.drop(columns="feedLoad#"), tmp_path)
+    assert "request" not in found["schema"]
+    assert "device" in [feature["name"] for feature in found["schema"]["features"]]
+    assert "opened" not in [task["name"] for task in found["schema"]["tasks"]]
+
+
+def test_a_request_of_many_users_is_doubted(tmp_path):
+    assert (
+        "CHECK THIS, rows of several values of listenerUUID are in one request"
+        in (drafted(podcasts(), tmp_path, request="slot_idx")[1])
+    )
+    assert "rows of several" not in drafted(podcasts(), tmp_path, request="feedLoad#")[1]
+
+
+def test_a_label_that_cannot_be_one_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match="--label legacy_score: it has no value at all"):
+        drafted(podcasts(), tmp_path, labels=["legacy_score"])
+    with pytest.raises(DataError) as error:
+        drafted(podcasts(), tmp_path, labels=["minutes"])
+    task = re.search(
+        r"a regression task: leave --label minutes out, and uncomment or add (- .*) under tasks", str(error.value)
+    )
+    text = drafted(podcasts(), tmp_path)[1]
+    assert f"# {task[1]}" in text
+    parse_run(text.replace(f"# {task[1]}", task[1]))
 
 
 def test_outcomes_are_no_inputs_and_are_offered_as_tasks(tmp_path):

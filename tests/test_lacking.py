@@ -54,13 +54,14 @@ def test_the_remedy_fits_what_the_column_is(tmp_path, monkeypatch, text, said):
 
 def test_a_stream_and_prepare_say_it_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shop.log(200).to_parquet("log.parquet")
+    for name in ("log", "val"):
+        shop.log(200).to_parquet(f"{name}.parquet")
     run = parse_run(with_feature(HISTORY))
     with pytest.raises(DataError, match=r"histories: \[{feature: clicked, where: \[click\]}\]"):
         prepare_files(run, tmp_path / "out", print)
     text = with_feature(HISTORY).split("statistics:")[0].replace(
         "data: {log: log.parquet, val_fraction: 0.15, test_fraction: 0.15}",
-        "data: {train: log.parquet, val: log.parquet, stream: true}",
+        "data: {train: log.parquet, val: val.parquet, stream: true}",
     )  # fmt: skip
     run = parse_run(text + "model:" + shop.RUN.split("model:")[1])
     with pytest.raises(DataError, match="build it of the log with histories"):

@@ -252,7 +252,7 @@ def test_rankings_are_measured_by_the_events_of_the_score():
     predictions = {"click": scores, "helper": scores, "score": scores}
 
     users = user_groups(schema, pd.DataFrame({"u": draw.integers(0, 4, 60)}))
-    got = evaluate_predictions(schema.tasks, predictions, labels, users, popularity, ["click"])
+    got = evaluate_predictions(schema.tasks, predictions, labels, users, {"click": popularity}, ["click"])
     assert got.ranking["fused"] == {
         "auc click": auc(labels[:, 0], scores), "gauc click": gauc(labels[:, 0], scores, users),
     }  # fmt: skip

@@ -27,7 +27,8 @@ def frame(rows=20, **columns):
         {
             "user": draw.integers(0, 4, rows), "item": draw.integers(0, 5, rows),
             "label.click": draw.integers(0, 2, rows).astype(float), "p.click": draw.random(rows),
-            "score": draw.random(rows), "popularity": draw.integers(0, 9, rows).astype(float), **columns,
+            "score": draw.random(rows), "popularity": draw.integers(0, 9, rows).astype(float),
+            "popular": draw.random(rows), "popular.click": draw.random(rows), **columns,
         }
     )  # fmt: skip
 
@@ -150,10 +151,10 @@ def test_headings_are_as_wide_as_the_screen_and_one_event_has_one_row():
     tasks = (Task.binary("click"), Task.binary("match", label="click"), Task.binary("like"))
     y = np.tile([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]], (4, 1))
     p = {task.name: np.linspace(0.1, 0.9, 8) for task in tasks} | {"score": np.linspace(0, 1, 8)}
-    found = evaluate_predictions(tasks, p, y, None, np.arange(8.0), [task.name for task in tasks])
+    found = evaluate_predictions(tasks, p, y, None, {t.name: np.arange(8.0) for t in tasks}, [t.name for t in tasks])
     out = io.StringIO()
     print_evaluation(found, "test split", Console(file=out, width=80))
     lines = out.getvalue().splitlines()
-    at = lines.index("The same rows ranked by the fused score and by popularity")
+    at = lines.index("The same rows ranked by the fused score and by each event's popularity")
     assert [line.split("  ")[0] for line in lines[at + 2 :]] == ["click, match", "like"]
     assert {"auc match", "auc click"} <= set(found.ranking["fused"])  # the numbers stay as they are

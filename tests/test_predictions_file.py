@@ -182,9 +182,12 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
         train = parts["train"].frame
         clicks = train.groupby("product_id")["click"].sum()
         np.testing.assert_array_equal(table.popularity, raw.frame["product_id"].map(clicks))
-        shown, usual = train.groupby("product_id")["click"].count(), train["click"].mean()
-        shares = raw.frame["product_id"].map((clicks + 20 * usual) / (shown + 20)).fillna(usual)
-        np.testing.assert_allclose(table.popular, shares, rtol=1e-6)
+        weight = train["age"] / train["age"].mean()  # clicks count as the loss weighs them
+        shown, weighed = (of.groupby(train["product_id"]).sum() for of in (weight, weight * train["click"]))
+        usual = weighed.sum() / shown.sum()
+        shares = raw.frame["product_id"].map((weighed + 20 * usual) / (shown + 20)).fillna(usual)
+        np.testing.assert_allclose(table.popular_for["click"], shares, rtol=1e-6)
+        assert set(table.popular_for) == {"click", "buy", "stars"}
         assert table.frame["user_seen"].tolist() == raw.frame["user_id"].isin(train["user_id"]).tolist()
         assert table.frame["segment.age"].tolist() == raw.frame["age"].tolist()
         assert table.values == {"click": 1, "stars": 0.5}

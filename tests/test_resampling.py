@@ -1,6 +1,7 @@
 """Draws of users against copies of their rows, intervals that cover, and runs compared on the same rows."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.details import print_details, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
+from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
@@ -309,6 +311,60 @@ def test_runs_are_compared_on_the_command_line(mtcl, tmp_path):  # noqa: F811
         status, _, error = mtcl("compare", *arguments)
         assert status == 2
         assert said in one_line(error)
+
+
+def told_rows(shown):
+    """Name -> the figures of its row, of a comparison that was printed."""
+    row = r"(\S.*?)  +(-?\d+\.\d{4}|–)  +(-?\d+\.\d{4}|–)  +([+-]\d.*?\d|–)  +(\d\.\d{4}|–)(?:  +(\w*))? *"
+    found = [re.fullmatch(row, line) for line in shown.splitlines()]
+    return {parts[1]: [part or "" for part in parts.groups()[1:]] for parts in found if parts is not None}
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "140", None])
+def test_a_comparison_is_told_whole_on_any_screen(mtcl, tmp_path, monkeypatch, columns):  # noqa: F811
+    """Not a figure is cut, at 80 columns or in a pipe, and all of them stand in one line with what they are of."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    for name, skill in (("a", 0.5), ("b", 2.0)):
+        table = made(users=60, skill=skill)
+        buys = table.frame.index[table.frame["label.buy"] == 1]
+        table.frame.loc[buys[9:], "label.buy"] = 0  # nine events: nothing is sure
+        write_predictions(tmp_path / f"{name}.parquet", table)
+    status, shown, error = mtcl("compare", "a.parquet", "b.parquet", "--draws", "20", "--k", "3", "--json", "c.json")
+    assert (status, error) == (0, "")
+    tables = [line for line in shown.splitlines() if re.search(r"\d\.\d{4}", line)]
+    assert max(map(len, tables)) <= int(columns or 110)
+    assert "…" not in shown
+    stored = {
+        (d["metric"] if d["of"] == "ranking" else f"{d['of']} {d['metric']}"): d
+        for d in json.loads((tmp_path / "c.json").read_text())["against"]["b.parquet"]
+    }
+    rows = told_rows(shown)
+    assert len(rows) == len(stored)
+    for named, key in (("click AUC", "click auc"), ("value@3", "value@3"), ("NDCG@3 of click", "ndcg@3 click")):
+        a, b, apart, p, better = rows[named]
+        d = stored[key]
+        assert (a, b, p) == (f"{d['a']:.4f}", f"{d['b']:.4f}", f"{d['p_holm']:.4f}")
+        assert apart == f"{d['difference']:+.4f} ± {(d['high'] - d['low']) / 2:.4f}"
+        assert better == ("B" if d["p_holm"] < 0.05 else "")
+    assert rows["buy AUC"][-1] == "unsure"
+    assert "unsure: too few events (9), of buy " in shown
+    assert "worth click 1, buy 4, for all runs: as a.parquet (A) says" in shown
+    shown = mtcl("compare", "b.parquet", "a.parquet", "--draws", "20", "--k", "3", "--value", "buy=2")[1]
+    assert "worth buy 2, for all runs: as --value says" in shown
+
+
+def test_names_wrap_where_figures_need_the_room(capsys):
+    rows = [["a task with a very long name", "0.1234", "+0.1234 ± 0.0123", "equal"]]
+    for width in (80, 40, 30, 20, 10):
+        print_columns(Console(width=width), "", ["task", "A", "B - A", "better"], rows)
+        shown = capsys.readouterr().out
+        for figure in rows[0][1:]:
+            assert figure in shown
+        assert "…" not in shown
+        assert re.sub(r"\s", "", rows[0][0]) in re.sub(r"[\s\d.+±-]|equal", "", shown)
+        assert len(shown.splitlines()) > 3 or width == 80
 
 
 def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811

@@ -17,7 +17,7 @@ from mtcl_torchrec.training.run_data import load_data
 from mtcl_torchrec.training.sharding import Ranks, ranks
 from mtcl_torchrec.training.waiting import TimedBatches, share_waited
 
-TOLD = "of the epoch went into waiting for data"
+TOLD = "of the epoch went into putting batches together"
 
 
 class SlowRows:

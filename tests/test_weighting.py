@@ -401,7 +401,7 @@ def test_two_ranks_weigh_and_train_as_one(on_two_ranks):
 
 
 RUN = """
-data: {train: log.parquet, val: log.parquet}
+data: {train: log.parquet, val: val.parquet}
 schema:
   features: [{name: user_id, group: user, embedding_dim: 4}, {name: genre, group: item, embedding_dim: 4}]
   tasks: [{name: click, kind: binary}, {name: buy, kind: binary, mask: click, weight: 0.5},
@@ -416,6 +416,7 @@ training: {epochs: 1, batch_size: 16, warmup_steps: 2, log_every: 3, checkpoint:
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weighting")
     shop.log(300).to_parquet(folder / "log.parquet", index=False)
+    shop.log(300, seed=1).to_parquet(folder / "val.parquet", index=False)
     return folder
 
 

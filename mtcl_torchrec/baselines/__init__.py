@@ -1,5 +1,6 @@
 """What a run is compared with: popularity, collaborative filtering, linear models, trees, and its own network taken
-apart; all of them tuned on the validation split with the same budget."""
+apart; tuned on the validation split with the same budget each, but for the network, whose trials are trainings and are
+counted apart."""
 
 from typing import TYPE_CHECKING
 

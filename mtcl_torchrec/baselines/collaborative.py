@@ -18,7 +18,6 @@ from scipy.stats import loguniform
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from mtcl_torchrec.baselines.popularity import USUAL as POPULARITY
 from mtcl_torchrec.baselines.popularity import item_means
 from mtcl_torchrec.baselines.rows import BaselineData, BaselineRows
 from mtcl_torchrec.baselines.search import Predictions, Settings
@@ -155,7 +154,7 @@ def as_probabilities(data: BaselineData, task: Task, score: Scorer) -> Predictio
     happened, _ = events(data, task)
     users_known = np.diff(happened.indptr) > 0
     items_known = np.bincount(happened.indices, minlength=data.num_items) > 0
-    popular = item_means(data, task, POPULARITY["smoothing"])
+    popular = item_means(data, task)
 
     def known(rows: BaselineRows) -> np.ndarray:
         return (

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from mtcl_torchrec.baselines.popularity import prior_of
 from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.encoding import FeatureEncoder
-from mtcl_torchrec.data.labels import requests_of
-from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, WeightedMean, fuse
-from mtcl_torchrec.modules.heads import in_unit_interval
+from mtcl_torchrec.modules.fusion import DenseNumber
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.fitted_fusion import build_fitted, fitted_config
-from mtcl_torchrec.training.fused import build_fused_score, is_learned, item_numbers
+from mtcl_torchrec.training.fused import item_numbers
+from mtcl_torchrec.training.popularity import applied_rule, fuse_parts, gives_way, part_of
 
 
 def score_of(
@@ -26,9 +24,8 @@ def score_of(
 ) -> tuple[nn.Module, str]:
     """The fused score that all baselines rank by, and what is to be said of it.
 
-    It is the one that the run ranks by now, so that they compare: fitted after training, or else as declared.  One that
-    reads inputs of the model, or learnt in training, gives way to the weighted mean of the declared weights, or of all
-    binary tasks where there are none.
+    It is the one that the run ranks by now, so that they compare, and by which its popularity is fused; see
+    `mtcl_torchrec.training.popularity.applied_rule`.
 
     Args:
         folder: the run directory, where there is one.
@@ -37,15 +34,13 @@ def score_of(
     Raises:
         DataError: what was fitted is damaged.
     """
-    fitted, said = None if folder is None else fitted_config(folder), stand_in(run, folder)
-    if said:
-        weights = (fitted or run.fusion).weights  # type: ignore[union-attr]
-        return (WeightedMean(weights) if weights else build_fused_score(None, tasks)), said
-    if fitted is not None:
-        assert folder is not None
-        assert encoder is not None
-        return build_fitted(folder, fitted, tasks, encoder, {}), ""
-    return build_fused_score(run.fusion, tasks), ""
+    config = None if folder is None else fitted_config(folder)
+    if config is None or config.features:
+        fitted = None if config is None else (config, nn.Identity())  # it gives way, unbuilt
+        return applied_rule(run.fusion, tasks, encoder=encoder, fitted=fitted)
+    assert folder is not None
+    assert encoder is not None
+    return applied_rule(run.fusion, tasks, fitted=(config, build_fitted(folder, config, tasks, encoder, {})))
 
 
 def stand_in(run: RunConfig, folder: Path | None = None) -> str:
@@ -55,17 +50,7 @@ def stand_in(run: RunConfig, folder: Path | None = None) -> str:
         folder: the run directory, where there is one.
     """
     fitted = None if folder is None else fitted_config(folder)
-    config = fitted or run.fusion
-    if config is None:
-        return ""
-    if config.numbers or config.features:
-        why = "reads inputs of the model"
-    elif fitted is None and is_learned(config):
-        why = "is a module of its own" if config.import_path is not None else "learns along with the model"
-    else:
-        return ""
-    of = "of its weights" if config.weights else "of the binary tasks"
-    return f"the run's fused score ({config.kind}) {why}: baselines rank by the weighted mean {of} instead"
+    return gives_way(fitted or run.fusion, fitted=fitted is not None)
 
 
 def numbers_of(run: RunConfig, folder: Path, encoder: FeatureEncoder) -> dict[str, DenseNumber]:
@@ -85,34 +70,12 @@ def fused_score(
 
     Those enter as what a model without inputs would predict: the training split's base rate, shares of classes or mean.
     """
-    rows, parts, lacking = data.held_out[split], dict[str, torch.Tensor](), list[str]()
+    encoded, parts, lacking = data.encoded[split], dict[str, np.ndarray](), list[str]()
     for task in (t for t in data.tasks if t.name in fused.tasks):  # type: ignore[operator]
         found = predictions.get(task.name)
         if found is None:
             lacking.append(task.name)
             prior = prior_of(data, task).astype(np.float32)
-            found = np.broadcast_to(prior, (len(rows), *prior.shape))
-        own = None
-        if task.kind == "multiclass":
-            feature = task.item_class or (task.name if task.name in rows.ids else None)
-            own = None if feature is None else torch.from_numpy(_single(data, split, feature))
-        predicted = torch.from_numpy(np.array(found, np.float32))
-        parts[task.name] = in_unit_interval(task, predicted, own).clamp(0, 1)
-    requests = data.encoded[split].requests
-    if requests is None and getattr(fused, "within_request", False):  # fitted after training, which compared no rows
-        schema = data.preprocessor.declared
-        requests = requests_of(data.raw[split], schema.request_column or schema.user)
-    context = RowContext(torch.zeros(len(rows), 0), {}, requests)
-    with torch.no_grad():
-        return fuse(fused, parts, context).numpy(), lacking
-
-
-def _single(data: BaselineData, split: str, feature: str) -> np.ndarray:
-    """(N,) the one value of each row; of a bag, the first, and -1 of an empty one."""
-    rows = data.held_out[split]
-    if feature in rows.ids:
-        return rows.ids[feature]
-    values, lengths = rows.bags[feature]
-    starts = np.cumsum(lengths) - lengths
-    padded = np.r_[values, -1]
-    return np.where(lengths > 0, padded[np.minimum(starts, len(values))], -1)
+            found = np.broadcast_to(prior, (len(encoded), *prior.shape))
+        parts[task.name] = part_of(task, np.array(found, np.float32), encoded)
+    return fuse_parts(fused, parts, data.raw[split], encoded, data.preprocessor.declared), lacking

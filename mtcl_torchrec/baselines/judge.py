@@ -97,5 +97,5 @@ class Judge:
         return rows_predicted(
             data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
             {**predictions, "score": score}, split=split, values=worth_of(self.run),
-            fused=self.fused.tasks, numbers=self.numbers,  # type: ignore[arg-type]
+            fused=self.fused.tasks, numbers=self.numbers, rule=self.fused,  # type: ignore[arg-type]
         )  # fmt: skip

@@ -146,8 +146,7 @@ def _already_unweighted(run: RunConfig) -> str:
 # In the order of `ABOUT`.
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
-        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, popularity.SPACE,
-        needs=("item",),
+        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, {}, needs=("item",),
     ),
     "item_knn": _collaborative(
         ABOUT["item_knn"], _alone(collaborative.fit_knn),

@@ -1,4 +1,4 @@
-"""The run's own architecture without what makes it multi-task collaborative: a network for each task, or plain sums."""
+"""The run's own architecture without what makes it multi-task collaborative: a network a task, or equal weights."""
 
 from __future__ import annotations
 
@@ -200,7 +200,9 @@ def _changed(run: RunConfig, tasks: Sequence[Task]) -> RunConfig:
     training = raw.setdefault("training", {})
     if set(names) != {task.name for task in run.data_schema.tasks}:
         weighed = [task.name for task in tasks if task.weight > 0]
-        training["watch"] = [name for name in training.get("watch", []) if name in weighed] or weighed
+        training["watch"] = [name for name in training.get("watch", []) if name in weighed]
+        if not training["watch"] and len(weighed) < len(tasks):
+            training["watch"] = weighed
     training.pop("task_patience", None)
     model = raw.get("model", {})
     if not any(task.in_trunk for task in tasks):

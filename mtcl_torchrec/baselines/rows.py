@@ -15,6 +15,7 @@ from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import ids_of
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.parquet import ParquetFiles
+from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_splits
 from mtcl_torchrec.data.splits import Splits, load_splits
@@ -70,6 +71,11 @@ class BaselineRows:
             items=items,
         )
 
+    @property
+    def known_items(self) -> pd.Series:
+        """(N,) numbers of items, missing where they are not in the training rows."""
+        return pd.Series(self.items).where(self.items != UNKNOWN)
+
     def at(self, positions: np.ndarray) -> BaselineRows:
         """The rows at `positions`, in their order."""
         bags = {}
@@ -103,6 +109,7 @@ class BaselineData:
         preprocessor: fitted on the whole training split.
         tasks: the run's tasks, classes and scales known.
         catalogue: of a run in memory with user and item.
+        popularity: by number of the item, of the whole training split, where that is in memory, or else of the sample.
         total: rows of the whole training split.
         splits: as they were loaded, for networks.
         designs: matrices that several trials share, by whoever makes them.
@@ -115,6 +122,7 @@ class BaselineData:
     preprocessor: Preprocessor
     tasks: tuple[Task, ...]
     catalogue: Catalogue | None
+    popularity: Popularity
     total: int
     splits: Splits
     designs: dict[Any, Any] = field(default_factory=dict)
@@ -170,16 +178,25 @@ def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say, loaded: Run
     sizes = [len(encoded), *(len(rows) for rows in splits.raw.values())]
     users = _numbered(run.data_schema, run.data_schema.user, frames, sizes)
     items = _numbered(run.data_schema, run.data_schema.item, frames, sizes)
-    train = BaselineRows.of(encoded, users[0], items[0])
+    train, tasks = BaselineRows.of(encoded, users[0], items[0]), preprocessor.encoder.resolved_tasks()
+    popularity = Popularity.count(train.known_items, tasks, train.labels, train.weights)
     if len(train) > max_rows:
         kept = np.random.default_rng(seed).choice(len(train), max_rows, replace=False)
         train = train.at(np.sort(kept))
     held_out = {
         name: BaselineRows.of(rows, users[i], items[i]) for i, (name, rows) in enumerate(splits.encoded.items(), 1)
     }
-    tasks = preprocessor.encoder.resolved_tasks()
     return BaselineData(
-        train, held_out, splits.encoded, splits.raw, preprocessor, tasks, splits.catalogue, total, splits
+        train,
+        held_out,
+        splits.encoded,
+        splits.raw,
+        preprocessor,
+        tasks,
+        splits.catalogue,
+        popularity,
+        total,
+        splits,
     )
 
 

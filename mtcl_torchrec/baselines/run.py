@@ -25,7 +25,7 @@ from mtcl_torchrec.baselines.store import FOLDER, found_before, judged_by, key_o
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
-from mtcl_torchrec.evaluation.metrics import mean_auc, task_metrics
+from mtcl_torchrec.evaluation.metrics import deciding, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
@@ -295,7 +295,7 @@ def _one(
         searched[title] = found
         trials = f"{len(found.trials)} trial{'s' * (len(found.trials) != 1)}"
         own = " (not tuned: the run's own settings)" * (baseline.network and len(found.trials) == 1)
-        told.say(f"{name}: {title}, {trials}{own}, {found.seconds:.1f} s, {_shown(unit, found)}")
+        told.say(f"{name}: {title}, {trials}, {found.seconds:.1f} s, {_shown(unit, found)}{own}")
         for split, of_split in found.predictions.items():
             predictions.setdefault(split, {}).update(of_split)
     return {
@@ -365,10 +365,9 @@ def _searched(
 
 def _quality(job: Job, unit: Sequence[Task], predictions: dict[str, Any]) -> float:
     """On the validation split: AUC, 1 - NE or R² of a task; of several, the mean of those that the run watches."""
-    watched = [task for task in unit if task.name in job.run.training.watch] or list(unit)
     rows = job.data.held_out["val"]
-    metrics = {t.name: task_metrics(t, rows.labels[:, job.data.column(t)], predictions[t.name]) for t in watched}
-    return mean_auc(watched, metrics)
+    metrics = {t.name: task_metrics(t, rows.labels[:, job.data.column(t)], predictions[t.name]) for t in unit}
+    return mean_auc([t for t in unit if t.name in job.run.training.watch] or deciding(unit, metrics), metrics)
 
 
 def _shown(unit: Sequence[Task], found: Found) -> str:

@@ -21,7 +21,7 @@ from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.judging import predictions_path, worth_of
 
 FOLDER = "baselines"
-_FORMAT = 3  # part of every key: what another version found is searched for again
+_FORMAT = 4  # part of every key: what another version found is searched for again
 # Of a configuration, what no prediction of a baseline hangs on: networks are trained without it, too.
 _JUDGES = {"name", "evaluation", "fusion", "calibration", "balance"}
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import Device
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.unfinished import unfinished_line
 
 if TYPE_CHECKING:
@@ -91,29 +91,6 @@ def holds_json_with(*keys: str) -> Callable[[Path], bool]:
     return is_one
 
 
-def check_run(folder: Path) -> None:
-    """See that a run is there, before torch is loaded.
-
-    Raises:
-        DataError: there is none.
-    """
-    if not (folder / "run.yaml").is_file():
-        raise DataError(f"{folder}: no run here (run.yaml is missing)")
-
-
-def check_model(places: list[Path]) -> None:
-    """See that runs, or a file that one was exported to, are there, before torch is loaded.
-
-    Raises:
-        DataError: one is not.
-    """
-    for place in places:
-        if not place.exists():
-            raise DataError(f"{place}: no run here, and no such file")
-        if place.is_dir():
-            check_run(place)
-
-
 def check_files(run: RunConfig) -> None:
     """See that the run's rows are there, before torch is loaded.
 
@@ -128,8 +105,10 @@ def check_files(run: RunConfig) -> None:
 
 
 def screen() -> Console:
-    """A console wide enough for the tables when the output is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    """A console as wide as the terminal, or as COLUMNS says; wide enough for most tables when the output is a file or a
+    pipe."""
+    told = os.environ.get("COLUMNS", "").isdigit()
+    return Console() if told or sys.stdout.isatty() else Console(width=110)
 
 
 def note_if_unfinished(run: FinishedRun, *folders: Path) -> None:

@@ -10,8 +10,8 @@ import typer
 
 from mtcl_torchrec.baselines.entries import ABOUT, FILE, NETWORKS, read_entries
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
+from mtcl_torchrec.cli.arguments import check_run, read_run_yaml
 from mtcl_torchrec.cli.stopping import if_stopped
-from mtcl_torchrec.config import load_run
 from mtcl_torchrec.config.commands import BASELINE_ROWS
 from mtcl_torchrec.schema import ConfigError
 
@@ -80,7 +80,9 @@ def baselines(
     if run_yaml is None:
         raise ConfigError("which run is it to be compared with?  mtcl baselines run.yaml, or mtcl baselines RUN_DIR")
     is_run = run_yaml.is_dir()
-    run = load_run(run_yaml / "run.yaml" if is_run else run_yaml)
+    if is_run:
+        check_run(run_yaml, "baselines")
+    run = read_run_yaml(run_yaml / "run.yaml" if is_run else run_yaml, "baselines")
     if list_:
         _list(out or (run_yaml if is_run else _alone(run)), console)
         return

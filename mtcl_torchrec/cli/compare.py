@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtcl_torchrec.cli.app import app, check_target, holds_json_with, say_unfinished, screen
+from mtcl_torchrec.cli.arguments import YAML, check_run
 from mtcl_torchrec.cli.fuse import task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
 from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import replace_file
-from mtcl_torchrec.training.unfinished import unfinished_line
+from mtcl_torchrec.training.directory import METRICS, replace_file
+from mtcl_torchrec.training.unfinished import is_begun, unfinished_line
 
 if TYPE_CHECKING:
     from mtcl_torchrec.evaluation.compare import Difference
@@ -72,6 +73,9 @@ def compare(
     for run in runs:
         if run not in there:
             say_unfinished(run, "it is shown beside the others, and is not in the comparison")
+    for run in there:
+        for doubt in _doubts(run):
+            console.print(f"WARNING: {run}: {doubt}", highlight=False, markup=False, soft_wrap=True)
     first = _read(there[0], split)
     values = task_numbers(value, "--value") if value else None
     lengths = list(dict.fromkeys(k or _lengths(there[0])))
@@ -84,6 +88,13 @@ def compare(
         )  # fmt: skip
         print_differences(found[str(run)], names, console)
         console.print()
+    if any(d.metric.startswith("value@") for of in found.values() for d in of):
+        whose = "as --value says" if values else f"as {there[0]} (A) says; --value TASK=NUMBER for others"
+        shown = ", ".join(f"{task} {number:g}" for task, number in (values or first.values).items())
+        console.print(
+            f"value@k: what happened to the rows that are shown, worth {shown}, for all runs: {whose}.\n",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     if write is not None:
         content = {run: [asdict(difference) for difference in of] for run, of in found.items()}
         replace_file(write, json.dumps(finite({"a": str(there[0]), "split": split, "against": content}), indent=1))
@@ -91,6 +102,12 @@ def compare(
         compared = from_differences(list(found.values())) if len(there) == len(runs) else None
         said = f"The runs side by side: {compare_html(runs, compared, page)}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _doubts(run: Path) -> list[str]:
+    """What training has found that puts a run's figures in doubt."""
+    path = run / METRICS
+    return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", [])) if path.is_file() else []
 
 
 def _lengths(run: Path) -> list[int]:
@@ -110,6 +127,8 @@ def _read(run: Path, split: str) -> PredictionsTable:
     from mtcl_torchrec.training.judging import predictions_path
 
     path = predictions_path(run, split) if run.is_dir() else run
+    if (run.is_dir() and not is_begun(run)) or run.suffix.lower() in YAML:
+        check_run(run, "compare")
     if run.is_dir() and not path.is_file():
         if line := unfinished_line(run):
             raise DataError(f"no predictions for {split} of {run} to compare yet: {line}")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, check_model, newer_files, note_if_unfinished
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished
+from mtcl_torchrec.cli.arguments import check_model
 from mtcl_torchrec.config.commands import Compile, TablePrecision
 from mtcl_torchrec.schema import ConfigError
 
@@ -37,7 +38,7 @@ def export(
     if out.exists() and (out.is_dir() or not overwrite):
         raise ConfigError(f"{out} stands there already; choose another name" + (" or --overwrite" * out.is_file()))
     newer = newer_files(contents, items)
-    check_model(run_dir)
+    check_model(run_dir, "export")
     from mtcl_torchrec.serving.export import export_run
     from mtcl_torchrec.training.ensemble import load_ensemble
     from mtcl_torchrec.training.finished import FinishedRun

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
 from mtcl_torchrec.baselines.entries import FILE as BASELINES
-from mtcl_torchrec.cli.app import app, check_run, note_if_unfinished, screen
+from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
+from mtcl_torchrec.cli.arguments import check_run
 from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import RunConfig, load_run
 from mtcl_torchrec.config.commands import SESSION_MINUTES, USUAL_COMBINERS, Search
@@ -151,7 +152,7 @@ def fuse(
         return
     if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
         raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
-    check_run(run_dir)
+    check_run(run_dir, "fuse")
     if_stopped(f"{run_dir} ranks as before")
     from mtcl_torchrec.cli.fitted import print_fitted, print_former, print_test
     from mtcl_torchrec.training.finished import FinishedRun
@@ -191,7 +192,9 @@ def fuse(
         reads_context = getattr(before, "needs_context", False)
         judged = _held_out(run, run_dir, None, "test", session_minutes, context=reads_context)
         if before is not None:
-            judged.rankings["as it was"] = judged.scores(before)
+            judged = judged.with_ranking("as it was", judged.scores(before))
+        if run.model.output.fused_score is not None:
+            judged = judged.with_popularity(run.model.output.fused_score)
         print_test(run, judged, values, target, console)
     if not dry_run:
         _judge_anew(run_dir, console)
@@ -358,8 +361,7 @@ def _reset(folder: Path, console: Console, dry_run: bool) -> None:
     from mtcl_torchrec.training.fitted_fusion import DECLARED, reset_fusion
 
     fitted = readable_folder(folder / FUSION) / DECLARED
-    if not (folder / "run.yaml").is_file():
-        raise DataError(f"{folder}: no run here (run.yaml is missing)")
+    check_run(folder, "fuse")
     if not fitted.is_file():
         raise ConfigError(f"--reset: {folder} ranks by the fusion of its run.yaml already, no other was fitted")
     kept = None if dry_run else reset_fusion(folder)

@@ -60,6 +60,9 @@ def init(
         # Paths in a YAML start at its own folder.
         paths = files if out is None else [os.path.relpath(f, out.resolve().parent) for f in files]
         text = draft_run(files, written_as=paths, user=user, item=item, time=time, request=request, labels=label or [])
+    for line in text.splitlines():
+        if "CHECK THIS" in line or "CHANGE THIS" in line:  # what stands in a file is easily overlooked
+            typer.echo(f"mtcl: {' '.join(line.split())}", err=True)
     if out is None:
         typer.echo(text, nl=False)
     else:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mtcl_torchrec.cli.app import app, screen
-from mtcl_torchrec.config import load_run
+from mtcl_torchrec.cli.arguments import read_run_yaml
 from mtcl_torchrec.training.planning.hardware import KNOWN
 
 
@@ -33,7 +33,7 @@ def plan(
     Needs no GPU and no data.  Memory and times are estimates from datasheets.  Exit status 1: it does not fit.
     """
     console = screen()
-    run = load_run(run_yaml)
+    run = read_run_yaml(run_yaml, "plan")
     from mtcl_torchrec.training.finished import FinishedRun
     from mtcl_torchrec.training.planning.offline import parse_rows, plan_offline
     from mtcl_torchrec.training.planning.report import print_plan

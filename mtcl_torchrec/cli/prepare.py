@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mtcl_torchrec.cli.app import app, check_files, screen
-from mtcl_torchrec.config import load_run
+from mtcl_torchrec.cli.arguments import read_run_yaml
 
 
 @app.command()
@@ -22,7 +22,7 @@ def prepare(
     histories' events themselves, and a run.yaml that uses both: `mtcl train OUT/run.yaml` then gives the same model as
     the original YAML without counting again, also as a stream (data: {stream: true}).
     """
-    console, run = screen(), load_run(run_yaml)
+    console, run = screen(), read_run_yaml(run_yaml, "prepare")
     check_files(run)
     from mtcl_torchrec.data.prepare import prepare_files
 

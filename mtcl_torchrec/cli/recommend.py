@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, check_model, newer_files, note_if_unfinished, screen
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files, note_if_unfinished, screen
+from mtcl_torchrec.cli.arguments import check_model
 from mtcl_torchrec.config import DataConfig
 from mtcl_torchrec.schema import ConfigError
 
@@ -60,7 +61,7 @@ def recommend(
         if not equals or not name:
             raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
         given[name.strip()] = value.strip()
-    check_model(run_dir)
+    check_model(run_dir, "recommend")
     from mtcl_torchrec.cli.titles import read_titles
     from mtcl_torchrec.serving.recommender import Recommender
 

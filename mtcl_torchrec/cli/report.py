@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mtcl_torchrec.cli.app import app, check_run, say_unfinished
+from mtcl_torchrec.cli.app import app, say_unfinished
+from mtcl_torchrec.cli.arguments import check_run
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.unfinished import is_begun
 
@@ -34,7 +35,7 @@ def report(
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name the file, such as {out / 'report.html'}")
     if not is_begun(run_dir):
-        check_run(run_dir)
+        check_run(run_dir, "report")
     if (run_dir / "run.yaml").is_file():
         say_unfinished(run_dir, "the report is of what there is")
     path = _written(run_dir, Console(stderr=True), out, png=png, baselines=baselines)

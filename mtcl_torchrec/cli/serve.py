@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, check_model, newer_files
+from mtcl_torchrec.cli.app import ContentsOption, ItemsOption, app, newer_files
+from mtcl_torchrec.cli.arguments import check_model
 from mtcl_torchrec.schema import ConfigError
 
 
@@ -43,7 +44,7 @@ def serve(
     being dropped: found by looking, on SIGHUP, or on POST /reload.  GET /healthz, /metrics (Prometheus), /openapi.json
     and /docs.  SIGTERM finishes what is in flight.
     """
-    check_model(run_dir)
+    check_model(run_dir, "serve")
     from mtcl_torchrec.serving.recommender import Recommender
 
     try:

@@ -15,12 +15,12 @@ from mtcl_torchrec.cli.app import (
     DeviceOption,
     app,
     check_files,
-    check_run,
     check_target,
     holds_json_with,
     note_if_unfinished,
     screen,
 )
+from mtcl_torchrec.cli.arguments import check_run, read_run_yaml
 from mtcl_torchrec.cli.stopping import if_stopped
 from mtcl_torchrec.config import EvaluationConfig, RunConfig, load_run
 from mtcl_torchrec.config.evaluation import MIN_DRAWS
@@ -54,7 +54,7 @@ def train(
     if resume and out is None:
         raise ConfigError("--resume needs --out: the run directory to go on with")
     existing: Existing = "resume" if resume else "overwrite" if overwrite else "refuse"
-    run = load_run(run_yaml)
+    run = read_run_yaml(run_yaml, "train")
     check_files(run)
     from mtcl_torchrec.training.run import train_run
     from mtcl_torchrec.training.sharding import ranks
@@ -103,7 +103,7 @@ def evaluate(
         raise ConfigError(f"--bootstrap: fewer than {MIN_DRAWS} draws say nothing of an interval; 0 is none")
     check_target(write, "--json", holds_json_with("tasks", "ranking", "rows"))
     check_run(run_dir)
-    from mtcl_torchrec.data.source import column_names, find_files, read_rows
+    from mtcl_torchrec.data.source import column_names, find_files
     from mtcl_torchrec.evaluation.details import print_details, print_segments
     from mtcl_torchrec.evaluation.judged import evaluate_table
     from mtcl_torchrec.evaluation.knowable import print_knowable
@@ -113,6 +113,7 @@ def evaluate(
     from mtcl_torchrec.training.finished import FinishedRun
     from mtcl_torchrec.training.judging import evaluation_as_json, fused_tasks, rows_predicted_by, thresholds_of
     from mtcl_torchrec.training.oracle import knowable_of, truth_columns
+    from mtcl_torchrec.training.other_rows import other_rows
 
     check_target(save, "--save", is_predictions)
     run, console = FinishedRun.load(run_dir), screen()
@@ -123,21 +124,23 @@ def evaluate(
     there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
     _check_segments(config, there)
     wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
-    columns = list(dict.fromkeys([*run.preprocessor.columns(statistics=False), *config.columns(), *wanted]))
-    raw = run.preprocessor.conform(read_rows(data, columns))
+    others = other_rows(run.preprocessor, data, there, [*config.columns(), *wanted])
+    raw = others.rows
     note_if_unfinished(run, run_dir)
+    for line in others.lines:
+        typer.echo(f"mtcl: --data: {line}", err=True)
     _note_known(load_run(run_dir / "run.yaml"), raw)
     table = rows_predicted_by(run, raw, batch_size=batch_size, split=", ".join(data), segments=config.columns())
-    table = replace(table, thresholds=thresholds_of(run_dir))
+    table = others.judged(replace(table, thresholds=thresholds_of(run_dir)))
+    judged = [name for name in fused_tasks(run.model) if name in {task.name for task in table.tasks}]
     result = evaluate_table(
-        table, fused_tasks=fused_tasks(run.model), k=config.k, segments=apart, bootstrap=bootstrap,
-        seed=run.config.training.seed,
-    )  # fmt: skip
+        table, fused_tasks=judged, k=config.k, segments=apart, bootstrap=bootstrap, seed=run.config.training.seed
+    )
     print_evaluation(result, ", ".join(data), console)
     if (verdict := verdict_of(table, config.k)) is not None:
         for line in verdict_lines(verdict, "on these rows"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if run.config.data.synthetic is not None:
+    if run.config.data.synthetic is not None and not others.lacking:
         result.knowable = knowable_of(run.config, run.model, raw, run.preprocessor.encode(raw), table)
         print_knowable(result.knowable, console)
     if every:
@@ -163,12 +166,11 @@ def _check_segments(config: EvaluationConfig, there: Collection[str]) -> None:
 
 def _note_known(config: RunConfig, rows: Rows) -> None:
     """Say so, where the run was trained on some of the rows that it is judged by."""
-    from mtcl_torchrec.training.known_rows import trained_on
+    from mtcl_torchrec.training.known_rows import said_of_known, trained_on
 
     seen = trained_on(config, rows)
     if seen is not None and seen.any():
-        what = f"--data: {seen.sum():,} of {len(rows):,} rows are rows that the run was trained on"
-        typer.echo(f"mtcl: {what}; what follows is too good to be true", err=True)
+        typer.echo(f"mtcl: --data: {said_of_known(seen)}", err=True)
 
 
 def show(result: RunResult, console: Console) -> None:

@@ -9,8 +9,8 @@ import typer
 import yaml
 
 from mtcl_torchrec.cli.app import DeviceOption, app, screen
+from mtcl_torchrec.cli.arguments import read_run_yaml
 from mtcl_torchrec.cli.stopping import if_stopped
-from mtcl_torchrec.config import load_run
 from mtcl_torchrec.config.commands import Pruner
 
 
@@ -65,7 +65,7 @@ def tune(
     """
     from mtcl_torchrec.training.tuning import Space, default_space, read_space
 
-    run = load_run(run_yaml)
+    run = read_run_yaml(run_yaml, "tune")
     tuning = read_space(space) if space is not None else run.tuning
     values = tuning.space if tuning is not None else {}
     named = objective or (tuning.objective if tuning is not None else None)

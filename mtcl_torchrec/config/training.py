@@ -197,7 +197,8 @@ class TrainingConfig(Part):
         task_patience: freeze a task after this many epochs in which its own validation metric has not improved: it no
             longer moves what the tasks share, while the others go on; 0 never does.  Training stops when all are
             frozen.  Which epoch is kept is still decided by the mean.
-        watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task.
+        watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task with at
+            least 20 events, and 20 rows without, in the validation split.
         id_dropout: id feature -> share of the training rows in which it is unknown, so that the model learns to do
             without it, as it must for users and items that training never met: what else is known of them (text,
             semantic ids, attributes) then speaks.  Each epoch draws anew.

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.data.columns import as_text, canonical, column_of
-from mtcl_torchrec.data.popularity import mean_rate, smoothed_rates
+from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.data.source import Rows, time_values
 from mtcl_torchrec.data.vectors import checked_keys
 from mtcl_torchrec.schema import ConfigError, DataError, Group, Schema
@@ -32,12 +32,13 @@ class Catalogue:
             was built from the log (``histories:``), else that of their last row.
         context: context column -> most frequent value (of a number: the median) in the training split.
         seen: user and item columns, one row per pair in the log.
-        popularity: item -> positive labels of the first binary task in the training split.
-        shown: item -> labels of it there, positive or not; None where no task is binary, or that was not kept.
+        popularity: item -> positive labels of the first binary task in the training split, of which novelty is
+            reckoned, and segments; without a binary task, its rows.
         end: time of the log's last row, which the ages in histories are reckoned from; None where there are none.
         trained_users: users of the training split, (U,); None where that was not kept.
         joined: the last so many items came by `with_items`.
         repeated: keys of items that `with_items` was given and the catalogue had already.
+        rates: what ranks by popularity, of each event; None where that was not kept.
     """
 
     users: pd.DataFrame
@@ -49,7 +50,7 @@ class Catalogue:
     trained_users: np.ndarray | None = None
     joined: int = 0
     repeated: tuple[Any, ...] = ()
-    shown: pd.Series | None = None
+    rates: Popularity | None = None
 
     @classmethod
     def build(cls, schema: Schema, groups: dict[str, Group], train: pd.DataFrame, later: pd.DataFrame) -> Catalogue:
@@ -84,10 +85,9 @@ class Catalogue:
             context[column] = _plain(usual)
         first = next((t for t in schema.tasks if t.kind == "binary"), None)
         if first is None:
-            popularity, shown = train.groupby(schema.item).size(), None
+            popularity = train.groupby(schema.item).size()
         else:
-            labels = pd.to_numeric(train[first.label_column], errors="coerce").groupby(train[schema.item])
-            popularity, shown = labels.sum(), labels.count().astype("float64").rename("shown")
+            popularity = pd.to_numeric(train[first.label_column], errors="coerce").groupby(train[schema.item]).sum()
         return cls(
             users=latest(schema.user, "user"),
             items=latest(schema.item, "item"),
@@ -95,7 +95,6 @@ class Catalogue:
             seen=log[[schema.user, schema.item]].dropna().drop_duplicates().reset_index(drop=True),
             popularity=popularity.astype("float64").rename("popularity"),
             trained_users=train[schema.user].dropna().drop_duplicates().to_numpy(),
-            shown=shown,
         )
 
     def with_items(self, rows: Rows) -> Catalogue:
@@ -121,17 +120,6 @@ class Catalogue:
         new = self.item_positions(more[key].tolist()) < 0
         items = pd.concat([self.items, more[new]], ignore_index=True) if new.any() else self.items
         return replace(self, items=items, joined=int(new.sum()), repeated=tuple(more[key][~new].tolist()))
-
-    def popularity_of(self, items: pd.Series) -> np.ndarray:
-        """(N,) float64: what ranks by popularity, the smoothed share of an item's training rows in which the first
-        binary task's event happened (`mtcl_torchrec.data.popularity`); of an item without any, the mean share.  Without
-        a binary task, in how many rows it was.
-        """
-        if self.shown is None:
-            return items.map(self.popularity).fillna(0.0).to_numpy(dtype=np.float64)
-        usual = mean_rate(self.popularity, self.shown)
-        rates = smoothed_rates(self.popularity, self.shown)
-        return items.map(rates).astype("float64").fillna(usual).to_numpy(dtype=np.float64)
 
     def known_user(self, text: str) -> object | None:
         """The user whose key reads as `text`, or None."""
@@ -160,8 +148,9 @@ class Catalogue:
         self.users.to_parquet(folder / "users.parquet", index=False)
         self.items.to_parquet(folder / "items.parquet", index=False)
         self.seen.to_parquet(folder / "seen.parquet", index=False)
-        kept = self.popularity.to_frame() if self.shown is None else self.popularity.to_frame().join(self.shown)
-        kept.reset_index().to_parquet(folder / "popularity.parquet", index=False)
+        self.popularity.to_frame().reset_index().to_parquet(folder / "popularity.parquet", index=False)
+        if self.rates is not None:
+            self.rates.save(folder)
         (folder / "context.json").write_text(json.dumps(self.context, indent=1))
         if self.trained_users is not None:
             pd.DataFrame({"user": self.trained_users}).to_parquet(folder / "trained_users.parquet", index=False)
@@ -182,7 +171,7 @@ class Catalogue:
             popularity=popularity["popularity"],
             end=json.loads(end.read_text()) if end.is_file() else None,
             trained_users=pd.read_parquet(trained)["user"].to_numpy() if trained.is_file() else None,
-            shown=popularity.get("shown"),
+            rates=Popularity.load(folder),
         )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
+from mtcl_torchrec.data.alone import ALMOST, above_median, auc_alone, codes_of_column, some_rows
 from mtcl_torchrec.data.defaults import Defaults, defaults_for
 from mtcl_torchrec.data.guesses import (
     SEPARATORS,
@@ -28,7 +31,19 @@ from mtcl_torchrec.schema import DataError, nearest
 
 SAMPLE_ROWS = 200_000
 _MOST_KINDS = 50  # of items, that a user has met often enough to say what they think of one
-UNWANTED_WORDS = ("hate", "hide", "report", "skip", "dislike", "block", "unfollow", "unsubscribe", "refund", "return")
+UNWANTED_WORDS = (
+    "hate",
+    "hide",
+    "report",
+    "skip",
+    "dislike",
+    "block",
+    "unfollow",
+    "unsubscribe",
+    "refund",
+    "return",
+    "flag",
+)
 _ROLES = {
     "user": "who it is about: GAUC, recommend --user",
     "item": "what is ranked",
@@ -69,16 +84,22 @@ def draft_run(
     # A named label is no user or item, whatever it is called.
     roles = guess_roles(frame.drop(columns=list(labels)), user=user, item=item, time=time, request=request)
     draft = _Draft(rows, frame, roles, written_as or paths)
-    for name in names:
-        if name not in (roles.time, roles.request):
-            draft.take(name, guess_column(frame, name, roles), labels)
+    guesses = {name: guess_column(frame, name, roles) for name in names if name not in (roles.time, roles.request)}
+    for told in (True, False):  # labels first: what tells one of them by itself is no feature
+        for name, guess in guesses.items():
+            if (_is_event(name, guess, labels) or guess.kind == "outcome") == told:
+                draft.take(name, guess, labels)
     if not draft.events and not draft.outcomes:
         raise DataError(f"{rows.name}: found no 0/1 column that looks like an event; name them with --label")
     for label in labels:
+        if frame[label].isna().all():
+            raise DataError(f"{rows.name}: --label {label}: it has no value at all, there is nothing to learn")
         if not is_binary(frame[label]):
-            raise DataError(f"{rows.name}: {label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere")
+            what = f"{label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere"
+            raise DataError(f"{rows.name}: {what}{_if_number(frame[label], label)}")
     if not draft.features:
-        raise DataError(f"{rows.name}: found no input column beside the labels")
+        told = f" and what tells them by itself ({', '.join(draft.telling)})" if draft.telling else ""
+        raise DataError(f"{rows.name}: found no input column beside the labels{told}")
     return draft.text()
 
 
@@ -95,18 +116,22 @@ class _Draft:
     features: list[str] = field(default_factory=list)
     kinds_of_item: list[str] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
+    telling: dict[str, str] = field(default_factory=dict)
     maybe_events: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def take(self, name: str, guess: Guess, labels: Sequence[str]) -> None:
         """Put a column where it belongs."""
         column = self.frame[name]
-        if name in labels or (guess.kind == "event" and not labels):
+        if _is_event(name, guess, labels):
             self.events.append(name)
         elif guess.kind == "useless":
             self.left_out.append((name, guess.why))
         elif guess.kind == "outcome":
             self.outcomes.append((name, guess.why))
+        elif told := self._tells(name, guess):
+            line = _feature_line(column, name, guess, self._defaults().most_dims)
+            self.telling[name] = f"{line}   # {told}"
         elif guess.kind == "feature":
             line = _feature_line(column, name, guess, self._defaults().most_dims)
             self.features.append(line)
@@ -117,6 +142,34 @@ class _Draft:
             self.maybe_events.append(name)
         elif guess.kind == "unsure":
             self.unsure.append(_feature_line(column, name, guess, self._defaults().most_dims))
+
+    def _tells(self, name: str, guess: Guess) -> str:
+        """Which label a column tells almost by itself; empty where it tells none, or who or what it is about."""
+        if name in (self.roles.user, self.roles.item) or guess.kind not in ("feature", "unsure"):
+            return ""
+        if is_binary(self.frame[name]) and guess.kind == "unsure":
+            return ""  # an event itself, perhaps
+        codes, lengths = codes_of_column(self._looked_at[name], guess.separator)
+        found = {label: auc_alone(event, codes, lengths) for label, event in self._labels.items()}
+        most = max(found, key=lambda label: np.nan_to_num(found[label]), default=None)
+        if most is None or not found[most] >= ALMOST:
+            return ""
+        return f"tells {task_name(most)} almost by itself (AUC {found[most]:.2f}): known only afterwards?"
+
+    @cached_property
+    def _looked_at(self) -> pd.DataFrame:
+        """Some rows, in order of time."""
+        frame = self.frame.iloc[some_rows(len(self.frame))]
+        return frame if self.roles.time is None else frame.sort_values(self.roles.time, kind="stable")
+
+    @cached_property
+    def _labels(self) -> Mapping[str, np.ndarray]:
+        """Label -> (N,) 0 or 1, NaN where not known; of a number, whether it is above its median."""
+        numbers = {
+            name: self._looked_at[name].to_numpy(dtype=np.float64, na_value=np.nan)
+            for name in self.events or [name for name, _ in self.outcomes]
+        }
+        return numbers if self.events else {name: above_median(values) for name, values in numbers.items()}
 
     def text(self) -> str:
         """The YAML."""
@@ -187,6 +240,9 @@ class _Draft:
                 "    # never if they are its outcome (watch time, amount paid):",
             ]
             lines += [f"    # - {line}" for line in self.unsure]
+        if self.telling:
+            lines.append("    # With these the model would look perfect, and know nothing before the event:")
+            lines += [f"    # - {line}" for line in self.telling.values()]
         if self.left_out:
             lines.append("    # Left out:")
             lines += [f"    #   {name}: {why}" for name, why in self.left_out]
@@ -264,6 +320,18 @@ class _Draft:
             "fusion:",
             f"  weights: {{{', '.join(f'{plain(task_name(name))}: {weight:g}' for name, weight in weights.items())}}}",
         ]
+
+
+def _is_event(name: str, guess: Guess, labels: Sequence[str]) -> bool:
+    return name in labels or (guess.kind == "event" and not labels)
+
+
+def _if_number(column: pd.Series, label: str) -> str:
+    """What to do with a label that is a number."""
+    if not pd.api.types.is_numeric_dtype(column):
+        return ""
+    task = f"{{name: {plain(task_name(label))}, kind: regression, label: {plain(label)}}}"
+    return f"; a number is a regression task: leave --label {label} out, and uncomment or add - {task} under tasks"
 
 
 def _model(suits: Defaults) -> list[str]:

@@ -33,6 +33,13 @@ EVENT_WORDS = (
     "hide", "report", "finish", "enrol", "book", "install", "convert", "conversion", "label", "save", "favorite",
     "skip", "enter", "target", "rated", "play", "listen", "watch", "complete", "subscribe", "dislike", "block",
 )  # fmt: skip
+# Of a column of 0 and 1 that differs from row to row; as whole words, as they are parts of others, such as tap of tape.
+DONE_WORDS = (
+    "did", "tap", "taps", "tapped", "flagged", "loved", "opened", "voted", "upvoted", "downvoted", "swiped", "reacted",
+    "replied", "streamed", "retweet", "retweeted", "repost", "reposted", "bid", "applied", "booked", "rewatched",
+)  # fmt: skip
+FOLD_WORDS = ("fold", "folds", "kfold", "cvfold", "split", "partition")
+WEIGHT_WORDS = ("ipw", "iptw", "ips", "ipsw", "weight", "weights")
 RATING_WORDS = ("rating", "ratings", "stars", "star", "score", "grade", "rate")
 DURATION_WORDS = (
     "duration", "dwell", "watch", "watched", "played", "spent", "seconds", "secs", "minutes", "mins", "msec", "millis",
@@ -40,6 +47,9 @@ DURATION_WORDS = (
 )  # fmt: skip
 SEPARATORS = "|;,"
 _REPEATS = 0.98  # of the groups within which a property is the same
+_VISIT = 0.02  # of the time of a log: what comes again within less, half of the times, belongs to a visit
+_MOST_FOLDS = 20
+_OF_THINGS = ("id", "ids", "key", "uuid", "guid", "pk", "sk", "hash")  # words for an id that are none for a place
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ def guess_roles(
     free = [c for c in free if c != item]
     # Without telling names: ids by name that nothing was found for.  One who comes stays for some rows.
     unnamed = [c for c in free if words_of(c)[-1:] and words_of(c)[-1] in ID_WORDS and not names_an(c, REQUEST_WORDS)]
+    unnamed = [c for c in unnamed if user is None or not _constant_within(values[c], values[user])]
     if user is None and item is None and len(unnamed) >= 2:
         unnamed.sort(key=distinct, reverse=True)
         user, item = sorted(unnamed[:2], key=lambda c: _stays(values[c]), reverse=True)
@@ -141,10 +152,22 @@ def guess_roles(
     elif user is None and (session := _first(free, REQUEST_WORDS)):
         user = session
         doubts["user"] = "the nearest to a user that was found"
+    of_many = [c for c in unnamed if c not in (user, request) and words_of(c)[-1] in _OF_THINGS]
+    of_many = [c for c in of_many if user is None or not _constant_within(values[user], values[c])]
+    if item is None and len(of_many) == 1:
+        item = of_many[0]
+        doubts["item"] = "its name does not tell; the only id of many users"
+    if request is not None and user not in (None, request) and not _constant_within(frame[user], frame[request]):
+        doubts["request"] = f"rows of several values of {user} are in one request"
     if request is None:
         free = [c for c in free if c not in (user, item)]
         named = sorted((c for c in free if names_an(c, REQUEST_WORDS)), key=distinct, reverse=True)
         request = next((c for c in named if _belongs_to_one(frame[c], None if user is None else frame[user])), None)
+        if request is None and user is not None and time is not None:
+            visits = [c for c in free if _is_visit(frame[c], frame[user], frame[time])]
+            request = max(visits, key=distinct, default=None)
+            if request is not None:
+                doubts["request"] = f"its name does not tell; each is of one {user}, and of a short time"
     return Roles(user, item, time, request, doubts)
 
 
@@ -166,7 +189,18 @@ def guess_column(frame: pd.DataFrame, name: str, roles: Roles) -> Guess:
         return Guess("useless", why="a second time")
     if is_event(column, name):
         return Guess("event")
+    if is_fold(column, name):
+        return Guess("useless", why="a fold of a split, by its name, and no property of the row")
+    if is_weight(column, name):
+        return Guess("useless", why=f"a weight, by its name: a task may count rows by it, with sample_weight: {name}")
     group = group_of(frame, name, roles.user, roles.item)
+    if (
+        is_binary(column)
+        and column.nunique() == 2
+        and group in (None, "context")
+        and set(words_of(name)) & set(DONE_WORDS)
+    ):
+        return Guess("event")
     number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     varies = group is None or (group == "context" and not name.lower().startswith("context"))
     words = set(words_of(name))
@@ -233,6 +267,32 @@ def is_binary(column: pd.Series) -> bool:
 def is_event(column: pd.Series, name: str) -> bool:
     """Whether it holds both 0 and 1, and is named after something that a person does."""
     return is_binary(column) and column.nunique() == 2 and any(word in name.lower() for word in EVENT_WORDS)
+
+
+def is_fold(column: pd.Series, name: str) -> bool:
+    """Whether it says which part of a split a row belongs to.
+
+    Example:
+        >>> [is_fold(pd.Series(range(5)), name) for name in ("fold", "cvFold", "folder", "split_test")]
+        [True, True, False, False]
+    """
+    return words_of(name)[-1:] != [] and words_of(name)[-1] in FOLD_WORDS and column.nunique() <= _MOST_FOLDS
+
+
+def is_weight(column: pd.Series, name: str) -> bool:
+    """Whether it says how much a row counts, such as an inverse propensity: above 0, and no weight of a thing.
+
+    Example:
+        >>> weights = pd.Series([0.5, 2.0])
+        >>> [is_weight(weights, name) for name in ("ipw", "sample_weight", "click_ips", "item_weight", "body_weight")]
+        [True, True, True, False, False]
+    """
+    if not pd.api.types.is_float_dtype(column) or not column.min() >= 0:
+        return False
+    words = words_of(name)
+    plain = {"weight", "weights"} & set(words[-1:])
+    of_rows = len(words) == 1 or words[-2] in ("sample", "row", "example", "importance", "inverse", "propensity")
+    return words[-1:] != [] and words[-1] in WEIGHT_WORDS and (of_rows or not plain)
 
 
 def is_list(column: pd.Series) -> bool:
@@ -379,6 +439,16 @@ def _belongs_to_one(request: pd.Series, user: pd.Series | None) -> bool:
     if user is None:
         return True
     return request.nunique() > user.nunique() and _constant_within(user, request)
+
+
+def _is_visit(column: pd.Series, user: pd.Series, time: pd.Series) -> bool:
+    """Whether its values are visits or pages: each of one user, of several rows, and of a short time."""
+    if not _belongs_to_one(column, user) or column.groupby(column).size().median() < 2:
+        return False
+    times = time if pd.api.types.is_numeric_dtype(time) else pd.to_datetime(time, errors="coerce", utc=True)
+    by_value = times.groupby(column)
+    spans, whole = by_value.max() - by_value.min(), times.max() - times.min()
+    return bool(spans.median() <= _VISIT * whole)
 
 
 def _constant_within(values: pd.Series, key: pd.Series) -> bool:

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mtcl_torchrec.config import RunConfig
+from mtcl_torchrec.config import DataConfig, RunConfig
 from mtcl_torchrec.data.base_rates import BaseRates, LabelTotals, stream_totals
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.lacking import explained
 from mtcl_torchrec.data.parquet import ParquetFiles
+from mtcl_torchrec.data.popularity import Popularity, known_items
 from mtcl_torchrec.data.preprocessing import Preprocessor
-from mtcl_torchrec.data.source import Rows, read_rows, read_splits
+from mtcl_torchrec.data.source import Rows, find_files, read_rows, read_splits
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import MemoryRows, TrainingRows
 from mtcl_torchrec.data.world_windows import WorldWindows, recorded_by, world_of, world_split
@@ -59,14 +60,27 @@ def load_splits(
         say: called with lines for the user.
 
     Raises:
-        ConfigError: what is asked for cannot be streamed.
+        ConfigError: what is asked for cannot be streamed, or a file to be judged by is one to be trained on.
         DataError: the data does not fit the schema.
     """
+    _refuse_training_files(run.data)
     if run.data.synthetic is not None:
         return _synthetic(run, preprocessor, grown_from, say)
     if run.data.stream:
         return _streamed(run, preprocessor, grown_from, say)
     return _in_memory(run, preprocessor, grown_from, say)
+
+
+def _refuse_training_files(data: DataConfig) -> None:
+    """A model looks perfect on the rows that it was trained on, and stops too late."""
+    training = {file.resolve() for file in find_files(data.train)} if data.train else set()
+    for split, paths in (("val", data.val), ("test", data.test)):
+        same = [file for file in find_files(paths) if file.resolve() in training] if paths and training else []
+        if same:
+            raise ConfigError(
+                f"data.{split}: {same[0]} is a file of data.train, too, and rows that the model was trained on prove "
+                "nothing: name other rows, or a log that has a time column, which is split by it"
+            )
 
 
 def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEncoder | None, say: Say) -> Splits:
@@ -94,6 +108,11 @@ def _in_memory(run: RunConfig, preprocessor: Preprocessor, grown_from: FeatureEn
     catalogue = None
     if run.data_schema.user is not None and run.data_schema.item is not None:
         catalogue = preprocessor.catalogue(raw["train"], later["val"])
+        items = known_items(run.data_schema, raw["train"].frame[run.data_schema.item])
+        catalogue.rates = Popularity.count(
+            items, preprocessor.encoder.resolved_tasks(), train.labels.numpy(),
+            None if train.weights is None else train.weights.numpy(),
+        )  # fmt: skip
     memory = MemoryRows(train, seed=run.training.seed, id_dropout=run.training.id_dropout)
     totals = LabelTotals(preprocessor.encoder.resolved_tasks())
     totals.add((train.labels, train.weights))

@@ -9,16 +9,17 @@ import pandas as pd
 from rich.console import Console
 
 from mtcl_torchrec.data.cold_split import SEGMENTS
-from mtcl_torchrec.data.popularity import SMOOTHING, smoothed_rates
+from mtcl_torchrec.data.popularity import SMOOTHING, Popularity
 from mtcl_torchrec.evaluation.metrics import auc
 from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.schema import Task
 
 NEW_USERS = "new users"
 EXPLAINED = f"{', '.join(SEGMENTS)}: items as training met them, for known users; {NEW_USERS}: known items only"
 
 
 def smoothed_popularity(items: pd.Series, labels: pd.Series, smoothing: float = SMOOTHING) -> pd.Series:
-    """Item -> what ranks by popularity; see `mtcl_torchrec.data.popularity.smoothed_rates`.
+    """Item -> what ranks by popularity; see `mtcl_torchrec.data.popularity.Popularity`.
 
     Args:
         items: (N,) of the training rows.
@@ -28,8 +29,8 @@ def smoothed_popularity(items: pd.Series, labels: pd.Series, smoothing: float = 
         >>> smoothed_popularity(pd.Series([1, 1, 2]), pd.Series([1, 1, 1]), smoothing=1).tolist()
         [1.0, 1.0]
     """
-    of_item = labels.groupby(items).agg(["sum", "count"])
-    return smoothed_rates(of_item["sum"], of_item["count"], smoothing)
+    event = Task.binary("event")
+    return Popularity.count(items, [event], labels.to_numpy(np.float64)[:, None], smoothing=smoothing).rates["event"]
 
 
 def segment_masks(rows: pd.DataFrame) -> dict[str, np.ndarray]:

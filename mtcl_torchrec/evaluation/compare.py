@@ -13,7 +13,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, spread
 from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
-from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, PredictionsTable
+from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, POPULAR, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
 from mtcl_torchrec.evaluation.significance import LEVEL, holm, two_sided
@@ -211,7 +211,8 @@ def distinct_metrics(table: PredictionsTable, lengths: Sequence[int]) -> Callabl
 def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
     """A table with what another says of the same rows: a ranking can be judged by an event that it does not predict."""
     more = [task for task in other.tasks if task.name not in {own.name for own in table.tasks}]
-    columns = [*KEYS, "popularity", "popular", *(f"label.{task.name}" for task in more)]
+    popular = ["popularity", "popular", *(POPULAR + task.name for task in other.tasks)]
+    columns = [*KEYS, *popular, *(f"label.{task.name}" for task in more)]
     known = {column: other.frame[column] for column in columns if column in other.frame and column not in table.frame}
     return replace(table, frame=table.frame.assign(**known), tasks=(*table.tasks, *more))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,6 +135,42 @@ def weakest(found: Iterable[Support]) -> Support:
     """
     found = list(found)
     return next((of for of in found if of.unsure), None) or min(found, key=lambda of: of.users)
+
+
+def too_few_to_judge(metrics: Mapping[str, float | None]) -> str:
+    """Why a task cannot be judged by its metrics on a split, in a few words, from how many labels they are of; empty
+    where it can.  `FEWEST` of each, as in `support_of`.
+
+    Args:
+        metrics: as of `mtcl_torchrec.evaluation.metrics.task_metrics`; None and NaN alike are what is not defined.
+
+    Example:
+        >>> too_few_to_judge({"auc": 0.7, "count": 6196.0, "base_rate": 15 / 6196})
+        '15 events'
+        >>> too_few_to_judge({"auc": 0.7, "count": 6196.0, "base_rate": 0.3}), too_few_to_judge({"count": 0.0})
+        ('', 'no label')
+    """
+    count = metrics.get("count")
+    if count is None:
+        return ""
+    if count == 0:
+        return "no label"
+    if "auc" in metrics and "r2" not in metrics:  # of a binary task
+        events = round(count * (metrics.get("base_rate") or 0.0))
+        others = round(count) - events
+        if events < FEWEST:
+            return _number(events, "event", "no event")
+        return "" if others >= FEWEST else _number(others, "row without it", "no row without it", "rows without it")
+    if count < FEWEST:
+        return _number(round(count), "label", "no label")
+    known = [value for name in ("r2", "ne") if (value := metrics.get(name)) is not None and math.isfinite(value)]
+    return "" if known else "one label throughout"
+
+
+def _number(count: int, one: str, none: str, several: str = "") -> str:
+    if count == 0:
+        return none
+    return f"1 {one}" if count == 1 else f"{count} {several or f'{one}s'}"
 
 
 def clipped(low: float, high: float, bounds: tuple[float, float]) -> tuple[float, float]:

@@ -12,7 +12,9 @@ from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics
 from mtcl_torchrec.evaluation.naming import bounds_of, label_of
-from mtcl_torchrec.evaluation.report import Evaluation, cell, plain_table, print_columns, ranked_events, told
+from mtcl_torchrec.evaluation.plain_table import print_columns
+from mtcl_torchrec.evaluation.report import Evaluation, cell, ranked_events, told
+from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.evaluation.segments import QUALITY
 
 _PROBABILITIES = ("pr_auc", "base_rate", "brier", "ece")
@@ -118,7 +120,7 @@ def print_segments(evaluation: Evaluation, console: Console) -> None:
         heads = tasks if short else [f"{task} (events)" for task in tasks]
         print_columns(console, f"By {name}: {what}", [name, "rows", *heads], rows)
     console.print(
-        f"{PLUS_MINUS}; in brackets events (of classes and numbers: labels); grey: too few of them to be sure.\n",
+        f"{PLUS_MINUS}; in brackets events (of classes and numbers: labels); ?: too few of them to be sure.\n",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -130,22 +132,25 @@ def _of_segment(of: Mapping[str, Any] | None, kind: str, short: bool) -> str | T
     digits, metric = (2, "") if short else (3, QUALITY.get(kind, ""))
     said = plus_minus(of["value"], of["half"], digits, bounds_of(metric))
     said = said.replace(" ± ", "±") if short else f"{said} ({of['events']:,})"
-    return Text(said, style="dim") if of["unsure"] else said
+    return Text(f"{said} ?", style="dim") if of["unsure"] else said
 
 
 def print_differences(differences: Sequence[Difference], names: tuple[str, str], console: Console) -> None:
     """Print what `mtcl_torchrec.evaluation.compare.compare_tables` found."""
-    table = plain_table(
-        f"{names[1]} (B) against {names[0]} (A), on the same rows",
-        ["of", "metric", "A", "B", "B - A", "95 % interval", "p", "p (Holm)", "better"],
-    )
+    heads = ["A", "B", "B - A", "p (Holm)", "better"]
+    title = f"{names[1]} (B) against {names[0]} (A), on the same rows"
+    for ranked, first in ((False, "task"), (True, "ranked by the fused score")):
+        of_kind = [d for d in differences if (d.of == RANKING) == ranked]
+        rows = [[Text(cell, style="dim" if d.unsure or d.equal else "") for cell in _told(d)] for d in of_kind]
+        if rows:
+            print_columns(console, title, [first, *heads], rows)
+            title = ""
+    few: dict[str, list[str]] = {}
     for d in differences:
-        interval = f"{d.low:+z.4f} … {d.high:+z.4f}" if d.low == d.low else "–"
-        better = d.unsure or ("equal" if d.equal else "" if d.better is None else d.better.upper())
-        cells = [cell(d.a), cell(d.b), "–" if d.difference != d.difference else f"{d.difference:+z.4f}", interval]
-        style = "dim" if d.unsure or d.equal else None
-        table.add_row(d.of, label_of(d.metric), *cells, cell(d.p), cell(d.p_holm), better, style=style)
-    console.print(table)
+        if d.unsure:
+            few.setdefault(d.unsure, []).append(_name(d))
+    for why, of in few.items():
+        console.print(f"unsure: {why}, of {', '.join(of)}", highlight=False, markup=False, soft_wrap=True)
     known = sum(d.p == d.p and not d.equal for d in differences)
     if not known and any(d.equal for d in differences):
         console.print(
@@ -153,8 +158,20 @@ def print_differences(differences: Sequence[Difference], names: tuple[str, str],
         )
         return
     console.print(
-        f"{known} metrics are compared: of so many without any difference, {0.05 * known:.1f} would have p < 0.05 by "
-        "chance.  p (Holm) allows for that; better: where it is below 0.05.  What is equal by construction, as where "
-        "all rows of a request are shown, is left out.",
+        f"{PLUS_MINUS}.  {known} metrics are compared: of so many without any difference, {0.05 * known:.1f} would "
+        "have p < 0.05 by chance.  p (Holm) allows for that; better: where it is below 0.05.  What is equal by "
+        "construction, as where all rows of a request are shown, is left out.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _name(d: Difference) -> str:
+    return label_of(d.metric) if d.of == RANKING else f"{d.of} {label_of(d.metric)}"
+
+
+def _told(d: Difference) -> list[str]:
+    apart = "–" if d.difference != d.difference else f"{d.difference:+z.4f}"
+    if d.low == d.low and not d.equal:
+        apart += f" ± {(d.high - d.low) / 2:.4f}"
+    better = "unsure" if d.unsure else "equal" if d.equal else "" if d.better is None else d.better.upper()
+    return [_name(d), cell(d.a), cell(d.b), apart, cell(d.p_holm), better]

@@ -36,7 +36,8 @@ def evaluate_table(
         segments: names as of `mtcl_torchrec.evaluation.segments.segment_values`.
         bootstrap: draws of users for the intervals; 0 is none.
         seed: of the draws.
-        popular: whether the rows are ranked by popularity, too, and the fused score is held against that.
+        popular: whether the rows are ranked by popularity, too, and the fused score is held against that: by the
+            popularity for an event in what is measured of that event, and as a whole by the fused popularity.
 
     Raises:
         DataError: a segment, or a task of `table.values`, that is not there.
@@ -53,7 +54,7 @@ def evaluate_table(
     predictions = {name: table.predicted(name) for name in table.predicted_names}
     if table.score is not None:
         predictions["score"] = table.score
-    popularity, clusters = table.popular if popular else None, clusters_of(table)
+    popularity, clusters = table.popular_for if popular else {}, clusters_of(table)
     labels = [table.labels(task.name) for task in table.tasks]
     found = evaluate_predictions(
         table.tasks,
@@ -66,9 +67,11 @@ def evaluate_table(
         {name: weights for name in table.predicted_names if (weights := table.weights(name)) is not None},
     )
     if table.requests is not None and not np.isnan(table.requests).all():
-        rules = {"fused": table.score, "popular": popularity}
-        for rule in found.ranking:
-            found.ranking[rule] |= ranking_metrics(table, rules[rule], k=k, values=table.values)
+        if "fused" in found.ranking:
+            found.ranking["fused"] |= ranking_metrics(table, table.score, k=k, values=table.values)
+        if popular and table.popular is not None:
+            by_popularity = ranking_metrics(table, table.popular, k=k, values=table.values, of_event=popularity)
+            found.ranking["popular"] = found.ranking.get("popular", {}) | by_popularity
     apart = {name: {value: _of_segment(rows, k) for value, rows in split_by_segment(table, name)} for name in segments}
     sure = {}
     if bootstrap:
@@ -76,7 +79,7 @@ def evaluate_table(
         support = supports_of(table, clusters, values=table.values)
         sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, support=support)
     held_against = {}
-    if popularity is not None:
+    if popularity:
         judged = [key.removeprefix("auc ") for key in found.ranking.get("fused", {}) if key.startswith("auc ")]
         unwanted = {task for task, value in table.values.items() if value < 0}
         held_against = against_popularity(table, judged, *clusters, unwanted=unwanted)

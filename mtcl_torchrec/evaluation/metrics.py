@@ -3,10 +3,13 @@ XAUC here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
+from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of
 from mtcl_torchrec.schema import Task
@@ -292,13 +295,29 @@ def task_quality(task: Task, metrics: Metrics) -> float:
     return 1 - metrics.get("ne", np.nan) if task.kind == "multiclass" else metrics.get("r2", np.nan)
 
 
-def mean_auc(tasks: list[Task] | tuple[Task, ...], metrics: dict[str, Metrics]) -> float:
+def mean_auc(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> float:
     """What early stopping watches: the mean AUC of the binary tasks, or, where there is none, the mean of 1 − NE and
     R².
 
     Tasks whose metric is not defined on this data are left out.
     """
-    watched = [t for t in tasks if t.kind == "binary"] or tasks
+    watched = _watched(tasks)
     values = [task_quality(t, metrics[t.name]) for t in watched]
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
+
+
+def deciding(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> list[Task]:
+    """The tasks of `mean_auc` that have enough events on this data to decide anything; all where none has.
+
+    Example:
+        >>> few, many = {"auc": 0.9, "count": 900.0, "base_rate": 0.01}, {"auc": 0.6, "count": 900.0, "base_rate": 0.4}
+        >>> [task.name for task in deciding([Task.binary("like"), Task.binary("click")], {"like": few, "click": many})]
+        ['click']
+    """
+    watched = _watched(tasks)
+    return [task for task in watched if not too_few_to_judge(metrics[task.name])] or watched
+
+
+def _watched(tasks: Sequence[Task]) -> list[Task]:
+    return [task for task in tasks if task.kind == "binary"] or list(tasks)

@@ -19,11 +19,11 @@ from pydantic import ValidationError
 
 from mtcl_torchrec.schema import DataError, Task, nearest
 
-FORMAT = 1
+FORMAT = 2  # in 1, `popular` was that of the first event
 METADATA = b"mtcl_torchrec"  # key of what stands beside the columns
 ROWS_AT_ONCE = 262_144  # of a row group
 KEYS = ("user", "item", "request")
-AMOUNT = "amount."  # before a task: its column
+AMOUNT, POPULAR = "amount.", "popular."  # before a task: its column
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
 
 
@@ -44,8 +44,11 @@ class PredictionsTable:
               the item's own class, or a value mapped to [0, 1],
             - ``amount.TASK``: float32, the number of the item, such as its price, that value@k multiplies the task by,
             - ``score``: float32, the fused score, or whatever else ranks,
-            - ``popularity``: float32, clicks of the item in the training split, NaN where it is not in it,
-            - ``popular``: float32, what ranks by popularity, see `mtcl_torchrec.data.popularity`,
+            - ``popular.TASK``: float32, how popular the item is for the event of a binary task, or its mean label of a
+              regression, see `mtcl_torchrec.data.popularity`,
+            - ``popular``: float32, those fused as the run fuses its predictions,
+            - ``popularity``: float32, how often the first binary task's event happened with the item in the training
+              split, NaN where it is not in it,
             - ``item_seen``, ``user_seen``: bool, whether it is in the training split,
             - ``segment.COLUMN``: further columns of the data that rows can be told apart by.
 
@@ -185,15 +188,20 @@ class PredictionsTable:
 
     @property
     def popularity(self) -> np.ndarray | None:
-        """(N,) float64: training clicks of each row's item, NaN where it was not in the training split."""
+        """(N,) float64: how often the first event happened with each row's item in the training split, NaN where it was
+        not in it: what novelty is reckoned of, and no ranking."""
         return self._numbers("popularity")
 
     @property
     def popular(self) -> np.ndarray | None:
-        """(N,) float64: what ranks by popularity (`mtcl_torchrec.data.popularity`); an old file has `popularity`."""
-        if "popular" in self.frame:
-            return self._numbers("popular")
-        return None if self.popularity is None else np.nan_to_num(self.popularity)
+        """(N,) float64: the fused popularity, which the fused score is held against as a whole."""
+        return self._numbers("popular")
+
+    @property
+    def popular_for(self) -> dict[str, np.ndarray]:
+        """Task -> (N,) float64: the popularity that rankings are held against for its event."""
+        names = [task.name for task in self.tasks if POPULAR + task.name in self.frame]
+        return {name: self.frame[POPULAR + name].to_numpy(np.float64) for name in names}
 
     @cached_property
     def users(self) -> np.ndarray | None:
@@ -268,8 +276,8 @@ def predictions_table(
         tasks: in the order of the labels.
         predictions: by task and by conditional name, and ``"score"``.
         labels: (N, T).
-        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popularity``, ``popular``, ``part.stars``,
-            ``amount.buy``, ``segment.hour``, ...
+        keys: further columns: ``user``, ``item``, ``request``, ``time``, ``popular``, ``popular.click``,
+            ``popularity``, ``part.stars``, ``amount.buy``, ``segment.hour``, ...
         uncalibrated: as `predictions`; those that calibration did not change are left out.
         weights: (N, T) of the rows in the losses; kept of the tasks that declare one.
         split, thresholds, values, fused: see `PredictionsTable`.
@@ -385,6 +393,8 @@ def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) 
             names = file.schema_arrow.names
             wanted = None if columns is None else [n for n in names if n.startswith("label.") or n in columns]
             arrow = file.read(wanted)
+        if about["format"] == 1 and "popular" in arrow.column_names:
+            arrow = arrow.drop_columns(["popular"])  # of the first event, which the others are not held against
         lists = [f.name for f in arrow.schema if pa.types.is_fixed_size_list(f.type)]
         classes = {
             name: arrow[name].combine_chunks().flatten().to_numpy().reshape(arrow.num_rows, -1) for name in lists

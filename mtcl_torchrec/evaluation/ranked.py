@@ -126,6 +126,7 @@ def ranking_metrics(
     *,
     k: Sequence[int] = (5, 10),
     values: Mapping[str, float] | None = None,
+    of_event: Mapping[str, np.ndarray] | None = None,
 ) -> Metrics:
     """What is shown when the rows of each request are ranked by a score.
 
@@ -138,6 +139,7 @@ def ranking_metrics(
         scores: (N,) other ones than the table's.
         k: lengths of what is shown.
         values: task -> what its event is worth; see `reward_of`.
+        of_event: task -> (N,) what ranks instead in all that is measured of its event alone.
 
     Returns:
         requests; ``choice@k`` (the share of requests of more than k rows); ``value@k`` and ``value@k error`` (mean
@@ -152,6 +154,7 @@ def ranking_metrics(
     reward = reward_of(table, values)[rows.known] if values else None
     items = None if table.items is None else table.items[rows.known]
     information = rows.information()
+    alone = {task: RankedRows(table, by) for task, by in (of_event or {}).items() if task in ranked_tasks(table)}
     for n in k:
         shown = rows.ranking.shown(n)
         found[f"choice@{n}"] = float((rows.rows_of_request > n).mean()) if len(shown) else float("nan")
@@ -163,12 +166,13 @@ def ranking_metrics(
         if information is not None:
             found[f"novelty@{n}"] = _average(information, shown)
         for task in ranked_tasks(table):
-            found[f"rate@{n} {task}"] = _average(rows.labels(task), shown)
+            own = alone.get(task, rows)
+            found[f"rate@{n} {task}"] = _average(own.labels(task), own.ranking.shown(n))
             for measure in PER_REQUEST:
-                found[f"{measure}@{n} {task}"] = mean_and_error(rows.per_request(measure, task, n))[0]
+                found[f"{measure}@{n} {task}"] = mean_and_error(own.per_request(measure, task, n))[0]
     for task in ranked_tasks(table):
         for measure in ("mrr", "map"):
-            found[f"{measure} {task}"] = mean_and_error(rows.per_request(measure, task))[0]
+            found[f"{measure} {task}"] = mean_and_error(alone.get(task, rows).per_request(measure, task))[0]
     return found
 
 

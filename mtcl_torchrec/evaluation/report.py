@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.text import Text
 
 from mtcl_torchrec.evaluation.bootstrap import Interval
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics, auc, gauc, weighted_metrics, whole_task_metrics
 from mtcl_torchrec.evaluation.naming import BASE, WEIGHTED, bounds_of, label_of
-from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.schema import Schema, Task, chain_links
 
 _WEIGHTED = ("auc", "top1", "log_loss", "ne", "calibration", "mse", "mae", "r2", "base_rate")
@@ -30,7 +29,8 @@ class Evaluation:
         tasks: task name -> its metrics; and, in a chain of events, ``"buy|click"`` -> those of the prediction given the
             parent's event, on the rows where that happened.
         ranking: ranking rule -> {"auc <task>", "gauc <task>"}, and what
-            `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; the fused score and what it is compared with.
+            `mtcl_torchrec.evaluation.ranked.ranking_metrics` returns; ``"fused"``, the fused score, and ``"popular"``:
+            of an event, by the popularity for it; of all that is shown, by the fused popularity.
         rows: number of rows.
         values: task -> what its event is worth, in value@k.
         segments: column -> its value -> what there is of these rows: ``"rows"``, ``"tasks"``, ``"ranking"``, by the
@@ -60,18 +60,19 @@ def evaluate_predictions(
     predictions: Mapping[str, np.ndarray],
     labels: np.ndarray,
     users: np.ndarray | None,
-    popularity: np.ndarray | None,
+    popularity: Mapping[str, np.ndarray],
     ranked_tasks: Sequence[str],
     thresholds: Mapping[str, float] | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
-    """Metrics of each task, and of the fused score beside popularity as rankings of the same impressions.
+    """Metrics of each task, and of the fused score beside each event's popularity as rankings of the same impressions.
 
     Args:
         predictions: what `predict` returned; a task without a prediction is left out.
         labels: (N, T) in the order of `tasks`.
         users: (N,) keys for GAUC, missing (NaN) where the user is not known.
-        popularity: (N,) how popular each row's item was in the training split; see `mtcl_torchrec.data.popularity`.
+        popularity: task -> (N,) how popular each row's item was for its event in the training split; see
+            `mtcl_torchrec.data.popularity`.
         ranked_tasks: the tasks whose events the rankings are measured by; of them, the binary ones count.
         thresholds: binary task -> from which probability on a yes is said.
         weights: task -> (N,) sample weights, of those that have some: `weighted_metrics` are told beside the others,
@@ -93,20 +94,19 @@ def evaluate_predictions(
     for child, parent in chain_links(tasks):
         if (name := tasks[child].conditional_name) is not None:
             judge(name, tasks[child], np.where(labels[:, parent] == 1, labels[:, child], np.nan))
-    rules = {"fused": predictions.get("score"), "popular": popularity}
-    ranking: dict[str, Metrics] = {}
-    for rule, scores in rules.items():
-        if scores is None:
+    score = predictions.get("score")
+    ranking: dict[str, Metrics] = ({} if score is None else {"fused": {}}) | ({"popular": {}} if popularity else {})
+    for i, task in enumerate(tasks):
+        if task.kind != "binary" or task.name not in ranked_tasks:
             continue
-        ranking[rule] = {}
-        for i, task in enumerate(tasks):
-            if task.kind != "binary" or task.name not in ranked_tasks:
+        present = ~np.isnan(labels[:, i])
+        for rule, scores in {"fused": score, "popular": popularity.get(task.name)}.items():
+            if scores is None:
                 continue
-            present = ~np.isnan(labels[:, i])
-            y, s = labels[present, i], scores[present]
-            ranking[rule][f"auc {task.name}"] = auc(y, s)
+            y, s, found = labels[present, i], scores[present], ranking[rule]
+            found[f"auc {task.name}"] = auc(y, s)
             if users is not None:
-                ranking[rule][f"gauc {task.name}"] = gauc(y, s, users[present])
+                found[f"gauc {task.name}"] = gauc(y, s, users[present])
     return Evaluation(kinds, by_task, ranking, len(labels), same_event=same_events(tasks))
 
 
@@ -146,30 +146,6 @@ def user_groups(schema: Schema, frame: pd.DataFrame) -> np.ndarray | None:
 def cell(value: float | None, digits: int = 4) -> str:
     """A number of a table; a dash where it is not defined."""
     return "–" if value is None or np.isnan(value) else f"{value:z.{digits}f}"
-
-
-def print_columns(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, last: bool = False
-) -> None:
-    """Print a table; where it is wider than the screen, as several below each other, each with the first column.
-
-    Args:
-        last: no empty line follows.
-    """
-    widths = [
-        max(Text(str(name)).cell_len, *(Text(str(r[c])).cell_len for r in rows)) for c, name in enumerate(columns)
-    ]
-    start = 1
-    while start < len(columns):
-        end, width = start + 1, widths[0] + 2 + widths[start]
-        while end < len(columns) and width + 2 + widths[end] <= console.width:
-            width += 2 + widths[end]
-            end += 1
-        table = plain_table(title, [columns[0], *columns[start:end]])
-        for row in rows:
-            table.add_row(row[0], *row[start:end])
-        console.print(table, *([] if last and end == len(columns) else [""]))
-        title, start = "", end
 
 
 def told(evaluation: Evaluation, of: str, metric: str, value: float | None) -> str:
@@ -240,11 +216,11 @@ def _print_ranking(evaluation: Evaluation, console: Console) -> None:
             for rule, metrics in evaluation.ranking.items()
         ]
         rows.append([heading, *cells, *([against.get(name, "–")] if against else [])])
-    title = "The same rows ranked by the fused score" + (" and by popularity" if len(rules) > 1 else "")
+    title = "The same rows ranked by the fused score" + (" and by each event's popularity" if len(rules) > 1 else "")
     print_columns(console, title, columns, rows, last=True)
     if against:
         unwanted = [n for n, value in evaluation.values.items() if value < 0 and n in against]
-        line = "fused is: than popularity, of the same rows, " + f"by {label_of(kinds[-1])}"
+        line = "fused is: than the popularity of items for that event, of the same rows, " + f"by {label_of(kinds[-1])}"
         line += "; better or worse where the difference is beyond its 95 % interval"
         line += f"; of {', '.join(unwanted)}, low is what is wanted" if unwanted else ""
         console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)

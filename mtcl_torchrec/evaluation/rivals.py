@@ -128,7 +128,7 @@ def ranked_events(
     *,
     against: Collection[str] = (HEAD, POPULARITY),
 ) -> list[Ranked]:
-    """The fused score, each event's own head, and popularity, on the same rows.
+    """The fused score, each event's own head, and the popularity for that event, on the same rows.
 
     Args:
         table: with a score.
@@ -140,12 +140,13 @@ def ranked_events(
         One for each task that has rows with and without the event.
     """
     found, support = [], supports_of(table, (clusters, _count(clusters) if count is None else count))
+    popular = table.popular_for if POPULARITY in against else {}
     for task in tasks:
         rankings = {FUSED: table.score}
         if HEAD in against and task in table.predicted_names:
             rankings[HEAD] = table.predicted(task)
-        if POPULARITY in against and table.popular is not None:
-            rankings[POPULARITY] = table.popular
+        if task in popular:
+            rankings[POPULARITY] = popular[task]
         labels = table.labels(task)
         metric, estimates = "auc", dict[str, Estimate]()
         if table.users is not None:
@@ -172,8 +173,8 @@ def against_popularity(
     *,
     unwanted: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Event -> how the fused score does against popularity, as metrics.json keeps it; nothing where either is not
-    known.
+    """Event -> how the fused score does against the popularity for that event, as metrics.json keeps it; nothing where
+    either is not known.
 
     Args:
         table, tasks, clusters, count: as of `ranked_events`.
@@ -183,10 +184,10 @@ def against_popularity(
         ``metric``, ``difference`` (positive: the fused score is better), ``error``, ``unsure`` and ``freedom`` as of
         `Gap`, and ``fused_is``, as `word_of` says it.
     """
-    if table.score is None or table.popular is None:
+    if table.score is None:
         return {}
-    found = {}
-    for of in ranked_events(table, tasks, clusters, count, against=(POPULARITY,)):
+    found, known = {}, [task for task in tasks if task in table.popular_for]
+    for of in ranked_events(table, known, clusters, count, against=(POPULARITY,)):
         gap = of.gap(POPULARITY, unwanted=of.task in unwanted)
         found[of.task] = {"metric": of.metric, **_without(asdict(gap), "task", "against"), "fused_is": word_of(gap)}
     return found

@@ -137,9 +137,10 @@ def fit_fusion(
             left_out[candidate.name] = str(error)
     if not tried:
         raise ConfigError(next(iter(left_out.values())))
-    tried += [as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
     best, left_for_values = best_of(tried, kept_to, held_out, goal)
     assert best.setting is not None
+    held_out = held_out.with_popularity(best.setting.fused_score)  # the fair rival is fused by the same rule
+    tried += [as_it_is(name, scores, held_out, fold, goal) for name, scores in held_out.rankings.items()]
     combiner = best.setting.combiner
     heads = [t for t in tried if t.method.startswith("head ")]
     for one in tried:

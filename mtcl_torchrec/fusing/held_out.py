@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mtcl_torchrec.evaluation.ranking import rows_by_request
-from mtcl_torchrec.modules.fusion import DenseNumber, RowContext, fuse
+from mtcl_torchrec.evaluation.worth import POPULARITY
+from mtcl_torchrec.modules.fusion import ContextGatedMean, DenseNumber, RowContext, WeightedMean, fuse
 from mtcl_torchrec.modules.fusion.value import amounts_of
 from mtcl_torchrec.schema import ConfigError, DataError, nearest
 
@@ -32,6 +33,7 @@ class HeldOut:
         dense_features: (N, D), for a fused score that depends on the context.
         embeddings: sparse feature -> (N, dim), likewise.
         rankings: name -> (N,) scores of other rules to compare with, such as popularity.
+        popular: task -> (N,) in [0, 1], as `parts`, were it predicted by how popular the item is for its event.
         requests_are: what a request is, in words.
         given: task -> the task whose event must happen first, where the task's part is the probability given that.
         item_numbers: task -> the number that its value is multiplied by (the item's price), read from `dense_features`.
@@ -56,6 +58,7 @@ class HeldOut:
     dense_features: np.ndarray | None = None
     embeddings: Arrays = field(default_factory=dict)
     rankings: Arrays = field(default_factory=dict)
+    popular: Arrays = field(default_factory=dict)
     requests_are: str = "request"
     given: Mapping[str, str] = field(default_factory=dict)
     item_numbers: Mapping[str, DenseNumber] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class HeldOut:
     def __post_init__(self) -> None:
         if not self.parts or len(self.request) == 0:
             raise DataError("held-out predictions need at least one task and one row")
-        for what in ("parts", "labels", "embeddings", "rankings"):
+        for what in ("parts", "labels", "embeddings", "rankings", "popular"):
             for name, values in getattr(self, what).items():
                 if len(values) != len(self.request):
                     raise DataError(f"{what} of {name!r}: {len(values):,} rows, but there are {len(self.request):,}")
@@ -129,6 +132,27 @@ class HeldOut:
     def with_parts(self, parts: Mapping[str, np.ndarray]) -> HeldOut:
         """The same rows with other parts, such as calibrated ones."""
         return replace(self, parts=dict(parts))
+
+    def with_ranking(self, name: str, scores: np.ndarray) -> HeldOut:
+        """The same rows with one more rule to compare with."""
+        return replace(self, rankings={**self.rankings, name: scores})
+
+    def with_popularity(self, fused_score: nn.Module) -> HeldOut:
+        """The same rows, and in `rankings` the popularities of the events, fused by a module as the parts are; nothing
+        more where they are not known.  One that reads embeddings gives way to the weighted mean of its weights.
+
+        Example:
+            >>> from mtcl_torchrec.modules.fusion import WeightedMean
+            >>> part, popular = {"click": np.zeros(2)}, {"click": np.array([0.25, 0.5])}
+            >>> rows = HeldOut(part, {}, np.zeros(2, np.int64), popular=popular)
+            >>> rows.with_popularity(WeightedMean({"click": 1.0})).rankings["popularity"]
+            array([0.25, 0.5 ])
+        """
+        if not set(fused_score.tasks) <= set(self.popular):  # type: ignore[arg-type]
+            return self
+        if isinstance(fused_score, ContextGatedMean):
+            fused_score = WeightedMean(dict(zip(fused_score.tasks, fused_score.weights.tolist(), strict=True)))
+        return self.with_ranking(POPULARITY, self.with_parts(self.popular).scores(fused_score))
 
     @cached_property
     def amounts(self) -> Arrays:

@@ -51,7 +51,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
+    return bool(
         x.dim() == 2
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"

@@ -179,9 +179,20 @@ def read_contents(folder: str | Path, *, baselines: Path | None = None) -> RunCo
             f"{PREDICTIONS}/{found.split or 'test'}.parquet is not there: no ROC, precision-recall and reliability "
             "curves, no standard errors, no segments. Training writes it; of an older run, `mtcl train --resume` does."
         )
+    _leave_out_former_popularity(found)
     _read_fusion(found)
     _read_baselines(found, baselines)
     return found
+
+
+def _leave_out_former_popularity(found: RunContents) -> None:
+    """What metrics.json of an older run calls popularity is that of the first event, whatever the event."""
+    table, ranking = found.table, found.evaluation.get("ranking") or {}
+    if table is not None and not table.popular_for and ranking.pop("popular", None):
+        found.missing.append(
+            "The run was judged before it knew how popular items are for each event, so it is held against no "
+            "popularity: train it again for that."
+        )
 
 
 def _read_metrics(found: RunContents) -> None:

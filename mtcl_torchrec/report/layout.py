@@ -13,7 +13,10 @@ TERMS = [  # of the page's glossary, before the measures
     ("head", "the part of the network that predicts one task; an event's own head ranks by that prediction alone"),
     ("fused score", "one number in [0, 1] made of all heads' predictions, by which rows are ranked"),
     ("request", "rows that are ranked against each other: of a request, or else of a user"),
-    ("popularity", "the share of an item's training rows in which the first binary task's event happened, smoothed"),
+    (
+        "popularity",
+        "the share of an item's training rows in which the event happened, smoothed; of several events, fused",
+    ),
     ("twin", "the same network, trained on one task alone"),
     ("expert, gate", "a part of the network that tasks share, and what decides how much of each a task takes"),
 ]

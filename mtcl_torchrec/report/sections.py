@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mtcl_torchrec.evaluation.naming import MAIN, glossary, label_of
 from mtcl_torchrec.evaluation.worth import verdict_of
@@ -49,7 +50,7 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
     answers = [
-        is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run)),
+        _doubted(run, is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))),
         sharing_answer(run, compared),
         what_does_fusion(
             shares,
@@ -113,6 +114,14 @@ def sharing_answer(run: RunContents, compared: Sequence[Comparison] | None = Non
     tasks = run.tasks or list(run.of_tasks)
     found = comparisons(run) if compared is None else compared
     return do_tasks_help(found, gradients, gates, tasks, untuned(run))
+
+
+def _doubted(run: RunContents, answer: Answer) -> Answer:
+    """The answer, after what training has found that puts it in doubt."""
+    doubts = [f"{line}." if line[-1] not in ".?" else line for line in map(str, run.metrics.get("doubts") or [])]
+    if not doubts:
+        return answer
+    return replace(answer, short="In doubt: too good to be true", tone="bad", sentences=[*doubts, *answer.sentences])
 
 
 def _balance(run: RunContents) -> tuple[list[dict], list[dict]]:
@@ -199,8 +208,8 @@ def _ranking(run: RunContents, studio: Studio) -> Section:
         rankings = {"own head": table.predicted(task)}
         if table.score is not None and task in run.fused_tasks:
             rankings["fused score"] = table.score
-        if table.popular is not None:
-            rankings["popularity"] = table.popular
+        if (popular := table.popular_for.get(task)) is not None:
+            rankings["popularity"] = popular
         threshold = table.thresholds.get(task)
         drawn = pictures.ranking_curves(studio, task, table.labels(task), rankings, threshold)
         section.pictures += drawn

@@ -42,7 +42,8 @@ RULES = (
     "beyond ±0.05) are a hint, not a proof.",
     "The fused ranking is held against popularity, and against each event's own head, by GAUC where users are known "
     "(AUC where not); of an event that lowers the score, a low value is what is wanted. Popularity is the share of an "
-    "item's training rows in which the first binary task's event happened, smoothed.",
+    "item's training rows in which that very event happened, smoothed; in value@k, those shares fused as the "
+    "predictions are.",
     "Probabilities are off where predicted over observed events lies outside 0.9 to 1.1, by more than its interval.",
 )
 

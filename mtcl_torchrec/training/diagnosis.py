@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.evaluation.naming import label_of, main_metric, sign_of_better
 from mtcl_torchrec.evaluation.rivals import WORDS
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights
@@ -21,13 +22,12 @@ OPPOSED = -0.05  # mean cosine of two gradients; near 0, half of all steps confl
 OFTEN, OFTEN_OF = 0.75, 20  # share of conflicting steps that chance does not explain, of so many steps or more
 NOTABLE = -0.02  # mean cosine above which that share is of no consequence
 PAIRS = 3  # of tasks that pull apart, named one by one
-VAGUE = 0.03  # standard error of an AUC that tells nothing of a task near chance
-SETTLED = 50  # readings before which a gate that does not choose is only one that has not learnt to yet
+SETTLED = 50  # readings before which gates that do not choose may only not have learnt to yet
 HELD = 0.05  # share of steps in which weights were clamped or the Gramian had no solution
 UNUSED = 0.1  # of an equal share: what no gate gives more than is idle
 LEANS = 0.9  # weight of a task's own experts, or of one expert
 UNEVEN = 2.0  # ratio of two tasks' weights
-EVEN = 0.98  # entropy of a gate that does not choose
+EVEN = 0.97  # entropy of gates, on average, that do not choose
 LEARNT = 0.51  # AUC from which on a task has learnt something
 FAR = 1.25  # predicted events for each that came, or the other way round, that chance does not explain
 STEADY, STEADY_FOR = {"auc": 0.004, "r2": 0.004, "ne": 0.003}, 2  # a loss that grew in so many epochs, one by one
@@ -49,6 +49,7 @@ def diagnose(
     *,
     calibrated: Collection[str] = (),
     popular: Mapping[str, Mapping[str, Any]] | None = None,
+    doubts: Sequence[str] = (),
 ) -> list[str]:
     """What is worth saying about a training, the most important first: at most `MOST_LINES` lines.
 
@@ -57,6 +58,7 @@ def diagnose(
         epochs: validation metrics by task, of each epoch.
         best_epoch: the kept one, from 1; 0 where there is none.
         calibrated: tasks whose predictions are calibrated after training, so that their level says nothing.
+        doubts: what stands before all else, as it puts all else in doubt.
         popular: of the validation split, what `mtcl_torchrec.evaluation.rivals.against_popularity` found.
 
     Example:
@@ -64,7 +66,7 @@ def diagnose(
         >>> diagnose(Balance(gates=gates))
         ['expert 2 is unused: no gate gives it more than 0.01']
     """
-    found: list[_Finding] = []
+    found = [_Finding(9, doubt) for doubt in doubts]
     if balance.loss_weights is not None:
         found += _about_loss_weights(balance.loss_weights)
     for cut in balance.gradients:
@@ -75,8 +77,11 @@ def diagnose(
         found += _about_experts(uses, f" of level {level}" if several else "", balance.readings >= SETTLED)
     if 0 < best_epoch <= len(epochs):
         defined = [{task: _defined(of) for task, of in epoch.items()} for epoch in epochs]
-        found += _about_metrics(defined, best_epoch)
-        found += _about_levels({t: m for t, m in defined[best_epoch - 1].items() if t not in calibrated})
+        vague = {task: why for task, of in defined[best_epoch - 1].items() if (why := too_few_to_judge(of))}
+        found += _about_vague(vague)
+        judged = [{task: of for task, of in epoch.items() if task not in vague} for epoch in defined]
+        found += _about_metrics(judged, best_epoch)
+        found += _about_levels({t: m for t, m in judged[best_epoch - 1].items() if t not in calibrated})
         found += _about_popularity(popular or {})
     found.sort(key=lambda finding: -finding.weight)
     lines = [finding.sentence for finding in found]
@@ -151,7 +156,6 @@ def _about_experts(uses: Sequence[GateUse], where: str, settled: bool) -> Iterat
         subject = f"expert {experts}{where} is" if len(idle) == 1 else f"experts {experts}{where} are"
         it = "it" if len(idle) == 1 else "any of them"
         yield _Finding(1.2 + len(idle) / 100, f"{subject} unused: no gate gives {it} more than {most:.2f}")
-    hardly = 0
     for use in uses:
         seen = {e: w for e, w in enumerate(use.weights) if w is not None}
         if len(seen) < 2:
@@ -164,9 +168,9 @@ def _about_experts(uses: Sequence[GateUse], where: str, settled: bool) -> Iterat
             yield _Finding(0.8, f"task {use.gate} leans on its own {experts}{where} ({on_own:.2f}): it shares little")
         elif seen[favourite] >= LEANS and favourite not in own:
             yield _Finding(0.7, f"task {use.gate} uses expert {favourite}{where} alone ({seen[favourite]:.2f})")
-        hardly += use.entropy >= EVEN
-    if settled and hardly == len(uses):
-        yield _Finding(0.2, f"the gates{where} mix all experts evenly: one larger expert may do as well")
+    if sum(use.entropy for use in uses) / len(uses) >= EVEN:
+        so_far = "one larger expert may do as well" if settled else "so few steps may not teach them to choose"
+        yield _Finding(0.2, f"the gates{where} mix all experts evenly: {so_far}")
 
 
 def _idle(uses: Sequence[GateUse]) -> Iterator[int]:
@@ -185,7 +189,6 @@ def _defined(metrics: Metrics) -> Metrics:
 
 
 def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> Iterator[_Finding]:
-    vague: dict[str, int] = {}
     weak: dict[str, list[tuple[str, float]]] = {"auc": [], "r2": [], "ne": []}
     for task, kept in epochs[best_epoch - 1].items():
         name = main_metric(kept) or "ne"
@@ -193,20 +196,20 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
         if value is None:
             continue
         learnt = {"auc": value >= LEARNT, "r2": value > 0, "ne": value < 1}[name]
-        if name == "auc" and not learnt and _chance(kept) > VAGUE:
-            vague[task] = round((kept.get("count") or 0) * (kept.get("base_rate") or 0))
-        elif learnt:
+        if learnt:
             values = [of.get(task, {}).get(name) for of in epochs]
             yield from _fallen(task, name, values, best_epoch, _chance(kept))
         else:
             weak[name].append((task, value))
-    if vague:
-        events = _listed([str(count) for count in vague.values()])
-        whose = "its" if len(vague) == 1 else "their"
-        yield _Finding(0.9, f"{_listed(vague)} cannot be judged: validation has {events} of {whose} events")
     for name, tasks in weak.items():
         if tasks:
             yield _Finding(2.5 + len(tasks) / 100, _no_better(name, tasks))
+
+
+def _about_vague(tasks: Mapping[str, str]) -> Iterator[_Finding]:
+    """All tasks that the validation rows cannot judge, by the bounds of every other judgement."""
+    if tasks:
+        yield _Finding(0.9, f"validation cannot judge {_listed([f'{task} ({why})' for task, why in tasks.items()])}")
 
 
 def _about_levels(kept: Mapping[str, Metrics]) -> Iterator[_Finding]:

@@ -24,6 +24,7 @@ from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import item_numbers, read_by_gate
+from mtcl_torchrec.training.popularity import popularity_of_rows, rule_of
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -71,8 +72,8 @@ def held_out_of(
 
     A request is what `Schema.request` names; else a session of a user, if the schema names a time; else the user.  Rows
     of which that is not known are left out.  `HeldOut.rankings` holds the run's own fused score (``"as it was"``), and
-    the item's popularity where the run has a catalogue.  What comes after what (`HeldOut.given`) and what is worth its
-    price (`HeldOut.item_numbers`) is what the run's expected value says, or else the tasks' masks.
+    popularity, by the same fusion, where the run has a catalogue.  What comes after what (`HeldOut.given`) and what is
+    worth its price (`HeldOut.item_numbers`) is what the run's expected value says, or else the tasks' masks.
 
     Args:
         rows: with the columns of `columns_needed`.
@@ -98,10 +99,7 @@ def held_out_of(
     needs_context = context or getattr(now, "needs_context", False)
     given, numbers = _chains(run)
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
-    rankings: dict[str, np.ndarray] = {}
-    if run.catalogue is not None and schema.item is not None:
-        # As precise as in the predictions that are kept, so that both rank alike.
-        rankings["popularity"] = run.catalogue.popularity_of(rows.frame[schema.item]).astype(np.float32)
+    _, popular = popularity_of_rows(run.catalogue, run.model.tasks, rows, encoded, schema)
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),
@@ -109,14 +107,13 @@ def held_out_of(
         user=user,
         dense_features=found.pop("", None),
         embeddings=found,
-        rankings=rankings,
+        popular=popular,
         requests_are=words,
         given=given,
         item_numbers=numbers,
     )
-    if now is not None:
-        rankings["as it was"] = held_out.scores(now)
-    return held_out
+    held_out = held_out.with_popularity(rule_of(run))
+    return held_out if now is None else held_out.with_ranking("as it was", held_out.scores(now))
 
 
 def _chains(run: FinishedRun) -> tuple[dict[str, str], dict[str, DenseNumber]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from torch import nn
 
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows
@@ -21,14 +21,19 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import Splits
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import AMOUNT, PredictionsTable, predictions_table, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import (
+    AMOUNT,
+    POPULAR,
+    PredictionsTable,
+    predictions_table,
+    write_predictions,
+)
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.evaluation.worth import values_of_events
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion.value import DenseNumber, amounts_of
-from mtcl_torchrec.modules.heads import in_unit_interval
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
 from mtcl_torchrec.training.directory import METRICS, PREDICTIONS
@@ -36,6 +41,7 @@ from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import item_numbers
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.oracle import knowable_of
+from mtcl_torchrec.training.popularity import applied_rule, fuse_parts, part_of, popularity_of_rows, rule_of
 from mtcl_torchrec.training.sharding import Ranks
 
 
@@ -63,13 +69,14 @@ def judge(
     """
     config, evaluations = run.evaluation, {}
     thresholds: dict[str, float] = {}
+    rule, _ = applied_rule(run.fusion, model.tasks, encoder=preprocessor.encoder)
     for name, encoded in splits.encoded.items():
         predictions = predict(model, encoded, batch_size=run.training.eval_batch_size, device=where.device)
         table = rows_predicted(
             model.tasks, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions,
             uncalibrated=None if calibration is None else calibration.before[name], split=name,
             segments=config.columns(), values=worth_of(run), fused=fused_tasks(model),
-            numbers=item_numbers(run.fusion, None, preprocessor.encoder),
+            numbers=item_numbers(run.fusion, None, preprocessor.encoder), rule=rule,
         )  # fmt: skip
         if name == "val":
             thresholds = chosen_thresholds(table, config.threshold)
@@ -141,7 +148,7 @@ def rows_predicted_by(
     return rows_predicted(
         model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before, split=split,
         segments=segments, values=worth_of(run.config), fused=fused_tasks(model),
-        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder),
+        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder), rule=rule_of(run),
     )  # fmt: skip
 
 
@@ -160,6 +167,7 @@ def rows_predicted(
     values: Mapping[str, float] | None = None,
     fused: Sequence[str] = (),
     numbers: Mapping[str, DenseNumber] | None = None,
+    rule: nn.Module | None = None,
 ) -> PredictionsTable:
     """Predictions beside the labels, the keys and whatever else of the rows they are judged by.
 
@@ -171,12 +179,17 @@ def rows_predicted(
         segments: columns of the data to be kept.
         thresholds, values, fused: see `PredictionsTable`.
         numbers: see `mtcl_torchrec.training.fused.item_numbers`.
+        rule: fuses the popularities of the events; of `mtcl_torchrec.training.popularity.applied_rule`.
 
     Raises:
         DataError: the rows have no column that is asked for as a segment.
     """
     keys = _keys(preprocessor, raw, encoded, catalogue)
     declared = preprocessor.declared
+    by_event, parts = popularity_of_rows(catalogue, tasks, raw, encoded, declared)
+    keys |= {POPULAR + name: of for name, of in by_event.items()}
+    if rule is not None and parts:
+        keys["popular"] = fuse_parts(rule, parts, raw, encoded, declared)
     same = {"user": declared.user, "item": declared.item, "request": declared.request, "time": declared.time}
     for column in segments:
         if same.get(column) == column or (column in keys and column not in raw.frame):
@@ -186,7 +199,7 @@ def rows_predicted(
         keys[AMOUNT + name] = amount.float().numpy()
     for task in tasks:
         if task.name in fused and task.name in predictions and task.kind != "binary":
-            keys[f"part.{task.name}"] = _part(task, predictions[task.name], encoded)
+            keys[f"part.{task.name}"] = part_of(task, predictions[task.name], encoded)
     return predictions_table(
         tasks,
         predictions,
@@ -199,15 +212,6 @@ def rows_predicted(
         values=values,
         fused=fused,
     )
-
-
-def _part(task: Task, predicted: np.ndarray, encoded: EncodedRows) -> np.ndarray:
-    """(N,) float32: what a task gives the fused score."""
-    own = None
-    if task.kind == "multiclass":
-        feature = task.item_class or task.name
-        own = encoded.first_values(feature) if feature in encoded.keys else None
-    return in_unit_interval(task, torch.tensor(predicted, dtype=torch.float32), own).clamp(0, 1).numpy()
 
 
 def check_segments(run: RunConfig, splits: Splits) -> None:
@@ -252,7 +256,6 @@ def _keys(
     if catalogue is not None and schema.item is not None:
         popularity = frame[schema.item].map(catalogue.popularity)
         keys["popularity"] = popularity.to_numpy(dtype=np.float32, na_value=np.nan)
-        keys["popular"] = catalogue.popularity_of(frame[schema.item]).astype(np.float32)
     seen = {"item": schema.item, "user": schema.user}
     of_catalogue = {
         "item": None if catalogue is None else catalogue.popularity.index,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,12 +15,15 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
+from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import TrainingRows
-from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.confidence import too_few_to_judge
+from mtcl_torchrec.evaluation.metrics import Metrics, deciding, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import cell
 from mtcl_torchrec.models import MTCL, MTCLTrain
+from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.balance import read_step
 from mtcl_torchrec.training.checkpoint.state import TrainingState
 from mtcl_torchrec.training.compiling import compiled, eagerly
@@ -173,7 +176,9 @@ def fit(
             _let_go(pipeline)
             line, scalars = _judge_epoch(state, validation, config, where)
             said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
-            said += waiting_lines(state.history.waiting[-1])
+            said += waiting_lines(state.history.waiting[-1], streams=isinstance(rows, StreamRows))
+            if len(state.history.epochs) == 1 and not config.watch:
+                said += _undecided(plain.tasks, state.history.epochs[0])
             state.position = state.position.next_epoch()
             save(state, on_the_way=False)
             clock.saved_at = time.monotonic()
@@ -262,7 +267,7 @@ def _judge_epoch(
         metrics = _validate(plain, validation, config.eval_batch_size, where)
     if state.average is not None:
         state.average.swap()
-    value = mean_auc([t for t in plain.tasks if t.name in config.watch] or plain.tasks, metrics)
+    value = mean_auc([t for t in plain.tasks if t.name in config.watch] or deciding(plain.tasks, metrics), metrics)
     history.epochs.append({name: {**of} for name, of in metrics.items()})
     # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
     best = history.best_auc is None or not value <= history.best_auc
@@ -271,6 +276,17 @@ def _judge_epoch(
     scalars = {f"val/{m}/{t}": v for t, of in metrics.items() for m, v in of.items() if m != "count"}
     scalars["waiting for data"] = history.waiting[-1]
     return _epoch_line(epoch, config.epochs, metrics, value, best, history), scalars
+
+
+def _undecided(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> list[str]:
+    """A line about the tasks that have too few events to decide which epoch is kept."""
+    decide = {task.name for task in deciding(tasks, metrics)}
+    binary = [task.name for task in tasks if task.kind == "binary"]
+    out = {name: too_few_to_judge(metrics[name]) for name in binary if name not in decide} if decide & {*binary} else {}
+    if not out:
+        return []
+    few = ", ".join(f"{name} ({why})" for name, why in out.items())
+    return [f"too few to decide which epoch is kept: {few} in validation; the other events do (or training.watch)"]
 
 
 def _patience_is_over(history: TrainingHistory, config: TrainingConfig) -> bool:

@@ -19,7 +19,13 @@ from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import AMOUNT, PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import (
+    AMOUNT,
+    POPULAR,
+    PredictionsTable,
+    read_predictions,
+    write_predictions,
+)
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import METRICS, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
@@ -35,6 +41,7 @@ from mtcl_torchrec.training.judging import (
     worth_of,
 )
 from mtcl_torchrec.training.oracle import knowable_of
+from mtcl_torchrec.training.popularity import rule_of
 
 JUDGED_BY = "fusion"  # in metrics.json: the fingerprint of the fused score that its rankings are of
 ROUNDED = 0.05  # of a prediction's spread: by so much may it differ on average, and not be another model's
@@ -108,7 +115,7 @@ def _with_score(
     fresh = rows_predicted(
         run.model.tasks, run.preprocessor, raw, encoded, run.catalogue, predictions, split=split, segments=segments,
         thresholds=thresholds_of(folder), values=worth_of(run.config), fused=fused_tasks(run.model),
-        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder),
+        numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder), rule=rule_of(run),
     )  # fmt: skip
     path = predictions_path(folder, split)
     if not path.is_file():
@@ -126,7 +133,8 @@ def _with_score(
 
 
 def _is_of_score(column: str) -> bool:
-    return column == "score" or column.startswith(("part.", AMOUNT))
+    # The popularities of the events, too, so that a file from before there were any has them from now on.
+    return column in ("score", "popular") or column.startswith(("part.", AMOUNT, POPULAR))
 
 
 def _agree(stored: PredictionsTable, fresh: PredictionsTable) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +46,7 @@ from mtcl_torchrec.training.directory import (
     replace_folder,
     sign_run_directory,
 )
+from mtcl_torchrec.training.doubts import too_good
 from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory
@@ -180,14 +181,16 @@ def _train(
     load_weights(state.model, best)
     calibration = calibrate_run(run, folder, plain_model(state.model), preprocessor, splits, where, say)
     evaluations = judge(run, folder, plain_model(state.model), preprocessor, splits, calibration, where)
+    kept = history.epochs[history.best_epoch - 1]
+    doubts = [*data.doubts, *too_good(model.tasks, kept, preprocessor.encoder, splits.encoded["val"])]
     diagnosis = diagnose(
-        history.balance, history.epochs, history.best_epoch, calibrated=calibrated,
+        history.balance, history.epochs, history.best_epoch, calibrated=calibrated, doubts=doubts,
         popular=evaluations["val"].against_popularity if "val" in evaluations else None,
     )  # fmt: skip
     say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     if where.first:
         cost = cost_of(plain_model(state.model), history, splits.train.rows_per_epoch, where)
-        write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration, cost)
+        write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration, cost, doubts)
     where.barrier()
     return RunResult(folder, history, evaluations, diagnosis, calibration)
 
@@ -370,6 +373,7 @@ def write_metrics(
     diagnosis: list[str],
     calibration: CalibrationResult | None = None,
     cost: dict[str, Any] | None = None,
+    doubts: Sequence[str] = (),
 ) -> None:
     """Everything measured, as JSON; what is not defined is null."""
     of_history = history.to_json()
@@ -379,6 +383,8 @@ def write_metrics(
         "diagnosis": diagnosis,
         "evaluations": {split: evaluation_as_json(evaluation) for split, evaluation in evaluations.items()},
     }
+    if doubts:
+        content["doubts"] = list(doubts)
     if cost is not None:
         content["cost"] = cost
     if calibration is not None:

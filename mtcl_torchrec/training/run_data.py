@@ -13,6 +13,7 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import PREPROCESSING, readable_folder
+from mtcl_torchrec.training.known_rows import known_line
 from mtcl_torchrec.training.sharding import Ranks
 
 Say = Callable[[str], None]
@@ -24,6 +25,7 @@ class RunData:
 
     preprocessor: Preprocessor
     splits: Splits
+    doubts: tuple[str, ...] = ()  # lines about splits that hold training rows
 
 
 def load_data(run: RunConfig, where: Ranks, *, grown_from: FeatureEncoder | None = None, say: Say) -> RunData:
@@ -42,7 +44,11 @@ def load_data(run: RunConfig, where: Ranks, *, grown_from: FeatureEncoder | None
         say(line)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")
-    return RunData(preprocessor, splits)
+    doubts = [known_line(run, name, rows) for name, rows in splits.raw.items()] if where.first else None
+    told = tuple(line for line in where.broadcast(doubts) if line)
+    for line in told:
+        say(f"WARNING: {line}")
+    return RunData(preprocessor, splits, told)
 
 
 def earlier_encoder(folder: Path) -> FeatureEncoder:

@@ -43,15 +43,23 @@ def share_waited(waited: float, seconds: float, where: Ranks) -> float:
     return max(where.gather(min(waited / max(seconds, 1e-9), 1.0)))
 
 
-def waiting_lines(share: float) -> list[str]:
+def waiting_lines(share: float, *, streams: bool) -> list[str]:
     """What is told of it at the end of an epoch; nothing where it is little.
 
+    Args:
+        streams: whether rows are read while they are trained on, or lie in memory.
+
     Example:
-        >>> waiting_lines(0.312)
-        ['31 % of the epoch went into waiting for data: where it is a stream, raise data.workers']
-        >>> waiting_lines(0.05)
+        >>> waiting_lines(0.312, streams=True)
+        ['31 % of the epoch went into waiting for data: raise data.workers']
+        >>> waiting_lines(0.312, streams=False)
+        ['31 % of the epoch went into putting batches together: larger ones (training.batch_size) cost less for each row']
+        >>> waiting_lines(0.05, streams=True)
         []
     """
     if share <= TOLD_FROM:
         return []
-    return [f"{100 * share:.0f} % of the epoch went into waiting for data: where it is a stream, raise data.workers"]
+    went = f"{100 * share:.0f} % of the epoch went into"
+    if streams:
+        return [f"{went} waiting for data: raise data.workers"]
+    return [f"{went} putting batches together: larger ones (training.batch_size) cost less for each row"]
