@@ -204,8 +204,8 @@ def _completed(table: PredictionsTable, other: PredictionsTable) -> PredictionsT
 
 def with_amounts_of(run: PredictionsTable, other: PredictionsTable) -> PredictionsTable:
     """Another table of the same rows, in which events are worth what they are worth in the first one."""
-    own = [column for column in other.frame if column.startswith(AMOUNT)]
-    theirs = {column: run.frame[column].to_numpy() for column in run.frame if column.startswith(AMOUNT)}
+    own = [column for column in map(str, other.frame) if column.startswith(AMOUNT)]
+    theirs = {column: run.frame[column].to_numpy() for column in map(str, run.frame) if column.startswith(AMOUNT)}
     return replace(other, frame=other.frame.drop(columns=own).assign(**theirs))
 
 

@@ -127,8 +127,8 @@ def _with_score(
             "score that it had"
         )
     # What the score is made of is another than it was, and so may be what events are worth.
-    of_score = {name: fresh.frame[name].to_numpy() for name in fresh.frame if _is_of_score(name)}
-    kept = stored.frame[[name for name in stored.frame if not _is_of_score(name)]]
+    of_score = {name: fresh.frame[name].to_numpy() for name in map(str, fresh.frame) if _is_of_score(name)}
+    kept = stored.frame[[name for name in map(str, stored.frame) if not _is_of_score(name)]]
     return replace(stored, frame=kept.assign(**of_score), values=fresh.values, fused=fresh.fused)
 
 
