@@ -58,6 +58,8 @@ class Baseline:
         needs: keys of the schema that it needs.
         joint: whether one model predicts all tasks.
         network: whether it is trained as the run is, so that its model and optimizers count.
+        whole: whether it predicts all tasks, whichever are asked for: it costs nothing, and its fused score is one that
+            the run is held against.
     """
 
     about: str
@@ -69,6 +71,7 @@ class Baseline:
     needs: tuple[str, ...] = ()
     joint: bool = False
     network: bool = False
+    whole: bool = False
 
     def why_not(self, task: Task, data: BaselineData) -> str:
         """Why it does not predict a task; empty where it does."""
@@ -111,7 +114,7 @@ _network = partial(Baseline, usual=networks.USUAL, space=networks.SPACE, network
 # In the order of `ABOUT`.
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
-        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, {}, needs=("item",),
+        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, {}, needs=("item",), whole=True,
     ),
     "item_knn": _collaborative(
         ABOUT["item_knn"], _alone(collaborative.fit_knn),

@@ -63,7 +63,8 @@ def run_baselines(
         folder: to write to; may be the directory of the run.
         run_dir: the directory of the run, where it is another.
         only: names of baselines; all that the schema has the columns for, where it is empty.
-        tasks: those that a baseline with a model for each task predicts; all that it can, where it is empty.
+        tasks: those that a baseline with a model for each task predicts, but for popularity; all that it can, where it
+            is empty.
         budget: of each baseline.
         seed: of samples, draws and folds.
         max_rows: of a larger training split, baselines other than networks learn from a sample.
@@ -215,7 +216,7 @@ def _one(
     baseline, data = BASELINES[name], job.data
     tasks, notes = list[Task](), list[str]()
     for task in _by_weight(data.tasks, judge.fused):
-        if job.tasks and task.name not in job.tasks and not baseline.joint:
+        if job.tasks and task.name not in job.tasks and not (baseline.joint or baseline.whole):
             continue
         if reason := baseline.why_not(task, data):
             notes.append(reason)
