@@ -64,17 +64,20 @@ def test_data_that_is_read_beforehand_trains_the_same_run(run, tmp_path):
 
 
 def test_only_the_tasks_that_are_asked_for(run, tmp_path):
-    options = {"only": ["popularity"], "budget": Budget(1), "say": silent}
+    options = {"only": ["logistic_regression"], "budget": Budget(1), "say": silent}
     with pytest.raises(ConfigError, match=r"no task 'buyy' \(did you mean 'buy'\?\); there are click, buy"):
         run_baselines(run, tmp_path, tasks=["buyy"], **options)
     run_baselines(run, tmp_path, tasks=["click"], **options)
-    before = read_entries(tmp_path)["popularity"]
+    before = read_entries(tmp_path)["logistic_regression"]
     assert set(before["metrics"]["test"]["tasks"]) == {"click"}
     assert before["trials"] == 1
     run_baselines(run, tmp_path, tasks=["click"], **options)
-    assert read_entries(tmp_path)["popularity"] == before
+    assert read_entries(tmp_path)["logistic_regression"] == before
     run_baselines(run, tmp_path, **options)
-    assert set(read_entries(tmp_path)["popularity"]["metrics"]["test"]["tasks"]) >= {"click", "buy"}
+    assert set(read_entries(tmp_path)["logistic_regression"]["metrics"]["test"]["tasks"]) >= {"click", "buy"}
+    run_baselines(run, tmp_path, tasks=["click"], **options | {"only": ["popularity"]})
+    whole = read_entries(tmp_path)["popularity"]["metrics"]["test"]["tasks"]
+    assert set(whole) == {task.name for task in run.data_schema.tasks}  # its fused score is one to be held against
 
 
 def test_twins_are_of_the_events_that_are_watched_and_weigh_most(run):

@@ -62,6 +62,8 @@ class Baseline:
         needs: keys of the schema that it needs.
         joint: whether one model predicts all tasks.
         network: whether it is trained as the run is, so that its model and optimizers count.
+        whole: whether it predicts all tasks, whichever are asked for: it costs nothing, and its fused score is one that
+            the run is held against.
         same_as: says of a run that it would be the same, and why; empty where it would not.
     """
 
@@ -74,6 +76,7 @@ class Baseline:
     needs: tuple[str, ...] = ()
     joint: bool = False
     network: bool = False
+    whole: bool = False
     same_as: Callable[[RunConfig], str] = lambda run: ""
 
     def settings_in(self, run: RunConfig) -> tuple[Settings, Mapping[str, Any]]:
@@ -146,7 +149,7 @@ def _already_unweighted(run: RunConfig) -> str:
 # In the order of `ABOUT`.
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
-        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, {}, needs=("item",),
+        ABOUT["popularity"], _alone(popularity.fit_popularity), popularity.USUAL, {}, needs=("item",), whole=True,
     ),
     "item_knn": _collaborative(
         ABOUT["item_knn"], _alone(collaborative.fit_knn),

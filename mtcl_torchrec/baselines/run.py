@@ -65,7 +65,8 @@ def run_baselines(
         folder: to write to; may be the directory of the run.
         run_dir: the directory of the run, where it is another.
         only: names of baselines; all that the schema has the columns for, where it is empty.
-        tasks: those that a baseline with a model for each task predicts; all that it can, where it is empty.
+        tasks: those that a baseline with a model for each task predicts, but for popularity; all that it can, where it
+            is empty.
         budget: of each baseline.
         seed: of samples, draws and folds.
         max_rows: of a larger training split, baselines other than networks learn from a sample.
@@ -242,7 +243,7 @@ def _predicted(baseline: Baseline, job: Job) -> tuple[list[Task], list[str]]:
     """The tasks that a baseline predicts, and why not the others."""
     tasks, reasons = list[Task](), list[str]()
     for task in job.data.tasks:
-        if job.tasks and task.name not in job.tasks and not baseline.joint:
+        if job.tasks and task.name not in job.tasks and not (baseline.joint or baseline.whole):
             continue
         if reason := baseline.why_not(task, job.data):
             reasons.append(reason)

@@ -95,7 +95,8 @@ def evaluate_predictions(
         if (name := tasks[child].conditional_name) is not None:
             judge(name, tasks[child], np.where(labels[:, parent] == 1, labels[:, child], np.nan))
     score = predictions.get("score")
-    ranking: dict[str, Metrics] = ({} if score is None else {"fused": {}}) | ({"popular": {}} if popularity else {})
+    known = {"fused": score is not None, "popular": bool(popularity)}
+    ranking: dict[str, Metrics] = {rule: {} for rule, there in known.items() if there}
     for i, task in enumerate(tasks):
         if task.kind != "binary" or task.name not in ranked_tasks:
             continue
@@ -220,7 +221,7 @@ def _print_ranking(evaluation: Evaluation, console: Console) -> None:
     print_columns(console, title, columns, rows, last=True)
     if against:
         unwanted = [n for n, value in evaluation.values.items() if value < 0 and n in against]
-        line = "fused is: than the popularity of items for that event, of the same rows, " + f"by {label_of(kinds[-1])}"
+        line = "fused is: than popularity, of the same rows, " + f"by {label_of(kinds[-1])}"
         line += "; better or worse where the difference is beyond its 95 % interval"
         line += f"; of {', '.join(unwanted)}, low is what is wanted" if unwanted else ""
         console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)

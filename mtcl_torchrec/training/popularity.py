@@ -80,7 +80,7 @@ def gives_way(config: FusionConfig | None, *, fitted: bool) -> str:
 def rule_of(run: FinishedRun) -> nn.Module:
     """By what the popularities of a finished run's events are fused: what it ranks by now, where it can be."""
     now, fitted = run.model.output.fused_score, None
-    if run.fusion is not None and run.fusion is not run.config.fusion:
+    if now is not None and run.fusion is not None and run.fusion is not run.config.fusion:
         fitted = (run.fusion, now)
     return applied_rule(run.config.fusion, run.model.tasks, encoder=run.preprocessor.encoder, fitted=fitted)[0]
 
