@@ -163,8 +163,8 @@ def compare_tables(
     spreads = spread(draws_of[1] - draws_of[0])
     support = supports_of(a, clusters, values=values, paired=True)
     found = [
-        difference_of(*key, float(x), float(y), float(over_draws), support(*key))
-        for key, x, y, over_draws in zip(shared, *values_of, spreads, strict=True)
+        difference_of(of, metric, float(x), float(y), float(over_draws), support(of, metric))
+        for (of, metric), x, y, over_draws in zip(shared, *values_of, spreads, strict=True)
     ]
     return corrected(found)
 
