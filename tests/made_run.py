@@ -132,6 +132,7 @@ def fitted_report():
             "error": 0.01,
             "better": t - 0.7198,
             "better_error": 0.00005,
+            "better_half": 0.0001,
             "broken": "",
         }
         for n, t in [*((n, t) for n, t, _, _ in named), ("popularity", 0.4)]

@@ -88,7 +88,7 @@ def test_every_baseline_from_the_command_line(mtcl, folder, monkeypatch):
                 if table.task(task).kind == "binary":
                     assert auc(table.labels(task), table.predicted(task)) == pytest.approx(metrics["auc"], abs=1e-5)
             fused = entry["metrics"][split]["ranking"]["fused"]
-            assert {"value@5", "value@5 error", "rate@10 buy", "ndcg@5 click", "mrr click"} <= set(fused)
+            assert {"value@5", "value@5 half", "rate@10 buy", "ndcg@5 click", "mrr click"} <= set(fused)
             assert "f1" in entry["metrics"][split]["tasks"]["click"]
             assert auc(table.labels("click"), table.score) == pytest.approx(fused["auc click"], abs=1e-5)
         assert tables["val"].thresholds == tables["test"].thresholds

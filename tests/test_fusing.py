@@ -348,7 +348,7 @@ def test_what_was_chosen_is_worth_the_same_wherever_it_is_said():
 
 
 def test_a_handful_of_events_makes_no_lead_sure():
-    held_out, values = rows_of(requests=80)
+    held_out, _ = rows_of(requests=80)
     happened = np.flatnonzero(held_out.labels["like"] > 0)[:9]
     few = {**held_out.labels, "like": np.zeros(len(held_out)), "click": np.zeros(len(held_out))}
     few["like"][happened] = 1

@@ -217,7 +217,7 @@ def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
     assert again.against_popularity["click"]["metric"] == "gauc"
     assert set(again.segments) == {"age", "genre", "item_seen", "user_seen", "hour_of_day"}
     assert sum(of["rows"] for of in again.segments["genre"].values()) == len(table)
-    assert {"value@2", "value@2 error", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])
+    assert {"value@2", "value@2 half", "ndcg@7 click", "coverage@7", "novelty@2"} <= set(again.ranking["popular"])
 
 
 @pytest.mark.parametrize(

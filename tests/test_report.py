@@ -335,7 +335,7 @@ def test_tasks_of_one_label_are_one_event(made, tmp_path, fast):
 def test_rankings_within_requests_and_segments_of_metrics_json(made, tmp_path, fast):
     def more(metrics):
         of = metrics["evaluations"]["test"]
-        of["ranking"]["fused"] |= {"requests": 9.0, "choice@5": 0.25, "value@5": 0.5, "value@5 error": 0.01,
+        of["ranking"]["fused"] |= {"requests": 9.0, "choice@5": 0.25, "value@5": 0.5, "value@5 half": 0.0196,
                                    "ndcg@5 click": 0.75, "mrr click": None}  # fmt: skip
         of["ranking"]["popular"] |= {"choice@5": 0.25, "value@5": 0.4}
         of["segments"] = {"hour": {"9 <am>": {"rows": 1234, "tasks": {"click": {"auc": 0.7}}, "ranking": {}}}}
@@ -437,8 +437,8 @@ def test_intervals_of_metrics_json_are_those_that_are_shown(made, tmp_path, fast
             "ranking": {"gauc click": {"value": gauc, "error": 0.01, "low": gauc - 0.0456, "high": gauc + 0.0456},
                         "value@5": {"value": 0.5, "error": 0.1, "low": 0.4433, "high": 0.5567}},
         }  # fmt: skip
-        of["ranking"]["fused"] |= {"value@5": 0.5, "value@5 error": 0.01, "choice@5": 0.25}
-        of["ranking"]["popular"] |= {"value@5": 0.4, "value@5 error": 0.01, "choice@5": 0.25}
+        of["ranking"]["fused"] |= {"value@5": 0.5, "value@5 half": 0.0196, "choice@5": 0.25}
+        of["ranking"]["popular"] |= {"value@5": 0.4, "value@5 half": 0.0196, "choice@5": 0.25}
 
     found = read(edited(copied(made, tmp_path / "run"), more))
     columns, first, *_ = found.tables["Binary tasks"]
@@ -510,7 +510,7 @@ KNOWN = {
     "minutes": {"count": 9.0, "share": 0.5, "regret": 2.0, "r2": 0.2, "oracle_r2": 0.4},
     "like": {"count": 0.0},
     "score": {"share": 0.8, "requests@1": 9.0, "value@1": 0.4, "oracle@1": 0.5, "random@1": 0.1, "regret@1": 0.1,
-              "regret@1 error": 0.01, "share@1": 0.75, "share@1 error": 0.02, "requests@5": 0.0},
+              "regret@1 half": 0.0196, "share@1": 0.75, "share@1 half": 0.039, "requests@5": 0.0},
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_every_user_once_is_what_all_rows_come_to(known):
         "count", "base_rate", "threshold", "majority", "f1_all_yes", "said_yes", "requests", "choice", "coverage",
         "value",
     }  # fmt: skip
-    assert {metric for _, metric in set(expected) - set(named) if metric.startswith("value")} == {"value@3 error"}
+    assert {metric for _, metric in set(expected) - set(named) if metric.startswith("value")} == {"value@3 half"}
 
 
 def test_a_draw_is_what_copies_of_the_users_rows_come_to():

@@ -69,7 +69,7 @@ def print_baselines(
     told = dict[Key, str]()
     for evaluation in found.values():
         for key in evaluation["ranking"].get("fused", {}):
-            if key.startswith(_TOLD) and " error" not in key:
+            if key.startswith(_TOLD) and " half" not in key:
                 told[(RANKING, key)] = heading_of(key)
     apart = _apart(entries, folder, run_dir, split, found, {*quality, *within, *told})
     _print(console, f"{split} split: quality of each task", found, quality, apart)

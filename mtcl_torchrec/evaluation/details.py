@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE, plus_minus
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics
 from mtcl_torchrec.evaluation.naming import bounds_of, label_of
 from mtcl_torchrec.evaluation.plain_table import print_columns
@@ -75,12 +75,11 @@ def _print_shown(evaluation: Evaluation, k: int, console: Console) -> None:
             metric, metrics = f"{measure}@{k}", evaluation.ranking[rule]
             if (value := metrics.get(metric)) is not None:
                 sure = evaluation.intervals.get(_of_rule(rule), {}).get(metric)
-                error = metrics.get(f"{metric} error")
-                half = sure.half if sure is not None else None if error is None else SURE * error
+                half = metrics.get(f"{metric} half") if sure is None else sure.half
                 said.append(f"{plus_minus(value, half, bounds=bounds_of(metric))} ({rule})")
         if said:
             console.print(f"{label_of(f'{measure}@{k}')}: {', '.join(said)}", highlight=False)
-    if any(f"value@{k} error" in evaluation.ranking[rule] for rule in rules):
+    if any(f"value@{k} half" in evaluation.ranking[rule] for rule in rules):
         console.print(_what_counts(evaluation.values), highlight=False, markup=False, soft_wrap=True)
     console.print()
 

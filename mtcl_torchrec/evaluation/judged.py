@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
+from mtcl_torchrec.evaluation.metrics import Metrics
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.rivals import against_popularity
 from mtcl_torchrec.evaluation.segments import of_segment, split_by_segment
-from mtcl_torchrec.evaluation.supports import supports_of
+from mtcl_torchrec.evaluation.supports import RANKING, Supports, supports_of
 
 
 def evaluate_table(
@@ -55,6 +56,7 @@ def evaluate_table(
     if table.score is not None:
         predictions["score"] = table.score
     popularity, clusters = table.popular_for if popular else {}, clusters_of(table)
+    support = supports_of(table, clusters, values=table.values)
     labels = [table.labels(task.name) for task in table.tasks]
     found = evaluate_predictions(
         table.tasks,
@@ -67,16 +69,18 @@ def evaluate_table(
         {name: weights for name in table.predicted_names if (weights := table.weights(name)) is not None},
     )
     if table.requests is not None and not np.isnan(table.requests).all():
+
+        def ranked(scores: np.ndarray | None, of_event: dict[str, np.ndarray] | None = None) -> Metrics:
+            return _with_halves(ranking_metrics(table, scores, k=k, values=table.values, of_event=of_event), support)
+
         if "fused" in found.ranking:
-            found.ranking["fused"] |= ranking_metrics(table, table.score, k=k, values=table.values)
+            found.ranking["fused"] |= ranked(table.score)
         if popular and table.popular is not None:
-            by_popularity = ranking_metrics(table, table.popular, k=k, values=table.values, of_event=popularity)
-            found.ranking["popular"] = found.ranking.get("popular", {}) | by_popularity
+            found.ranking["popular"] = found.ranking.get("popular", {}) | ranked(table.popular, popularity)
     apart = {name: {value: _of_segment(rows, k) for value, rows in split_by_segment(table, name)} for name in segments}
     sure = {}
     if bootstrap:
         parts = resampled_metrics(table, clusters, k=k, values=table.values)
-        support = supports_of(table, clusters, values=table.values)
         sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, support=support)
     held_against = {}
     if popularity:
@@ -84,6 +88,18 @@ def evaluate_table(
         unwanted = {task for task, value in table.values.items() if value < 0}
         held_against = against_popularity(table, judged, *clusters, unwanted=unwanted)
     return replace(found, values=dict(table.values), segments=apart, intervals=sure, against_popularity=held_against)
+
+
+def _with_halves(metrics: Metrics, support: Supports) -> Metrics:
+    """``value@5 half``, half of its 95 % interval, in place of ``value@5 error``."""
+    found: Metrics = {}
+    for key, value in metrics.items():
+        metric = key.removesuffix(" error")
+        if metric == key:
+            found[key] = value
+        else:
+            found[f"{metric} half"] = support(RANKING, metric).quantile * value
+    return found
 
 
 def _of_segment(rows: PredictionsTable, k: Sequence[int]) -> dict:

@@ -15,16 +15,18 @@ The **regret** is what remains: mean KL(p ‖ p̂) in nats, of a regression E (m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from rich.console import Console
 
-from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, SURE
+from mtcl_torchrec.evaluation.confidence import PLUS_MINUS
 from mtcl_torchrec.evaluation.metrics import Metrics, auc
 from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
+from mtcl_torchrec.evaluation.significance import t_quantile
 from mtcl_torchrec.schema import Task
 
 KS = (1, 5, 10)
@@ -156,8 +158,8 @@ def knowable_score(
         ``share``: of the gain of ranking all rows: the mean, over all lengths k of a list, of what its first k rows
         bring above average, over the same of the oracle.  For k of 1, 5 and 10, over the requests of more than k rows:
         ``requests@k``, and where there are any, ``value@k`` and ``oracle@k`` (what the first k bring),
-        ``random@k`` (in random order), ``regret@k`` (the oracle's less the score's) with ``regret@k error``, and
-        ``share@k``, of what the oracle's order brings beyond a random one, with ``share@k error``.
+        ``random@k`` (in random order), ``regret@k`` (the oracle's less the score's), and ``share@k``, of what its
+        order brings beyond a random one; both with half of its 95 % interval, as ``share@k half``.
 
     Example:
         >>> request, true = np.zeros(4), np.array([0.1, 0.2, 0.4, 0.9])
@@ -192,10 +194,11 @@ def knowable_score(
         regret, error = mean_and_error(of["oracle"] - of["value"], cluster)
         gained, there = of["value"] - of["random"], of["oracle"] - of["random"]
         share = _share(float(gained.mean()), float(there.mean()))
+        sure = t_quantile(len(there if cluster is None else np.unique(cluster)) - 1)
         spread = mean_and_error(gained - share * there, cluster)[1]  # of a ratio of means, by the delta method
         found |= {
-            f"regret@{k}": regret, f"regret@{k} error": error,
-            f"share@{k}": share, f"share@{k} error": spread / float(there.mean()) if share == share else float("nan"),
+            f"regret@{k}": regret, f"regret@{k} half": sure * error,
+            f"share@{k}": share, f"share@{k} half": sure * spread / float(there.mean()) if share == share else math.nan,
         }  # fmt: skip
     return found
 
@@ -252,7 +255,7 @@ def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None 
     for k in KS:
         if f"share@{k}" in score:
             numbers = (score[f"value@{k}"], score[f"oracle@{k}"], score[f"regret@{k}"])
-            share = f"{_percent(score[f'share@{k}'])} ± {100 * SURE * score[f'share@{k} error']:.1f}"
+            share = f"{_percent(score[f'share@{k}'])} ± {100 * score[f'share@{k} half']:.1f}"
             table.add_row(f"score, first {k}", share, f"value@{k}", *(f"{x:.4f}" for x in numbers))
     console.print("", table)
     lines = [PLUS_MINUS] if any(f"share@{k}" in score for k in KS) else []

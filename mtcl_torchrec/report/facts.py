@@ -192,13 +192,13 @@ def tried_gaps(run: RunContents) -> tuple[float, list[Gap]]:
     heads = [name for name in tried if name.startswith("head ")]
     if heads and chosen["name"] not in heads:
         best = max(heads, key=lambda name: float(tried[name]["target"]))
-        better, error = chosen.get("better"), chosen.get("better_error")
+        better, half = chosen.get("better"), chosen.get("better_half")
         gap = target - float(tried[best]["target"]) if better is None else float(better)
-        gaps.append(Gap(best.removeprefix("head "), best, gap, math.nan if error is None else float(error)))
+        gaps.append(Gap(best.removeprefix("head "), best, gap, math.nan if half is None else float(half) / SURE))
     if "popularity" in tried:
         of = tried["popularity"]
         errors = [
-            math.nan if line.get("better_error") is None else float(line["better_error"]) for line in (chosen, of)
+            math.nan if line.get("better_half") is None else float(line["better_half"]) / SURE for line in (chosen, of)
         ]
         gap = target - float(of["target"])
         gaps.append(Gap("", "popularity", gap, math.hypot(*errors)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.evaluation.knowable import KS
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.fusion_pictures import bars, share
@@ -80,8 +79,8 @@ def knowable_table(run: RunContents) -> Table | None:
         rows.append(["fused score, all rows", _percent(score["share"]), "gain of ranking", "–", "–", "–"])
     for k in KS:
         if score.get(f"share@{k}") is not None:
-            error = score.get(f"share@{k} error")
-            sure = "" if error is None else f" ± {100 * SURE * error:.1f}"
+            half = score.get(f"share@{k} half")
+            sure = "" if half is None else f" ± {100 * half:.1f}"
             both = [number(score.get(f"{who}@{k}")) for who in ("value", "oracle")]
             known = _percent(score[f"share@{k}"]) + sure
             rows.append(

@@ -140,17 +140,18 @@ def shown_tables(run: RunContents) -> list[Table]:
     measures: dict[str, list[tuple[str, str]]] = {}
     for key in dict.fromkeys(key for of in ranking.values() for key in of):
         parts = parts_of(key)
-        if parts.measure in OF_SHOWN and parts.of != "error" and parts.of not in run.same_event:
+        if parts.measure in OF_SHOWN and parts.of != "half" and parts.of not in run.same_event:
             measures.setdefault(parts.k, []).append((key, label_of(key.replace(f"@{parts.k}", ""))))
     tables = []
     for k, found in measures.items():
         title = f"What {first_rows(int(k))} of each request bring{'s' * (k == '1')}" if k else _WHERE
         rows = []
         for key, label in found:
-            errors = {rule: of.get(f"{key} error") for rule, of in ranking.items()}
+            halves = {rule: of.get(f"{key} half") for rule, of in ranking.items()}
             if not math.isnan(of_bootstrap := stored_error(run, "ranking", key)):
-                errors["fused"] = of_bootstrap
-            rows.append([label, *(with_error(of.get(key), errors[rule], metric=key) for rule, of in ranking.items())])
+                halves["fused"] = SURE * of_bootstrap
+            bounds = bounds_of(key)
+            rows.append([label, *(plus_minus(of.get(key), halves[rule], 4, bounds) for rule, of in ranking.items())])
         choice = next((of.get(f"choice@{k}") for of in ranking.values()), None)
         note = (
             ""
@@ -171,7 +172,7 @@ def tried_table(fitted: Mapping[str, Any]) -> Table | None:
     rows = []
     for of in tried:
         name = f"{of['name']} (chosen)" if of["name"] == chosen else str(of["name"])
-        numbers = [with_error(of.get("target"), of.get("error")), with_error(of.get("better"), of.get("better_error"))]
+        numbers = [plus_minus(of.get("target"), of.get("half")), plus_minus(of.get("better"), of.get("better_half"))]
         rows.append([name, *numbers, str(of.get("broken") or "")])
     return Table(f"What was tried for {target}", ["ranked by", target, "better than the best head", "breaks"], rows,
                  f"On folds left out; {PLUS_MINUS}.")  # fmt: skip
