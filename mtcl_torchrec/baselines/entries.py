@@ -13,6 +13,7 @@ from mtcl_torchrec.training.directory import replace_file
 FILE = "baselines.json"
 INSTEAD = "ranked_by_instead"  # in an entry: what stood in for the run's fused score, in words; empty where nothing
 TUNED = "tuned"  # in an entry: how its settings were found, in words
+_NOTHING = "it has nothing to tune"
 _ENTRY = ("trials", "seconds", "metrics")  # what each has at least
 # Name -> what it is; in the order of what they know.
 ABOUT = {
@@ -60,7 +61,7 @@ def said_of_score(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(said for entry in entries.values() if (said := entry.get(INSTEAD))))
 
 
-def how_tuned(trials: int, network: bool, each: bool, of_run: int = 0) -> str:
+def how_tuned(trials: int, network: bool, each: bool, of_run: int = 0, *, more: bool = True) -> str:
     """How the settings of a baseline were found, in words.
 
     Args:
@@ -68,11 +69,14 @@ def how_tuned(trials: int, network: bool, each: bool, of_run: int = 0) -> str:
         network: whether the first setting is the run's own.
         each: whether each task has its own trials.
         of_run: trials of the search that the run is the best of; 0 of none that is known.
+        more: whether there are other settings than the usual one.
 
     Example:
         >>> how_tuned(8, network=False, each=True), how_tuned(1, network=True, each=True)
         ('the best of 8 trials for each task', "not tuned: the run's own settings")
     """
+    if not more:
+        return _NOTHING
     if trials > 1:
         return f"the best of {trials} trials" + " for each task" * each
     own = "not tuned: the run's own settings" if network else "not tuned: its usual settings"
@@ -80,13 +84,15 @@ def how_tuned(trials: int, network: bool, each: bool, of_run: int = 0) -> str:
 
 
 def is_tuned(entry: Mapping[str, Any]) -> bool:
-    """Whether more than one setting was tried for some task.
+    """Whether more than one setting was tried for some task, or there is but one.
 
     Example:
         >>> is_tuned({"searched": {"click": [{}], "buy": [{}, {}]}}), is_tuned({"searched": {"all tasks": [{}]}})
         (True, False)
     """
     searched = entry.get("searched") or {}
+    if entry.get(TUNED) == _NOTHING:
+        return True
     if not searched:
         return (entry.get("budget") or {}).get("trials") != 1
     return any(len(trials) > 1 for trials in searched.values())

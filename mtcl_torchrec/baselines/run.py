@@ -307,7 +307,11 @@ def _one(
         "seconds": sum(found.seconds for found in searched.values()),
         "budget": {"trials": budget.trials_of(baseline.network), "seconds": budget.seconds},
         TUNED: how_tuned(
-            max(len(found.trials) for found in searched.values()), baseline.network, not baseline.joint, run_trials
+            max(len(found.trials) for found in searched.values()),
+            baseline.network,
+            not baseline.joint,
+            run_trials,
+            more=bool(baseline.settings_in(job.run)[1]),
         ),
         "rows": data.total if baseline.network else len(data.train),
         "searched": {title: [finite(asdict(trial)) for trial in found.trials] for title, found in searched.items()},
