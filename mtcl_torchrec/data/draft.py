@@ -83,8 +83,8 @@ def draft_run(
         if not is_binary(frame[label]):
             raise DataError(f"{rows.name}: {label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere")
     if not draft.features:
-        told = f" and what tells them by itself ({', '.join(draft.telling)})" if draft.telling else ""
-        raise DataError(f"{rows.name}: found no input column beside the labels{told}")
+        beside = f" and what tells them by itself ({', '.join(draft.telling)})" if draft.telling else ""
+        raise DataError(f"{rows.name}: found no input column beside the labels{beside}")
     return draft.text()
 
 
