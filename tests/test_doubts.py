@@ -3,6 +3,7 @@ on; and tasks of few events do not decide which epoch is kept."""
 
 import io
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,8 @@ import torch
 import yaml
 from ranks import run_ranks
 from rich.console import Console
-from typer.testing import CliRunner
 
-from mtcl_torchrec.cli import app
+from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.preprocessing import Preprocessor
@@ -161,7 +161,15 @@ def trained(tmp_path_factory):
     return folder / "run", result, said.getvalue()
 
 
-def test_training_the_report_and_compare_say_it(trained, tmp_path):
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    return capsys.readouterr().out.replace("\n", "")
+
+
+def test_training_the_report_and_compare_say_it(trained, tmp_path, monkeypatch, capsys):
     folder, result, said = trained
     line = result.diagnosis[0]
     assert line.startswith("buy is predicted too well to be true (validation AUC ")
@@ -174,11 +182,8 @@ def test_training_the_report_and_compare_say_it(trained, tmp_path):
     train_run(parse_run(LEAKY.replace("epochs: 6", "epochs: 1"), folder=folder.parent), other, device="cpu",
               console=Console(file=io.StringIO()))  # fmt: skip
     page = tmp_path / "run.html"
-    shown = CliRunner().invoke(app, ["compare", str(folder), str(other), "--draws", "20"])
-    assert shown.exit_code == 0, shown.output
-    assert f"WARNING: {folder}: {line}" in shown.output.replace("\n", "")
-    made = CliRunner().invoke(app, ["report", str(folder), "--out", str(page)])
-    assert made.exit_code == 0, made.output
+    assert f"WARNING: {folder}: {line}" in run_main(monkeypatch, capsys, "compare", folder, other, "--draws", 20)
+    run_main(monkeypatch, capsys, "report", folder, "--out", page)
     html = page.read_text()
     first = html[html.index("Is the model good?") :]
     assert (

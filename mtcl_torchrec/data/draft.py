@@ -98,8 +98,8 @@ def draft_run(
             what = f"{label!r} cannot be the label of a binary task, it is not 0 or 1 everywhere"
             raise DataError(f"{rows.name}: {what}{_if_number(frame[label], label)}")
     if not draft.features:
-        told = f" and what tells them by itself ({', '.join(draft.telling)})" if draft.telling else ""
-        raise DataError(f"{rows.name}: found no input column beside the labels{told}")
+        beside = f" and what tells them by itself ({', '.join(draft.telling)})" if draft.telling else ""
+        raise DataError(f"{rows.name}: found no input column beside the labels{beside}")
     return draft.text()
 
 

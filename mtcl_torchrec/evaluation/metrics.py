@@ -307,7 +307,7 @@ def mean_auc(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def deciding(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> list[Task]:
+def deciding(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float | None]]) -> list[Task]:
     """The tasks of `mean_auc` that have enough events on this data to decide anything; all where none has.
 
     Example:

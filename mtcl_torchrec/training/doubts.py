@@ -95,10 +95,10 @@ def _features(encoder: FeatureEncoder, rows: EncodedRows, at: np.ndarray) -> Ite
     dense, columns = rows.dense[index].numpy(), encoder.dense_columns()
     for name in dict.fromkeys(columns):
         first = columns.index(name)
-        values = dense[:, first].astype(np.float64)
+        numbers = dense[:, first].astype(np.float64)
         if columns.count(name) == 2:  # the second marks what is missing
-            values[dense[:, first + 1] > 0] = np.nan
-        yield name, (codes_of_numbers(values), None)
+            numbers[dense[:, first + 1] > 0] = np.nan
+        yield name, (codes_of_numbers(numbers), None)
 
 
 def _renumbered(rows_of_a_table: torch.Tensor) -> np.ndarray:

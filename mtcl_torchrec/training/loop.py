@@ -278,7 +278,7 @@ def _judge_epoch(
     return _epoch_line(epoch, config.epochs, metrics, value, best, history), scalars
 
 
-def _undecided(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> list[str]:
+def _undecided(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     """A line about the tasks that have too few events to decide which epoch is kept."""
     decide = {task.name for task in deciding(tasks, metrics)}
     binary = [task.name for task in tasks if task.kind == "binary"]

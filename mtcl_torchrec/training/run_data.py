@@ -44,11 +44,11 @@ def load_data(run: RunConfig, where: Ranks, *, grown_from: FeatureEncoder | None
         say(line)
     if len(set(where.gather(splits.train.fingerprint))) > 1:
         raise DataError("the ranks do not see the same training files")
-    doubts = [known_line(run, name, rows) for name, rows in splits.raw.items()] if where.first else None
-    told = tuple(line for line in where.broadcast(doubts) if line)
-    for line in told:
+    found = [known_line(run, name, rows) for name, rows in splits.raw.items()] if where.first else []
+    doubts: list[str] = where.broadcast([line for line in found if line])  # type: ignore[assignment]
+    for line in doubts:
         say(f"WARNING: {line}")
-    return RunData(preprocessor, splits, told)
+    return RunData(preprocessor, splits, tuple(doubts))
 
 
 def earlier_encoder(folder: Path) -> FeatureEncoder:
