@@ -98,7 +98,7 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
     told = sum(t.state == "complete" for t in trials) >= enough(len(space.parameters))
     half = None
     if own is not None and best is not own:
-        half = half_of_lead(*(folder / TRIALS / f"{t.number:04d}" for t in (own, best)), objective)
+        half = half_of_lead(folder / TRIALS / f"{own.number:04d}", folder / TRIALS / f"{best.number:04d}", objective)
     result = TuningResult(
         folder=folder,
         objective=objective.name,
