@@ -86,6 +86,24 @@ def test_requests_are_sessions_users_or_a_declared_column(trained):
         held_out_of(run, Rows(nobody))
 
 
+def test_what_is_shown_is_as_long_as_the_run_says_and_a_head_that_costs_is_reversed(trained, fuse):
+    """The report begins with the shortest length of evaluation.k, and so does the fit."""
+    folder = trained.parent / "of_two"
+    shutil.copytree(trained, folder)
+    written = yaml.safe_load((folder / "run.yaml").read_text()) | {"evaluation": {"k": [2, 3]}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(written))
+    quick = ("--value", "click=1,buy=-2", "--session-minutes", 0, "--search", "none", "--folds", 2, "--combiner",
+             "weighted_mean", "--dry-run")  # fmt: skip
+    status, shown, _ = fuse(folder, *quick)
+    assert status == 0
+    assert "value@2 on folds left out" in shown
+    assert "head buy: reversed, the least likely first, as the event costs something" in shown
+    assert "value@4 on folds left out" in fuse(folder, *quick, "--k", 4)[1]
+    status, _, error = fuse(folder, *quick, "--k", 4, "--target", "value@3")
+    assert status == 2
+    assert "--k says how many rows are shown, and so does --target value@3: give one of them" in error
+
+
 def test_a_fusion_is_fitted_written_and_ranks_from_then_on(trained, fuse, tmp_path):
     status, shown, _ = fuse(
         trained, "--target", "value@3", "--value", "click=1,buy=5", "--session-minutes", 0, "--trials", 5, "--folds", 3,

@@ -1,5 +1,6 @@
 """`mtcl tune` as a whole: what is searched, kept, gone on with, and written out."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,11 +17,14 @@ from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import load_run, parse_run
-from mtcl_torchrec.schema import ConfigError, DataError
+from mtcl_torchrec.evaluation.compare import compare_tables
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.schema import ConfigError, DataError, Task
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.sharding import Ranks
 from mtcl_torchrec.training.tuning import print_tuning, tune_run
 from mtcl_torchrec.training.tuning import run as tuning_run
+from mtcl_torchrec.training.tuning.noise import DRAWS, half_of_lead
 from mtcl_torchrec.training.tuning.objective import Objective
 from mtcl_torchrec.training.tuning.space import Space
 from mtcl_torchrec.training.tuning.study import Study, about
@@ -98,6 +102,37 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(found):
     assert f"failed: {NOT_FINITE}" in said
     assert re.search(r"best so far -?0\.\d+ \(trial \d\); 2 to go, about \d+\.\d min", said)
     assert f"1 trial failed: {NOT_FINITE}" in result.hints
+
+
+def test_whether_the_best_is_better_than_chance_is_told(data, found, tmp_path):
+    result, _, _, _ = found
+    a, b = (result.folder / f"trials/{n:04d}" for n in (0, 3))
+    objective = Objective("auc:click", (Task.binary("click"),), "auc")
+    # Of one metric of one task, it is the interval that runs are compared by.
+    tables = [read_predictions(folder / "predictions/val.parquet") for folder in (a, b)]
+    alone = compare_tables(*tables, draws=DRAWS, only=lambda of, metric: (of, metric) == ("click", "auc"))[0]
+    assert half_of_lead(a, b, objective) == pytest.approx((alone.high - alone.low) / 2, rel=1e-6)
+    assert half_of_lead(a, a, objective) == 0
+    assert half_of_lead(a, tmp_path, objective) is None
+    # The skill of a binary task is 2 AUC - 1, so that its interval is twice as wide.
+    skill = Objective("mean_skill", (Task.binary("click"),))
+    assert half_of_lead(a, b, skill) == pytest.approx(alone.high - alone.low, rel=1e-6)
+
+    def shown(**changes):
+        out = io.StringIO()
+        print_tuning(dataclasses.replace(result, **changes), Console(file=out, width=200))
+        return out.getvalue()
+
+    best = dataclasses.replace(result.trials[3], value=result.own.value + 0.01)
+    assert "+0.0100 ± 0.0200 (half of a 95 % interval" in shown(best=best, half=0.02)
+    assert "within noise, the best is not shown to be better" in shown(best=best, half=0.02)
+    assert "more than noise for these two" in shown(best=best, half=0.005)
+    assert "how sure that is is not known" in shown(best=best, half=None)
+    # Three complete trials tell nothing of five settings.
+    assert result.importances == {}
+    assert "importance" not in shown(best=best)
+    assert any("complete trials say little of" in hint for hint in result.hints)
+    assert not any("widen" in hint for hint in result.hints)
 
 
 def test_the_test_split_is_not_looked_at_and_the_data_is_read_once(found):

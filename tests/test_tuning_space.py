@@ -312,11 +312,17 @@ HINTED = [
 @pytest.mark.parametrize(("values", "value", "message"), HINTED)
 def test_a_best_value_at_the_edge_of_its_range_is_told_where_there_is_more(values, value, message):
     searched = space("  " + values)
-    own, best = (Finished(n, {searched.parameters[0].path: value}, "complete", 0.5, {}, "", 1.0) for n in (0, 1))
-    found = hints(searched, [own, best], best)
+    trials = [Finished(n, {searched.parameters[0].path: value}, "complete", 0.5, {}, "", 1.0) for n in range(8)]
+    own, best = trials[0], trials[5]
+    found = [hint for hint in hints(searched, trials, best) if "widen" in hint]
     assert len(found) == (message is not None)
     assert not found or re.search(message, found[0])
-    assert hints(searched, [own, best], own) == []  # the run's own settings were not found in the range
+    assert hints(searched, trials, own) == []  # the run's own settings were not found in the range
+    few = hints(searched, trials[:6], best)  # in a search of so few, the edge is where a draw happened to fall
+    assert few == [
+        "6 complete trials say little of 1 settings: which of them matter, and where their ranges are too narrow, is "
+        "told from 8 on; go on with --trials 8"
+    ]
 
 
 def test_trials_that_still_improve_and_those_that_failed_are_told():
@@ -325,7 +331,8 @@ def test_trials_that_still_improve_and_those_that_failed_are_told():
     assert hints(searched, trials, trials[8]) == [
         "the best is trial 8 of 10: trials still improve; go on with --trials 15"
     ]
-    assert hints(searched, trials, trials[5]) == []
-    assert hints(searched, trials[:6], trials[5]) == []  # too few to tell
+    more = "none of the last 4 complete trials was better than trial 5: more pay little"
+    assert hints(searched, trials, trials[5]) == [more]
+    assert "say little" in hints(searched, trials[:6], trials[5])[0]  # too few to tell
     failed = [Finished(10 + n, {}, "failed", None, {}, why, 1.0) for n, why in enumerate(["no memory", "NaN", "NaN"])]
-    assert hints(searched, [*trials, *failed], trials[5]) == ["2 trials failed: NaN", "1 trial failed: no memory"]
+    assert hints(searched, [*trials, *failed], trials[5]) == [more, "2 trials failed: NaN", "1 trial failed: no memory"]

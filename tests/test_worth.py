@@ -83,7 +83,7 @@ def prices(folder):
 def test_fuse_evaluate_and_report_state_the_same_gap(trained, mtcl, weights):
     if load_run(trained / "run.yaml").fusion.kind == "weighted_mean":
         weights += ",taste=0,stars=9" if "-" in weights else ",taste=0.5,stars=0.5"
-    shown = mtcl("fuse", trained, "--set", weights, "--test", "--target", f"value@{K}", "--session-minutes", 0)
+    shown = mtcl("fuse", trained, "--set", weights, "--test", "--session-minutes", 0)  # value@K, by the run's own k
     of_fuse, rows = said_by(shown), held_out(trained)
     of_evaluate = said_by(mtcl("evaluate", trained, "--data", trained / "rows.parquet", "--k", K))
     assert of_evaluate == of_fuse

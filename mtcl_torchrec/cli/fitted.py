@@ -75,6 +75,13 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
         )  # fmt: skip
     for name, why in fitted.about["left_out"].items():
         console.print(f"{name} is left out: {why}", highlight=False, markup=False, soft_wrap=True)
+    costs = [t for t in held_out.tasks if fitted.values.get(t, 0.0) < 0 and f"head {t}" in set(lines["name"])]
+    if costs:
+        said = ", ".join(f"head {task}" for task in costs)
+        console.print(
+            f"{said}: reversed, the least likely first, as the event costs something",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     _warn_of_short_requests(fitted, held_out, console)
     for said in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
         console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -39,12 +39,18 @@ _GATED = "context_gated_mean"
 def fuse(
     run_dir: Annotated[Path, typer.Argument(help="What `mtcl train` or `mtcl demo` wrote.")],
     target: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="What the ranking shall be best at: value@K (mean over requests of the values of what happened to the "
-            "K best rows), ndcg@K, gauc:TASK, auc:TASK."
+            "K best rows), ndcg@K, gauc:TASK, auc:TASK.  Default: value@K of --k."
         ),
-    ] = "value@5",
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many rows are shown.  Default: the shortest of the run's `evaluation.k`, as in its report."
+        ),
+    ] = None,
     value: Annotated[
         list[str] | None,
         typer.Option(
@@ -141,7 +147,7 @@ def fuse(
     """
     console = screen()
     fitting = dict(zip(_FITTING, (combiner, constraint, influence, data, feature), strict=True))
-    more = fitting | {"--set": set_, "--value": value, "--test": test}
+    more = fitting | {"--set": set_, "--value": value, "--test": test, "--target": target, "--k": k}
     if reset:
         _refuse_more(more | {"--rejudge": rejudge}, "--reset goes back to run.yaml")
         _reset(run_dir, console, dry_run)
@@ -160,6 +166,7 @@ def fuse(
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
     before = run.model.output.fused_score
+    target = _target(run, target, k)
     values, whence = _values(run, value, target)
     if set_:
         _set_weights(run, run_dir, task_numbers(set_, "--set"), console, dry_run)
@@ -203,6 +210,15 @@ def fuse(
             + f"\n  mtcl recommend {run_dir} --user USER",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+
+
+def _target(run: FinishedRun, target: str | None, k: int | None) -> str:
+    """What is fitted for: by default, what the run's report begins with."""
+    if target is None:
+        return f"value@{k or min(run.config.evaluation.k)}"
+    if k is not None:
+        raise ConfigError(f"--k says how many rows are shown, and so does --target {target}: give one of them")
+    return target
 
 
 def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dict[str, float], str]:

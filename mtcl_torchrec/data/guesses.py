@@ -447,7 +447,8 @@ def _is_visit(column: pd.Series, user: pd.Series, time: pd.Series) -> bool:
         return False
     times = time if pd.api.types.is_numeric_dtype(time) else pd.to_datetime(time, errors="coerce", utc=True)
     by_value = times.groupby(column)
-    spans, whole = by_value.max() - by_value.min(), times.max() - times.min()
+    spans: pd.Series = by_value.max() - by_value.min()
+    whole: Any = times.max() - times.min()
     return bool(spans.median() <= _VISIT * whole)
 
 

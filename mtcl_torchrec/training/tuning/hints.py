@@ -22,6 +22,7 @@ def hints(space: Space, trials: Sequence[Finished], best: Finished) -> list[str]
 
     - The best value of a parameter lies at the edge of its range, and the run would take values beyond it.
     - The best trial is among the last quarter: more trials may find a better one.
+    - Whether more trials would pay, or there are too few to tell anything of the settings.
     - Trials failed, and why.
 
     Args:
@@ -30,19 +31,38 @@ def hints(space: Space, trials: Sequence[Finished], best: Finished) -> list[str]
         best: the best of them.
     """
     found = []
-    for parameter in space.parameters if best.number else ():
+    complete = [trial.number for trial in trials if trial.state == "complete"]
+    for parameter in space.parameters if best.number and len(complete) >= enough(len(space.parameters)) else ():
         if parameter.path in best.values and (edge := _edge(space, parameter, best.values[parameter.path])):
             found.append(edge)
-    complete = [trial.number for trial in trials if trial.state == "complete"]
     later = sum(number > best.number for number in complete)
     if len(complete) >= _ENOUGH and later < len(complete) / 4:
         found.append(
             f"the best is trial {best.number} of {len(trials)}: trials still improve; go on with --trials "
             f"{math.ceil(1.5 * len(trials))}"
         )
+    elif len(complete) < enough(len(space.parameters)):
+        found.append(
+            f"{len(complete)} complete trials say little of {len(space.parameters)} settings: which of them matter, "
+            f"and where their ranges are too narrow, is told from {enough(len(space.parameters))} on; go on with "
+            f"--trials {len(trials) - len(complete) + enough(len(space.parameters))}"
+        )
+    elif best.number:
+        found.append(f"none of the last {later} complete trials was better than trial {best.number}: more pay little")
     reasons = Counter(trial.error for trial in trials if trial.state == "failed")
     found += [f"{count} trial{'s' * (count > 1)} failed: {reason}" for reason, count in reasons.most_common(3)]
     return found
+
+
+def enough(settings: int) -> int:
+    """Complete trials from which on importances and edges of so many settings are told: twice as many, and 8 at least,
+    which the sampler draws at random before it learns of them.
+
+    Example:
+        >>> enough(2), enough(13)
+        (8, 26)
+    """
+    return max(_ENOUGH, 2 * settings)
 
 
 def _edge(space: Space, parameter: Parameter, value: Value) -> str | None:

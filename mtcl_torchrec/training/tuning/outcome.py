@@ -17,7 +17,8 @@ from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
 from mtcl_torchrec.training.history import finite
-from mtcl_torchrec.training.tuning.hints import hints
+from mtcl_torchrec.training.tuning.hints import enough, hints
+from mtcl_torchrec.training.tuning.noise import half_of_lead
 from mtcl_torchrec.training.tuning.objective import Objective
 from mtcl_torchrec.training.tuning.picture import draw_parallel
 from mtcl_torchrec.training.tuning.space import Parameter, Space, Value, plain, shown
@@ -25,6 +26,7 @@ from mtcl_torchrec.training.tuning.space import Parameter, Space, Value, plain, 
 if TYPE_CHECKING:
     from mtcl_torchrec.training.tuning.study import Finished, Study
 
+TRIALS = "trials"
 BEST, SUMMARY, PICTURE = "best.yaml", "tuning.json", "parallel.png"
 _OF_KIND = {"binary": ("auc", "gauc", "ne"), "multiclass": ("ne", "top1"), "regression": ("r2", "mse")}
 
@@ -43,6 +45,7 @@ class TuningResult:
         changes: path -> what the best run has there, and what it was; of the settings that were searched.
         kinds: task -> its kind.
         hints: what to do next, a line each.
+        half: of the 95 % interval of the best trial's lead on the run as it was; None where that is not known.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class TuningResult:
     changes: dict[str, str]
     kinds: dict[str, str]
     hints: list[str]
+    half: float | None = None
 
     @property
     def best_yaml(self) -> Path:
@@ -91,16 +95,21 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
         raise ConfigError(f"{folder}: no trial came to its end{why}")
     write_best(folder, space, objective, trials)
     own = next((t for t in trials if t.number == 0 and t.state == "complete"), None)
+    told = sum(t.state == "complete" for t in trials) >= enough(len(space.parameters))
+    half = None
+    if own is not None and best is not own:
+        half = half_of_lead(folder / TRIALS / f"{own.number:04d}", folder / TRIALS / f"{best.number:04d}", objective)
     result = TuningResult(
         folder=folder,
         objective=objective.name,
         trials=trials,
         best=best,
         own=own,
-        importances=study.importances(),
+        importances=study.importances() if told else {},
         changes=_changes(space, best),
         kinds={task.name: task.kind for task in space.run.data_schema.tasks},
         hints=hints(space, trials, best),
+        half=half,
     )
     content = {
         "objective": objective.name,
@@ -108,6 +117,7 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
         "space": space.as_json(),
         "own": space.own(),
         "best": best.number,
+        "half_of_lead": half,
         "importances": result.importances,
         "hints": result.hints,
         "trials": [asdict(trial) for trial in trials],
@@ -165,6 +175,18 @@ def _text(value: Any) -> str:
     return shown(value) if isinstance(value, (str, int, float, type(None))) else json.dumps(value)
 
 
+def _lead(result: TuningResult, own: Finished) -> str:
+    """How far the best trial is ahead, and whether that is more than chance."""
+    ahead = (result.best.value or 0.0) - (own.value or 0.0)
+    lead = f"{result.objective} {ahead:+.4f}"
+    if result.half is None:
+        return f"{lead}: how sure that is is not known (no predictions of both trials are kept)"
+    said = f"{lead} ± {result.half:.4f} (half of a 95 % interval, over users of the validation split)"
+    if abs(ahead) <= result.half:
+        return f"{said}: within noise, the best is not shown to be better than the run as it is"
+    return f"{said}: more than noise for these two; the best of many trials is a little flattered all the same"
+
+
 def print_tuning(result: TuningResult, console: Console) -> None:
     """Print the best beside the run as it was, and what mattered."""
     best, own = result.best, result.own
@@ -184,12 +206,15 @@ def print_tuning(result: TuningResult, console: Console) -> None:
             if before is not None and after is not None:
                 table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
         console.print(table, "")
+        if best is not own:
+            console.print(_lead(result, own), highlight=False, markup=False, soft_wrap=True)
     if result.changes or result.importances:
-        table = plain_table("Settings", ["path", "best", "importance"])
+        table = plain_table("Settings", ["path", "best", *(["importance"] if result.importances else [])])
         paths = [*result.importances, *(p for p in result.changes if p not in result.importances)]
         for path in paths:
             share = result.importances.get(path)
-            table.add_row(path, result.changes.get(path, "as it was"), "–" if share is None else f"{share:.2f}")
+            told = ["–" if share is None else f"{share:.2f}"] if result.importances else []
+            table.add_row(path, result.changes.get(path, "as it was"), *told)
         console.print(table, "")
     if best is own or best.number == 0:
         console.print("No trial was better than the run as it is.", highlight=False)

@@ -25,11 +25,11 @@ from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.run_data import RunData, load_data
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
 from mtcl_torchrec.training.tuning.objective import MEAN, Objective
-from mtcl_torchrec.training.tuning.outcome import TuningResult, best_of, outcome, short, write_best
+from mtcl_torchrec.training.tuning.outcome import TRIALS, TuningResult, best_of, outcome, short, write_best
 from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, shown
 from mtcl_torchrec.training.tuning.study import STUDY, Proposal, Pruner, Study, about, open_folder
 
-TRIALS, LOGS = "trials", "logs"
+LOGS = "logs"
 # What of features and tasks no encoded row shows: runs that differ in it alone share their data.
 _UNSEEN = {"features": ("embedding_dim", "pooling"),
            "tasks": ("weight", "pos_weight", "negative_rate", "focal_gamma", "loss", "huber_delta")}  # fmt: skip
