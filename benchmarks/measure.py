@@ -31,7 +31,7 @@ import torch
 from document import CONSOLE, Line, Table, median, said, written
 
 __all__ = [
-    "CONSOLE", "Line", "about", "alternate", "benchmark", "carry_out", "figure", "in_process", "median", "options",
+    "CONSOLE", "Line", "about", "alternate", "benchmark", "figure", "in_process", "median", "options",
     "peak_rss", "read", "run", "said", "save", "sweep",
 ]  # fmt: skip
 DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
@@ -331,32 +331,6 @@ def benchmark(
     if given.out:
         written(given.out.with_suffix(".json"), lines, shown, complete=complete, picture=picture if lines else None)
     return int(not complete)
-
-
-def carry_out(
-    parser: argparse.ArgumentParser,
-    given: argparse.Namespace,
-    *,
-    work: Callable[[Line], Line],
-    measured: Callable[[], list[Line]],
-    show: Callable[[list[Line]], None],
-    draw: Callable[[list[Line], Path], None],
-) -> None:
-    """As `benchmark`, of a script that prints its tables itself.
-
-    Args:
-        measured: all lines, those that were missing too.
-        show: prints tables.
-    """
-    if given.worker:
-        given.result.write_text(json.dumps(work(given.worker)))
-        return
-    if not (given.out or given.show):
-        parser.error("--out FILE to measure, --show FILE to look")
-    lines = read(given.show) if given.show else measured()
-    show(lines)
-    if given.picture:
-        draw(lines, given.picture)
 
 
 def figure(*, wide: float = 7.0, high: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
