@@ -102,14 +102,15 @@ def draw(lines: list[Line], path: Path) -> None:
     groups = by_rows(lines)
     drawn, axes = figure(wide=5.2 * len(groups), high=3.2, columns=len(groups))
     for axis, (key, of) in zip(axes, groups.items(), strict=True):
-        forms = [("eager", "batched", "loop"), ("compiled", "batched compiled", "loop compiled")]
-        for number, (name, one, other) in enumerate(forms):
-            found = {size: repeated for size, repeated in of.items() if one in repeated[0]["ms"]}
+        kinds = [kind for kind in ("", " compiled") if any(f"loop{kind}" in r[0]["ms"] for r in of.values())]
+        for number, kind in enumerate(kinds):
+            found = {size: repeated for size, repeated in of.items() if f"loop{kind}" in repeated[0]["ms"]}
             values = [
-                median_ms(repeated, one, "wall") / median_ms(repeated, other, "wall") for repeated in found.values()
+                median_ms(repeated, f"batched{kind}", "wall") / median_ms(repeated, f"loop{kind}", "wall")
+                for repeated in found.values()
             ]
-            places = [list(of).index(size) + 0.4 * number - 0.2 for size in found]
-            axis.bar(places, values, width=0.38, label=name)
+            places = [list(of).index(size) + 0.4 * (number - (len(kinds) - 1) / 2) for size in found]
+            axis.bar(places, values, width=0.38, label=kind.strip() or "eager")
         axis.axhline(1, color="black", linewidth=0.8)
         marks = [f"{size}\n{repeated[0]['auto']}" for size, repeated in of.items()]
         axis.set_xticks(range(len(of)), marks, fontsize=7)
