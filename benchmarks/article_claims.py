@@ -2,7 +2,7 @@
 
     python benchmarks/article_claims.py --data kuairand --out results/article_claims.jsonl
     python benchmarks/article_claims.py --data movielens --folder ml-1m --out results/article_claims.jsonl
-    python benchmarks/article_claims.py --show results/article_claims.jsonl
+    python benchmarks/article_claims.py --show results/article_claims.jsonl --picture results/article_claims.png
 
 Articles on multi-task collaborative learning promise 85 % "accuracy" where collaborative filtering has 70 %, 15 % more
 clicks and 20 % more conversions.  This trains all of them on the same rows, for several seeds, and prints what comes
@@ -27,7 +27,8 @@ threshold (for the accuracy the most accurate one on validation, for the rest th
 conversion@k are the shares of what is shown when a user's test rows are ranked and the first k are shown, of users with
 more than k rows.  The majority's accuracy, and what a random order shows, stand beside them.
 
-What --out has of a seed is not measured again; a system that is taken out of a line is.
+What --out has of a seed is not measured again; a system that is taken out of a line is.  Beside it, .json has the
+figures and tables of the whole file, .png the picture: each system's mean over seeds, and each seed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from document import Line, Table
 from factorisation import factorised
+from measure import about, figure, read, save, shown
 from rich.console import Console
 
 from mtcl_torchrec.baselines.networks import single_task
@@ -55,7 +58,6 @@ from mtcl_torchrec.baselines.run import run_baselines
 from mtcl_torchrec.baselines.search import Budget
 from mtcl_torchrec.config import RunConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.evaluation.metrics import auc, decision_metrics, gauc
-from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.ranked import RankedRows
 from mtcl_torchrec.evaluation.thresholds import best_threshold
@@ -78,7 +80,10 @@ COLUMNS = {
     "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "auc": "AUC", "gauc": "GAUC",
     "ctr": "CTR@{k}", "conversion": "conversion@{k}",
 }  # fmt: skip
+SETTINGS = ("data", "trials", "worth", "k", "small")
 MOST_ROWS = 10**9  # all there are
+DRAWN = ("accuracy", "auc", "ctr", "conversion")
+OURS, OTHERS = "#1f77b4", "#7f7f7f"  # networks, and the rest
 CLAIMS = {"accuracy": "70 % → 85 %: +21 %", "ctr": "+15 %", "conversion": "+20 %"}
 
 
@@ -92,16 +97,24 @@ def main() -> None:
     parser.add_argument("--worth", type=float, help="of a conversion, where a click is worth 1")
     parser.add_argument("--k", type=int, default=5, help="rows that are shown to a user")
     parser.add_argument("--out", type=Path, help="JSON lines, one for each seed; what is there is not done again")
-    parser.add_argument("--show", type=Path, help="print the tables of such a file")
+    parser.add_argument("--show", type=Path, help="measure nothing, print the tables of such a file")
+    parser.add_argument("--picture", type=Path, help="draw it there (PNG; default: beside --out)")
     parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
     parser.add_argument("--small", action="store_true", help="a tenth of the users and one epoch, to try the script")
     arguments = parser.parse_args()
     if arguments.show:
-        show(read(arguments.show), markdown=arguments.markdown)
+        shown(of_systems(read(arguments.show)), tables, draw, picture=arguments.picture, markdown=arguments.markdown)
         return
     if arguments.data == "movielens" and arguments.folder is None:
         parser.error("--data movielens needs --folder, which holds MovieLens-1M")
-    show(measure_missing(arguments), markdown=False)
+    results = measure_missing(arguments)
+    if not arguments.out:
+        shown(of_systems(results), tables, draw, picture=arguments.picture)
+        return
+    shown(
+        of_systems(read(arguments.out)), tables, draw, document=arguments.out.with_suffix(".json"),
+        picture=arguments.picture or arguments.out.with_suffix(".png"),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- runs
@@ -185,22 +198,28 @@ MOVIELENS: dict[str, Any] = {
 
 def measure_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what --out lacks of these settings; all results of them."""
-    about = {key: getattr(arguments, key) for key in ("data", "trials", "worth", "k", "small")}
-    lines = read(arguments.out) if arguments.out and arguments.out.exists() else []
-    of_settings = {r["seed"]: r for r in lines if all(r[key] == value for key, value in about.items())}
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+    lines = read(arguments.out) if arguments.out else []
+    of_settings = {r["seed"]: r for r in lines if all(r[key] == value for key, value in settings.items())}
+    missing = {
+        seed: [name for name in SYSTEMS if name not in of_settings.get(seed, {"systems": ()})["systems"]]
+        for seed in arguments.seeds
+    }
+    if not any(missing.values()):
+        return list(of_settings.values())
     with tempfile.TemporaryDirectory(prefix="article-claims-") as temporary:
-        folder, rows = Path(temporary), None
+        folder = Path(temporary)
         run = configured(folder, arguments.data, arguments.folder, small=arguments.small)
-        for seed in arguments.seeds:
-            result = of_settings.setdefault(seed, {**about, "seed": seed, "seconds": 0, "systems": {}})
-            missing = [name for name in SYSTEMS if name not in result["systems"]]
-            if not missing:
+        rows = load_data(run, max_rows=MOST_ROWS, seed=0, say=lambda line: None)
+        for seed, systems in missing.items():
+            if not systems:
                 continue
-            rows = rows or load_data(run, max_rows=MOST_ROWS, seed=0, say=lambda line: None)
-            started = time.perf_counter()
-            figures = result["systems"] | measured(run, rows, missing, folder / f"seed{seed}", seed, arguments)
+            result = of_settings.setdefault(seed, {**settings, "seed": seed, "seconds": 0, "systems": {}})
+            who, started = about("implicit"), time.perf_counter()
+            figures = result["systems"] | measured(run, rows, systems, folder / f"seed{seed}", seed, arguments)
             result["systems"] = {name: figures[name] for name in SYSTEMS}
             result["seconds"] += round(time.perf_counter() - started)
+            result["about"] = who
             lines += [] if any(line is result for line in lines) else [result]
             if arguments.out:
                 replace_file(arguments.out, "".join(json.dumps(line) + "\n" for line in lines))
@@ -334,50 +353,92 @@ def judged(
 # ---------------------------------------------------------------------- showing
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """Results in a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+def of_systems(results: Sequence[dict[str, Any]]) -> list[Line]:
+    """A line for each system of each seed, as the other benchmarks have theirs."""
+    return [
+        {"what": {**{key: result[key] for key in SETTINGS}, "system": system}, "repeat": result["seed"], **figures,
+         "about": result.get("about")}
+        for result in results for system, figures in result["systems"].items()
+    ]  # fmt: skip
 
 
-def show(results: Sequence[dict[str, Any]], *, markdown: bool) -> None:
+def by_data(lines: Sequence[Line]) -> dict[tuple[Any, ...], dict[str, dict[int, Line]]]:
+    """Settings -> system -> seed -> line; of the seeds of which all systems are there, and settings that have some."""
+    found: dict[tuple[Any, ...], dict[str, dict[int, Line]]] = {}
+    for line in lines:
+        of = found.setdefault(tuple(line["what"][key] for key in SETTINGS), {system: {} for system in SYSTEMS})
+        if line["what"]["system"] in of:
+            of[line["what"]["system"]][line["repeat"]] = line
+    for settings, of in list(found.items()):
+        seeds = set.intersection(*(set(seeds) for seeds in of.values()))
+        found[settings] = {system: {seed: lines[seed] for seed in sorted(seeds)} for system, lines in of.items()}
+        if not seeds:
+            del found[settings]
+    return found
+
+
+def named(settings: tuple[Any, ...]) -> str:
+    """A set of data, with what is not as usual."""
+    data, trials, worth, _, small = settings
+    return (
+        f"{data}{f', a conversion worth {worth:g}' if worth else ''}{f', {trials} trials' if trials != 8 else ''}"
+        + (", small" if small else "")
+    )
+
+
+def tables(lines: list[Line]) -> list[Table]:
     """A table for each set of data: mean ± standard deviation over seeds, and gains over the filters."""
-    for data in dict.fromkeys(r["data"] for r in results):
-        of = [r for r in results if r["data"] == data and set(r["systems"]) >= set(SYSTEMS)]
-        if not of:
-            continue
-        headings = [heading.format(k=of[0]["k"]) for heading in COLUMNS.values()]
-        title = f"{data}{', small' if of[0]['small'] else ''}, {len(of)} seed{'s' if len(of) > 1 else ''}"
-        title += (
-            f"; always the majority: accuracy {statistics.mean(r['systems'][SYSTEMS[1]]['majority'] for r in of):.3f}"
-        )
-        lines = [[system, *(cell(of, system, key) for key in COLUMNS)] for system in SYSTEMS]
+    found = []
+    for settings, of in by_data(lines).items():
+        repeats = list(of[SYSTEMS[0]].values())
+        majority = statistics.mean(line["majority"] for line in repeats)
+        title = f"{named(settings)}, {len(repeats)} seed{'s' if len(repeats) > 1 else ''}"
+        title += f"; always the majority: accuracy {majority:.3f}"
+        heads = ["ranks by", *(heading.format(k=settings[SETTINGS.index("k")]) for heading in COLUMNS.values())]
+        rows = [[system, *(cell(of[system], key) for key in COLUMNS)] for system in SYSTEMS]
         for base in FILTERS:
-            lines += [[f"{system}: gain over {base}", *(gain(of, system, key, base) for key in COLUMNS)]
-                      for system in (NETWORKS[-1:] if base == FUSED_FILTER else NETWORKS)]  # fmt: skip
-        lines.append(["claimed gain", *(CLAIMS.get(key, "") for key in COLUMNS)])
-        if markdown:
-            columns = ["", *headings]
-            print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-            print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        else:
-            table = plain_table(title, ["ranks by", *headings])
-            for line in lines:
-                table.add_row(*line)
-            Console(width=160).print(table, "")
+            rows += [[f"{system}: gain over {base}", *(gain(of[system], of[base], key) for key in COLUMNS)]
+                     for system in (NETWORKS[-1:] if base == FUSED_FILTER else NETWORKS)]  # fmt: skip
+        rows.append(["claimed gain", *(CLAIMS.get(key, "") for key in COLUMNS)])
+        found.append(Table(title, heads, rows))
+    return found
 
 
-def cell(results: Sequence[dict[str, Any]], system: str, key: str) -> str:
+def cell(of: dict[int, Line], key: str) -> str:
     """Mean ± standard deviation over seeds."""
-    values = [r["systems"][system][key] for r in results]
+    values = [line[key] for line in of.values()]
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def gain(results: Sequence[dict[str, Any]], system: str, key: str, base: str) -> str:
+def gain(ours: dict[int, Line], theirs: dict[int, Line], key: str) -> str:
     """Relative gain over another system, paired by seed; of AUC and GAUC, of what is above 0.5."""
     less = 0.5 if key in ("auc", "gauc") else 0.0
-    pairs = [(r["systems"][system][key] - less, r["systems"][base][key] - less) for r in results]
-    values = [ours / theirs - 1 for ours, theirs in pairs]
+    values = [(line[key] - less) / (theirs[seed][key] - less) - 1 for seed, line in ours.items()]
     return f"{statistics.mean(values):+.1%}" + (f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else "")
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """A row of panels for each set of data: each system's mean, its standard deviation, and each seed."""
+    groups = by_data(lines)
+    drawn, axes = figure(wide=12, high=0.6 + 2.4 * len(groups), columns=len(DRAWN), rows=len(groups), grid="x")
+    for row, (settings, of) in zip(axes, groups.items(), strict=True):
+        for axis, key in zip(row, DRAWN, strict=True):
+            for y, (system, repeated) in enumerate(of.items()):
+                values = [line[key] for line in repeated.values()]
+                colour = OURS if system in NETWORKS else OTHERS
+                axis.plot(values, [-y] * len(values), "|", color=colour, alpha=0.6)
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                axis.errorbar(statistics.mean(values), -y, xerr=spread, fmt="o", color=colour)
+            if key == "accuracy":
+                majority = statistics.mean(line["majority"] for line in of[SYSTEMS[0]].values())
+                axis.axvline(majority, color="grey", linestyle="--", linewidth=1, label="always the majority")
+                axis.legend(fontsize=7, frameon=False)
+            axis.set_yticks([-y for y in range(len(of))], list(of) if axis is row[0] else [], fontsize=8)
+            axis.tick_params(axis="x", labelsize=7)
+            axis.locator_params(axis="x", nbins=5)
+            axis.set_xlabel(COLUMNS[key].format(k=settings[SETTINGS.index("k")]), fontsize=8)
+        row[0].set_title(named(settings), fontsize=9, loc="left")
+    save(drawn, path)
 
 
 if __name__ == "__main__":

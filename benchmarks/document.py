@@ -18,7 +18,7 @@ from rich.console import Console
 from mtcl_torchrec.evaluation.plain_table import plain_table
 
 Line = dict[str, Any]
-CONSOLE = Console(highlight=False, soft_wrap=True, width=180)
+CONSOLE = Console(highlight=False, soft_wrap=True, width=240)
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,18 @@ def said(lines: Sequence[Line]) -> str:
     """Machine, versions, commit and dates of the lines that a table shows."""
     if not lines:
         return "nothing was measured"
-    abouts = [line["about"] for line in lines]
+    abouts = [line["about"] for line in lines if line.get("about")]
+    if not abouts:
+        return "who measured was not kept"
     machine = abouts[-1]
     commits = ", ".join(dict.fromkeys(str(of["commit"]) for of in abouts))
+    unknown = f"; of {len(lines) - len(abouts)} of {len(lines)} lines it was not kept" * (len(abouts) < len(lines))
     dates = sorted(of["date"] for of in abouts)
     load = statistics.median(of["load"][0] for of in abouts)
     versions = ", ".join(f"{name} {of}" for name, of in machine["versions"].items())
     return (
         f"{machine['gpu'] or machine['machine']}, {machine['cores']} cores, {machine['capability']}; {versions}; "
-        f"commit {commits}; {dates[0][:16]} to {dates[-1][:16]}; load before a measurement, median {load:.1f}"
+        f"commit {commits}; {dates[0][:16]} to {dates[-1][:16]}; load before a measurement, median {load:.1f}{unknown}"
     )
 
 
@@ -152,7 +155,7 @@ def written(
     document = {
         "benchmark": path.stem,
         "complete": complete,
-        "about": lines[-1]["about"] if lines else None,
+        "about": next((line["about"] for line in reversed(lines) if line.get("about")), None),
         "measured": said(lines),
         "results": figures(lines),
         "tables": [asdict(table) for table in tables],

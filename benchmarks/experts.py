@@ -1,6 +1,6 @@
 """Experts computed together against experts computed one after the other: forward and backward, eager and compiled.
 
-    python benchmarks/experts.py --out results/experts.jsonl --picture results/experts.png
+    python benchmarks/experts.py --out results/experts.jsonl
     python benchmarks/experts.py --rows 4096 --sizes 4x256 64x32 --eager --out try.jsonl
 
 Each size E × H is E experts of two layers, H and H/2, that read one input.  Both forms have the same parameters and
@@ -10,14 +10,15 @@ take turns in one process; `auto` is the form that the module takes by itself.  
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CONSOLE, Line, alternate, carry_out, figure, in_process, median, options, said, save, sweep
+from document import Table, median, ranged
+from measure import Line, alternate, benchmark, figure, options, save
 
-from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.modules.experts import BatchedExperts
 
 SIZES = ("4x512", "4x256", "8x256", "8x128", "16x128", "16x64", "32x64", "32x32", "64x32")
@@ -48,23 +49,37 @@ def _step(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, direc
     return step
 
 
-def show(lines: list[Line]) -> None:
-    """A row for each size."""
-    for of in by_rows(lines).values():
-        first = next(iter(of.values()))[0]["what"]
-        title = f"{first['rows']:,} rows of width {first['input']}, forward and backward, {first['device']}, ms"
-        table = plain_table(title, ["E × H", "batched", "loop", "batched / loop", "by cpu", "auto", "compiled: batched",
-                                    "loop"])  # fmt: skip
-        for size, repeated in of.items():
-            ms = {form: median_ms(repeated, form, "wall") for form in repeated[0]["ms"]}
-            cpu = {form: median_ms(repeated, form, "cpu") for form in repeated[0]["ms"]}
-            table.add_row(
-                size, f"{ms['batched']:.1f}", f"{ms['loop']:.1f}", f"{ms['batched'] / ms['loop']:.2f}",
-                f"{cpu['batched'] / max(cpu['loop'], 1e-9):.2f}", repeated[0]["auto"],
-                *(f"{ms[form]:.1f}" if form in ms else "" for form in ("batched compiled", "loop compiled")),
-            )  # fmt: skip
-        CONSOLE.print(table, "")
-    CONSOLE.print(said(lines))
+# ---------------------------------------------------------------------- shown
+
+
+def tables(lines: list[Line]) -> list[Table]:
+    """A table for each number of rows, in it a row for each size."""
+    heads = ["E × H", "time of batched over loop", "cpu", "auto takes", "batched ms", "loop ms",
+             "compiled: batched over loop", "batched ms", "loop ms"]  # fmt: skip
+    found = []
+    for (rows, width, device, threads), of in by_rows(lines).items():
+        cells = [
+            [size, ratio(repeated, "", "wall"), ratio(repeated, "", "cpu"), repeated[0]["auto"],
+             *times(repeated, ""), ratio(repeated, " compiled", "wall"), *times(repeated, " compiled")]
+            for size, repeated in of.items()
+        ]  # fmt: skip
+        compiled = any(row[-1] for row in cells)
+        title = f"experts: {rows:,} rows of width {width}, forward and backward, {device}"
+        title += f", threads: {threads or 'default'}"
+        found.append(Table(title, heads if compiled else heads[:-3], [c if compiled else c[:-3] for c in cells]))
+    return found
+
+
+def ratio(repeated: list[Line], kind: str, clock: str) -> str:
+    """Batched over loop, repeat by repeat; kind is empty or `` compiled``.  Empty where it was not measured."""
+    of = [line["ms"] for line in repeated if f"loop{kind}" in line["ms"]]
+    return ranged([ms[f"batched{kind}"][clock] / max(ms[f"loop{kind}"][clock], 1e-9) for ms in of])
+
+
+def times(repeated: list[Line], kind: str) -> list[str]:
+    """Milliseconds of both forms."""
+    forms = (f"batched{kind}", f"loop{kind}")
+    return [f"{median_ms(repeated, form, 'wall'):.1f}" if form in repeated[0]["ms"] else "" for form in forms]
 
 
 def by_rows(lines: list[Line]) -> dict[tuple[Any, ...], dict[str, list[Line]]]:
@@ -87,14 +102,15 @@ def draw(lines: list[Line], path: Path) -> None:
     groups = by_rows(lines)
     drawn, axes = figure(wide=5.2 * len(groups), high=3.2, columns=len(groups))
     for axis, (key, of) in zip(axes, groups.items(), strict=True):
-        forms = [("eager", "batched", "loop"), ("compiled", "batched compiled", "loop compiled")]
-        for number, (name, one, other) in enumerate(forms):
-            found = {size: repeated for size, repeated in of.items() if one in repeated[0]["ms"]}
+        kinds = [kind for kind in ("", " compiled") if any(f"loop{kind}" in r[0]["ms"] for r in of.values())]
+        for number, kind in enumerate(kinds):
+            found = {size: repeated for size, repeated in of.items() if f"loop{kind}" in repeated[0]["ms"]}
             values = [
-                median_ms(repeated, one, "wall") / median_ms(repeated, other, "wall") for repeated in found.values()
+                median_ms(repeated, f"batched{kind}", "wall") / median_ms(repeated, f"loop{kind}", "wall")
+                for repeated in found.values()
             ]
-            places = [list(of).index(size) + 0.4 * number - 0.2 for size in found]
-            axis.bar(places, values, width=0.38, label=name)
+            places = [list(of).index(size) + 0.4 * (number - (len(kinds) - 1) / 2) for size in found]
+            axis.bar(places, values, width=0.38, label=kind.strip() or "eager")
         axis.axhline(1, color="black", linewidth=0.8)
         marks = [f"{size}\n{repeated[0]['auto']}" for size, repeated in of.items()]
         axis.set_xticks(range(len(of)), marks, fontsize=7)
@@ -104,7 +120,7 @@ def draw(lines: list[Line], path: Path) -> None:
     save(drawn, path)
 
 
-def main() -> None:
+def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="ExH")
@@ -115,22 +131,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options(parser, repeats=3, timeout_s=600)
     given = parser.parse_args()
-    carry_out(parser, given, work=work, measured=lambda: _measured(given), show=show, draw=draw)
+    return benchmark(parser, given, work=work, todo=lambda: _todo(given), tables=tables, draw=draw)
 
 
-def _measured(given: argparse.Namespace) -> list[Line]:
+def _todo(given: argparse.Namespace) -> list[Line]:
+    same = {"input": given.input, "rounds": given.rounds, "device": given.device, "compile": not given.eager,
+            "threads": given.threads}  # fmt: skip
     sizes = [tuple(map(int, size.split("x"))) for size in given.sizes]
-    todo = [
-        {"experts": e, "width": h, "rows": rows, "input": given.input, "rounds": given.rounds, "device": given.device,
-         "compile": not given.eager, "threads": given.threads}
-        for rows in given.rows for e, h in sizes
-    ]  # fmt: skip
-    script = Path(__file__).resolve()
-    return sweep(
-        given.out, todo, given.repeats,
-        lambda what: in_process(script, what, timeout_s=given.timeout, threads=given.threads),
-    )  # fmt: skip
+    return [{"experts": e, "width": h, "rows": rows} | same for rows in given.rows for e, h in sizes]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,9 +2,10 @@
 
     python benchmarks/knowable.py --rows 1000000      # as `mtcl init --world shop` has it
     python benchmarks/knowable.py --rows 10000000 --set training.epochs=3 --set optimizers.tables.lr=0.05 --out k.jsonl
-    python benchmarks/knowable.py --show k.jsonl
+    python benchmarks/knowable.py --show k.jsonl --picture k.png
 
-Every run is a line of --out: its settings, seconds, and the figures of `mtcl_torchrec.evaluation.knowable` on the test
+Every run is a line of --out, and beside it .json has the figures and the table of all of them, .png the picture: its
+settings, seconds, and the figures of `mtcl_torchrec.evaluation.knowable` on the test
 split.  `benchmarks/knowable_limits.py` says what an observer could know who knows the world's rules.
 """
 
@@ -12,17 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+from document import Line, Table
+from measure import about, figure, read, save, shown
 from rich.console import Console
 
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.worlds import READY_WORLDS, world_run
-from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.training.run import train_run
 
 
@@ -61,12 +65,12 @@ def configured(options: argparse.Namespace) -> dict[str, Any]:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Train once; what came of it as one line."""
     run = parse_run(yaml.safe_dump(configured(options)))
-    started = time.perf_counter()
+    who, started = about(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = train_run(run, Path(folder) / "run", device=options.device, console=Console(stderr=True))
     known = result.evaluations["test"].knowable
     assert known is not None
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "show")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "show", "picture")}
     return {
         "settings": settings,
         "seconds": round(time.perf_counter() - started, 1),
@@ -74,22 +78,65 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "best_epoch": result.history.best_epoch,
         "share": {task: round(values["share"], 4) for task, values in known.items() if "share" in values},
         "knowable": known,
+        "about": who,
     }
 
 
-def show(lines: list[dict[str, Any]], console: Console) -> None:
+# ---------------------------------------------------------------------- shown
+
+
+def of_runs(results: list[dict[str, Any]]) -> list[Line]:
+    """The runs as the other benchmarks have their lines: what was run, and the seed."""
+    return [
+        {"what": {k: v for k, v in result["settings"].items() if k != "seed"}, "repeat": result["settings"]["seed"],
+         "about": None, **{k: v for k, v in result.items() if k != "settings"}}
+        for result in results
+    ]  # fmt: skip
+
+
+def named(what: Line) -> str:
+    """What a run is."""
+    settings = [*what["dial"], *([f"dim={what['dim']}"] if what["dim"] else []), *what["set"]]
+    return " ".join([f"{what['world']}, {what['rows']:,} rows, {what['users']:,} × {what['items']:,}", *settings])
+
+
+def tasks_of(lines: list[Line]) -> list[str]:
+    """All that have a share, in their order."""
+    return list(dict.fromkeys(task for line in lines for task in line["share"]))
+
+
+def tables(lines: list[Line]) -> list[Table]:
     """Shares of every run, a line each, and below them what the runs are."""
-    tasks = list(dict.fromkeys(task for line in lines for task in line["share"]))
-    table = plain_table("Share of what is knowable, test split", ["run", *tasks, "minutes"])
-    for number, line in enumerate(lines, start=1):
-        cells = (f"{100 * line['share'][task]:.1f} %" if task in line["share"] else "–" for task in tasks)
-        table.add_row(str(number), *cells, f"{line['seconds'] / 60:.1f}")
-    console.print(table, "")
-    for number, line in enumerate(lines, start=1):
-        of = line["settings"]
-        settings = [*of["dial"], *([f"dim={of['dim']}"] if of["dim"] else []), *of["set"]]
-        name = f"{of['world']}, {of['rows']:,} rows, {of['users']:,} × {of['items']:,}"
-        console.print(f"{number}: {name} {' '.join(settings)}", highlight=False, soft_wrap=True)
+    rows = [
+        [str(number), *(f"{100 * line['share'][task]:.1f} %" if task in line["share"] else "–"
+                        for task in tasks_of(lines)), f"{line['seconds'] / 60:.1f}"]
+        for number, line in enumerate(lines, start=1)
+    ]  # fmt: skip
+    runs = "\n".join(f"{n}: {named(line['what'])}, seed {line['repeat']}" for n, line in enumerate(lines, start=1))
+    return [Table("Share of what is knowable, test split", ["run", *tasks_of(lines), "minutes"], rows, runs)]
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Each run's share by task, as much as the mean over its seeds, with each seed's."""
+    runs: dict[str, list[Line]] = {}
+    for line in lines:
+        runs.setdefault(named(line["what"]), []).append(line)
+    tasks = tasks_of(lines)
+    drawn, [axis] = figure(wide=max(6.0, 1.2 * len(tasks)), high=3.2 + 0.2 * len(runs))
+    for number, (name, of) in enumerate(runs.items()):
+        place = 0.6 * ((number + 0.5) / len(runs) - 0.5)
+        shares = {task: [100 * line["share"][task] for line in of if task in line["share"]] for task in tasks}
+        shares = {task: values for task, values in shares.items() if values}
+        at = [tasks.index(task) + place for task in shares]
+        [dots] = axis.plot(at, [statistics.mean(of) for of in shares.values()], "o", label=textwrap.fill(name, 110))
+        for x, values in zip(at, shares.values(), strict=True):
+            axis.plot([x] * len(values), values, "_-", color=dots.get_color(), linewidth=1)
+    axis.set_xticks(range(len(tasks)), tasks, fontsize=8)
+    axis.axhline(100, color="black", linewidth=0.8)
+    axis.set_ylim(min(0.0, axis.get_ylim()[0]), 103)  # below 0 is worse than the base rate
+    axis.set_ylabel("share of what is knowable, %", fontsize=8)
+    drawn.legend(fontsize=6, frameon=False, loc="outside lower left")
+    save(drawn, path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,20 +155,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of the YAML: training.epochs=3"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--out", type=Path, help="a file of lines to add to")
-    parser.add_argument("--show", type=Path, help="a file of lines: print the table, train nothing")
+    parser.add_argument("--out", type=Path, help="JSON lines to add to; beside it, .json and .png are of all of them")
+    parser.add_argument("--show", type=Path, help="train nothing, print the table of such a file")
+    parser.add_argument("--picture", type=Path, help="draw it there (PNG; default: beside --out)")
     options = parser.parse_args(arguments)
-    console = Console(width=100)
     if options.show is not None:
-        show([json.loads(line) for line in options.show.read_text().splitlines()], console)
+        shown(of_runs(read(options.show)), tables, draw, picture=options.picture)
         return
     line = measured(options)
-    if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    else:
+    if options.out is None:
         print(json.dumps(line))
-    show([line], console)
+        shown(of_runs([line]), tables, draw, picture=options.picture)
+        return
+    with options.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown(
+        of_runs(read(options.out)), tables, draw, document=options.out.with_suffix(".json"),
+        picture=options.picture or options.out.with_suffix(".png"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

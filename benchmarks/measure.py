@@ -25,14 +25,14 @@ from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from document import CONSOLE, Line, Table, median, said, written
 
 __all__ = [
-    "CONSOLE", "Line", "about", "alternate", "benchmark", "carry_out", "figure", "in_process", "median", "options",
-    "peak_rss", "read", "run", "said", "save", "sweep",
+    "CONSOLE", "Line", "about", "alternate", "benchmark", "figure", "in_process", "median", "options",
+    "peak_rss", "read", "run", "said", "save", "shown", "sweep",
 ]  # fmt: skip
 DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 # Of a processor's flags, those by which kernels are chosen.
@@ -321,57 +321,63 @@ def benchmark(
         wanted = todo()
         lines = sweep(given.out, wanted, given.repeats, one or started, versions=versions, again=given.again)
         complete = len(lines) == given.repeats * len(wanted)
-    shown = tables(lines) if lines else []
-    for table in shown:
-        table.print()
-    CONSOLE.print(said(lines))
     picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
-    if picture and lines:
-        draw(lines, picture)
-    if given.out:
-        written(given.out.with_suffix(".json"), lines, shown, complete=complete, picture=picture if lines else None)
+    shown(
+        lines, tables, draw, picture=picture,
+        document=given.out.with_suffix(".json") if given.out else None, complete=complete,
+    )  # fmt: skip
     return int(not complete)
 
 
-def carry_out(
-    parser: argparse.ArgumentParser,
-    given: argparse.Namespace,
-    *,
-    work: Callable[[Line], Line],
-    measured: Callable[[], list[Line]],
-    show: Callable[[list[Line]], None],
+def shown(
+    lines: list[Line],
+    tables: Callable[[list[Line]], list[Table]],
     draw: Callable[[list[Line], Path], None],
+    *,
+    picture: Path | None,
+    document: Path | None = None,
+    complete: bool = True,
+    markdown: bool = False,
 ) -> None:
-    """As `benchmark`, of a script that prints its tables itself.
+    """Print the tables of lines and who measured them, draw them, and write the document; the last two where asked for.
 
     Args:
-        measured: all lines, those that were missing too.
-        show: prints tables.
+        markdown: print that instead.
     """
-    if given.worker:
-        given.result.write_text(json.dumps(work(given.worker)))
-        return
-    if not (given.out or given.show):
-        parser.error("--out FILE to measure, --show FILE to look")
-    lines = read(given.show) if given.show else measured()
-    show(lines)
-    if given.picture:
-        draw(lines, given.picture)
+    made = tables(lines) if lines else []
+    for table in made:
+        if markdown:
+            print(f"{table.markdown()}\n")
+        else:
+            table.print()
+    if not markdown:
+        CONSOLE.print(said(lines))
+    if picture and lines:
+        draw(lines, picture)
+    if document:
+        written(document, lines, made, complete=complete, picture=picture if lines else None)
 
 
-def figure(*, wide: float = 7.0, high: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes, in the style of all pictures here."""
+def figure(
+    *, wide: float = 7.0, high: float = 3.6, columns: int = 1, rows: int | None = None, grid: Literal["x", "y"] = "y"
+) -> tuple[Any, Any]:
+    """A figure of matplotlib and its axes, in the style of all pictures here.
+
+    Args:
+        rows: of panels; None is one row, whose axes are returned as (columns,), else (rows, columns).
+        grid: the axis whose values have lines: those that are measured.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(1, columns, figsize=(wide, high), squeeze=False, layout="constrained")
-    for axis in axes[0]:
+    drawn, axes = pyplot.subplots(rows or 1, columns, figsize=(wide, high), squeeze=False, layout="constrained")
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.3)
+        axis.grid(axis=grid, alpha=0.3)
         axis.set_axisbelow(True)
-    return drawn, axes[0]
+    return drawn, axes if rows else axes[0]
 
 
 def save(drawn: Any, path: Path) -> None:

@@ -64,6 +64,8 @@ SUITE = (
           "--rows 1_000_000 10_000_000 100_000_000 --repeats 1 --timeout 7200",
           "--rows 2000 4000 --vocabulary 200 --window 1000 --batch-size 256 --repeats 1", 0.7, 25),
     Entry("sequences", "--repeats 1", "--repeats 3", "--encoders mean --rows 16 --rounds 1 --repeats 1", 0.6, 3),
+    Entry("experts", "--rows 4096 --sizes 4x256 64x32 --eager --repeats 1", "--rows 512 4096 --repeats 3",
+          "--rows 16 --sizes 2x8 --rounds 1 --eager --repeats 1", 0.5, 25),
     Entry("surgery_cost", "--steps 10 --cases upgrad/trunk,upgrad/tables", "--steps 40 --repeats 3",
           "--steps 2 --warmup-steps 1 --batch-size 32 --rows 50 --features 3 --cases upgrad/trunk", 0.5, 10),
     Entry("training", "--ranks 1,2 --vocabulary 100_000 --steps 20", "--ranks 1,2 --repeats 3 "

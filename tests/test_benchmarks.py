@@ -306,9 +306,10 @@ def test_experts_and_input_measure_what_they_say(tmp_path, capsys):
             "threads": 1}  # fmt: skip
     lines = [{"what": what, "repeat": 0, **experts.work(what), "about": measure.about()}]
     assert lines[0]["auto"] == "batched"
-    experts.show(lines)
+    [table] = experts.tables(lines)
+    assert table.rows[0][0] == "2 × 8"
+    assert len(table.heads) == len(table.rows[0]) == 6  # nothing was compiled
     experts.draw(lines, tmp_path / "e.png")
-    assert "2 × 8" in capsys.readouterr().out
     reading.write(tmp_path / "input-900x2x1.parquet", 900, 2, 1)
     of = {"rows": 900, "ids": 2, "numbers": 1, "batch_size": 128, "threads": 1}
     lines = [
@@ -429,3 +430,85 @@ def test_every_variant_of_cold_start_is_a_run(data):
             run = parse_run(yaml.safe_dump(cold_start.configuration(variant, sequences, data, 0, 100, small=False)))
             assert {f.name for f in run.data_schema.features} > {f["name"] for f in features}
             assert bool(run.histories) == sequences
+
+
+# ---------------------------------------------------------------------- claims, and what is knowable
+
+
+def claimed(seed, data="kuairand", lift=0.0, without=()):
+    """A line of the results of `article_claims.py`, made up: every system a hundredth better than the one before."""
+    claims = script("article_claims")
+    figures = {
+        system: dict.fromkeys(claims.COLUMNS, 0.5 + 0.01 * (i + seed) + lift) | {"majority": 0.55}
+        for i, system in enumerate(claims.SYSTEMS) if system not in without
+    }  # fmt: skip
+    return {"data": data, "trials": 8, "worth": None, "k": 5, "small": False, "seed": seed, "seconds": 3,
+            "systems": figures}  # fmt: skip
+
+
+def called_as(name, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+    return script(name).main()
+
+
+def test_claims_that_are_all_measured_are_shown_drawn_and_documented(tmp_path, monkeypatch, capsys):
+    claims, out = script("article_claims"), tmp_path / "claims.jsonl"
+    lines = [claimed(0), claimed(1) | {"about": script("measure").about("implicit")}, claimed(0, "movielens", 0.2)]
+    lines.append(claimed(2, without=["one task"]))  # broken off: not of the table
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(claims, "configured", lambda *_, **__: pytest.fail("nothing is missing of these seeds"))
+    called_as("article_claims", monkeypatch, "--seeds", 0, 1, "--out", out)
+    found = json.loads((tmp_path / "claims.json").read_text())
+    assert found["picture"] == "claims.png"
+    assert found["about"]["date"] == lines[1]["about"]["date"]
+    [of_filter] = [r for r in found["results"] if r["what"]["system"] == "collaborative filtering"
+                   and r["what"]["data"] == "kuairand"]  # fmt: skip
+    assert of_filter["repeats"] == 3
+    assert of_filter["figures"]["auc"] == {"median": pytest.approx(0.52), "least": pytest.approx(0.51),
+                                           "most": pytest.approx(0.53)}  # fmt: skip
+    kuairand, movielens = found["tables"]
+    assert "2 seeds" in kuairand["title"]
+    assert "1 seed;" in movielens["title"]
+    rows = {row[0]: row[1:] for row in kuairand["rows"]}
+    auc = list(claims.COLUMNS).index("auc")
+    assert rows["collaborative filtering"][auc] == "0.515 ± 0.007"
+    # In AUC over 0.5: 4 and 5 hundredths, over 1 and 2.
+    assert rows["one task: gain over collaborative filtering"][auc] == "+225.0% ± 106.1%"
+    capsys.readouterr()
+    called_as("article_claims", monkeypatch, "--show", out, "--markdown", "--picture", tmp_path / "again.png")
+    said = capsys.readouterr().out
+    assert "| collaborative filtering | 0.515 ± 0.007 |" in said
+    assert min((tmp_path / name).stat().st_size for name in ("claims.png", "again.png")) > 10_000
+
+
+def test_runs_of_a_world_are_shown_and_drawn_with_their_seeds(tmp_path, monkeypatch, capsys):
+    knowable, out = script("knowable"), tmp_path / "k.jsonl"
+    settings = {"world": "shop", "rows": 1000, "held_out": 10, "users": 5, "items": 6, "dial": [], "dim": 0, "set": [],
+                "device": "cpu"}  # fmt: skip
+    lines = [{"settings": settings | {"seed": seed, **more}, "seconds": 6.0, "share": share}
+             for seed, more, share in ((0, {}, {"click": 0.5, "score": 0.25}), (1, {}, {"click": 0.75}),
+                                       (0, {"rows": 9000, "set": ["training.epochs=3"]}, {"click": -0.1}))]  # fmt: skip
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    monkeypatch.setattr(knowable, "measured", lambda options: lines[2])
+    called_as("knowable", monkeypatch, "--out", out)
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert [r["repeats"] for r in found["results"]] == [2, 1]
+    assert found["results"][0]["figures"]["share.click"] == {"median": 0.625, "least": 0.5, "most": 0.75}
+    [table] = found["tables"]
+    assert table["rows"] == [
+        ["1", "50.0 %", "25.0 %", "0.1"], ["2", "75.0 %", "–", "0.1"], ["3", "-10.0 %", "–", "0.1"]
+    ]  # fmt: skip
+    assert "3: shop, 9,000 rows, 5 × 6 training.epochs=3, seed 0" in table["note"]
+    capsys.readouterr()
+    called_as("knowable", monkeypatch, "--show", out, "--picture", tmp_path / "again.png")
+    assert "75.0 %" in capsys.readouterr().out
+    assert min((tmp_path / name).stat().st_size for name in ("k.png", "again.png")) > 10_000
+
+
+@pytest.mark.full
+def test_a_world_is_learnt_from_the_command_line(tmp_path, monkeypatch):
+    called_as("knowable", monkeypatch, "--rows", 2000, "--held-out", 500, "--users", 50, "--items", 50, "--device",
+              "cpu", "--out", tmp_path / "k.jsonl")  # fmt: skip
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert found["about"]["versions"]["torch"]
+    assert found["results"][0]["figures"]["share.click"]["median"] < 1
