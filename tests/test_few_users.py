@@ -35,7 +35,7 @@ def world(seed, active, users=300):
     return table(), table()
 
 
-def test_formulas_cover_where_ten_of_300_users_have_events():
+def test_formulas_cover_where_a_dozen_of_300_users_have_events():
     many, _ = world(10**6, 400, 10_000)
     truth = {metric: of.value for metric, of in task_estimates(many, "click", *clusters_of(many)).items()}
     inside, by_normal, unsure = {"auc": [], "gauc": []}, {"auc": [], "gauc": []}, 0
@@ -56,11 +56,11 @@ def test_formulas_cover_where_ten_of_300_users_have_events():
         assert np.mean(by_normal[metric]) < np.mean(covered)
 
 
-def test_where_three_users_have_all_events_nothing_is_sure():
-    a, b = world(1, 3)
+def test_where_six_users_have_all_events_nothing_is_sure():
+    a, b = world(3, 6)
     assert a.labels("click").sum() > 20
     found = {(d.of, d.metric): d for d in compare_tables(a, b, k=[3], draws=10)}
-    assert {d.unsure for d in found.values()} == {"too few users with an event (3)"}
+    assert {d.unsure for d in found.values()} == {"too few users with an event (6)"}
     assert all(np.isnan(d.low) and d.better is None for d in found.values())
 
 
