@@ -397,7 +397,7 @@ def waited(what, folder):
 # ---------------------------------------------------------------------- cold start
 
 
-def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
+def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, monkeypatch, capsys):
     cold_start = script("cold_start")
     world = TextWorld(num_users=60, num_items=80, ratings=30)
     parts = cold_split(world.log())
@@ -415,11 +415,16 @@ def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
     results = [{**of_all, "variant": v, "seed": s, **f} for v, f in
                (("popularity", popular), ("true probability", told), ("id", popular)) for s in (0, 1)]  # fmt: skip
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, results)))
-    cold_start.show(cold_start.read(tmp_path / "r.jsonl"), "liked", markdown=True)
+    wanted = ("--show", tmp_path / "r.jsonl", "--out", tmp_path / "c.jsonl")
+    called_as("cold_start", monkeypatch, *wanted, "--markdown")
     said = capsys.readouterr().out
     assert f"| popularity | {popular['liked']['head']:.3f} ± 0.000 |" in said
-    cold_start.draw(results, "liked", "auc", tmp_path / "r.png")
-    assert (tmp_path / "r.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [table["title"].split()[0] for table in found["tables"]] == ["AUC", "GAUC"]
+    of_popularity = next(r for r in found["results"] if r["what"]["variant"] == "popularity")
+    assert of_popularity["repeats"] == 2
+    assert of_popularity["figures"]["liked.head"]["median"] == popular["liked"]["head"]
+    assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("data", ["movielens", "synthetic"])
