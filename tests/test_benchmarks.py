@@ -173,7 +173,7 @@ def test_every_method_of_the_benchmark_is_a_run(data, tmp_path, monkeypatch):
             assert [t.name for t in run.data_schema.tasks] == (["like"] if only else list(balance.TASKS[data]))
 
 
-def test_gains_are_relative_to_the_twins(tmp_path, capsys):
+def test_gains_are_relative_to_the_twins(tmp_path, monkeypatch, capsys):
     balance = script("balance")
     aucs = {"single task": {"like": 0.6, "share": 0.7, "hide": 0.9}, "mmoe": {"like": 0.65, "share": 0.7, "hide": 0.86}}
     lines = [
@@ -189,12 +189,19 @@ def test_gains_are_relative_to_the_twins(tmp_path, capsys):
     twins = balance.twin_aucs(results)
     assert twins == {"like": [0.6, 0.6], "share": [0.7, 0.7], "hide": [0.9, 0.9]}
     assert balance.gain(results[-1], twins) == pytest.approx(100 * (0.5 + 0 - 0.1) / 3)
-    balance.show(results, "opposed", {"mmoe": {"ratio": 1.0}})
-    shown = capsys.readouterr().out
-    assert "13.33 ± 0.00" in shown
-    assert shown.count("↓") == 1
-    balance.draw(results, tmp_path / "r.png")
-    assert (tmp_path / "r.png").stat().st_size > 5000
+    (tmp_path / "s.json").write_text('{"mmoe": {"ratio": 1.25}}')
+    wanted = ("--show", tmp_path / "r.jsonl", "--steps", tmp_path / "s.json", "--out", tmp_path / "b.jsonl")
+    called_as("balance", monkeypatch, *wanted)
+    said = capsys.readouterr().out
+    assert "13.33 ± 0.00" in said
+    assert said.count("↓") == 1
+    found = json.loads((tmp_path / "b.json").read_text())
+    [table] = found["tables"]
+    assert table["rows"][-1][0] == "mmoe"
+    assert table["rows"][-1][-1] == "1.25"
+    of_mmoe = next(r for r in found["results"] if r["what"]["method"] == "mmoe" and r["what"]["rate"] == 0.5)
+    assert (of_mmoe["repeats"], of_mmoe["figures"]["test.like"]["median"]) == (2, 0.65)
+    assert (tmp_path / "b.png").stat().st_size > 5000
 
 
 # ---------------------------------------------------------------------- against others
