@@ -102,18 +102,16 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
     parser.add_argument("--small", action="store_true", help="a tenth of the users and one epoch, to try the script")
     arguments = parser.parse_args()
-    if arguments.show:
-        shown(of_systems(read(arguments.show)), tables, draw, picture=arguments.picture, markdown=arguments.markdown)
-        return
-    if arguments.data == "movielens" and arguments.folder is None:
+    if arguments.data == "movielens" and arguments.folder is None and not arguments.show:
         parser.error("--data movielens needs --folder, which holds MovieLens-1M")
-    results = measure_missing(arguments)
-    if not arguments.out:
-        shown(of_systems(results), tables, draw, picture=arguments.picture)
-        return
+    results = [] if arguments.show else measure_missing(arguments)
+    if file := arguments.show or arguments.out:
+        results = read(file)
+    out = arguments.out
     shown(
-        of_systems(read(arguments.out)), tables, draw, document=arguments.out.with_suffix(".json"),
-        picture=arguments.picture or arguments.out.with_suffix(".png"),
+        of_systems(results), tables, draw, markdown=arguments.markdown,
+        picture=arguments.picture or (out.with_suffix(".png") if out else None),
+        document=out.with_suffix(".json") if out else None,
     )  # fmt: skip
 
 

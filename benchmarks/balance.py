@@ -13,7 +13,8 @@ Data: `kuairand`, three tasks of the demo with its features, in which every twin
 before; `kuairand_ids`, the same without these statistics; `agreeing` and `opposed`, synthetic, the two ends of a dial
 for conflict.
 
-Every finished training is a line of --out; a run that was interrupted goes on where it stopped.
+Every finished training is a line of --out; a run that was interrupted goes on where it stopped.  Beside it, .json has
+the figures and tables of the whole file, .png the picture.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from document import Line, Table
+from measure import about, figure, read, save, shown
 from rich.console import Console
 
 TASKS = {
@@ -137,12 +140,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each of one thread")
     parser.add_argument("--out", type=Path, help="JSON lines, one for each training; what is there is not done again")
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
-    parser.add_argument("--picture", type=Path, help="with --show: Δm of every method as a picture")
+    parser.add_argument("--picture", type=Path, help="Δm of every method (PNG; default: beside --out)")
     parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
     parser.add_argument("--small", action="store_true", help="a tenth of the rows, to try the script")
     parser.add_argument("--time", type=Path, help="measure the steps of --methods on KuaiRand, write them there")
     parser.add_argument("--rounds", type=int, default=40, help="with --time: steps of each method")
-    parser.add_argument("--steps", type=Path, help="with --show: what --time wrote")
+    parser.add_argument("--steps", type=Path, help="what --time wrote, for the tables")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -150,30 +153,18 @@ def main() -> None:
     elif arguments.time:
         measured = step_times(arguments.methods or list(BY_NAME), arguments.rounds)
         arguments.time.write_text(json.dumps(measured, indent=1) + "\n")
-    elif arguments.show:
-        results = read(arguments.show)
-        steps = json.loads(arguments.steps.read_text()) if arguments.steps else {}
-        for data in dict.fromkeys(r["data"] for r in results):
-            show([r for r in results if r["data"] == data], data, steps, arguments.markdown)
-        if arguments.picture:
-            draw(results, arguments.picture)
-    elif arguments.out:
-        for data in arguments.data:
+    elif arguments.show or arguments.out:
+        for data in () if arguments.show else arguments.data:
             sweep(data, arguments)
+        steps = json.loads(arguments.steps.read_text()) if arguments.steps else {}
+        out = arguments.out
+        shown(
+            as_lines(read(arguments.show or out)), lambda lines: tables(lines, steps), draw,
+            picture=arguments.picture or (out.with_suffix(".png") if out else None),
+            document=out.with_suffix(".json") if out else None, markdown=arguments.markdown,
+        )  # fmt: skip
     else:
         parser.error("--out FILE to train, --show FILE to look")
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The trainings that a file holds; a last line that was cut off is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    results = []
-    for line in lines:
-        try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return results
 
 
 def sweep(data: str, arguments: argparse.Namespace) -> None:
@@ -221,11 +212,12 @@ def _in_a_worker(training: Training, small: bool, workers: threading.local) -> d
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=workers.errors, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+    who = about()
     workers.process.stdin.write(json.dumps(training.__dict__) + "\n")
     workers.process.stdin.flush()
     for line in workers.process.stdout:
         if line.startswith("{"):
-            return json.loads(line)
+            return json.loads(line) | {"about": who}
     workers.errors.seek(0)
     raise SystemExit(f"{training}:\n{workers.errors.read()[-3000:]}")
 
@@ -432,20 +424,28 @@ def rows_of(
     return ["", *tasks, "Δm %", "step"], rows
 
 
-def show(results: list[dict[str, Any]], data: str, steps: dict[str, dict[str, float]], markdown: bool = False) -> None:
-    """Print one table."""
-    from mtcl_torchrec.evaluation.plain_table import plain_table
+def as_lines(results: list[dict[str, Any]]) -> list[Line]:
+    """The trainings as the other benchmarks have their lines."""
+    settings = ("data", "method", "only", "rate")
+    return [
+        {"what": {key: result[key] for key in settings}, "repeat": result["seed"],
+         **{key: value for key, value in result.items() if key not in (*settings, "seed")}}
+        for result in results
+    ]  # fmt: skip
 
-    heads, rows = rows_of(results, data, steps)
-    title = f"{data}: test AUC and Δm, mean ± standard deviation over seeds"
-    if markdown:
-        print(f"{title}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-        print("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
-        return
-    table = plain_table(title, heads)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
+
+def by_data(lines: list[Line]) -> dict[str, list[dict[str, Any]]]:
+    """Data -> trainings, each as its file has it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["what"]["data"], []).append({**line, **line["what"], "seed": line["repeat"]})
+    return found
+
+
+def tables(lines: list[Line], steps: dict[str, dict[str, float]]) -> list[Table]:
+    """A table for each set of data; `steps` is what `step_times` gave, or empty."""
+    title = "test AUC and Δm, mean ± standard deviation over seeds"
+    return [Table(f"{data}: {title}", *rows_of(of, data, steps)) for data, of in by_data(lines).items()]
 
 
 def _mean_below(of: list[dict[str, Any]], twins: dict[str, list[float]], task: str) -> bool:
@@ -459,18 +459,14 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def draw(results: list[dict[str, Any]], file: Path) -> None:
+def draw(lines: list[Line], path: Path) -> None:
     """Δm of every method, a panel for each set of data."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sets = list(dict.fromkeys(r["data"] for r in results))
+    sets = by_data(lines)
     colours = {"architecture": "#4477aa", "loss weighting": "#ccbb44", "gradient surgery": "#aa3377"}
-    figure, panels = pyplot.subplots(1, len(sets), figsize=(1 + 4 * len(sets), 7), squeeze=False)
-    for panel, data in zip(panels[0], sets, strict=True):
-        of_data = [r for r in results if r["data"] == data]
+    drawn, panels = figure(wide=1 + 4 * len(sets), high=7, columns=len(sets), grid="x")
+    from matplotlib.lines import Line2D
+
+    for panel, (data, of_data) in zip(panels, sets.items(), strict=True):
         twins = twin_aucs(of_data)
         rows = [(n, [gain(r, twins) for r in of]) for n, of in by_method(of_data) if n != TWIN][::-1]
         for y, (name, gains) in enumerate(rows):
@@ -480,11 +476,9 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
         panel.axvline(0, color="grey", linewidth=0.8)
         panel.set_title(data)
         panel.set_xlabel("Δm over single-task twins, %")
-        panel.grid(axis="x", alpha=0.3)
-    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=c, label=f) for f, c in colours.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(file, dpi=110)
+    handles = [Line2D([], [], marker="o", linestyle="", color=c, label=f) for f, c in colours.items()]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    save(drawn, path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ While training, a user is unknown in a tenth of the rows and an item in three te
 With histories (--sequences on), a user's liked items of the training part are a sequence that the candidate looks at
 (DIN); they share the candidate's table, so variants without an id have none.
 
-Every finished training is a line of --out; a run that was interrupted goes on where it stopped.  MovieLens-1M is not
+Every finished training is a line of --out; a run that was interrupted goes on where it stopped.  Beside it, .json has
+the figures and tables of the whole file, .png the picture.  MovieLens-1M is not
 part of the package: https://grouplens.org/datasets/movielens/1m/, and nothing of it may be passed on.
 """
 
@@ -32,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,6 +44,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from document import Line, Table
+from measure import about as who_measures
+from measure import figure, read, save, shown
 from rich.console import Console
 
 ID: dict[str, Any] = {"name": "item_id", "group": "item", "embedding_dim": 16}
@@ -67,6 +70,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 POPULARITY, AFTERWARDS, ORACLE = "popularity", "known afterwards", "true probability"
 SEGMENTS = ("head", "tail", "never seen", "new users", "all")
 TASKS = ("liked", "loved", "disliked", "taste", "score")
+METRICS = ("auc", "gauc")
 LABELS = {**{task: task for task in TASKS}, "taste": "liked", "score": "liked"}
 SIZES = {"movielens": [64, 64, 64], "synthetic": [16, 16, 16]}  # of the codebook
 
@@ -82,24 +86,28 @@ def main() -> None:
     parser.add_argument("--encoder", default="tfidf", help="of the text: tfidf, wordllama, minilm, or a folder")
     parser.add_argument("--out", type=Path, help="JSON lines, one for each training; what is there is not done again")
     parser.add_argument("--show", type=Path, help="print the tables of such a file")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["liked"], help="with --show")
-    parser.add_argument("--metric", choices=["auc", "gauc"], default="auc", help="with --show")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["liked"], help="of the tables")
+    parser.add_argument("--metric", choices=METRICS, nargs="+", default=list(METRICS), help="of the tables")
     parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
-    parser.add_argument("--picture", type=Path, help="with --show: AUC of the first of --tasks as a picture")
+    parser.add_argument(
+        "--picture", type=Path, help="draw the first of --metric and --tasks there (PNG; default: beside --out)"
+    )
     parser.add_argument("--small", action="store_true", help="a tenth of the users and one epoch, to try the script")
     arguments = parser.parse_args()
-    if arguments.show:
-        results = read(arguments.show)
-        for task in arguments.tasks:
-            show(results, task, arguments.metric, markdown=arguments.markdown)
-        if arguments.picture:
-            draw(results, arguments.tasks[0], arguments.metric, arguments.picture)
-        return
-    if arguments.data == "movielens" and arguments.folder is None:
+    if arguments.data == "movielens" and arguments.folder is None and not arguments.show:
         parser.error("--data movielens needs --folder, which holds MovieLens-1M")
-    results = train_missing(arguments)
-    for metric in ("auc", "gauc"):
-        show(results, "liked", metric, markdown=False)
+    results = [] if arguments.show else train_missing(arguments)
+    if file := arguments.show or arguments.out:
+        results = read(file)
+    metric, task = arguments.metric[0], arguments.tasks[0]
+    shown(
+        as_lines(results),
+        lambda lines: [table for task in arguments.tasks for m in arguments.metric for table in tables(lines, task, m)],
+        lambda lines, path: draw(lines, task, metric, path),
+        picture=arguments.picture or (arguments.out.with_suffix(".png") if arguments.out else None),
+        document=arguments.out.with_suffix(".json") if arguments.out else None,
+        markdown=arguments.markdown,
+    )
 
 
 # ---------------------------------------------------------------------- data
@@ -204,7 +212,7 @@ def train_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             folder.mkdir()
             prepare(folder, arguments.data, arguments.folder, arguments.encoder, seed, small=arguments.small)
             for variant, sequences in wanted:
-                started = time.perf_counter()
+                who, started = who_measures(), time.perf_counter()
                 try:
                     figures = judge(folder, variant, sequences == "on", arguments.data, seed, small=arguments.small)
                 except ConfigError as error:
@@ -217,6 +225,7 @@ def train_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     "seed": seed,
                     "seconds": seconds,
                     **figures,
+                    "about": who,
                 }
                 results.append(result)
                 if arguments.out:
@@ -288,40 +297,46 @@ def by_segment(test: pd.DataFrame, predictions: dict[str, np.ndarray]) -> dict[s
 # ---------------------------------------------------------------------- showing
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """Results in a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+def as_lines(results: Sequence[dict[str, Any]]) -> list[Line]:
+    """The results as the other benchmarks have their lines."""
+    settings = ("data", "encoder", "small", "variant", "sequences")
+    return [
+        {"what": {key: result[key] for key in settings}, "repeat": result["seed"],
+         **{key: value for key, value in result.items() if key not in (*settings, "seed")}}
+        for result in results
+    ]  # fmt: skip
 
 
-def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(variant, histories) -> results of its seeds, in the order of the table."""
+def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    """(variant, histories) -> lines of its seeds, in the order of the table."""
     order = [POPULARITY, *VARIANTS, AFTERWARDS, ORACLE]
-    keys = sorted({(r["variant"], r["sequences"]) for r in results}, key=lambda k: (order.index(k[0]), k[1]))
-    return {key: [r for r in results if (r["variant"], r["sequences"]) == key] for key in keys}
-
-
-def _sets(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Results by data and encoder."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for r in results:
-        name = f"{r['data']}, {r['encoder']}" + (", small" if r["small"] else "")
-        found.setdefault(name, []).append(r)
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in sorted(lines, key=lambda of: (order.index(of["what"]["variant"]), of["what"]["sequences"])):
+        found.setdefault((line["what"]["variant"], line["what"]["sequences"]), []).append(line)
     return found
 
 
-def cell(results: Sequence[dict[str, Any]], task: str, metric: str, segment: str) -> tuple[float, float]:
+def _sets(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Lines by data and encoder."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        what = line["what"]
+        name = f"{what['data']}, {what['encoder']}" + (", small" if what["small"] else "")
+        found.setdefault(name, []).append(line)
+    return found
+
+
+def cell(lines: Sequence[Line], task: str, metric: str, segment: str) -> tuple[float, float]:
     """Mean and standard deviation over seeds; the latter 0 of one."""
-    values = [r[task if metric == "auc" else f"gauc {task}"][segment] for r in results]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    values = [line[task if metric == "auc" else f"gauc {task}"][segment] for line in lines]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def show(results: Sequence[dict[str, Any]], task: str, metric: str = "auc", *, markdown: bool) -> None:
+def tables(lines: Sequence[Line], task: str, metric: str = "auc") -> list[Table]:
     """The table of one task and metric, for each set of data."""
-    from mtcl_torchrec.evaluation.plain_table import plain_table
-
-    for name, of_set in _sets(results).items():
-        seeds = len({r["seed"] for r in of_set})
-        title = f"{metric.upper()} of {task}, {name}, {seeds} seed{'s' if seeds > 1 else ''}"
+    found = []
+    for name, of_set in _sets(lines).items():
+        seeds = len({line["repeat"] for line in of_set})
         rows = []
         for (variant, sequences), of in grouped(of_set).items():
             cells = []
@@ -329,26 +344,17 @@ def show(results: Sequence[dict[str, Any]], task: str, metric: str = "auc", *, m
                 mean, spread = cell(of, task, metric, segment)
                 cells.append(f"{mean:.3f}" + (f" ± {spread:.3f}" if len(of) > 1 else ""))
             rows.append([variant + (", histories" if sequences == "on" else ""), *cells])
-        columns = ["what is known of an item", *SEGMENTS]
-        if markdown:
-            print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-            print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-        else:
-            table = plain_table(title, columns)
-            for row in rows:
-                table.add_row(*row)
-            Console(width=120).print(table, "")
+        title = f"{metric.upper()} of {task}, {name}, {seeds} seed{'s' if seeds > 1 else ''}"
+        found.append(Table(title, ["what is known of an item", *SEGMENTS], rows))
+    return found
 
 
-def draw(results: Sequence[dict[str, Any]], task: str, metric: str, file: Path) -> None:
+def draw(lines: Sequence[Line], task: str, metric: str, path: Path) -> None:
     """The metric by segment, a panel for each set of data and segment."""
-    import matplotlib
+    sets, panels = _sets(lines), SEGMENTS[:-1]
+    drawn, axes = figure(wide=12, high=0.8 + 3.4 * len(sets), columns=len(panels), rows=len(sets), grid="x")
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sets, panels = _sets(results), SEGMENTS[:-1]
-    figure, axes = pyplot.subplots(len(sets), len(panels), figsize=(12, 0.8 + 3.4 * len(sets)), squeeze=False)
     for row, (name, of_set) in zip(axes, sets.items(), strict=True):
         shown = {key: of for key, of in grouped(of_set).items() if key[0] not in (POPULARITY, AFTERWARDS)}
         popular = grouped(of_set).get((POPULARITY, "off"))
@@ -362,18 +368,16 @@ def draw(results: Sequence[dict[str, Any]], task: str, metric: str, file: Path) 
                 axis.axvline(cell(popular, task, metric, segment)[0], color="grey", linestyle="--", linewidth=1)
             axis.set_yticks([-y for y in range(len(labels))], labels if axis is row[0] else [])
             axis.set_title(segment)
-            axis.grid(axis="x", alpha=0.3)
         row[0].set_ylabel(name)
         for axis in row:
             axis.set_xlabel(f"{metric.upper()} of {task}")
     handles = [
-        pyplot.Line2D([], [], marker="o", linestyle="", color="#0072b2", label="without histories"),
-        pyplot.Line2D([], [], marker="s", linestyle="", color="#d55e00", label="with histories"),
-        pyplot.Line2D([], [], linestyle="--", color="grey", label=POPULARITY),
+        Line2D([], [], marker="o", linestyle="", color="#0072b2", label="without histories"),
+        Line2D([], [], marker="s", linestyle="", color="#d55e00", label="with histories"),
+        Line2D([], [], linestyle="--", color="grey", label=POPULARITY),
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=3)
-    figure.tight_layout(rect=(0, 0.25 / (0.8 + 3.4 * len(sets)) * 1.3, 1, 1))
-    figure.savefig(file, dpi=110)
+    drawn.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    save(drawn, path)
 
 
 if __name__ == "__main__":

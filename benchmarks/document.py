@@ -7,6 +7,7 @@ A script keeps each measurement as a line of ``NAME.jsonl`` (see `measure.sweep`
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -63,7 +64,7 @@ def _escaped(cell: str) -> str:
 def figures(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Each setting once: what was measured, how often, and median, least and most of every number.
 
-    Numbers inside of others are named ``outer.inner``; text and lists are left out.
+    Numbers inside of others are named ``outer.inner``; text, lists and what is not defined (NaN) are left out.
     """
     groups: dict[str, list[Line]] = {}
     for line in lines:
@@ -116,7 +117,7 @@ def _flat(of: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]
     for name, value in of.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
             yield before + name, value
 
 

@@ -159,19 +159,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, help="train nothing, print the table of such a file")
     parser.add_argument("--picture", type=Path, help="draw it there (PNG; default: beside --out)")
     options = parser.parse_args(arguments)
-    if options.show is not None:
-        shown(of_runs(read(options.show)), tables, draw, picture=options.picture)
-        return
-    line = measured(options)
-    if options.out is None:
-        print(json.dumps(line))
-        shown(of_runs([line]), tables, draw, picture=options.picture)
-        return
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    out, results = options.out, []
+    if not options.show:
+        results = [measured(options)]
+        if out:
+            with out.open("a") as file:
+                file.write(json.dumps(results[0]) + "\n")
+        else:
+            print(json.dumps(results[0]))
+    if kept := options.show or out:
+        results = read(kept)
     shown(
-        of_runs(read(options.out)), tables, draw, document=options.out.with_suffix(".json"),
-        picture=options.picture or options.out.with_suffix(".png"),
+        of_runs(results), tables, draw,
+        picture=options.picture or (out.with_suffix(".png") if out else None),
+        document=out.with_suffix(".json") if out else None,
     )  # fmt: skip
 
 

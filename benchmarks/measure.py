@@ -37,6 +37,8 @@ __all__ = [
 DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 # Of a processor's flags, those by which kernels are chosen.
 FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "f16c", "bf16", "asimd", "sve")
+# Options that only say where something is kept; --data is one where it is a folder.
+PLACES = ("--out", "--picture", "--folder", "--show")
 
 
 # ---------------------------------------------------------------------- who measured
@@ -66,11 +68,15 @@ def about(*more: str) -> dict[str, Any]:
 
 def _told(arguments: Sequence[str]) -> list[str]:
     """The arguments without those that only say where something is kept."""
-    told, skip = [], False
+    told: list[str] = []
+    before = ""
     for word in arguments:
-        if not skip and word not in ("--out", "--data", "--picture", "--again"):
+        place = before in PLACES or (before == "--data" and (os.sep in word or Path(word).is_dir()))
+        if place and before == "--data":
+            told.pop()  # of a name, such as "kuairand", it says what was measured
+        if not place and word not in (*PLACES, "--again"):
             told.append(word)
-        skip = not skip and word in ("--out", "--data", "--picture")
+        before = "" if place else word
     return told
 
 

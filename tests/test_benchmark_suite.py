@@ -69,6 +69,19 @@ def test_another_commit_is_measured_again_and_paths_are_not_told(tmp_path, monke
     assert [found["ms"] for found in measure.sweep(out, todo, 1, one, again=True)] == [5, 6]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--data kuairand movielens --seeds 1 --out r.jsonl", "--data kuairand movielens --seeds 1"),
+        ("--data /somewhere/files --rows 5 --again", "--rows 5"),
+        ("--rows 5 --data {here} --picture p.png --eager", "--rows 5 --eager"),
+        ("--folder ml-1m --data movielens", "--data movielens"),
+    ],
+)
+def test_a_command_tells_what_was_measured_and_not_where_it_lies(given, told, tmp_path):
+    assert " ".join(script("measure")._told(given.format(here=tmp_path).split())) == told
+
+
 class _Later:
     def astimezone(self):
         return self

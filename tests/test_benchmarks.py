@@ -173,7 +173,7 @@ def test_every_method_of_the_benchmark_is_a_run(data, tmp_path, monkeypatch):
             assert [t.name for t in run.data_schema.tasks] == (["like"] if only else list(balance.TASKS[data]))
 
 
-def test_gains_are_relative_to_the_twins(tmp_path, capsys):
+def test_gains_are_relative_to_the_twins(tmp_path, monkeypatch, capsys):
     balance = script("balance")
     aucs = {"single task": {"like": 0.6, "share": 0.7, "hide": 0.9}, "mmoe": {"like": 0.65, "share": 0.7, "hide": 0.86}}
     lines = [
@@ -189,12 +189,19 @@ def test_gains_are_relative_to_the_twins(tmp_path, capsys):
     twins = balance.twin_aucs(results)
     assert twins == {"like": [0.6, 0.6], "share": [0.7, 0.7], "hide": [0.9, 0.9]}
     assert balance.gain(results[-1], twins) == pytest.approx(100 * (0.5 + 0 - 0.1) / 3)
-    balance.show(results, "opposed", {"mmoe": {"ratio": 1.0}})
-    shown = capsys.readouterr().out
-    assert "13.33 ± 0.00" in shown
-    assert shown.count("↓") == 1
-    balance.draw(results, tmp_path / "r.png")
-    assert (tmp_path / "r.png").stat().st_size > 5000
+    (tmp_path / "s.json").write_text('{"mmoe": {"ratio": 1.25}}')
+    wanted = ("--show", tmp_path / "r.jsonl", "--steps", tmp_path / "s.json", "--out", tmp_path / "b.jsonl")
+    called_as("balance", monkeypatch, *wanted)
+    said = capsys.readouterr().out
+    assert "13.33 ± 0.00" in said
+    assert said.count("↓") == 1
+    found = json.loads((tmp_path / "b.json").read_text())
+    [table] = found["tables"]
+    assert table["rows"][-1][0] == "mmoe"
+    assert table["rows"][-1][-1] == "1.25"
+    of_mmoe = next(r for r in found["results"] if r["what"]["method"] == "mmoe" and r["what"]["rate"] == 0.5)
+    assert (of_mmoe["repeats"], of_mmoe["figures"]["test.like"]["median"]) == (2, 0.65)
+    assert (tmp_path / "b.png").stat().st_size > 5000
 
 
 # ---------------------------------------------------------------------- against others
@@ -397,7 +404,7 @@ def waited(what, folder):
 # ---------------------------------------------------------------------- cold start
 
 
-def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
+def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, monkeypatch, capsys):
     cold_start = script("cold_start")
     world = TextWorld(num_users=60, num_items=80, ratings=30)
     parts = cold_split(world.log())
@@ -415,11 +422,16 @@ def test_cold_start_judges_by_segment_and_shows_what_it_has(tmp_path, capsys):
     results = [{**of_all, "variant": v, "seed": s, **f} for v, f in
                (("popularity", popular), ("true probability", told), ("id", popular)) for s in (0, 1)]  # fmt: skip
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, results)))
-    cold_start.show(cold_start.read(tmp_path / "r.jsonl"), "liked", markdown=True)
+    wanted = ("--show", tmp_path / "r.jsonl", "--out", tmp_path / "c.jsonl")
+    called_as("cold_start", monkeypatch, *wanted, "--markdown")
     said = capsys.readouterr().out
     assert f"| popularity | {popular['liked']['head']:.3f} ± 0.000 |" in said
-    cold_start.draw(results, "liked", "auc", tmp_path / "r.png")
-    assert (tmp_path / "r.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [table["title"].split()[0] for table in found["tables"]] == ["AUC", "GAUC"]
+    of_popularity = next(r for r in found["results"] if r["what"]["variant"] == "popularity")
+    assert of_popularity["repeats"] == 2
+    assert of_popularity["figures"]["liked.head"]["median"] == popular["liked"]["head"]
+    assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("data", ["movielens", "synthetic"])
