@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
 ALMOST = 0.95  # AUC from which on a column tells an event almost by itself
 FEWEST = 10  # events, and rows without, in each half: of fewer, even a high AUC may be chance
@@ -107,6 +106,8 @@ def auc_alone(event: np.ndarray, codes: np.ndarray, lengths: np.ndarray | None =
     for value in (0, 1):
         those = np.flatnonzero(event == value)
         half[those] = np.arange(len(those)) * _blocks(len(those)) // max(len(those), 1) % 2
+    from sklearn.metrics import roc_auc_score
+
     found = []
     for learn in (0, 1):
         judged = event[half == 1 - learn]
