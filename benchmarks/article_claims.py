@@ -112,6 +112,7 @@ def main() -> None:
         of_systems(results), tables, draw, markdown=arguments.markdown,
         picture=arguments.picture or (out.with_suffix(".png") if out else None),
         document=out.with_suffix(".json") if out else None,
+        complete=all(set(SYSTEMS) <= set(result["systems"]) for result in results),
     )  # fmt: skip
 
 
