@@ -39,7 +39,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from mtcl_torchrec import MTCL, MMoE, MTCLTrain, Task
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig
 from mtcl_torchrec.data.batch import MTBatch
-from mtcl_torchrec.evaluation.report import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.sharding import Ranks, ranks

@@ -32,7 +32,8 @@ def concluded_from(run: PredictionsTable, lengths: Sequence[int]) -> list[Key]:
     Example:
         >>> import pandas as pd
         >>> from mtcl_torchrec.schema import Task
-        >>> concluded_from(PredictionsTable(pd.DataFrame(), (Task.binary("like"), Task.regression("stars"))), [5])
+        >>> rows = pd.DataFrame({"label.like": [1.0], "label.stars": [4.0]})
+        >>> concluded_from(PredictionsTable(rows, (Task.binary("like"), Task.regression("stars"))), [5])
         [('like', 'auc'), ('stars', 'r2'), ('ranking', 'value@5')]
     """
     return [*((task.name, MAIN[task.kind]) for task in run.tasks), *((RANKING, f"value@{k}") for k in lengths)]
