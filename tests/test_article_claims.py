@@ -140,7 +140,7 @@ def test_what_a_line_has_is_kept_and_what_it_lacks_is_measured(tmp_path, monkeyp
     assert results[0]["systems"]["matrix factorisation"] == kept
     assert list(results[0]["systems"]) == list(claims.SYSTEMS)
     assert [json.loads(of)["seed"] for of in out.read_text().splitlines()] == [0, 0, 1]
-    claims.shown(claims.of_systems(claims.read(out)), claims.tables, claims.draw, markdown=True)
+    claims.shown(claims.of_systems(claims.read(out)), claims.tables, claims.draw, markdown=True, picture=None)
     said = capsys.readouterr().out
     assert "| matrix factorisation | 0.650 ± 0.071 |" in said
     assert "| several tasks: gain over matrix factorisation | +0.0% ± 0.0% |" in said

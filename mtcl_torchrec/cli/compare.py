@@ -127,7 +127,7 @@ def _read(run: Path, split: str) -> PredictionsTable:
     from mtcl_torchrec.training.judging import predictions_path
 
     path = predictions_path(run, split) if run.is_dir() else run
-    if (run.is_dir() and not is_begun(run) and not path.is_file()) or run.suffix.lower() in YAML:
+    if (run.is_dir() and not is_begun(run) and not path.parent.is_dir()) or run.suffix.lower() in YAML:
         check_run(run, "compare")
     if run.is_dir() and not path.is_file():
         if line := unfinished_line(run):

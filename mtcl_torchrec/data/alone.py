@@ -106,8 +106,6 @@ def auc_alone(event: np.ndarray, codes: np.ndarray, lengths: np.ndarray | None =
     for value in (0, 1):
         those = np.flatnonzero(event == value)
         half[those] = np.arange(len(those)) * _blocks(len(those)) // max(len(those), 1) % 2
-    from sklearn.metrics import roc_auc_score
-
     found = []
     for learn in (0, 1):
         judged = event[half == 1 - learn]
@@ -120,7 +118,9 @@ def auc_alone(event: np.ndarray, codes: np.ndarray, lengths: np.ndarray | None =
         share = (came + _SMOOTHING * rate) / (seen + _SMOOTHING)
         odds = np.log(share / (1 - share)) - np.log(rate / (1 - rate))
         score = np.bincount(rows, odds[codes], minlength=len(event)).round(9)  # sums of equal parts are equal
-        found.append(float(roc_auc_score(judged, score[half == 1 - learn])))
+        ranks, events = pd.Series(score[half == 1 - learn]).rank().to_numpy(), judged.sum()
+        pairs = events * (len(judged) - events)
+        found.append(float((ranks[judged > 0].sum() - events * (events + 1) / 2) / pairs))  # Mann and Whitney's U
     return sum(found) / 2
 
 
