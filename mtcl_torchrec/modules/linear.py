@@ -51,13 +51,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():  # or exporting: a look at sizes would bind the graph to them
+        return False
     return bool(
         x.dim() == 2
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and x.numel() * len(weight) >= LEAST
-        and not torch.compiler.is_compiling()  # nor exporting
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and mkl_is_slow()
