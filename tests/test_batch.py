@@ -205,3 +205,13 @@ def test_pinning_and_moving_to_a_gpu_keep_every_field(full):
     torch.cuda.synchronize()
     assert moved.labels.is_cuda
     assert_same(moved, batch)
+
+
+def test_batches_of_one_kind_are_laid_out_alike():
+    """With and without columns, cut out of one part or joined from two: a compiled graph is made for one layout."""
+    for columns in (0, 3):
+        dense = torch.from_numpy(np.zeros((8, columns), np.float32))
+        rows = EncodedRows(dense, ("user",), torch.zeros(8, 1, dtype=torch.int64), torch.zeros(8, 1))
+        halves = [rows.slice(0, 4), rows.slice(4, 8)]
+        layouts = {of.batch().dense_features.stride() for of in (*halves, EncodedRows.cat(halves))}
+        assert layouts == {(max(columns, 1), 1)}

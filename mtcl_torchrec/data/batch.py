@@ -307,7 +307,13 @@ def _columns_at(ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous copy, made on this thread: torch would wake all of its threads for what takes one 0.1 ms, and wait
-    for them while they have other work."""
+    for them while they have other work.
+
+    One without columns has the strides that torch gives it, not numpy's, or a compiled graph would take it for another
+    kind of tensor than those that torch has made.
+    """
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
     return torch.from_numpy(tensor.numpy().copy(order="C"))
 
 
