@@ -13,6 +13,7 @@ from mtcl_torchrec.schema import DataError
 
 MOST = 20_000_000  # training rows of a stream that are looked through
 MOST_AT_START = 5_000_000  # the same before training, of which this is a small part
+MOST_OF_A_STREAM = 500_000  # the same of a stream, which is read because its rows shall not all be in memory
 MANY, MANY_BY_CHANCE = 0.01, 0.1  # share of rows: that user, item and time tell apart, or all columns together
 
 
@@ -51,10 +52,11 @@ def known_line(config: RunConfig, split: str, rows: Rows) -> str:
     """
     if config.data.train is None:
         return ""
-    seen, by_chance, many = trained_on(config, rows, most=MOST_AT_START), 0.0, MANY
+    most = MOST_OF_A_STREAM if config.data.stream else MOST_AT_START
+    seen, by_chance, many = trained_on(config, rows, most=most), 0.0, MANY
     if seen is None:
         columns = [column for column in _plain_columns(config) if column in rows.frame]
-        train = _training_rows(config, columns, MOST_AT_START)
+        train = _training_rows(config, columns, most)
         if train is None:
             return ""
         known = _hashes(train.frame, columns)
