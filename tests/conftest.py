@@ -19,3 +19,18 @@ def fuse(monkeypatch, capsys):
         return stopped.value.code or 0, out.out, out.err
 
     return run
+
+
+@pytest.fixture
+def mtcl(monkeypatch, capsys):
+    """Runs a command that must succeed and gives what it printed; files that try failures have one of their own."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out = capsys.readouterr()
+        assert not stopped.value.code, out.err
+        return out.out
+
+    return run

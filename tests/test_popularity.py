@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ import shop
 from rich.console import Console
 
 from mtcl_torchrec.baselines import Budget, run_baselines
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data.source import read_splits
 from mtcl_torchrec.evaluation import predictions_file
@@ -34,19 +32,6 @@ FUSIONS = {
     "gated": "fusion: {kind: context_gated_mean, weights: {click: 2, buy: 1}, features: [hour], train: {reward: buy}}",
     "ranks": "fusion: {kind: reciprocal_rank, weights: {click: 2, buy: 1}}",
 }
-
-
-@pytest.fixture
-def mtcl(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        assert not stopped.value.code, out.err
-        return out.out
-
-    return run
 
 
 def trained(folder, fusion, weighed=""):

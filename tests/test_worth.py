@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,6 @@ import shop
 from rich.console import Console
 
 from mtcl_torchrec.baselines import Budget, run_baselines
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.data.source import read_splits
 from mtcl_torchrec.evaluation.compare import compare_tables
@@ -54,19 +52,6 @@ def said_by(lines):
     """(verdict, numbers) of the line that answers."""
     (line,) = (line for line in lines.splitlines() if line.startswith("Does fusing pay?"))
     return line.split(": ")[0], line.split(" on ", 1)[1].split(", ", 1)[1], re.findall(r"[-+]?\d+\.\d+", line)
-
-
-@pytest.fixture
-def mtcl(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        assert not stopped.value.code, out.err
-        return out.out
-
-    return run
 
 
 def prices(folder):
