@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.draft import draft_run
-from mtcl_torchrec.data.guesses import guess_roles, lengths_to_judge, request_sizes
+from mtcl_torchrec.data.roles import guess_roles, lengths_to_judge, request_sizes
 from mtcl_torchrec.schema import DataError
 
 
