@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,92 +16,20 @@ from mtcl_torchrec.modules.calibration import Calibration
 from mtcl_torchrec.modules.embeddings import (
     embedding_dims,
     looked_up_features,
-    pooled_by_key,
     rows_of_features,
-    single_value,
 )
-from mtcl_torchrec.modules.fusion import FusedLoss, RowContext, fuse
+from mtcl_torchrec.modules.fusion import FusedLoss
 from mtcl_torchrec.modules.gates import EPNet, PPNet
 from mtcl_torchrec.modules.guard import SkipFlag
-from mtcl_torchrec.modules.heads import in_unit_interval, prediction
 from mtcl_torchrec.modules.lookups import Lookups
 from mtcl_torchrec.modules.losses import Logits, MultiTaskLoss
+from mtcl_torchrec.modules.output import FusedOutput, item_classes
 from mtcl_torchrec.modules.rare import warn_of_uncalibrated
 from mtcl_torchrec.modules.regularisers import Regularisers
 from mtcl_torchrec.modules.sequences import Sequences
 from mtcl_torchrec.modules.sequences.lstm_towers import LSTMTowers
 from mtcl_torchrec.modules.towers import MultiTaskTower, Precision
 from mtcl_torchrec.schema import Group, Task, check_unique, nearest
-
-
-class FusedOutput(nn.Module):
-    """Logits to predictions, calibrated ones where there is a `calibration`, and predictions to the fused score."""
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        fused_score: nn.Module | None,
-        item_classes: Mapping[str, str],
-        dims: Mapping[str, int],
-        calibration: Calibration | None = None,
-    ) -> None:
-        super().__init__()
-        self.dims = dict(dims)
-        self.calibration = calibration
-        self.tasks = {task.name: task for task in tasks}
-        self.fused_score = fused_score
-        self.item_classes = dict(item_classes)
-
-    def forward(
-        self,
-        logits: Logits,
-        dense_features: torch.Tensor,
-        sparse_features: KeyedJaggedTensor,
-        pooled: Any,
-        request: torch.Tensor | None = None,
-        detached: bool = False,
-    ) -> dict[str, torch.Tensor]:
-        """Each task's prediction, chains' conditional ones, and with a fused score ``"score"`` (B,) in [0, 1].
-
-        Args:
-            logits: what the tower returned.
-            dense_features: (B, D), for a fused score that depends on them.
-            sparse_features: the candidates, for the class of each in a multiclass task.
-            pooled: the pooled embeddings, for a fused score that depends on them.
-            request: (B,) int64, for a fused score that compares the candidates of a request; None: one request.
-            detached: no gradient reaches the logits.
-        """
-        if detached:
-            logits = {name: value.detach() for name, value in logits.items()}
-        out = {name: prediction(task, logits[name].float()) for name, task in self.tasks.items()}
-        for task in self.tasks.values():
-            if task.conditional_name is not None:
-                out[task.conditional_name] = torch.sigmoid(logits[task.conditional_name].float())
-        if self.calibration is not None:
-            out = self.calibration(out, sparse_features)
-        if self.fused_score is not None:
-            rows = RowContext(dense_features, self._embeddings(pooled), request)
-            out["score"] = fuse(self.fused_score, self.parts(out, sparse_features), rows)
-        return out
-
-    def _embeddings(self, pooled: Any) -> dict[str, torch.Tensor]:
-        if not getattr(self.fused_score, "needs_context", False):
-            return {}
-        return {key: embedding.detach() for key, embedding in pooled_by_key(pooled, self.dims).items()}
-
-    def parts(
-        self, predictions: Mapping[str, torch.Tensor], sparse_features: KeyedJaggedTensor
-    ) -> dict[str, torch.Tensor]:
-        """What each task contributes to the score: (B,) in [0, 1] by task."""
-        parts = {}
-        for name, task in self.tasks.items():
-            feature = self.item_classes.get(name)
-            item_class = None if feature is None else single_value(sparse_features, feature)
-            if task.kind == "regression" and self.calibration is not None:
-                parts[name] = self.calibration.unit_interval(task, predictions[name])
-            else:
-                parts[name] = in_unit_interval(task, predictions[name], item_class)
-        return parts
 
 
 class MTCL(nn.Module):
@@ -258,7 +185,7 @@ class MTCL(nn.Module):
             histories={name: of for part in sequences for name, of in part.inputs().items()},
             base_rates=base_rates,
         )
-        self.output = FusedOutput(tasks, fused_score, _item_classes(tasks, features, fused_score), dims, calibration)
+        self.output = FusedOutput(tasks, fused_score, item_classes(tasks, features, fused_score), dims, calibration)
 
     def forward(
         self,
@@ -300,29 +227,6 @@ def _sequences(lookups: Sequence[nn.Module], collections: nn.Module | Sequence[n
         raise ValueError(
             "histories need both: embedding_collection=..., in which they are looked up, and a Sequences among lookups"
         )
-    return found
-
-
-def _item_classes(tasks: Sequence[Task], features: set[str], fused_score: nn.Module | None) -> dict[str, str]:
-    """The sparse feature that holds the item's own class, for each multiclass task that has one."""
-    found = {}
-    for task in tasks:
-        if task.kind != "multiclass":
-            continue
-        if task.item_class is not None and task.item_class not in features:
-            raise ValueError(
-                f"task {task.name!r}: item_class {task.item_class!r} is no sparse feature"
-                f"{nearest(task.item_class, features)}"
-            )
-        feature = task.item_class or (task.name if task.name in features else None)
-        if feature is not None:
-            found[task.name] = feature
-        elif task.name in getattr(fused_score, "tasks", ()):
-            warnings.warn(
-                f"multiclass task {task.name!r} enters the fused score as the probability of its most probable class; "
-                "name the sparse feature that holds the item's own class with Task.multiclass(..., item_class=...)",
-                stacklevel=3,
-            )
     return found
 
 

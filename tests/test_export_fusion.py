@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from mtcl_torchrec.models import FusedOutput
 from mtcl_torchrec.modules.calibration import (
     Calibration,
     IsotonicCalibration,
@@ -33,6 +32,7 @@ from mtcl_torchrec.modules.fusion import (
     contributions,
     fuse,
 )
+from mtcl_torchrec.modules.output import FusedOutput
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.serving.network import _Features, told_parts
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from mtcl_torchrec.data.batch import EncodedRows
-from mtcl_torchrec.models import MTCL, FusedOutput
+from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.embeddings import pooled_by_key
 from mtcl_torchrec.modules.fusion import RowContext, contributions
+from mtcl_torchrec.modules.output import FusedOutput
 from mtcl_torchrec.modules.towers import Alike
 from mtcl_torchrec.serving.histories import ServedHistories, UserHistories
 from mtcl_torchrec.serving.tables import StackedTables, TablePrecision
