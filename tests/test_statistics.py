@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtcl_torchrec.data.statistics import CausalStatistics, earlier_sums, returns_within
+from mtcl_torchrec.data.statistics import CausalStatistics, earlier_sums
 from mtcl_torchrec.schema import DataError
 
 NAN = float("nan")
@@ -317,65 +317,6 @@ def test_features_of_a_pair_belong_to_both_groups_and_quantities_are_logs():
     assert [f.group for f in features[::3]] == [("user",), ("user", "item"), ("item",)]
     assert [f.transform for f in features[:3]] == ["log", "logit", "log"]
     assert {f.kind for f in features} == {"dense"}
-
-
-# ---------------------------------------------------------------- returns_within
-
-
-def returns_reference(user, time, window):
-    """By the sequence of each user and the last moment of the data."""
-    label = []
-    for i in range(len(user)):
-        after = [
-            (time[j], j) for j in range(len(user))
-            if user[j] == user[i] and (time[j], j) > (time[i], i)
-        ]  # fmt: skip
-        if after and min(after)[0] - time[i] <= window:
-            label.append(1.0)
-        else:
-            label.append(NAN if time[i] + window > max(time) else 0.0)
-    return label
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(-40, 40)), min_size=1, max_size=20),
-    window=st.integers(0, 30),
-)
-def test_returns_equal_a_loop_over_each_users_rows(rows, window):
-    user, time = (np.array(c) for c in zip(*rows, strict=True))
-    np.testing.assert_array_equal(returns_within(user, time, window), returns_reference(user, time, window))
-
-
-def test_a_return_is_unknown_only_where_the_data_ends_inside_the_window():
-    # All times before 0: the end of the data is the last row and not 0.
-    got = returns_within(np.array(["a", "b", "b"]), np.array([-100, -90, -95]), window=10)
-    np.testing.assert_array_equal(got, [0.0, NAN, 1.0])
-
-
-@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.float32])
-def test_returns_do_not_overflow_in_small_kinds(kind):
-    time = np.array([0, 120, 125]) if kind != np.int8 else np.array([-120, 100, 125])
-    user = np.array([1, 1, 2])
-    got = returns_within(user, time.astype(kind), window=60)
-    np.testing.assert_array_equal(got, [0.0, NAN, NAN])
-
-
-def test_each_split_is_labelled_by_itself():
-    user, time = np.array([1, 1]), np.array([0, 5])
-    both = returns_within(user, time, window=3)
-    alone = returns_within(user[:1], time[:1], window=3)
-    np.testing.assert_array_equal(both, [0.0, NAN])
-    np.testing.assert_array_equal(alone, [NAN])
-
-
-def test_a_missing_user_has_no_return_a_missing_time_is_refused_and_no_rows_are_fine():
-    user = np.array(["a", None, None, "a"], dtype=object)
-    got = returns_within(user, np.array([0, 1, 2, 50]), window=5)
-    np.testing.assert_array_equal(got, [0.0, NAN, NAN, NAN])
-    with pytest.raises(DataError, match="row 1: the time is missing"):
-        returns_within(np.array([1, 1]), np.array([0.0, NAN]), window=5)
-    assert returns_within(np.array([]), np.array([]), window=5).shape == (0,)
 
 
 # ---------------------------------------------------------------- the latest rows only; beyond what others explain

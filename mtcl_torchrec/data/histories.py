@@ -21,8 +21,8 @@ from mtcl_torchrec.config import HistoryConfig
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import column_of, ids_of, numbers
 from mtcl_torchrec.data.earlier import Ages, Earlier, decoded
+from mtcl_torchrec.data.key_index import KeyIndex
 from mtcl_torchrec.data.source import Rows, time_values, to_pandas
-from mtcl_torchrec.data.statistics import KeyIndex
 from mtcl_torchrec.schema import DataError, Feature, Schema
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

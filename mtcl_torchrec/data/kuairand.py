@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mtcl_torchrec.data.statistics import returns_within
+from mtcl_torchrec.data.next_labels import returns_within
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

@@ -1,4 +1,4 @@
-"""What the user turns to next, as a label: from the same split alone, so that no label of one tells of another.
+"""What the user does next, as a label: from the same split alone, so that no label of one tells of another.
 
 A content task that predicts the category of the row's own item can read the answer off the item.  One that predicts the
 category of the item that the user turns to *next*, or clicks next, cannot.
@@ -69,3 +69,36 @@ def with_next_labels(rows: Rows, blocks: Sequence[NextLabelConfig], schema: Sche
         raise DataError(f"{rows.name}: no column {prepared!r}, which was prepared")
     labels = {b.column: next_label(rows, b, by=b.by or str(schema.user), time=str(schema.time)) for b in missing}
     return replace(rows, frame=rows.frame.assign(**labels)) if labels else rows
+
+
+def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndarray:
+    """1.0 where the user's next row comes within `window`, 0.0 where not, NaN where the data ends too early to tell.
+
+    Only the rows given are looked at: call it once per split and no label knows of another split.
+
+    Args:
+        user: (N,) keys; the rows of one user are one sequence.  A missing user's label is NaN.
+        time: (N,) in any order, in the unit of `window`.
+
+    Example:
+        >>> returns_within(np.array([7, 7, 7, 8]), np.array([0, 5, 100, 0]), window=10)
+        array([ 1.,  0., nan,  0.])
+    """
+    codes = pd.factorize(user)[0]
+    time = np.asarray(time)
+    # Small or unsigned integers would overflow in a difference.
+    time = time.astype(np.int64 if time.dtype.kind in "biu" else np.float64)
+    if np.isnan(time).any():
+        raise DataError(f"row {int(np.argmax(np.isnan(time)))}: the time is missing")
+    order = np.lexsort((time, codes))
+    u, t = codes[order], time[order]
+    gap = np.full(len(t), np.inf)
+    if len(t) > 1:
+        gap[:-1] = np.where(u[1:] == u[:-1], t[1:] - t[:-1], np.inf)
+    label = (gap <= window).astype(np.float64)
+    if len(t):
+        label[(label == 0) & (t + window > t.max())] = np.nan
+    label[u < 0] = np.nan
+    result = np.empty(len(t))
+    result[order] = label
+    return result

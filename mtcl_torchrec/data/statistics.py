@@ -8,7 +8,6 @@ end of the training split.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.data.key_index import KeyIndex
 from mtcl_torchrec.data.source import time_values
 from mtcl_torchrec.schema import DataError, Feature, Group
 
@@ -78,39 +78,6 @@ def latest_sums(group: np.ndarray, time: np.ndarray, values: np.ndarray, size: i
     return np.stack([np.bincount(group[chosen], weights=c[chosen], minlength=size) for c in values.T], 1)
 
 
-def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndarray:
-    """1.0 where the user's next row comes within `window`, 0.0 where not, NaN where the data ends too early to tell.
-
-    Only the rows given are looked at: call it once per split and no label knows of another split.
-
-    Args:
-        user: (N,) keys; the rows of one user are one sequence.  A missing user's label is NaN.
-        time: (N,) in any order, in the unit of `window`.
-
-    Example:
-        >>> returns_within(np.array([7, 7, 7, 8]), np.array([0, 5, 100, 0]), window=10)
-        array([ 1.,  0., nan,  0.])
-    """
-    codes = pd.factorize(user)[0]
-    time = np.asarray(time)
-    # Small or unsigned integers would overflow in a difference.
-    time = time.astype(np.int64 if time.dtype.kind in "biu" else np.float64)
-    if np.isnan(time).any():
-        raise DataError(f"row {int(np.argmax(np.isnan(time)))}: the time is missing")
-    order = np.lexsort((time, codes))
-    u, t = codes[order], time[order]
-    gap = np.full(len(t), np.inf)
-    if len(t) > 1:
-        gap[:-1] = np.where(u[1:] == u[:-1], t[1:] - t[:-1], np.inf)
-    label = (gap <= window).astype(np.float64)
-    if len(t):
-        label[(label == 0) & (t + window > t.max())] = np.nan
-    label[u < 0] = np.nan
-    result = np.empty(len(t))
-    result[order] = label
-    return result
-
-
 def _rate_before(group: np.ndarray, time: np.ndarray, values: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Mean (N, O) of each outcome over strictly earlier rows of the group; NaN where there is none."""
     sums = earlier_sums(group, time, np.c_[present, values])
@@ -120,63 +87,6 @@ def _rate_before(group: np.ndarray, time: np.ndarray, values: np.ndarray, presen
 
 def _within_unit_interval(values: np.ndarray) -> np.ndarray:
     return np.asarray(((values >= 0) & (values <= 1)).all(axis=0))
-
-
-class KeyIndex:
-    """Numbers the distinct values of one key (one or several columns) that the training split has."""
-
-    def __init__(self, columns: Sequence[str], levels: list[pd.Index], combined: np.ndarray) -> None:
-        self.columns, self.levels, self.combined = list(columns), levels, combined
-
-    @classmethod
-    def fit(cls, columns: Sequence[str], frame: pd.DataFrame) -> KeyIndex:
-        for column in columns:
-            if pd.api.types.infer_dtype(frame[column], skipna=True).startswith("mixed"):
-                raise DataError(f"statistics.keys: column {column!r} must hold one kind of single values")
-        levels = [pd.Index(frame[c].dropna().unique()) for c in columns]
-        if math.prod(map(len, levels)) > np.iinfo(np.int64).max:
-            raise DataError(f"statistics.keys: {' × '.join(columns)} has too many combinations")
-        index = cls(columns, levels, np.empty(0, np.int64))
-        index.combined = np.unique(index.part(frame, columns))
-        index.combined = index.combined[index.combined >= 0]
-        return index
-
-    def part(self, frame: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-        """What some of the columns add to the code of each row's key (N,) int64; -1 where a value is unknown."""
-        code = np.zeros(len(frame), np.int64)
-        known = np.ones(len(frame), bool)
-        step = 1
-        for column, level in reversed(list(zip(self.columns, self.levels, strict=True))):
-            if column in columns:
-                here = level.get_indexer(pd.Index(frame[column]))
-                known &= here >= 0
-                code += here * step
-            step *= len(level)
-        return np.where(known, code, -1)
-
-    def find(self, code: np.ndarray) -> np.ndarray:
-        """(N,) number of the key of each code, -1 where training has never seen it.
-
-        Args:
-            code: (N,) int64, the sum of all columns' parts, or a negative number.
-        """
-        if not len(self.combined):
-            return np.full(len(code), -1)
-        at = np.searchsorted(self.combined, code)
-        at[at == len(self.combined)] = 0
-        return np.where(self.combined[at] == code, at, -1)  # a negative code is none of them
-
-    def lookup(self, frame: pd.DataFrame) -> np.ndarray:
-        """(N,) number of each row's key, -1 where training has never seen it."""
-        return self.find(self.part(frame, self.columns))
-
-    def frame(self) -> pd.DataFrame:
-        """One row for each key: its columns' values, in numbering order."""
-        rest, parts = self.combined.copy(), {}
-        for column, level in reversed(list(zip(self.columns, self.levels, strict=True))):
-            parts[column] = level.take(rest % len(level))
-            rest //= len(level)
-        return pd.DataFrame({c: parts[c] for c in self.columns})
 
 
 @dataclass

@@ -16,9 +16,9 @@ from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import split_bag
 from mtcl_torchrec.data.earlier import log_buckets
 from mtcl_torchrec.data.histories import History
+from mtcl_torchrec.data.key_index import KeyIndex
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
-from mtcl_torchrec.data.statistics import KeyIndex
 from mtcl_torchrec.schema import DataError, nearest
 
 Side = Literal["user", "item", "context", "pair"]
