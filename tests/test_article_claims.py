@@ -116,11 +116,11 @@ def arguments(out, seeds=(0, 1)):
 
 
 def test_what_a_line_has_is_kept_and_what_it_lacks_is_measured(tmp_path, monkeypatch, capsys):
-    claims, asked = script("article_claims"), []
+    claims, columns, asked = script("article_claims"), script("article_claims_tables").COLUMNS, []
 
     def measured(run, data, systems, folder, seed, options):
         asked.append((seed, tuple(systems)))
-        return {name: dict.fromkeys([*claims.COLUMNS, "majority"], 0.6 + 0.1 * seed) for name in systems}
+        return {name: dict.fromkeys([*columns, "majority"], 0.6 + 0.1 * seed) for name in systems}
 
     monkeypatch.setattr(claims, "configured", lambda *of, **options: None)
     monkeypatch.setattr(claims, "load_data", lambda *of, **options: "rows")

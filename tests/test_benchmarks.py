@@ -162,7 +162,7 @@ def test_one_setting_is_measured_where_it_is_called(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("data", ["kuairand", "opposed"])
 def test_every_method_of_the_benchmark_is_a_run(data, tmp_path, monkeypatch):
-    balance = script("balance")
+    balance = script("balance_methods")
     raw = yaml.safe_load(kuairand.example_run()) if data == "kuairand" else balance.world_run(True, True)
     monkeypatch.setattr(balance, "kuairand_run", lambda *of: copy.deepcopy(raw))
     for method in [*balance.BY_NAME, balance.TWIN]:
@@ -186,9 +186,10 @@ def test_gains_are_relative_to_the_twins(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"data": "cut o')
     results = balance.read(tmp_path / "r.jsonl")
     assert len(results) == 12
-    twins = balance.twin_aucs(results)
+    tables = script("balance_tables")
+    twins = tables.twin_aucs(results)
     assert twins == {"like": [0.6, 0.6], "share": [0.7, 0.7], "hide": [0.9, 0.9]}
-    assert balance.gain(results[-1], twins) == pytest.approx(100 * (0.5 + 0 - 0.1) / 3)
+    assert tables.gain(results[-1], twins) == pytest.approx(100 * (0.5 + 0 - 0.1) / 3)
     (tmp_path / "s.json").write_text('{"mmoe": {"ratio": 1.25}}')
     wanted = ("--show", tmp_path / "r.jsonl", "--steps", tmp_path / "s.json", "--out", tmp_path / "b.jsonl")
     called_as("balance", monkeypatch, *wanted)
@@ -449,7 +450,7 @@ def test_every_variant_of_cold_start_is_a_run(data):
 
 def claimed(seed, data="kuairand", lift=0.0, without=()):
     """A line of the results of `article_claims.py`, made up: every system a hundredth better than the one before."""
-    claims = script("article_claims")
+    claims = script("article_claims_tables")
     figures = {
         system: dict.fromkeys(claims.COLUMNS, 0.5 + 0.01 * (i + seed) + lift) | {"majority": 0.55}
         for i, system in enumerate(claims.SYSTEMS) if system not in without
@@ -483,7 +484,7 @@ def test_claims_that_are_all_measured_are_shown_drawn_and_documented(tmp_path, m
     assert "2 seeds" in kuairand["title"]
     assert "1 seed;" in movielens["title"]
     rows = {row[0]: row[1:] for row in kuairand["rows"]}
-    auc = list(claims.COLUMNS).index("auc")
+    auc = list(script("article_claims_tables").COLUMNS).index("auc")
     assert rows["collaborative filtering"][auc] == "0.515 ± 0.007"
     # In AUC over 0.5: 4 and 5 hundredths, over 1 and 2.
     assert rows["one task: gain over collaborative filtering"][auc] == "+225.0% ± 106.1%"
