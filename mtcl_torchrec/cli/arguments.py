@@ -1,10 +1,11 @@
-"""What a command was given in place of what it takes: a run for a YAML, a YAML for a run, data for either.
+"""What commands are given: a run for a YAML, a YAML for a run, data for either; pairs of task and number.
 
-Each is told by what stands there, with the command that would do.
+What is given in place of what a command takes is told by what stands there, with the command that would do.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from mtcl_torchrec.config import RunConfig, load_run
@@ -69,6 +70,34 @@ def check_model(places: list[Path], command: str) -> None:
             raise DataError(f"{place}: no run here, and no such file")
         if place.is_dir() or place.suffix.lower() in (*YAML, *_DATA):
             check_run(place, command)
+
+
+def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
+    """task=number pairs, each option one or several with commas between.
+
+    Args:
+        option: that they were given by, for the message.
+
+    Raises:
+        ConfigError: something else, or a task twice.
+
+    Example:
+        >>> task_numbers(["click=1,like=8", "report=-60"], "--value")
+        {'click': 1.0, 'like': 8.0, 'report': -60.0}
+    """
+    numbers: dict[str, float] = {}
+    for pair in (p.strip() for text in pairs for p in text.split(",")):
+        name, _, text = pair.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not name or not math.isfinite(number):
+            raise ConfigError(f"{option} takes task=number, such as like=8, not {pair!r}")
+        if name.strip() in numbers:
+            raise ConfigError(f"{option}: {name.strip()!r} is given twice")
+        numbers[name.strip()] = number
+    return numbers
 
 
 def _of_yaml(path: Path, command: str) -> str:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtcl_torchrec.cli.app import app, check_target, holds_json_with, say_unfinished, screen
-from mtcl_torchrec.cli.arguments import YAML, check_run
-from mtcl_torchrec.cli.fuse import task_numbers
+from mtcl_torchrec.cli.arguments import YAML, check_run, task_numbers
 from mtcl_torchrec.config import EvaluationConfig, load_run
 from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.schema import ConfigError, DataError

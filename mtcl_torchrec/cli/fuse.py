@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.status import Status
 
-from mtcl_torchrec.baselines.entries import FILE as BASELINES
 from mtcl_torchrec.cli.app import app, note_if_unfinished, screen
-from mtcl_torchrec.cli.arguments import check_run
+from mtcl_torchrec.cli.arguments import check_run, task_numbers
+from mtcl_torchrec.cli.fuse_inputs import combiners_of, held_out_rows, target_of, values_of, with_weighed
+from mtcl_torchrec.cli.judge_anew import judge_anew
 from mtcl_torchrec.cli.stopping import if_stopped
-from mtcl_torchrec.config import RunConfig, load_run
 from mtcl_torchrec.config.commands import SESSION_MINUTES, USUAL_COMBINERS, Search
 from mtcl_torchrec.config.fusion import KINDS
-from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import FUSION, METRICS, PREDICTIONS, RunWarning, readable_folder
+from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training.directory import FUSION, readable_folder
 
 if TYPE_CHECKING:
-    from mtcl_torchrec.data.source import Rows
-    from mtcl_torchrec.fusing.combiners import Combiner
     from mtcl_torchrec.fusing.fitted import FittedFusion
     from mtcl_torchrec.fusing.held_out import HeldOut
     from mtcl_torchrec.training.finished import FinishedRun
 
 _FITTING = ("--combiner", "--constraint", "--influence", "--data", "--feature")
 _TELL_EVERY = 10.0  # seconds, where stderr is no terminal
-_GATED = "context_gated_mean"
 
 
 @app.command()
@@ -154,7 +148,7 @@ def fuse(
         return
     if rejudge:
         _refuse_more(more | {"--dry-run": dry_run}, "--rejudge judges the run by the score that it has")
-        _judge_anew(run_dir, console)
+        judge_anew(run_dir, console)
         return
     if set_ and (clash := next((name for name, given in fitting.items() if given), None)):
         raise ConfigError(f"--set takes the weights as they are, and {clash} says how to fit them: give one of them")
@@ -166,8 +160,8 @@ def fuse(
     run = FinishedRun.load(run_dir)
     note_if_unfinished(run, run_dir)
     before = run.model.output.fused_score
-    target = _target(run, target, k)
-    values, whence = _values(run, value, target)
+    target = target_of(run, target, k)
+    values, whence = values_of(run, value, target)
     if set_:
         _set_weights(run, run_dir, task_numbers(set_, "--set"), console, dry_run)
         if whence and test:
@@ -175,12 +169,12 @@ def fuse(
     else:
         if whence:
             console.print(whence, highlight=False, soft_wrap=True)
-        kinds = _combiners(run, combiner, feature)
+        kinds = combiners_of(run, combiner, feature)
         context = any(not isinstance(kind, str) for kind in kinds or ())
-        held_out = _held_out(run, run_dir, data, "val", session_minutes, context=context)
+        held_out = held_out_rows(run, run_dir, data, "val", session_minutes, context=context)
         fitted = _fit_with_bar(
             held_out,
-            values=(_with_weighed(values, run, held_out) if whence else values) or None,
+            values=(with_weighed(values, run, held_out) if whence else values) or None,
             target=target,
             combiners=kinds,
             folds=folds,
@@ -197,14 +191,14 @@ def fuse(
             _save(fitted, run, run_dir, console)
     if test:
         reads_context = getattr(before, "needs_context", False)
-        judged = _held_out(run, run_dir, None, "test", session_minutes, context=reads_context)
+        judged = held_out_rows(run, run_dir, None, "test", session_minutes, context=reads_context)
         if before is not None:
             judged = judged.with_ranking("as it was", judged.scores(before))
         if run.model.output.fused_score is not None:
             judged = judged.with_popularity(run.model.output.fused_score)
         print_test(run, judged, values, target, console)
     if not dry_run:
-        _judge_anew(run_dir, console)
+        judge_anew(run_dir, console)
         console.print(
             "\nNext:" + ("" if test else f"\n  mtcl fuse {run_dir} --set ... --test    judge weights by the test split")
             + f"\n  mtcl recommend {run_dir} --user USER",
@@ -212,146 +206,9 @@ def fuse(
         )  # fmt: skip
 
 
-def _target(run: FinishedRun, target: str | None, k: int | None) -> str:
-    """What is fitted for: by default, what the run's report begins with."""
-    if target is None:
-        return f"value@{k or min(run.config.evaluation.k)}"
-    if k is not None:
-        raise ConfigError(f"--k says how many rows are shown, and so does --target {target}: give one of them")
-    return target
-
-
-def _values(run: FinishedRun, given: list[str] | None, target: str) -> tuple[dict[str, float], str]:
-    """What events are worth, and a line that says so where it was not given."""
-    if given:
-        return task_numbers(given, "--value"), ""
-    if "@" not in target:
-        return {}, ""
-    from mtcl_torchrec.training.fused import numbers_named
-    from mtcl_torchrec.training.judging import worth_of
-
-    values = dict(worth_of(run.config))
-    if not values:
-        raise ConfigError(f"--target {target} needs --value: what each task's event is worth, such as --value like=8")
-    by_unit = {task.name for task in run.config.data_schema.tasks if task.kind == "regression"}
-    unit = dict.fromkeys(by_unit, " for each unit of its label")
-    unit |= {task: f" · {feature}" for task, feature in numbers_named(run.config.fusion, run.fusion).items()}
-    shown = ", ".join(f"{task} {value:g}{unit.get(task, '')}" for task, value in values.items())
-    whence = "evaluation.values of the run"
-    if run.config.evaluation.values is None:
-        whence = "the weights of the run's fusion"
-        if left := [task for task in _weighed(run) if task not in values]:
-            shown += f"; nothing is counted for {', '.join(left)}, as in the run's own value@k"
-    return values, f"values are {whence}: {shown}  (--value TASK=NUMBER for others)"
-
-
-def _with_weighed(values: dict[str, float], run: FinishedRun, held_out: HeldOut) -> dict[str, float]:
-    """What counts for nothing, such as a class, may be worth a weight all the same: it stays in the score."""
-    entering = [task for task in _weighed(run) if task in held_out.parts and task in held_out.labels]
-    return dict.fromkeys(entering, 0.0) | values
-
-
-def _weighed(run: FinishedRun) -> list[str]:
-    """The tasks that run.yaml gives a weight in the score."""
-    return list((run.config.fusion.weights or {}) if run.config.fusion is not None else {})
-
-
-def task_numbers(pairs: list[str], option: str) -> dict[str, float]:
-    """task=number pairs, each option one or several with commas between."""
-    numbers: dict[str, float] = {}
-    for pair in (p.strip() for text in pairs for p in text.split(",")):
-        name, _, text = pair.partition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not name or not math.isfinite(number):
-            raise ConfigError(f"{option} takes task=number, such as like=8, not {pair!r}")
-        if name.strip() in numbers:
-            raise ConfigError(f"{option}: {name.strip()!r} is given twice")
-        numbers[name.strip()] = number
-    return numbers
-
-
-def _combiners(run: FinishedRun, kinds: list[str] | None, features: list[str] | None) -> list[str | Combiner] | None:
-    """What is tried; a context-gated mean with the features that it reads."""
-    from mtcl_torchrec.fusing.combiners import ALL
-    from mtcl_torchrec.training.held_out import gate_of
-
-    if features and not {_GATED, ALL} & set(kinds or ()):
-        raise ConfigError(f"--feature says what the weights of a {_GATED} depend on: it needs --combiner {_GATED}")
-    if not kinds:
-        return None
-    gated = [gate_of(run, features or ())] if _GATED in kinds or ALL in kinds else []
-    return [*(kind for kind in kinds if kind != _GATED), *gated]
-
-
-def _held_out(
-    run: FinishedRun, folder: Path, data: list[str] | None, split: str, session_minutes: float, *, context: bool
-) -> HeldOut:
-    from mtcl_torchrec.data.source import read_rows
-    from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
-
-    columns, config = columns_needed(run), load_run(folder / "run.yaml")
-    rows = _unseen(config, read_rows(data, columns)) if data else rows_of_split(config, columns, split)
-    return held_out_of(run, rows, session_minutes=session_minutes, context=context)
-
-
-def _unseen(config: RunConfig, rows: Rows) -> Rows:
-    """The rows of --data without those that the run was trained on, where that can be told."""
-    from mtcl_torchrec.training.known_rows import trained_on
-
-    seen = trained_on(config, rows)
-    if seen is None or not seen.any():
-        return rows
-    what = f"--data: {seen.sum():,} of {len(rows):,} rows are rows that the run was trained on"
-    if seen.all():
-        raise ConfigError(f"{what}, and weights fitted on those are too good to be true: give rows of later")
-    typer.echo(f"mtcl: {what}; they are left out, as weights fitted on them would be too good to be true", err=True)
-    return rows.take(~seen)
-
-
 def _refuse_more(given: dict[str, Any], what: str) -> None:
     if clash := next((name for name, value in given.items() if value), None):
         raise ConfigError(f"{what} and does nothing else: leave {clash} out")
-
-
-def _judge_anew(folder: Path, console: Console) -> None:
-    """Bring predictions and metrics.json up to the score that the run has now, or say why they are not."""
-    from mtcl_torchrec.training.rejudging import rejudge as rejudge_run
-
-    with (
-        Status("judging the run by the score that it has now", console=Console(stderr=True)),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", RunWarning)
-        try:
-            splits = rejudge_run(folder)
-        except (ConfigError, DataError, OSError) as error:
-            said = f"{METRICS} and {PREDICTIONS}/ still hold the score before: {error}"
-        else:
-            said = f"judged by it: {METRICS} and {PREDICTIONS}/ of {' and '.join(splits)}" if splits else ""
-    lines = [said] if said else []
-    lines += _rank_baselines_anew(folder)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _rank_baselines_anew(folder: Path) -> list[str]:
-    """Baselines rank as the run does; of one that is not in memory, `mtcl baselines` sees to that."""
-    if not (folder / BASELINES).is_file():
-        return []
-    from mtcl_torchrec.baselines.run import rank_anew
-
-    run, lines = load_run(folder / "run.yaml"), list[str]()
-    if run.data.stream or run.data.synthetic is not None:
-        return [f"{folder / BASELINES} ranks by the score before, until `mtcl baselines {folder}` is called"]
-    try:
-        with Status("ranking the baselines by it, too", console=Console(stderr=True)):
-            rank_anew(run, folder, say=lines.append)
-    except (ConfigError, DataError, OSError) as error:
-        lines.append(f"{folder / BASELINES} still ranks by the score before: {error}")
-    return lines
 
 
 def _fit_with_bar(held_out: HeldOut, **options: Any) -> FittedFusion:
@@ -384,7 +241,7 @@ def _reset(folder: Path, console: Console, dry_run: bool) -> None:
     said = f"; {fitted.parent} is kept as {kept}" if kept else ""
     console.print(f"{folder} ranks by the fusion of its run.yaml again{said}", highlight=False, soft_wrap=True)
     if not dry_run:
-        _judge_anew(folder, console)
+        judge_anew(folder, console)
 
 
 def _set_weights(run: FinishedRun, folder: Path, weights: dict[str, float], console: Console, dry_run: bool) -> None:
