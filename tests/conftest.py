@@ -8,11 +8,11 @@ from mtcl_torchrec.cli import main
 
 
 @pytest.fixture
-def fuse(monkeypatch, capsys):
-    """Runs `mtcl fuse` and gives (exit status, what it printed, what it said on stderr)."""
+def command(monkeypatch, capsys):
+    """Runs `mtcl` and gives (exit status, what it printed, what it said on stderr)."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", "fuse", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
         out = capsys.readouterr()
@@ -22,15 +22,18 @@ def fuse(monkeypatch, capsys):
 
 
 @pytest.fixture
-def mtcl(monkeypatch, capsys):
+def fuse(command):
+    """Runs `mtcl fuse` and gives (exit status, what it printed, what it said on stderr)."""
+    return lambda *arguments: command("fuse", *arguments)
+
+
+@pytest.fixture
+def mtcl(command):
     """Runs a command that must succeed and gives what it printed; files that try failures have one of their own."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        assert not stopped.value.code, out.err
-        return out.out
+        status, out, err = command(*arguments)
+        assert not status, err
+        return out
 
     return run

@@ -16,7 +16,6 @@ from mtcl_torchrec.baselines.networks import _with_settings, is_unweighted, unwe
 from mtcl_torchrec.baselines.progress import Doing
 from mtcl_torchrec.baselines.search import Found
 from mtcl_torchrec.baselines.store import load_part, save_part
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import auc
@@ -46,18 +45,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def mtcl(monkeypatch, capsys, tmp_path):
+def mtcl(command, monkeypatch, tmp_path):
     """Runs the command in an empty folder and gives (exit status, what it printed, what it said on stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+    return command
 
 
 def test_every_baseline_from_the_command_line(mtcl, folder, monkeypatch):

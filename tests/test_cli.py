@@ -9,24 +9,16 @@ import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import main, twins
+from mtcl_torchrec.cli import twins
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
 
 
 @pytest.fixture
-def mtcl(monkeypatch, capsys, tmp_path):
+def mtcl(command, monkeypatch, tmp_path):
     """Runs the command in an empty folder and gives (exit status, what it printed, what it said on stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+    return command
 
 
 @pytest.fixture

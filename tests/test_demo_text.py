@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,6 @@ import pytest
 import yaml
 from ranks import run_ranks
 
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.cli.demo import demo
 from mtcl_torchrec.config import load_run
 from mtcl_torchrec.data.synthetic_text import TextWorld
@@ -21,18 +19,10 @@ RULES = ("popularity", "liked (towers)", "taste (dot product)", "fused score")
 
 
 @pytest.fixture
-def mtcl(monkeypatch, capsys, tmp_path):
+def mtcl(command, monkeypatch, tmp_path):
     """Runs the command in an empty folder and gives (exit status, what it printed, what it said on stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+    return command
 
 
 @pytest.fixture(scope="module")

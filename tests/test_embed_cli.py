@@ -1,13 +1,10 @@
 """`mtcl embed` and `mtcl semantic-ids` as a person uses them; mistakes are one line."""
 
-import sys
-
 import corpus
 import numpy as np
 import pandas as pd
 import pytest
 
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.data.contents import read_contents
 from mtcl_torchrec.data.prefixes import Prefixes
 from mtcl_torchrec.data.vectors import read_codes, read_vectors
@@ -15,19 +12,11 @@ from mtcl_torchrec.schema import ConfigError, Feature
 
 
 @pytest.fixture
-def mtcl(monkeypatch, capsys, tmp_path):
+def mtcl(command, monkeypatch, tmp_path):
     """Runs the command in a folder with items.parquet and gives (exit status, what it printed, what it said)."""
     monkeypatch.chdir(tmp_path)
     corpus.items().to_parquet("items.parquet")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+    return command
 
 
 def test_from_items_to_codes_of_new_items(mtcl, tmp_path):

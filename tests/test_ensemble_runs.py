@@ -1,7 +1,6 @@
 """Several runs as one deep ensemble: on the command line, behind HTTP, exported."""
 
 import shutil
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ from rankers import asked
 from rich.console import Console
 
 from mtcl_torchrec import ConfigError, DataError
-from mtcl_torchrec.cli import main
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.serving.http.versions import Models
 from mtcl_torchrec.serving.recommender import Recommender
@@ -36,17 +34,9 @@ def members(tmp_path_factory):
 
 
 @pytest.fixture
-def mtcl(monkeypatch, capsys):
+def mtcl(command):
     """Runs a command and gives (exit status, what it printed, what it said on stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mtcl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+    return command
 
 
 def rows(frame, users=6):
