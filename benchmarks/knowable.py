@@ -140,6 +140,7 @@ def draw(lines: list[Line], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train what is missing, or show what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=READY_WORLDS, default="shop")
     parser.add_argument("--rows", type=int, default=1_000_000, help="to train on")

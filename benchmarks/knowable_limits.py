@@ -72,6 +72,7 @@ def side_of(world: World, name: str, ids: np.ndarray) -> Side:
 
 
 def scored(world: World) -> list:
+    """The outcomes with a logit of their own: all but content."""
     return [o for o in world.outcomes if o.kind != "content"]
 
 
@@ -213,6 +214,7 @@ def limits(world: World, rows: int, test: np.ndarray, sample: int = 1000) -> dic
 
 
 def main() -> None:
+    """Say for each task how much of the oracle's ranking a perfect learner could have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=READY_WORLDS, default="shop")
     parser.add_argument("--rows", type=int, default=1_000_000)

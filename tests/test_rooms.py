@@ -20,6 +20,25 @@ def imported(path):
             yield from (alias.name for alias in node.names)
 
 
+def test_what_a_package_offers_is_said_alike_to_readers_to_python_and_to_type_checkers():
+    """Where each name is imported from when it is first used, and when a type checker reads it."""
+    root, found = Path(mtcl_torchrec.__file__).parent, 0
+    for path in root.rglob("__init__.py"):
+        tree = ast.parse(path.read_text())
+        given = {
+            target.id: ast.literal_eval(node.value)
+            for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
+            if isinstance(target, ast.Name) and target.id in ("__all__", "_HOMES")
+        }  # fmt: skip
+        if "_HOMES" in given:
+            checked = next(node for node in tree.body if isinstance(node, ast.If))
+            homes = {part.module: sorted(alias.name for alias in part.names) for part in checked.body}
+            assert homes == {module: sorted(names) for module, names in given["_HOMES"].items()}, path
+            assert sorted(given["__all__"]) == sorted(name for names in homes.values() for name in names), path
+            found += 1
+    assert found
+
+
 def test_imports_go_one_way():
     root = Path(mtcl_torchrec.__file__).parent
     found = {}

@@ -47,6 +47,7 @@ def _plus_minus(mean: float, half: float, digits: int = 4) -> str:
 
 
 def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> None:
+    """What was tried on the folds, how each did, and what was chosen: tables and the verdict on fusing."""
     heads = next((t.against for t in fitted.tried if t.against), "")
     title = (
         f"{fitted.target.name} on folds left out: {len(held_out):,} rows, {held_out.requests:,} requests "
@@ -136,6 +137,11 @@ def _print_losses(losses: pd.DataFrame, console: Console) -> None:
 
 
 def print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], target: str, console: Console) -> None:
+    """How the score that a run has now ranks the test split, beside what it had before and single heads.
+
+    Raises:
+        ConfigError: the run has no fused score.
+    """
     fused = run.model.output.fused_score
     if fused is None:
         raise ConfigError("this run has no fused score")

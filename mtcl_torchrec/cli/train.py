@@ -174,6 +174,7 @@ def _note_known(config: RunConfig, rows: Rows) -> None:
 
 
 def show(result: RunResult, console: Console) -> None:
+    """The tables of a training's end: those of the test split, or of validation where there is no other."""
     from mtcl_torchrec.evaluation.calibration import print_calibration
     from mtcl_torchrec.evaluation.knowable import print_knowable
     from mtcl_torchrec.evaluation.report import print_evaluation

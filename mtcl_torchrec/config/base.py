@@ -13,6 +13,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def as_list(value: Any) -> Any:
+    """A list of one name, where a YAML gives the name alone; anything else as it is, for pydantic to judge."""
     return [value] if isinstance(value, str) else value
 
 

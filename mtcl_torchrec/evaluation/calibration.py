@@ -150,4 +150,5 @@ def print_calibration(report: CalibrationReport, title: str, console: Console | 
 
 
 def cell(value: float) -> str:
+    """A number of four digits; a dash where it is not known."""
     return "–" if np.isnan(value) else f"{value:.4f}"

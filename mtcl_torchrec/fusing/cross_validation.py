@@ -31,6 +31,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
+        """What tables and messages call it."""
         return f"{self.combiner.name}, {self.method}"
 
 
