@@ -443,4 +443,4 @@ def groups_one_after_the_other():
 
 def test_a_process_may_train_several_times():
     """Each group finds its own members, although all of them meet at one address."""
-    assert run_ranks(groups_one_after_the_other, 2, timeout=20) == [[1.0, 3.0, 5.0]] * 2
+    assert run_ranks(groups_one_after_the_other, 2) == [[1.0, 3.0, 5.0]] * 2

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from scipy.stats import kstest
 from test_synthetic import LIVELY
 
-from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.config import SyntheticConfig, parse_run
 from mtcl_torchrec.data.outcomes import Outcome
 from mtcl_torchrec.data.synthetic import MAX_ROWS, World
 from mtcl_torchrec.data.synthetic_files import write_items, write_parquet
@@ -221,3 +222,19 @@ def test_files_hold_rows_as_of_a_moment_and_items(tmp_path):
     items = pq.read_table(tmp_path / "items.parquet").to_pandas()
     items["hashtags"] = items["hashtags"].map(tuple)
     pd.testing.assert_frame_equal(items, small.items(np.arange(1, 301)))
+
+
+def test_a_dial_has_one_range_and_one_default_in_yaml_and_in_python():
+    """A YAML is checked before the world is made, by bounds of its own."""
+    in_yaml = SyntheticConfig.model_json_schema()["properties"]
+    in_python = TypeAdapter(World).json_schema()["properties"]
+    shared = set(in_yaml) & set(in_python) - {"conflict"}  # each ready world has its own default
+    assert len(shared) == len(in_yaml) - len(
+        {"world", "rows", "val_rows", "test_rows", "rates", "imbalance", "conflict"}
+    )
+    assert {dial: in_yaml[dial] for dial in shared} == {dial: in_python[dial] for dial in shared}
+    number, _ = in_yaml["conflict"]["anyOf"]
+    assert (number["minimum"], number["maximum"]) == (
+        in_python["conflict"]["minimum"],
+        in_python["conflict"]["maximum"],
+    )

@@ -20,6 +20,9 @@ class SyntheticConfig(Part):
         rows, val_rows, test_rows: of each split; they follow each other in time.
         seed: of the world: another seed is another world.
         num_users, num_items: ids run from 1; the tables have one row more.
+        user_exponent, item_exponent: of the Zipf laws by which users and items come; 0 is uniform.
+        latent_dim: coordinates of the users' and items' vectors, above the number of tasks.
+        categories: of the items.
         rates: task -> base rate of its event (mean of its label).
         imbalance: divides the base rates.
         correlation, conflict: how alike the tastes behind the tasks are, and how far one task's is turned against them.
