@@ -105,7 +105,7 @@ def configured(training: Training, small: bool, folder: Path) -> Any:
     from mtcl_torchrec.config import parse_run
 
     if training.data.startswith("kuairand"):
-        raw = kuairand_run(small, folder)
+        raw = kuairand_run(small)
         if training.data == "kuairand_ids":
             del raw["statistics"]
             raw["optimizers"]["tables"]["lr_of"] = dict.fromkeys(("user_id", "video_id", "author_id"), 0.01)
@@ -134,7 +134,7 @@ def merge(raw: dict[str, Any], changes: dict[str, Any]) -> None:
             merge(raw.setdefault(key, {}), value)
 
 
-def kuairand_run(small: bool, folder: Path) -> dict[str, Any]:
+def kuairand_run(small: bool) -> dict[str, Any]:
     """The demo's data and model, with its statistics counted once for all trainings."""
     from mtcl_torchrec.config import parse_run
     from mtcl_torchrec.data import kuairand

@@ -59,7 +59,7 @@ def side_of(world: World, name: str, ids: np.ndarray) -> Side:
     mean, variance = np.zeros_like(true), np.ones_like(true)
     if name == "item":  # tags tell where, between -√3 and √3, the own part of some coordinates lies
         frame = world.items(ids)
-        centre = rules._fixed(world).categories.T[frame[world.category].to_numpy() - 1].astype(np.float64)
+        centre = rules.effects_of(world).categories.T[frame[world.category].to_numpy() - 1].astype(np.float64)
         high = np.array([[d + 1 in tags for d in range(TAG_DIMS)] for tags in frame[world.tags]])
         low = np.array([[d + 1 + TAG_DIMS in tags for d in range(TAG_DIMS)] for tags in frame[world.tags]])
         up, down = 1 / HALF - centre[:, :TAG_DIMS], -1 / HALF - centre[:, :TAG_DIMS]
@@ -78,11 +78,11 @@ def scored(world: World) -> list:
 
 def slopes(world: World, draw: Draw, name: str) -> np.ndarray:
     """(T, N, D): what a unit of each unknown of a side adds to the logits of the tasks, the other side being known."""
-    fixed, tasks, dim = rules._fixed(world), scored(world), world.latent_dim
+    fixed, tasks, dim = rules.effects_of(world), scored(world), world.latent_dim
     other = np.stack(draw.items if name == "user" else draw.users, 1).astype(np.float64)
     out = np.zeros((len(tasks), len(draw.user), dim + len(tasks) + 1))
     for t, outcome in enumerate(tasks):
-        taste, item, user, _ = rules._shares(world, outcome)
+        taste, item, user, _ = rules.logit_shares(world, outcome)
         level = user if name == "user" else 0.0 if outcome.moment else item
         if not outcome.moment:
             out[t, :, :dim] = other * fixed.direction[t] * (world.signal * taste * HALF)
@@ -96,7 +96,7 @@ def content_slopes(world: World) -> np.ndarray:
     dim = world.latent_dim
     out = np.zeros((world.categories, dim + len(scored(world)) + 1))
     close = world.signal * math.sqrt((1 - world.context) / dim)
-    out[:, :dim] = rules._fixed(world).categories.T * (close * HALF)
+    out[:, :dim] = rules.effects_of(world).categories.T * (close * HALF)
     return out
 
 
@@ -115,15 +115,15 @@ def read(world: World, index: np.ndarray) -> Rows:
     """The rows of these indices with all that is true of them."""
     draw = draw_rows(world, index, index)
     columns = world.columns(index)
-    alphas = np.array(rules._intercepts(world))[:, None]
-    z = np.stack(rules._logits(world, draw)).astype(np.float64) + alphas
+    alphas = np.array(rules.intercepts_of(world))[:, None]
+    z = np.stack(rules.logits_of(world, draw)).astype(np.float64) + alphas
     labels = np.stack([columns[o.name].astype(np.float64) for o in scored(world)])
     for t, outcome in enumerate(scored(world)):
         if outcome.kind != "event":
             labels[t] = np.nan
     content = next((o.name for o in world.outcomes if o.kind == "content"), None)
     classes = None if content is None else columns[content].astype(np.int64) - 1
-    return Rows(draw, z, labels, classes, None if content is None else np.log(rules._content(world, draw)))
+    return Rows(draw, z, labels, classes, None if content is None else np.log(rules.content_odds(world, draw)))
 
 
 def posterior(world: World, side: Side, number: int, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

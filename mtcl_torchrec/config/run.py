@@ -64,10 +64,23 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        tasks = {t.name for t in self.data_schema.tasks}
         if self.fusion is not None:
             self.fusion.check(self.data_schema)
             self.data_schema = self.fusion.completed(self.data_schema)
+        self._check_training()
+        self.model.check(self.data_schema)
+        if self.calibration is not None:
+            self.calibration.check(self.data_schema)
+        self.evaluation.check(self.data_schema)
+        self._check_tables()
+        self._check_surgery()
+        self._check_made_columns()
+        if self.data.log is not None and self.data_schema.time is None:
+            raise ValueError("data.log needs schema.time: the log is split by time")
+        return self
+
+    def _check_training(self) -> None:
+        tasks = {t.name for t in self.data_schema.tasks}
         for name in self.training.watch:
             if name not in tasks:
                 raise ValueError(f"training.watch: no task {name!r}{nearest(name, tasks)}")
@@ -80,10 +93,8 @@ class RunConfig(Part):
                     raise ValueError(
                         f"training.regularisers.{name}: a {self.model.trunk.kind} trunk has no gate that mixes experts"
                     )
-        self.model.check(self.data_schema)
-        if self.calibration is not None:
-            self.calibration.check(self.data_schema)
-        self.evaluation.check(self.data_schema)
+
+    def _check_tables(self) -> None:
         tables = self.model.tables(self.data_schema)
         for name in self.optimizers.tables.lr_of:
             if name not in tables:
@@ -98,7 +109,8 @@ class RunConfig(Part):
                     f"sharding: {cut} would make row-wise Adagrad another optimizer "
                     "(one state for each piece of a row); take adagrad, or another sharding"
                 )
-        self._check_surgery()
+
+    def _check_made_columns(self) -> None:
         if self.statistics and self.data_schema.time is None:
             raise ValueError("statistics need schema.time: they count strictly earlier rows only")
         for block in self.histories:
@@ -107,9 +119,6 @@ class RunConfig(Part):
         for label in self.next_labels:
             label.check(self.data_schema)
         check_unique("next label", [label.column for label in self.next_labels])
-        if self.data.log is not None and self.data_schema.time is None:
-            raise ValueError("data.log needs schema.time: the log is split by time")
-        return self
 
     def _check_id_dropout(self) -> None:
         ids = {f.name for f in self.data_schema.sparse_features if f.kind == "id"}

@@ -84,7 +84,7 @@ def describe(
     segment = 1 + below(stream(seed, "segment"), user, SEGMENTS)
     category = 1 + below(stream(seed, "category"), item, world.categories)
     four = latents(seed, "number", item, 4)
-    effects = _fixed(world)
+    effects = effects_of(world)
     items = _near(effects.categories, category, latents(seed, "item vector", item, world.latent_dim))
     return Draw(
         user, item, time, segment, category, hour, device, place, position,
@@ -104,7 +104,7 @@ def _with_text(world: World, item: np.ndarray, rest: list[np.ndarray]) -> list[n
     told, other = np.float32(math.sqrt(world.text / length)), np.float32(math.sqrt(1 - world.text))
     return [
         (counts[0] * centre[first] + counts[1] * centre[second]) * told + x * other
-        for centre, x in zip(_fixed(world).topics, rest, strict=True)
+        for centre, x in zip(effects_of(world).topics, rest, strict=True)
     ]
 
 
@@ -164,7 +164,7 @@ def _near(centres: np.ndarray, group: np.ndarray, own: list[np.ndarray]) -> list
 # ---------------------------------------------------------------------- effects
 
 
-class _Fixed(NamedTuple):
+class Effects(NamedTuple):
     """Small tables that follow from the world's dials; T tasks that have a logit (all but content)."""
 
     scored: tuple[Outcome, ...]
@@ -178,7 +178,8 @@ class _Fixed(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _fixed(world: World) -> _Fixed:
+def effects_of(world: World) -> Effects:
+    """What a world's dials and seed settle once for all of its rows."""
     scored = tuple(o for o in world.outcomes if o.kind != "content")
     tasks, dim = len(scored), world.latent_dim
     shared = [math.sqrt(world.correlation) * (1 - 2 * world.conflict * o.opposed) for o in scored]
@@ -187,7 +188,7 @@ def _fixed(world: World) -> _Fixed:
     k, d = np.arange(tasks + 1)[:, None], np.arange(dim)[None, :]
     basis = np.where(k == 0, math.sqrt(1 / dim), math.sqrt(2 / dim) * np.cos(math.pi * (d + 0.5) * k / dim))
     moments = _moments(world.seed, tasks + 1)
-    return _Fixed(
+    return Effects(
         scored,
         loading,
         np.stack([s * basis[0] + own * basis[1 + t] for t, (s, own) in enumerate(loading)]) if tasks else basis[:0],
@@ -222,9 +223,9 @@ def _moments(seed: int, n: int) -> np.ndarray:
     return (math.sqrt(0.65) * hour + math.sqrt(0.25) * device + math.sqrt(0.1) * place).reshape(n, -1)
 
 
-def _logits(world: World, draw: Draw) -> list[np.ndarray]:
+def logits_of(world: World, draw: Draw) -> list[np.ndarray]:
     """Of each task but content, without its intercept: float32 (N,)."""
-    fixed = _fixed(world)
+    fixed = effects_of(world)
     tasks = len(fixed.scored)
     products = [p * q for p, q in zip(draw.users, draw.items, strict=True)]
     quality = latents(world.seed, "quality", draw.item, tasks + 1)
@@ -234,7 +235,7 @@ def _logits(world: World, draw: Draw) -> list[np.ndarray]:
     logits = []
     for t, outcome in enumerate(fixed.scored):
         shared, own = fixed.loading[t]
-        taste_share, item_share, user_share, moment_share = _shares(world, outcome)
+        taste_share, item_share, user_share, moment_share = logit_shares(world, outcome)
         z = fixed.moment[t][moment] * np.float32(moment_share)
         z += (openness[0] * np.float32(shared) + openness[1 + t] * np.float32(own)) * np.float32(user_share)
         if not outcome.moment:
@@ -247,7 +248,7 @@ def _logits(world: World, draw: Draw) -> list[np.ndarray]:
     return logits
 
 
-def _shares(world: World, outcome: Outcome) -> tuple[float, ...]:
+def logit_shares(world: World, outcome: Outcome) -> tuple[float, ...]:
     """Standard deviations of what taste, quality, openness and the moment add, of 1 in all."""
     if outcome.moment:
         return 0.0, 0.0, math.sqrt(0.5), math.sqrt(0.5)
@@ -255,16 +256,16 @@ def _shares(world: World, outcome: Outcome) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=64)
-def _intercepts(world: World) -> tuple[float, ...]:
+def intercepts_of(world: World) -> tuple[float, ...]:
     """α of each task but content, such that the mean of its label is the one asked for.
 
     Solved on a fixed sample of rows that are no rows of the world's; a child counts with its parents' probability.
     """
-    scored = _fixed(world).scored
+    scored = effects_of(world).scored
     parts = []
     for i in range(0, _SAMPLE, BLOCK):
         n = np.arange(i, i + BLOCK)
-        parts.append(_logits(world, draw_rows(world, n + _SAMPLE_FROM, n * world.horizon // _SAMPLE)))
+        parts.append(logits_of(world, draw_rows(world, n + _SAMPLE_FROM, n * world.horizon // _SAMPLE)))
     happens: dict[str | None, np.ndarray] = {None: np.ones(_SAMPLE)}
     intercepts = []
     for t, outcome in enumerate(scored):
@@ -300,10 +301,10 @@ def truth(world: World, draw: Draw) -> dict[str, np.ndarray]:
     """Task -> float32: (N,) probability or expected value of what is looked at; (categories, N) odds of content, not
     normalised."""
     values = {}
-    alphas, logits = iter(_intercepts(world)), iter(_logits(world, draw))
+    alphas, logits = iter(intercepts_of(world)), iter(logits_of(world, draw))
     for outcome in world.outcomes:
         if outcome.kind == "content":
-            values[outcome.name] = _content(world, draw)
+            values[outcome.name] = content_odds(world, draw)
             continue
         z = next(logits) + np.float32(next(alphas))
         if outcome.kind == "amount":
@@ -315,9 +316,9 @@ def truth(world: World, draw: Draw) -> dict[str, np.ndarray]:
     return values
 
 
-def _content(world: World, draw: Draw) -> np.ndarray:
+def content_odds(world: World, draw: Draw) -> np.ndarray:
     """(categories, N) float32 odds of the category turned to next: the user's closeness to it, and the hour."""
-    fixed = _fixed(world)
+    fixed = effects_of(world)
     close = np.float32(world.signal * math.sqrt((1 - world.context) / world.latent_dim))
     of_hour = np.float32(world.signal * math.sqrt(world.context))
     general = latents(world.seed, "content", np.arange(world.categories), 1)[0] * np.float32(0.5)

@@ -154,7 +154,7 @@ def _launch() -> str:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     launcher = os.getppid()
-    started = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    started = Path(f"/proc/{launcher}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
     return f"{socket.gethostname()} {launcher} {started} {os.environ['TORCHELASTIC_RUN_ID']}"
 
 
