@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mtcl_torchrec.data.batch import Bag, EncodedRows
 from mtcl_torchrec.data.encoding import FeatureEncoder
-from mtcl_torchrec.data.listed import log_buckets
+from mtcl_torchrec.data.list_histories import log_buckets
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.schema import DataError, Feature, Schema, Task
 

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mtcl_torchrec.data.alone import ALMOST, above_median, auc_alone, codes_of_column, some_rows
 from mtcl_torchrec.data.column_values import SEPARATORS, is_binary, is_list
 from mtcl_torchrec.data.defaults import Defaults, defaults_for
 from mtcl_torchrec.data.guesses import Guess, guess_column
+from mtcl_torchrec.data.leakage import ALMOST, above_median, auc_alone, codes_of_column, some_rows
 from mtcl_torchrec.data.roles import Roles, guess_roles, lengths_to_judge, request_sizes
 from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
 from mtcl_torchrec.schema import DataError, nearest

@@ -21,7 +21,7 @@ from mtcl_torchrec.data.contents import VectorRows
 from mtcl_torchrec.data.earlier import Earlier
 from mtcl_torchrec.data.labels import labels_of, requests_of, rewards_of, unmasked
 from mtcl_torchrec.data.learning import Learnt
-from mtcl_torchrec.data.listed import Listed, age_rows, listed_histories
+from mtcl_torchrec.data.list_histories import Listed, age_rows, listed_histories
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.spans import ages_of, spans_of
 from mtcl_torchrec.data.vocabulary import table_rows

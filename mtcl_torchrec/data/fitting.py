@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from mtcl_torchrec.data.columns import canonical, column_of, dense_values, ids_of
 from mtcl_torchrec.data.labels import label_of, unmasked
-from mtcl_torchrec.data.listed import listed_values
+from mtcl_torchrec.data.list_histories import listed_values
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.stream import in_order
 from mtcl_torchrec.data.vocabulary import ValueCounts

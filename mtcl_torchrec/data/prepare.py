@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtcl_torchrec.config import DataConfig, HistoryConfig, NextLabelConfig, RunConfig, StatisticsConfig, dump_run
-from mtcl_torchrec.data.lacking import explained
+from mtcl_torchrec.data.missing_columns import explained
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_splits
 from mtcl_torchrec.schema import ConfigError

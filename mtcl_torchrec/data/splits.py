@@ -13,7 +13,7 @@ from mtcl_torchrec.data.base_rates import BaseRates, LabelTotals, stream_totals
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
-from mtcl_torchrec.data.lacking import explained
+from mtcl_torchrec.data.missing_columns import explained
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.popularity import Popularity, known_items
 from mtcl_torchrec.data.preprocessing import Preprocessor

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from mtcl_torchrec.data.alone import ALMOST, above_median, auc_alone, codes_of_numbers, some_rows
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.leakage import ALMOST, above_median, auc_alone, codes_of_numbers, some_rows
 from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.schema import Task
 

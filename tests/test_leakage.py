@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from mtcl_torchrec.config import parse_run
-from mtcl_torchrec.data.alone import ALMOST, auc_alone, codes_of_column, codes_of_numbers, some_rows
 from mtcl_torchrec.data.draft import draft_run
+from mtcl_torchrec.data.leakage import ALMOST, auc_alone, codes_of_column, codes_of_numbers, some_rows
 from mtcl_torchrec.data.synthetic_files import write_parquet
 from mtcl_torchrec.data.worlds import ready_world
 from mtcl_torchrec.schema import DataError
