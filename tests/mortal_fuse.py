@@ -12,6 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
+# Loaded once, and not in each life: what the command does comes after its libraries.
+import mtcl_torchrec.baselines.run
+import mtcl_torchrec.cli.commands
+import mtcl_torchrec.cli.fitted
+import mtcl_torchrec.training.rejudging  # noqa: F401
 from mtcl_torchrec.cli import main
 
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
