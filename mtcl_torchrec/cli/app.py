@@ -48,7 +48,11 @@ ItemsOption = Annotated[
 
 
 def newer_files(contents: list[str] | None, items: list[Path] | None) -> dict[str, Any]:
-    """What the two options say, as `FinishedRun.load` takes it."""
+    """What the two options say, as `FinishedRun.load` takes it.
+
+    Raises:
+        ConfigError: a pair is none, or a feature is given twice.
+    """
     files: dict[str, Path] = {}
     for pair in contents or ():
         feature, equals, file = (part.strip() for part in pair.partition("="))

@@ -191,7 +191,11 @@ def load_run(path: str | Path) -> RunConfig:
 
 
 def parse_run(text: str, *, name: str = "", folder: Path | None = None) -> RunConfig:
-    """The run that a YAML text describes; see `load_run`."""
+    """The run that a YAML text describes; see `load_run`.
+
+    Raises:
+        ConfigError: as `load_run`.
+    """
     where = f"{name}: " if name else ""
     try:
         raw = yaml.load(text, Loader=_UniqueKeyLoader)

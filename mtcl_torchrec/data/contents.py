@@ -67,6 +67,9 @@ class VectorRows:
     def of(cls, read: ItemVectors, data_type: str = "fp32", nothing: str = "all vectors are zero") -> VectorRows:
         """Of vectors in memory.
 
+        Raises:
+            DataError: no vector has a direction: all are zero.
+
         Example:
             >>> read = ItemVectors("item", pd.Series(["a", "b"]), np.float32([[3, 4], [0, 0]]))
             >>> rows = VectorRows.of(read)

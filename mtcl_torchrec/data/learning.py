@@ -85,7 +85,11 @@ class Learnt:
 
     def resolved_tasks(self) -> tuple[Task, ...]:
         """The schema's tasks; regression tasks with the mean and spread of their training labels, multiclass tasks with
-        their number of classes, a sampled softmax with the feature that tells items apart."""
+        their number of classes, a sampled softmax with the feature that tells items apart.
+
+        Raises:
+            DataError: the training split holds none of a multiclass task's classes.
+        """
         tasks = []
         features = {f.name: f for f in self.schema.sparse_features}
         for task in self.schema.tasks:

@@ -80,6 +80,9 @@ def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndar
         user: (N,) keys; the rows of one user are one sequence.  A missing user's label is NaN.
         time: (N,) in any order, in the unit of `window`.
 
+    Raises:
+        DataError: a time is missing.
+
     Example:
         >>> returns_within(np.array([7, 7, 7, 8]), np.array([0, 5, 100, 0]), window=10)
         array([ 1.,  0., nan,  0.])

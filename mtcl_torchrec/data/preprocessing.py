@@ -181,7 +181,11 @@ class Preprocessor:
         return self.declared.model_copy(update={"features": (*self.declared.features, *extra)})
 
     def fit_statistics(self, rows: Rows, progress: Progress = quiet) -> Rows:
-        """The training rows with the statistics' causal columns and the histories, unless they have them already."""
+        """The training rows with the statistics' causal columns and the histories, unless they have them already.
+
+        Raises:
+            DataError: a column of a key or history holds lists, or is not what it should be.
+        """
         rows = self.with_next_labels(rows)
         for column in self._keys():
             if rows.frame[column].map(lambda v: hasattr(v, "__len__") and not isinstance(v, str)).any():

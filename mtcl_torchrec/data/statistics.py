@@ -237,7 +237,11 @@ class CausalStatistics:
         return np.where(known, values - np.nan_to_num(predicted), 0.0), known.astype(np.float64)
 
     def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The frozen columns for rows that come after the training split; needs the key columns only."""
+        """The frozen columns for rows that come after the training split; needs the key columns only.
+
+        Raises:
+            RuntimeError: nothing was learnt yet.
+        """
         if len(self._totals) != len(self.keys):
             raise RuntimeError("fit_transform the training split first")
         columns = []

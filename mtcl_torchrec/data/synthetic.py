@@ -237,7 +237,11 @@ class World:
         return self._frame(self.columns(index, as_of=as_of))
 
     def columns(self, index: np.ndarray, *, as_of: int | None = None) -> dict[str, np.ndarray]:
-        """As `rows`, as arrays; the tags as a number that indexes `mtcl_torchrec.data.synthetic_labels.tag_lists`."""
+        """As `rows`, as arrays; the tags as a number that indexes `mtcl_torchrec.data.synthetic_labels.tag_lists`.
+
+        Raises:
+            DataError: a row comes after the moment `as_of`.
+        """
         parts = _blocks(index)
         if as_of is not None and len(index) and int(index.max()) >= self.rows_by(as_of):
             raise DataError(f"row {int(index.max()):,} comes after the moment that the log is wanted of")

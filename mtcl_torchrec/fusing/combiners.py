@@ -389,6 +389,9 @@ def resolved(combiners: Sequence[str | Combiner] | None, rows: HeldOut | None = 
 
     Args:
         combiners: kinds by name, or combiners; ``"all"`` are all kinds that the rows have what is needed for.
+
+    Raises:
+        ConfigError: no combiner at all, or a kind that there is not.
     """
     chained = rows is not None and bool(rows.given or rows.item_numbers)
     if combiners is None:

@@ -137,7 +137,11 @@ def best_of(
     """The one of the best mean on rows left out, among those that keep to the constraints; the value model, where that
     is as good but for chance (its interval of 95 % holds 0, or there are too few events for one; after the
     one-standard-error rule, Breiman et al., CART, 1984), and then what was left for it, its lead, and half of that
-    interval."""
+    interval.
+
+    Raises:
+        ConfigError: none keeps to the constraints, or these rows cannot judge by the target.
+    """
     able = [t for t in tried if t.combiner and np.isfinite(t.mean)]
     if not able:
         raise ConfigError("the target is not defined on these rows: there is no request, or no event, to judge by")

@@ -96,6 +96,9 @@ class FrozenVectors(nn.Module):
 
         Args:
             own: (B, D) what the table has for them.
+
+        Raises:
+            ValueError: vectors that are trained in part, and nothing of their table.
         """
         read = F.embedding(rows, self.vectors)
         if self.precision == "bf16":

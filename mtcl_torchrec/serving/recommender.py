@@ -83,6 +83,9 @@ class Recommender:
             items: of a run, files of new items, which are then recommended, too.
 
         A run's trunk may be imported by name, and an exported model is a program: load either from where you take code.
+
+        Raises:
+            ConfigError: newer files for an exported model, which holds its own.
         """
         if not isinstance(path, (str, Path)):
             if len(path) > 1:

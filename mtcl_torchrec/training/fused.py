@@ -136,7 +136,11 @@ def _probe(made: nn.Module, tasks: Sequence[str], path: str) -> None:
 
 
 def dense_number(name: str, encoder: FeatureEncoder | None) -> DenseNumber:
-    """A dense feature in its own unit."""
+    """A dense feature in its own unit.
+
+    Raises:
+        ConfigError: there is no encoder to read it by.
+    """
     if encoder is None:
         raise ConfigError(f"fusion.numbers: {name!r} is read from the dense features, which needs the encoder")
     column, mean, std = encoder.dense_scale(name)
@@ -164,7 +168,11 @@ def numbers_named(declared: FusionConfig | None, fitted: FusionConfig | None) ->
 def read_by_gate(
     names: Sequence[str], encoder: FeatureEncoder | None, dims: Mapping[str, int] | None
 ) -> dict[str, Any]:
-    """The pooled embeddings and dense columns of features, as a `ContextGatedMean` takes them."""
+    """The pooled embeddings and dense columns of features, as a `ContextGatedMean` takes them.
+
+    Raises:
+        ConfigError: there is no encoder, or no widths, to read them by.
+    """
     if encoder is None or dims is None:
         raise ConfigError("fusion.features: they are read from the model's inputs, which needs the encoder and dims")
     dense = {feature.name for feature in encoder.schema.dense_features}

@@ -52,7 +52,11 @@ def load_data(run: RunConfig, where: Ranks, *, grown_from: FeatureEncoder | None
 
 
 def earlier_encoder(folder: Path) -> FeatureEncoder:
-    """What the run in the folder has learnt: a known id keeps its row, whatever data comes."""
+    """What the run in the folder has learnt: a known id keeps its row, whatever data comes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         return FeatureEncoder.load(readable_folder(folder / PREPROCESSING) / "encoder")
     except (OSError, ValueError, KeyError) as error:

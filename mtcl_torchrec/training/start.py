@@ -32,7 +32,11 @@ class Start:
 
 
 def start_of(folder: Path, splits: Splits, say: Say) -> Start:
-    """After the newest checkpoint in the folder."""
+    """After the newest checkpoint in the folder.
+
+    Raises:
+        DataError: that checkpoint is damaged, or of other data.
+    """
     newest = newest_checkpoint(folder / CHECKPOINTS)
     assert newest is not None
     about = read_about(newest)

@@ -98,6 +98,9 @@ class Cut:
 
         Returns:
             `pooled` where the embeddings do not matter, else a (B, Σ dims) tensor in the order of the plan's keys.
+
+        Raises:
+            ValueError: the tables are not trained.
         """
         if self.plan.at == "trunk":
             return pooled

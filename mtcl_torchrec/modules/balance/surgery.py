@@ -256,6 +256,9 @@ class GradientSurgery(nn.Module):
 
         Args:
             sparse_features: the batch's.
+
+        Raises:
+            ConfigError: it is part of no `MTCLTrain`.
         """
         if self._plan is None:
             raise ConfigError("gradient surgery is not part of a model yet: MTCLTrain(model, gradient_surgery=...)")

@@ -191,7 +191,11 @@ class ContextGatedMean(Weighted):
         nn.init.zeros_(self.gate.bias)
 
     def shares(self, context: RowContext) -> torch.Tensor:
-        """(B, n): the tasks' shares a in the score, which add up to 1 in each row."""
+        """(B, n): the tasks' shares a in the score, which add up to 1 in each row.
+
+        Raises:
+            ValueError: the context lacks a feature that the gate reads.
+        """
         for key in self.features:
             if key not in context.embeddings:
                 raise ValueError(f"no pooled embedding {key!r} in the context{nearest(key, context.embeddings)}")
@@ -208,7 +212,11 @@ class ContextGatedMean(Weighted):
 
     def contributions(self, parts: Parts, context: RowContext | None = None) -> dict[str, torch.Tensor]:
         """aᵢ pᵢ, with a minus sign for a negative weight; the score is their sum and the row's Σ aᵢ of the negative
-        ones."""
+        ones.
+
+        Raises:
+            ValueError: there is no context.
+        """
         if context is None:
             raise ValueError("the shares of a context-gated mean follow from the context")
         return self.by_task((self.shares(context) * self.stacked(parts) * torch.sign(self.weights)).detach())

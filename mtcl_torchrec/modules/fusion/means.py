@@ -127,7 +127,11 @@ class PowerProduct(Weighted):
         self.set_weights(weights)
 
     def check(self, weights: torch.Tensor) -> None:
-        """See that each factor is above 0, and that some factor varies."""
+        """See that each factor is above 0, and that some factor varies.
+
+        Raises:
+            ValueError: they do not; naming the task.
+        """
         for task, base, weight in zip(self.tasks, self.bases.tolist(), weights.tolist(), strict=True):
             if base + weight <= 0:
                 raise ValueError(

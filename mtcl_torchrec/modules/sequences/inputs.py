@@ -101,6 +101,9 @@ class HistoryEncoder(nn.Module):
 
         Args:
             candidate: (B, D), for an encoder that reads it.
+
+        Raises:
+            ConfigError: an encoder of one's own returns another shape.
         """
         out = self.encoder(history, candidate) if self.reads_candidate else self.encoder(history)
         expected = (history.lengths.shape[0], self.empty.shape[0])
@@ -194,6 +197,9 @@ class Sequences(nn.Module):
         Args:
             sparse_features: of B rows, for the ages.
             sequence_embeddings: what the embedding collections gave.
+
+        Raises:
+            ConfigError: the model has no embedding collection.
         """
         if sequence_embeddings is None:
             raise ConfigError("histories need MTCL(embedding_collection=...)")
