@@ -57,20 +57,6 @@ def next_label(rows: Rows, config: NextLabelConfig, *, by: str, time: str) -> pd
     return pd.Series(values.array.take(found, allow_fill=True), index=rows.frame.index)
 
 
-def with_next_labels(rows: Rows, blocks: Sequence[NextLabelConfig], schema: Schema) -> Rows:
-    """The rows of one split with the labels that are not there yet.
-
-    Raises:
-        DataError: a column is missing or does not hold what it should.
-    """
-    missing = [block for block in blocks if block.column not in rows.frame]
-    prepared = next((block.column for block in missing if block.prepared), None)
-    if prepared is not None:
-        raise DataError(f"{rows.name}: no column {prepared!r}, which was prepared")
-    labels = {b.column: next_label(rows, b, by=b.by or str(schema.user), time=str(schema.time)) for b in missing}
-    return replace(rows, frame=rows.frame.assign(**labels)) if labels else rows
-
-
 def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndarray:
     """1.0 where the user's next row comes within `window`, 0.0 where not, NaN where the data ends too early to tell.
 
@@ -105,3 +91,17 @@ def returns_within(user: np.ndarray, time: np.ndarray, window: float) -> np.ndar
     result = np.empty(len(t))
     result[order] = label
     return result
+
+
+def with_next_labels(rows: Rows, blocks: Sequence[NextLabelConfig], schema: Schema) -> Rows:
+    """The rows of one split with the labels that are not there yet.
+
+    Raises:
+        DataError: a column is missing or does not hold what it should.
+    """
+    missing = [block for block in blocks if block.column not in rows.frame]
+    prepared = next((block.column for block in missing if block.prepared), None)
+    if prepared is not None:
+        raise DataError(f"{rows.name}: no column {prepared!r}, which was prepared")
+    labels = {b.column: next_label(rows, b, by=b.by or str(schema.user), time=str(schema.time)) for b in missing}
+    return replace(rows, frame=rows.frame.assign(**labels)) if labels else rows
