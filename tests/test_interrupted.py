@@ -27,7 +27,7 @@ def interrupted_when(ready, command, folder):
     """What a process said that got Ctrl-C as soon as it was ready: its last line, after it ended with 130."""
     process, until = begun(command, folder), time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
+        time.sleep(0.01)
     status, out, error = stopped(process)
     assert status == 130, (out, error)
     assert "Traceback" not in error

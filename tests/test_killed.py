@@ -39,7 +39,7 @@ def test_baselines_that_are_killed_go_on_after_their_last_trial(tmp_path, monkey
     )
     parts, until = tmp_path / "out/baselines" / NAME / "parts", time.monotonic() + 120
     while len(list(parts.glob("*.npz"))) < 2 and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)  # the second task has begun
+        time.sleep(0.01)  # the second task has begun
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out/baselines.json").exists()

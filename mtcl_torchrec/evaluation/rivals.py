@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, gauc_estimate
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
-from mtcl_torchrec.evaluation.significance import signs_after_holm, t_quantile
+from mtcl_torchrec.evaluation.significance import t_quantile
 from mtcl_torchrec.evaluation.supports import RANKING, supports_of
 
 MARGIN = 0.005  # of an AUC, where no standard error is known
@@ -62,21 +62,6 @@ def sign_of(gap: Gap) -> int:
         return 0
     bound = MARGIN if math.isnan(gap.error) else gap.half
     return 0 if not abs(gap.difference) > bound else (1 if gap.difference > 0 else -1)
-
-
-def signs_of(gaps: Sequence[Gap]) -> list[int]:
-    """`sign_of` each, where one of so many would be beyond its interval by chance: after Holm's correction.
-
-    Those without a standard error are no tests: they are judged alone, and make the others no less sure.
-
-    Example:
-        >>> few, many = Gap("like", "trees", 0.021, 0.01), [Gap("like", "als", 0.0, 0.01)]
-        >>> signs_of([few]), signs_of([few, *many])
-        ([1], [0, 0])
-    """
-    tested = [g if not g.unsure else replace(g, error=math.nan) for g in gaps]
-    signs = signs_after_holm((g.difference, g.error, g.freedom) for g in tested)
-    return [sign_of(gap) if math.isnan(gap.error) else sign for gap, sign in zip(gaps, signs, strict=True)]
 
 
 def word_of(gap: Gap) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from scipy.stats import t as student
 
@@ -55,24 +55,3 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(known) - rank) * p[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def signs_after_holm(gaps: Iterable[tuple[float, float, float]]) -> list[int]:
-    """Of a family of differences, which are sure: such that in 95 of 100 families without any difference none is.
-
-    Args:
-        gaps: the family, each difference with its standard error and the degrees of freedom of that; one of which
-            either is NaN (as where there are too few events) was not tested, and makes the others no less sure.
-
-    Returns:
-        Of each, in their order: 1 where it is sure to be above 0, -1 where below, 0 where it is neither.
-
-    Example:
-        >>> signs_after_holm([(0.03, 0.01, 50), (-0.02, 0.001, 50), (0.021, 0.01, 50), (0.5, float("nan"), 3)])
-        [1, -1, 1, 0]
-        >>> signs_after_holm([(0.021, 0.01, 50), (0.001, 0.01, 50)])  # beyond its own interval, not the family's
-        [0, 0]
-    """
-    gaps = list(gaps)
-    adjusted = holm([two_sided(*gap) for gap in gaps])
-    return [0 if not p < LEVEL else 1 if gap[0] > 0 else -1 for gap, p in zip(gaps, adjusted, strict=True)]
