@@ -160,7 +160,7 @@ class ParquetFiles:
         ]
         if len(tables) > 1 or tables[0].schema != self.schema:
             tables = [joined([self.schema.empty_table(), *tables], self.files)]
-        frame = to_pandas(tables[0])
+        frame = to_pandas(tables[0], shared=True)
         first, last = groups[0], groups[-1]
         if last.start + last.rows - first.start == len(frame):
             frame.index = pd.RangeIndex(first.start, last.start + last.rows)

@@ -247,8 +247,13 @@ def _of_one_kind(tables: Sequence[pa.Table]) -> list[pa.Table]:
     return uniform
 
 
-def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A frame; integers and booleans with missing values stay what they are (pandas' nullable kinds)."""
+def to_pandas(table: pa.Table, *, shared: bool = False) -> pd.DataFrame:
+    """A frame; integers and booleans with missing values stay what they are (pandas' nullable kinds).
+
+    Args:
+        shared: columns of one chunk without missing values share the table's memory and cannot be written to.  Else
+            columns of one kind lie together, which is faster where rows are picked out of many of them.
+    """
     nullable = {
         pa.bool_(): pd.BooleanDtype(),
         pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(),
@@ -256,7 +261,7 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
         pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(),
         pa.uint32(): pd.UInt32Dtype(), pa.uint64(): pd.UInt64Dtype(),
     }  # fmt: skip
-    frame = table.to_pandas(ignore_metadata=True)
+    frame = table.to_pandas(ignore_metadata=True, split_blocks=shared)
     for field in table.schema:
         if field.type in nullable and table[field.name].null_count:
             frame[field.name] = table[field.name].to_pandas(types_mapper=nullable.get)
