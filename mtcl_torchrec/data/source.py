@@ -60,6 +60,27 @@ class Rows:
     def __len__(self) -> int:
         return len(self.frame)
 
+    def column(self, name: str) -> pd.Series:
+        """A column of the frame; a KeyError where there is none."""
+        return self.frame[name]
+
+    def plain(self, name: str) -> np.ndarray | None:
+        """(N,) a column of numbers or booleans as it lies in memory, not to be written to; None for other columns.
+
+        A missing floating-point number is NaN; integers and booleans of which some are missing are no such column.
+
+        Example:
+            >>> rows = Rows(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
+            >>> rows.plain("a"), rows.plain("b")
+            (array([1, 2]), None)
+        """
+        values = self.column(name)
+        return values.to_numpy() if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iufb" else None
+
+    def with_frame(self, frame: pd.DataFrame, earlier: Mapping[str, Earlier] | None = None) -> Rows:
+        """The same rows with other columns, and other histories where they are given."""
+        return Rows(frame, self.files, self.starts, self.earlier if earlier is None else earlier)
+
     def locate(self, position: int) -> str:
         """Where the row at `position` of the frame stands: file and row, counted from 0.
 
