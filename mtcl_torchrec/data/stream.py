@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -96,6 +97,14 @@ class StreamRows:
         self.seed = seed
         self.workers = workers
         self.id_dropout = id_dropout or {}
+        self._see: Callable[[EncodedRows], None] | None = None
+
+    def shown_to(self, see: Callable[[EncodedRows], None]) -> StreamRows:
+        """The same stream, whose rows are shown to a function a window at a time, in the order of the batches that they
+        come in and before them; without dropping ids."""
+        shown = copy.copy(self)
+        shown._see = see
+        return shown
 
     @property
     def rows_per_epoch(self) -> int:
@@ -132,7 +141,7 @@ class StreamRows:
         )
         taken = 0
         with closing(in_order(loads, self.workers)) as encoded:
-            for rows in in_batches(encoded, batch_size):
+            for rows in in_batches(map(self._shown, encoded), batch_size):
                 yield rows.batch().filled_up(min(batch_size, largest - taken * batch_size))
                 taken += 1
         if taken < steps:
@@ -146,10 +155,18 @@ class StreamRows:
     def _left(self, windows: Sequence[Any], position: Position) -> list[Piece]:
         return pieces_left([(i, 0, window.rows) for i, window in enumerate(windows)], position.taken)
 
-    def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece]) -> EncodedRows:
+    def _shown(self, loaded: tuple[EncodedRows, EncodedRows]) -> EncodedRows:
+        whole, rows = loaded
+        if self._see is not None:
+            self._see(whole)
+        return rows
+
+    def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece]) -> tuple[EncodedRows, EncodedRows]:
+        """Rows with all ids, and with some dropped; the same, where none are."""
         order = shuffled(window.rows, seed).numpy()
         numbers = np.concatenate([order[a:b] for _, a, b in pieces])
-        return drop_ids(self.encode(self.source.read(window).at(numbers)), self.id_dropout, numbers, seed)
+        whole = self.encode(self.source.read(window).at(numbers))
+        return whole, drop_ids(whole, self.id_dropout, numbers, seed)
 
 
 def in_batches(parts: Iterable[EncodedRows], batch_size: int) -> Iterator[EncodedRows]:
