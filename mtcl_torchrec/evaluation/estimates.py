@@ -160,8 +160,8 @@ def task_estimates(
         clusters, count: as of `auc_estimate`, for the rows of the table.
 
     Returns:
-        binary: auc, gauc (where users are known), ne, calibration.  multiclass: ne, top1.  regression: r2, calibration.
-            Nothing without labels.
+        binary: auc, gauc (where users are known), ne, calibration.  multiclass: ne, top1.  regression: r2, mae,
+            calibration.  Nothing without labels.
     """
     kind, y, p = table.task(name).kind, table.labels(name), table.predicted(name)
     known = ~np.isnan(y)
@@ -171,7 +171,8 @@ def task_estimates(
     y, p, c = y[known], p[known].astype(np.float64), clusters[known]
     if kind == "regression":
         r2 = ratio_estimate((p - y) ** 2, (y - y.mean()) ** 2, c, count, less_than_one=True)
-        return {"r2": r2, "calibration": ratio_estimate(p, y, c, count)}
+        mae = ratio_estimate(np.abs(p - y), np.ones(len(y)), c, count)
+        return {"r2": r2, "mae": mae, "calibration": ratio_estimate(p, y, c, count)}
     tiny = np.finfo(np.float64).eps
     if kind == "multiclass":
         classes = y.astype(np.int64)
