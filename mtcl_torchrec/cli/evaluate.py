@@ -49,6 +49,7 @@ def evaluate(
         raise ConfigError(f"--bootstrap: fewer than {MIN_DRAWS} draws say nothing of an interval; 0 is none")
     check_target(write, "--json", holds_json_with("tasks", "ranking", "rows"))
     check_run(run_dir)
+    from mtcl_torchrec.cli.stages import Stages
     from mtcl_torchrec.data.source import column_names, find_files
     from mtcl_torchrec.evaluation.details import print_details, print_segments
     from mtcl_torchrec.evaluation.judged import evaluate_table
@@ -70,20 +71,25 @@ def evaluate(
     there = set.intersection(*(set(column_names(file)) for file in find_files(data)))
     _check_segments(config, there)
     wanted = [c for c in (run.preprocessor.declared.time, *truth_columns(run.config)) if c in there]
-    others = other_rows(run.preprocessor, data, there, [*config.columns(), *wanted])
-    raw = others.rows
-    note_if_unfinished(run, run_dir)
-    for line in others.lines:
-        typer.echo(f"mtcl: --data: {line}", err=True)
-    _note_known(load_run(run_dir / "run.yaml"), raw)
-    table = rows_predicted_by(run, raw, batch_size=batch_size, split=", ".join(data), segments=config.columns())
-    table = others.judged(replace(table, thresholds=thresholds_of(run_dir)))
-    judged = [name for name in fused_tasks(run.model) if name in {task.name for task in table.tasks}]
-    result = evaluate_table(
-        table, fused_tasks=judged, k=config.k, segments=apart, bootstrap=bootstrap, seed=run.config.training.seed
-    )
+    with Stages() as stages:
+        others = other_rows(run.preprocessor, data, there, [*config.columns(), *wanted])
+        raw = others.rows
+        note_if_unfinished(run, run_dir)
+        for line in others.lines:
+            typer.echo(f"mtcl: --data: {line}", err=True)
+        _note_known(load_run(run_dir / "run.yaml"), raw)
+        table = rows_predicted_by(
+            run, raw, batch_size=batch_size, split=", ".join(data), segments=config.columns(), progress=stages
+        )
+        table = others.judged(replace(table, thresholds=thresholds_of(run_dir)))
+        judged = [name for name in fused_tasks(run.model) if name in {task.name for task in table.tasks}]
+        result = evaluate_table(
+            table, fused_tasks=judged, k=config.k, segments=apart, bootstrap=bootstrap,
+            seed=run.config.training.seed, progress=stages,
+        )  # fmt: skip
+        verdict = verdict_of(table, config.k)
     print_evaluation(result, ", ".join(data), console)
-    if (verdict := verdict_of(table, config.k)) is not None:
+    if verdict is not None:
         for line in verdict_lines(verdict, "on these rows"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if run.config.data.synthetic is not None and not others.lacking:

@@ -10,12 +10,20 @@ import torch
 import torch.distributed as dist
 
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
+from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.models import MTCL
+
+PREDICTING = "predicting rows"
 
 
 @torch.no_grad()
 def predict(
-    model: MTCL, rows: EncodedRows, *, batch_size: int = 8192, device: torch.device | None = None
+    model: MTCL,
+    rows: EncodedRows,
+    *,
+    batch_size: int = 8192,
+    device: torch.device | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, np.ndarray]:
     """Predictions and scores for all rows, in their order.
 
@@ -27,6 +35,7 @@ def predict(
         rows: N rows.
         batch_size: rows a step and rank.
         device: where the model is; the default is the CPU.
+        progress: told of the rows of this rank.
 
     Returns:
         task name -> (N,) or (N, C) float32; the conditional predictions of chains; and ``"score"`` (N,).
@@ -42,12 +51,16 @@ def predict(
     was_training = model.training
     model.eval()
     parts: dict[str, list[np.ndarray]] = {}
+    done, total = 0, sum(map(len, indices))
     try:
+        progress(PREDICTING, 0, total)
         for batch, index in zip(iterate(rows, indices), indices, strict=True):
             batch = batch.to(device)
             out = model(batch.dense_features, batch.sparse_features, batch.requests if compares else None)
             for name, value in out.items():
                 parts.setdefault(name, []).append(value[: len(index)].float().cpu().numpy())
+            done += len(index)
+            progress(PREDICTING, done, total)
     finally:
         model.train(was_training)
     local = {name: np.concatenate(values) for name, values in parts.items()}

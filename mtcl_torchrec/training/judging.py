@@ -29,6 +29,7 @@ from mtcl_torchrec.evaluation.predictions_file import (
     predictions_table,
     write_predictions,
 )
+from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
@@ -139,20 +140,28 @@ def thresholds_of(folder: Path) -> dict[str, float]:
 
 
 def rows_predicted_by(
-    run: FinishedRun, raw: Rows, *, batch_size: int = 8192, split: str = "test", segments: Sequence[str] = ()
+    run: FinishedRun,
+    raw: Rows,
+    *,
+    batch_size: int = 8192,
+    split: str = "test",
+    segments: Sequence[str] = (),
+    progress: Progress = quiet,
 ) -> PredictionsTable:
     """What a finished run predicts for rows with labels; see `rows_predicted`.
 
     Args:
         raw: rows as they conform to the training split.
+        progress: told of the rows; twice where predictions are calibrated.
     """
+    progress("encoding rows", 0, 0)
     rows, model = run.preprocessor.encode(raw), run.model
-    predictions = predict(model, rows, batch_size=batch_size)
+    predictions = predict(model, rows, batch_size=batch_size, progress=progress)
     before, calibration = None, model.output.calibration
     if calibration is not None:
         model.output.calibration = None
         try:
-            before = predict(model, rows, batch_size=batch_size)
+            before = predict(model, rows, batch_size=batch_size, progress=progress)
         finally:
             model.output.calibration = calibration
     return rows_predicted(
