@@ -16,18 +16,23 @@ from test_resume import train
 
 from mtcl_torchrec.config import dump_run, load_run, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.item_totals import ItemTotals
 from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.data.source import read_rows
-from mtcl_torchrec.data.world_windows import world_of
-from mtcl_torchrec.data.worlds import world_run
+from mtcl_torchrec.data.splits import Splits
+from mtcl_torchrec.data.stream import StreamRows
+from mtcl_torchrec.data.world_windows import WorldWindows, world_of
+from mtcl_torchrec.data.worlds import ready_world, world_run
 from mtcl_torchrec.evaluation.predictions_file import read_predictions
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_about
+from mtcl_torchrec.training.counted_items import totals_of
 from mtcl_torchrec.training.directory import RunWarning
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
 from mtcl_torchrec.training.run import train_run
+from mtcl_torchrec.training.start import Start
 
 RUN = """
 data: {train: train, val: val.parquet, stream: true, window: 150, workers: 2}
@@ -180,6 +185,21 @@ def test_counts_go_on_with_other_ranks_and_begin_again_with_other_rows(data, tmp
     for task, of in by_event.items():
         np.testing.assert_allclose(of_rows[task], of, rtol=1e-5)
     assert not rates_in(folder)[0].equals(before)
+
+
+def test_more_items_than_are_counted_apart_are_said_to_share_their_counts(tmp_path):
+    world = ready_world("shop", num_users=10, num_items=2_000_000)
+    encoder, tasks = FeatureEncoder(world.schema()), [Task.binary("click")]
+    train = StreamRows(WorldWindows(world, 100, 50), encoder.encode, seed=0)
+    said = []
+    totals = totals_of(tmp_path, Splits(train, {}, {}), encoder, tasks, Start(), resume=False, say=said.append)
+    assert said == ["popularity: 2,000,000 items are counted in 1,048,576 groups, those of a group together"]
+    assert sum(tensor.nbytes for tensor in totals.tensors().values()) < 17e6
+    no_item = world.schema().model_copy(update={"item": None})
+    nothing = totals_of(
+        tmp_path, Splits(train, {}, {}), FeatureEncoder(no_item), tasks, Start(), resume=False, say=said.append
+    )
+    assert nothing is None
 
 
 def test_a_generated_world_is_held_against_popularity_wherever_it_is_judged(tmp_path, mtcl):

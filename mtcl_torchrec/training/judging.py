@@ -152,20 +152,14 @@ def rows_predicted_by(
 
     Args:
         raw: rows as they conform to the training split.
-        progress: told of the rows; twice where predictions are calibrated.
+        progress: told of the rows.
     """
     progress("encoding rows", 0, 0)
     rows, model = run.preprocessor.encode(raw), run.model
-    predictions = predict(model, rows, batch_size=batch_size, progress=progress)
-    before, calibration = None, model.output.calibration
-    if calibration is not None:
-        model.output.calibration = None
-        try:
-            before = predict(model, rows, batch_size=batch_size, progress=progress)
-        finally:
-            model.output.calibration = calibration
+    before = dict[str, np.ndarray]()
+    predictions = predict(model, rows, batch_size=batch_size, before=before, progress=progress)
     return rows_predicted(
-        model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before, split=split,
+        model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before or None, split=split,
         segments=segments, values=worth_of(run.config), fused=fused_tasks(model),
         numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder), rule=rule_of(run),
         popularity=popularity_of(run),

@@ -100,8 +100,8 @@ def train_run(
     """Train what a configuration describes and write the run directory.
 
     Called by one process, or by every process of ``torchrun``.  The directory holds ``run.yaml``, ``preprocessing/``,
-    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``, and
-    ``calibration/`` where predictions are calibrated.
+    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/`` (of rows in memory) or ``popularity/`` (of
+    rows that go by), ``metrics.json`` and ``tensorboard/``, and ``calibration/`` where predictions are calibrated.
 
     Args:
         run: the configuration; its paths are taken as they are.
