@@ -16,6 +16,7 @@ import yaml
 from made_run import TASKS, WEIGHTS, make
 from ranks import run_ranks
 from rich.console import Console
+from sklearn.metrics import mean_absolute_error, r2_score
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
@@ -365,6 +366,37 @@ def test_a_segment_stands_there_once_and_says_where_nothing_is_sure(made, tmp_pa
     assert not any("not in training" in row[0] for row in found.tables["AUC by items"])
     assert found.tables["AUC by hour"][1][:4] == ["0", "1,400", "0.700 ± 0.020 (900)", "0.161 (1: unsure)"]
     assert "unsure (grey): too few events" in found.text
+
+
+def test_segments_of_classes_and_numbers_in_their_own_terms(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    found, table = read(folder), read_predictions(folder / "predictions/test.parquet")
+    assert found.tables["R² and MAE by hour"][0] == ["hour", "rows", "minutes R²", "minutes MAE"]
+    assert found.tables["NE and top-1 by hour"][0] == ["hour", "rows", "taste NE", "taste top-1"]
+    numbers, classes = (found.tables[f"{of} by hour"][1] for of in ("R² and MAE", "NE and top-1"))
+    rows = table.frame["segment.hour"].to_numpy() == int(numbers[0])
+    known = rows & ~np.isnan(table.labels("minutes"))
+    y, p = table.labels("minutes")[known], table.predicted("minutes")[known]
+    assert numbers[1] == f"{rows.sum():,}"
+    assert numbers[2].startswith(f"{r2_score(y, p):.3f} ± ")
+    assert numbers[2].endswith(f" ({known.sum()})")
+    assert numbers[3].startswith(f"{mean_absolute_error(y, p):.3f} ± ")
+    known = rows & ~np.isnan(table.labels("taste"))
+    hits = (table.predicted("taste")[known].argmax(1) == table.labels("taste")[known]).mean()
+    assert classes[3].startswith(f"{hits:.3f} ± ")
+
+    # Without the predictions, what metrics.json has is shown, also where an older command wrote no second metric.
+    (folder / "predictions/test.parquet").unlink()
+    sure = {"value": 0.25, "half": 0.02, "events": 900, "unsure": ""}
+    new, old = {"minutes": sure | {"beside": {"mae": {"value": 3.5, "half": 0.5}}}}, {"minutes": sure}
+
+    def judged(metrics):
+        parts = {"0": {"rows": 900, "tasks": {}, "quality": new}, "1": {"rows": 900, "tasks": {}, "quality": old}}
+        metrics["evaluations"]["test"]["segments"] = {"hour": parts}
+
+    assert read(edited(folder, judged)).tables["R² and MAE by hour"][1:] == [
+        ["0", "900", "0.250 ± 0.020 (900)", "3.500 ± 0.500"], ["1", "900", "0.250 ± 0.020 (900)", "–"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "said"), [(None, "F1"), ("accuracy", "accuracy"), ("youden", "Youden")])

@@ -13,6 +13,7 @@ from rich.console import Console
 from test_cli import mtcl, one_line  # noqa: F401  (a fixture)
 
 from mtcl_torchrec import Task
+from mtcl_torchrec.cli import stages
 from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, spread, weights
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.details import print_details, print_segments
@@ -367,12 +368,14 @@ def test_names_wrap_where_figures_need_the_room(capsys):
         assert len(shown.splitlines()) > 3 or width == 80
 
 
-def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
+def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path, monkeypatch):  # noqa: F811
     shop.log(1500).to_parquet(tmp_path / "log.parquet", index=False)
     (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 4", "epochs: 1"))
     assert mtcl("train", "run.yaml", "--out", "run", "--device", "cpu")[0] == 0
+    monkeypatch.setattr(stages, "TELL_EVERY", 0.0)
     status, shown, error = mtcl(
-        "evaluate", "run", "--data", "log.parquet", "--all", "--segments", "age,item_seen,hour_of_day", "--k", "3",
+        "evaluate", "run", "--data", "log.parquet", "--batch-size", "600", "--all", "--k", "3",
+        "--segments", "age,item_seen,hour_of_day",
         "--bootstrap", "20", "--save", "rows.parquet", "--json", "rows.json",
     )  # fmt: skip
     assert status == 0, error
@@ -385,6 +388,15 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
         "± is half of a 95 % interval, over users",
     ):
         assert said in shown
+    told = [line.removeprefix("mtcl: ") for line in error.splitlines()]
+    for said in (
+        r"predicting rows: 600 of 1,500, [\d,]+ rows/s, \d+ s left",
+        r"predicting rows: 1,500 of 1,500, [\d,]+ rows/s, 0 s left",
+        r"judging rows by age: 0 of 1,500",
+        r"making draws of users: 20 of 20, [\d,]+ draws/s, 0 s left",
+    ):
+        assert any(re.fullmatch(said, line) for line in told), f"{said} in {told}"
+    monkeypatch.setattr(stages, "TELL_EVERY", 10.0)
     stored = json.loads((tmp_path / "rows.json").read_text())
     assert stored["tasks"]["click"]["f1"] > 0
     assert set(stored["segments"]) == {"age", "item_seen", "hour_of_day"}

@@ -12,6 +12,7 @@ from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
     compare,
     demo,
     embed,
+    evaluate,
     export,
     fuse,
     init,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mtcl_torchrec.evaluation.naming import MAIN, glossary, label_of
+from mtcl_torchrec.evaluation.segments import QUALITY
 from mtcl_torchrec.evaluation.worth import verdict_of
 from mtcl_torchrec.report import heat, pictures
 from mtcl_torchrec.report.baseline_tables import Qualities, baseline_tables, twins_table
@@ -328,9 +329,9 @@ def _add_weights(section: Section, run: RunContents, studio: Studio, shares: dic
 
 def _segments(run: RunContents) -> Section:
     section = Section("segments", "For whom, and for what")
-    first = [t for t in _drawn(run) if run.kinds[t] == "binary"]
-    tasks = [t for t in first if run.table is not None and t in run.table.predicted_names][:6]
-    section.tables = segment_tables(run, tasks)
+    there = [t for t in _drawn(run) if run.table is None or t in run.table.predicted_names]
+    of_kind = {kind: [t for t in there if run.kinds[t] == kind][:6] for kind in QUALITY}
+    section.tables = segment_tables(run, {kind: tasks for kind, tasks in of_kind.items() if tasks})
     if not section.tables:
         section.missing.append("There are no columns by which rows could be told apart, or no file of predictions.")
     elif run.table is not None and not any(str(column).startswith("segment.") for column in run.table.frame):

@@ -15,6 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
+from mtcl_torchrec.data.item_totals import ItemTotals
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import TrainingRows
 from mtcl_torchrec.evaluation.confidence import too_few_to_judge
@@ -96,6 +97,7 @@ class SaveState(Protocol):
         """Write it; on the way through an epoch, where training may go on if that fails, or at its end."""
 
 
+KeepItems = Callable[[ItemTotals], None]
 AfterEpoch = Callable[[TrainingHistory], None]
 
 
@@ -139,6 +141,7 @@ def fit(
     save: SaveState,
     progress: TrainingProgress,
     metrics: TrainingMetrics | None = None,
+    keep_items: KeepItems | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> TrainingHistory:
     """Train from where `state` stands to the last epoch, or until no epoch has been better for a while or all tasks
@@ -150,6 +153,8 @@ def fit(
         save: called after each epoch, before training goes on, and on the way as `TrainingConfig.checkpoint` says.
         progress: reports, and knows the number of steps of the whole schedule.
         metrics: of the predictions of the training steps; begun anew in each epoch.
+        keep_items: called, on every rank, with what `TrainingState.items` has counted in an epoch, before the epoch's
+            checkpoint; from then on nothing is counted.
         after_epoch: called with the history after each epoch, when its checkpoint is written; what it raises ends the
             training.  It must do the same on every rank.
 
@@ -174,6 +179,9 @@ def fit(
             state.history.seconds.append(time.perf_counter() - started)
             state.history.waiting.append(share_waited(waited, state.history.seconds[-1], where))
             _let_go(pipeline)
+            if state.items is not None and keep_items is not None:
+                keep_items(state.items)
+            state.items = None
             line, scalars = _judge_epoch(state, validation, config, where)
             said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
             said += waiting_lines(state.history.waiting[-1], streams=isinstance(rows, StreamRows))
@@ -220,6 +228,8 @@ def _train_epoch(
         stretch = state.step << 40 if state.position.taken else 0
         torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank + stretch)
     state.random_restored = False
+    if state.items is not None and isinstance(rows, StreamRows):
+        rows = rows.shown_to(state.items.see)
     timed = TimedBatches(rows.batches(state.position, rank=where.rank, **cut))
     batches: Iterator[MTBatch] = timed
     if metrics is not None:
@@ -231,6 +241,8 @@ def _train_epoch(
         loss, logits, labels = pipeline.progress(batches)
         state.step += 1
         state.position = state.position.after(1, **cut)
+        if state.items is not None:
+            state.items.take(config.batch_size)
         state.schedule.step()
         if state.average is not None:
             state.average.update()

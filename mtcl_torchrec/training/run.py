@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mtcl_torchrec.training.checkpoint.store import (
     best_checkpoint,
 )
 from mtcl_torchrec.training.cost import cost_of, dense_parameters
+from mtcl_torchrec.training.counted_items import keep_popularity, totals_of
 from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
     CALIBRATION,
@@ -38,6 +40,7 @@ from mtcl_torchrec.training.directory import (
     CHECKPOINTS,
     FUSION,
     MARKER,
+    POPULARITY,
     PREDICTIONS,
     PREPROCESSING,
     Existing,
@@ -97,8 +100,8 @@ def train_run(
     """Train what a configuration describes and write the run directory.
 
     Called by one process, or by every process of ``torchrun``.  The directory holds ``run.yaml``, ``preprocessing/``,
-    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``, and
-    ``calibration/`` where predictions are calibrated.
+    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/`` (of rows in memory) or ``popularity/`` (of
+    rows that go by), ``metrics.json`` and ``tensorboard/``, and ``calibration/`` where predictions are calibrated.
 
     Args:
         run: the configuration; its paths are taken as they are.
@@ -151,6 +154,7 @@ def _train(
     start = start_of(folder, splits, say) if resume else Start()
     run = _with_precision(run, model, start, where)
     state = _state_at(start, run, model, splits, where)
+    state.items = totals_of(folder, splits, preprocessor.encoder, model.tasks, start, resume=resume, say=say)
     say(_describe(run, model, preprocessor, where))
     calibrated = {} if run.calibration is None else run.calibration.pieces(model.tasks)
     for line in uncalibrated_lines([task for task in model.tasks if task.name not in calibrated]):
@@ -254,7 +258,7 @@ def _open_directory(
 ) -> None:
     """Write what is known before training.  Only now, with data and model found right, does an earlier run go."""
     if where.first:
-        for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
+        for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE, POPULARITY):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
@@ -315,6 +319,7 @@ def _fit(
                 save=save,
                 progress=progress,
                 metrics=metrics,
+                keep_items=partial(keep_popularity, folder=folder, fingerprint=splits.train.fingerprint, where=where),
                 after_epoch=after_epoch,
             )
         complain(store.failure(wait=True))

@@ -19,7 +19,7 @@ from rich.status import Status
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.tuning import SpaceConfig, TuningConfig
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING
+from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, POPULARITY, PREPROCESSING
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.run_data import RunData, load_data
@@ -288,7 +288,7 @@ class _Search:
 
     def _tidy(self, number: int) -> None:
         """Of a trial that is over, metrics and YAML stay."""
-        for part in (CHECKPOINTS, PREPROCESSING, CATALOGUE):
+        for part in (CHECKPOINTS, PREPROCESSING, CATALOGUE, POPULARITY):
             shutil.rmtree(self.folder / TRIALS / f"{number:04d}" / part, ignore_errors=True)
 
     def end(self) -> TuningResult:
