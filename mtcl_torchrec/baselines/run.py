@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -34,6 +34,9 @@ from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
 
+# Name and reason; raises where the baseline was asked for by name.
+LeaveOut = Callable[[str, str], None]
+
 
 def run_baselines(
     run: RunConfig,
@@ -50,6 +53,7 @@ def run_baselines(
     progress: Progress = quiet,
     data: RunData | None = None,
     run_trials: int = 0,
+    left_out: Callable[[str, str], object] = lambda name, reason: None,
 ) -> dict[str, dict[str, Any]]:
     """Train and tune baselines on a run's data, and judge them by its validation and test split.
 
@@ -76,10 +80,11 @@ def run_baselines(
         data: what `mtcl_torchrec.training.run_data.load_data` read for the run; None reads it.
         run_trials: of the search that the run is the best of, see `mtcl_torchrec.baselines.beside.search_of`; 0 of none
             that is known.
+        left_out: told of each baseline that is left out, and why.
 
     Returns:
         Baseline -> its entry in ``baselines.json``, of those asked for.  Without `only`, one that is of no use beside
-        this run is left out, and `say` is told why.
+        this run, or lacks a library, is left out; `say` and `left_out` are told why.
 
     Raises:
         ConfigError: no such baseline or task, one of `only` that is of no use beside this run, or lacks a library,
@@ -87,7 +92,14 @@ def run_baselines(
         DataError: the data does not fit the schema.
     """
     budget = budget or Budget()
-    names = _chosen(run, only, say)
+
+    def leave_out(name: str, reason: str) -> None:
+        if only:
+            raise ConfigError(f"{name}: {reason}; leave it out of --only")
+        say(f"{name}: skipped: {reason}")
+        left_out(name, reason)
+
+    names = _chosen(run, only, leave_out)
     known = [task.name for task in run.data_schema.tasks]
     if unknown := next((task for task in tasks if task not in known), None):
         raise ConfigError(f"no task {unknown!r}{nearest(unknown, known)}; there are {', '.join(known)}")
@@ -107,13 +119,13 @@ def run_baselines(
     done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
     for name in done:
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
-    left = [name for name in names if name not in done]
+    left = _installed([name for name in names if name not in done], leave_out)
     stale = [name for name, entry in entries.items() if name not in left and entry.get(JUDGED_BY) != by]
     if left or stale:
         with locked(folder / FOLDER, "mtcl baselines"):
             rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
             job = Job(run, rows, folder / FOLDER, device, seed, tuple(tasks), total)
-            left = _of_use(job, left, bool(only), say)
+            left = _of_use(job, left, leave_out)
             fused, said = score_of(run, rows.tasks, folder=run_dir or folder, encoder=rows.encoder)
             if said:
                 say(said)
@@ -201,7 +213,7 @@ class _Told:
     places: int
 
 
-def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
+def _chosen(run: RunConfig, only: Sequence[str], leave_out: LeaveOut) -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("baselines run in one process: start them without torchrun")
     for name in only:
@@ -210,33 +222,34 @@ def _chosen(run: RunConfig, only: Sequence[str], say: Say) -> list[str]:
     names = [name for name in BASELINES if name in only or not only]
     for name in list(names):
         if reason := BASELINES[name].why_not_in(run):
-            _leave_out(name, reason, bool(only), say)
+            leave_out(name, reason)
             names.remove(name)
     if not names:
         raise ConfigError("no baseline is of use beside this run")
     return names
 
 
-def _of_use(job: Job, names: Sequence[str], named: bool, say: Say) -> list[str]:
-    """Those that predict some task from this data, before any is trained.
+def _installed(names: Sequence[str], leave_out: LeaveOut) -> list[str]:
+    """Those whose library is there."""
+    found = []
+    for name in names:
+        if lacking := BASELINES[name].lacks():
+            leave_out(name, lacking)
+        else:
+            found.append(name)
+    return found
 
-    Args:
-        named: whether they were asked for by name.
-    """
+
+def _of_use(job: Job, names: Sequence[str], leave_out: LeaveOut) -> list[str]:
+    """Those that predict some task from this data, before any is trained."""
     found = []
     for name in names:
         tasks, reasons = _predicted(BASELINES[name], job)
         if tasks:
             found.append(name)
         else:
-            _leave_out(name, reasons[0] if reasons else "predicts none of the tasks asked for", named, say)
+            leave_out(name, reasons[0] if reasons else "predicts none of the tasks asked for")
     return found
-
-
-def _leave_out(name: str, reason: str, named: bool, say: Say) -> None:
-    if named:
-        raise ConfigError(f"{name}: {reason}; leave it out of --only")
-    say(f"{name}: skipped: {reason}")
 
 
 def _predicted(baseline: Baseline, job: Job) -> tuple[list[Task], list[str]]:

@@ -16,7 +16,7 @@ from mtcl_torchrec.baselines.family import Key, against_run, lengths_of
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
-from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.plain_table import plain_table, print_columns
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.schema import DataError
@@ -26,7 +26,6 @@ from mtcl_torchrec.training.judging import predictions_path
 THIS_RUN = "this run"
 # Of a ranking; CTR and conversion of what is shown are rates.
 _TOLD = ("auc ", "gauc ", "value@", "rate@")
-_PER_TABLE = 5  # columns that a screen holds
 _MISSING = "–"
 
 
@@ -93,7 +92,7 @@ def print_baselines(
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print()
     table = plain_table("What the search cost", ["baseline", "trials", "seconds", "training rows"])
-    table.add_column("settings")
+    table.add_column("settings", overflow="fold")
     for name, entry in entries.items():
         table.add_row(
             name, str(entry["trials"]), f"{entry['seconds']:,.1f}", f"{entry['rows']:,}", entry.get(TUNED, "")
@@ -152,16 +151,15 @@ def _print(
     """A row for each baseline, a column for each metric that one of them has."""
     columns = {key: {name: _value(of, key) for name, of in found.items()} for key in shown}
     columns = {key: column for key, column in columns.items() if any(not math.isnan(v) for v in column.values())}
-    for start in range(0, len(columns), _PER_TABLE):
-        part = list(columns)[start : start + _PER_TABLE]
-        headings = [shown[key].replace(" ", "\n", 1) for key in part]
-        table = plain_table(title if start == 0 else "", ["baseline", *headings])
-        for name in found:
-            if all(math.isnan(columns[key][name]) for key in part):
-                continue
-            cells = [_cell(columns[key], name, key, apart.get(name, {}).get(key)) for key in part]
-            table.add_row(name, *cells)
-        console.print(table, "")
+    if not columns:
+        return
+    headings = [shown[key].replace(" ", "\n", 1) for key in columns]
+    rows = [
+        [name, *(_cell(column, name, key, apart.get(name, {}).get(key)) for key, column in columns.items())]
+        for name in found
+        if not all(math.isnan(column[name]) for column in columns.values())
+    ]
+    print_columns(console, title, ["baseline", *headings], rows)
 
 
 def _value(evaluation: Mapping[str, Any], key: Key) -> float:

@@ -96,14 +96,19 @@ def baselines(
     if_stopped(f"what is done is kept in {folder}, the same command goes on")
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
     run_trials = _run_trials(run, run_dir, network_trials, say) if not names or set(names) & set(NETWORKS) else 0
+    skipped: dict[str, list[str]] = {}  # reason -> baselines
     with _Bar() as bar:
         entries = run_baselines(
             run, folder, run_dir=run_dir, only=names, budget=Budget(trials, budget, network_trials), seed=seed,
             max_rows=max_rows, device=device, say=say, progress=bar.tell, run_trials=run_trials,
+            left_out=lambda name, reason: skipped.setdefault(reason, []).append(name),
         )  # fmt: skip
     console.print()
     print_baselines(entries, console, folder=folder, run_dir=run_dir)
-    console.print(f"\nThe baselines are in {folder / FILE}.", highlight=False, soft_wrap=True)
+    console.print()
+    for reason, of in skipped.items():
+        say(f"Skipped: {', '.join(of)}: {reason}")
+    say(f"The baselines are in {folder / FILE}.")
 
 
 def _alone(run: RunConfig) -> Path:
@@ -179,7 +184,7 @@ def _list(folder: Path | None, console: Console) -> None:
     entries = {} if folder is None else read_entries(folder)
     done = "" if folder is None else f"; those done are in {folder / FILE}"
     table = plain_table(f"Baselines{done}", ["baseline", "trials", "seconds"])
-    table.add_column("what it is")
+    table.add_column("what it is", overflow="fold")
     for name, about in ABOUT.items():
         entry = entries.get(name)
         cost = [str(entry["trials"]), f"{entry['seconds']:,.1f}"] if entry else ["–", "–"]

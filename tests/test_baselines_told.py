@@ -1,0 +1,150 @@
+"""What `mtcl baselines` tells: what was left out and why, whole names, whom the run is ahead of."""
+
+import io
+import json
+import re
+import sys
+
+import made_run
+import pytest
+import shop
+from rich.console import Console
+
+from mtcl_torchrec.baselines import BASELINES, print_baselines, read_entries, run_baselines
+from mtcl_torchrec.baselines.differences import differences, verdict
+from mtcl_torchrec.baselines.run import Budget
+from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.report.comparisons import comparisons
+from mtcl_torchrec.report.contents import read_contents
+from mtcl_torchrec.report.facts import task_facts
+from mtcl_torchrec.report.verdict import is_it_good
+from mtcl_torchrec.schema import ConfigError
+
+# One event alone, of which networks would be the run itself.
+CLICKS = re.sub(
+    r"    - \{name: (buy|taste|stars),.*\n", "", shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 1")
+).replace("{click: 1, buy: 3, taste: 0.5, stars: 0.5}", "{click: 1}")
+OF_IMPLICIT = ("item_knn", "als", "bpr")
+WHY = r"needs implicit: pip install 'mtcl_torchrec\[baselines\]' \(.*implicit.*\)"
+
+
+def silent(line):
+    """Say nothing."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    shop.log(900).to_parquet(tmp_path / "log.parquet", index=False)
+    (tmp_path / "run.yaml").write_text(CLICKS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_implicit(monkeypatch):
+    for module in ("implicit", *(f"implicit.{of}" for of in ("als", "bpr", "nearest_neighbours"))):
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+def test_without_implicit_the_others_are_done_and_the_end_says_what_is_not(mtcl, folder, no_implicit, monkeypatch):
+    shown = mtcl("baselines", "run.yaml", "--trials", 1, "--device", "cpu", "-o", "out")
+    assert list(read_entries(folder / "out")) == ["popularity", "logistic_regression", "trees"]
+    end = shown[shown.index("What the search cost") :]
+    reasons = re.findall(rf"^Skipped: (.*): {WHY}$", end, re.MULTILINE)
+    assert ", ".join(reasons) == ", ".join(OF_IMPLICIT)
+    assert re.search(r"^Skipped: single_task: would be the run itself", end, re.MULTILINE)
+    assert end.rstrip().splitlines()[-1] == "The baselines are in out/baselines.json."
+    # By name, it is a mistake, before anything is read.
+    (folder / "log.parquet").write_bytes(b"not read")
+    for name in OF_IMPLICIT:
+        with pytest.raises(ConfigError, match=rf"^{name}: {WHY}; leave it out of --only$"):
+            run_baselines(parse_run(CLICKS, folder=folder), folder / "named", only=["popularity", name], say=silent)
+
+
+def test_what_implicit_has_done_stays_when_it_is_gone(folder, request):
+    run, budget = parse_run(CLICKS, folder=folder), Budget(trials=1)
+    before = run_baselines(run, folder / "out", only=["bpr"], budget=budget, say=silent)
+    request.getfixturevalue("no_implicit")
+    left = {}
+    found = run_baselines(run, folder / "out", budget=budget, say=silent, left_out=left.__setitem__)
+    assert found["bpr"] == before["bpr"]
+    assert list(found) == ["popularity", "bpr", "logistic_regression", "trees"]
+    assert set(left) == {"item_knn", "als", "single_task", "unweighted"}
+
+
+# ---------------------------------------------------------------- names and figures
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run with five tasks, and baselines that predict all of them, or one."""
+    folder = made_run.make(tmp_path_factory.mktemp("told") / "run", baselines=False, fitted=False)
+    entries = {}
+    for name, tasks in (("popularity", made_run.TASKS), ("logistic_regression", made_run.TASKS[:1])):
+        table = made_run.table(noise=4.0, tasks=made_run.TASKS)
+        others = [t.name for t in made_run.TASKS if t not in tasks]
+        frame = table.frame.drop(columns=[f"p.{n}" for n in others if f"p.{n}" in table.frame])
+        classes = {k: v for k, v in table.classes.items() if k.removeprefix("p.") not in others}
+        table = type(table)(frame, table.tasks, table.split, classes)
+        write_predictions(folder / f"baselines/{name}/predictions/test.parquet", table)
+        evaluation = made_run.evaluation(made_run.table(noise=4.0), made_run.TASKS)
+        evaluation["tasks"] = {t: of for t, of in evaluation["tasks"].items() if t not in others}
+        budget = {"trials": 8, "seconds": None}
+        entries[name] = {"trials": 8, "seconds": 1234.5, "rows": 149_732, "budget": budget, "tuned": "the best of 20 "
+                         "trials for each task", "metrics": {"test": evaluation}}  # fmt: skip
+    (folder / "baselines.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 250])
+def test_no_name_and_no_figure_is_cut(judged, width):
+    console = Console(file=io.StringIO(), width=width, record=True)
+    print_baselines(read_entries(judged), console, folder=judged)
+    shown = console.export_text()
+    assert "…" not in shown
+    tables = shown[: shown.index("* is the best of its column")].strip()
+    assert all(len(line.rstrip()) <= width for line in tables.splitlines())
+    assert sum(line.startswith("logistic_regression ") for line in tables.splitlines()) >= 3
+    # Every figure, each with its difference, and once in whatever part of the table it stands.
+    for task, metric in (("click", "auc"), ("minutes", "r2")):
+        value = read_entries(judged)["popularity"]["metrics"]["test"]["tasks"][task][metric]
+        assert re.search(rf"{value:.4f}\b", tables), task
+    assert re.search(r"[+-]0\.\d{4} ± 0\.\d{4}", tables)
+    assert "logistic_regression" in shown[shown.index("What the search cost") :]
+
+
+def test_baselines_are_listed_with_whole_names(mtcl, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    shown = mtcl("baselines", "--list")
+    assert "…" not in shown
+    assert all(any(line.startswith(f"{name} ") for line in shown.splitlines()) for name in BASELINES)
+
+
+# ---------------------------------------------------------------- whom the run is ahead of
+
+
+def test_the_run_is_ahead_of_who_predicts_the_same(judged):
+    console = Console(file=io.StringIO(), width=200, record=True)
+    print_baselines(read_entries(judged), console, folder=judged)
+    said = console.export_text().split("Who is ahead, beyond chance")[1].split("What the search cost")[0]
+    assert "this run is ahead of popularity, logistic_regression on click" in said
+    assert "this run is ahead of popularity on like, report, taste, minutes (nothing else here predicts them)" in said
+    assert "all" not in said
+    contents = read_contents(judged)
+    sentences = is_it_good(task_facts(contents), comparisons(contents), []).sentences
+    assert "Of these, only popularity predicts like, report, taste and minutes." in sentences
+
+
+def test_of_many_baselines_the_number_is_said():
+    key, tables = ("click", "auc"), {n: made_run.table(noise=n, tasks=made_run.TASKS[:1]) for n in (0.3, 4.0, 5.0, 6.0)}
+    own = tables.pop(0.3)
+    found = differences(own, {f"b{n:.0f}": of for n, of in tables.items()}, only=lambda of, metric: (of, metric) == key)
+    assert verdict(found, {key: "click"}) == ["this run is ahead of all 3 that are here on click"]
+    several = {"same": differences(own, {"same": own}, only=lambda of, metric: (of, metric) == key)["same"], **found}
+    assert verdict(several, {key: "click"}) == [
+        "click: no difference that counts between this run and same; it is ahead of b4, b5, b6"
+    ]
