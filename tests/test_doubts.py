@@ -5,6 +5,7 @@ import io
 import json
 import sys
 
+import made_run
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,8 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.worlds import world_run
 from mtcl_torchrec.evaluation.metrics import deciding, mean_auc
+from mtcl_torchrec.report import compare_html
+from mtcl_torchrec.report.studio import Picture, Studio
 from mtcl_torchrec.schema import ConfigError, Feature, Schema, Task
 from mtcl_torchrec.training.doubts import too_good
 from mtcl_torchrec.training.run import train_run
@@ -182,13 +185,35 @@ def test_training_the_report_and_compare_say_it(trained, tmp_path, monkeypatch, 
     train_run(parse_run(LEAKY.replace("epochs: 6", "epochs: 1"), folder=folder.parent), other, device="cpu",
               console=Console(file=io.StringIO()))  # fmt: skip
     page = tmp_path / "run.html"
-    assert f"WARNING: {folder}: {line}" in run_main(monkeypatch, capsys, "compare", folder, other, "--draws", 20)
+    said = run_main(monkeypatch, capsys, "compare", folder, other, "--draws", 20, "--html", tmp_path / "compare.html")
+    assert f"WARNING: {folder}: {line}" in said
+    assert f"run: {line}" in (tmp_path / "compare.html").read_text()
     run_main(monkeypatch, capsys, "report", folder, "--out", page)
     html = page.read_text()
     first = html[html.index("Is the model good?") :]
     assert (
         first.index("In doubt: too good to be true") < first.index("left_by (AUC 1.000)") < first.index("better than")
     )
+
+
+def test_runs_side_by_side_are_in_doubt_where_one_of_them_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Studio, "draw", lambda self, name, title, alt, *_, **__: Picture("p", title, alt, "<svg/>", 300)
+    )
+    runs = {name: made_run.make(tmp_path / name, baselines=False, fitted=False) for name in ("leaky", "b", "c")}
+    metrics = json.loads((runs["leaky"] / "metrics.json").read_text()) | {"doubts": ["like is too good"]}
+    (runs["leaky"] / "metrics.json").write_text(json.dumps(metrics))
+
+    def answers(*names):
+        html = compare_html([runs[name] for name in names], None, tmp_path / "compare.html").read_text()
+        parts = html[: html.index("What differs, and by how much")].split("<h3>")[1:]
+        return [
+            ("In doubt: too good to be true" in part, "<li>leaky: like is too good.</li>" in part) for part in parts
+        ]
+
+    assert answers("b", "leaky", "c") == [(True, True), (False, False)]
+    assert answers("leaky", "b", "c") == [(True, True), (True, True)]  # each is held against it
+    assert answers("b", "c") == [(False, False)]
 
 
 # ---------------------------------------------------------------- rows that are trained on

@@ -81,6 +81,11 @@ class RunContents:
         return [str(task["name"]) for task in declared if isinstance(task, dict) and "name" in task]
 
     @property
+    def doubts(self) -> list[str]:
+        """What training found that puts its figures in doubt, as sentences."""
+        return [f"{line}." if line[-1:] not in (".", "?") else line for line in self.metrics.get("doubts") or []]
+
+    @property
     def split(self) -> str:
         """The split that the report judges by: test, or else validation; empty where none was evaluated."""
         return next((s for s in ("test", "val") if s in self.metrics.get("evaluations", {})), "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, plus_minus
@@ -63,6 +63,18 @@ class Answer:
     short: str
     tone: Tone
     sentences: list[str] = field(default_factory=list)
+
+
+def in_doubt(answer: Answer, doubts: Sequence[str]) -> Answer:
+    """An answer after what puts it in doubt; the answer itself where nothing does.
+
+    Example:
+        >>> in_doubt(Answer("Is it good?", "Yes", "good", ["Better than guessing."]), ["It saw the label."]).sentences
+        ['It saw the label.', 'Better than guessing.']
+    """
+    if not doubts:
+        return answer
+    return replace(answer, short="In doubt: too good to be true", tone="bad", sentences=[*doubts, *answer.sentences])
 
 
 def learnt(fact: TaskFact) -> bool | None:
