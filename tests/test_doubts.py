@@ -21,7 +21,8 @@ from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.worlds import world_run
-from mtcl_torchrec.evaluation.metrics import deciding, mean_auc
+from mtcl_torchrec.evaluation.metrics import mean_auc, stopping_tasks
+from mtcl_torchrec.evaluation.supports import unsure_tasks
 from mtcl_torchrec.report import compare_html
 from mtcl_torchrec.report.studio import Picture, Studio
 from mtcl_torchrec.schema import ConfigError, Feature, Schema, Task
@@ -296,14 +297,32 @@ def test_ranks_agree_on_what_is_in_doubt(tmp_path):
 
 def test_tasks_of_few_events_decide_nothing():
     tasks = [Task.binary("click"), Task.binary("hide"), Task.regression("minutes")]
-    metrics = {"click": auc(0.6), "hide": auc(0.9, rate=0.005), "minutes": {"r2": 0.5, "count": 9.0}}
-    assert [task.name for task in deciding(tasks, metrics)] == ["click"]
-    assert mean_auc(deciding(tasks, metrics), metrics) == 0.6
-    few = metrics | {"click": auc(0.6, count=50.0)}  # 10 events each: all decide
-    assert [task.name for task in deciding(tasks, few)] == ["click", "hide"]
-    numbers = [Task.regression("minutes"), Task.regression("stars")]
-    of_numbers = {"minutes": {"r2": 0.5, "count": 9.0}, "stars": {"r2": 0.1, "count": 90.0}}
-    assert [task.name for task in deciding(numbers, of_numbers)] == ["stars"]
+    rows, users = 900, np.arange(900) // 9
+    labels = np.stack([np.arange(rows) % 3 == 0, np.arange(rows) % 90 == 0, np.arange(rows) % 7], axis=1).astype(float)
+    labels[9:, 2] = np.nan
+    unsure = unsure_tasks(tasks, labels, users)
+    assert unsure == {"hide": "too few events (10)", "minutes": "too few labels (9)"}
+    assert [task.name for task in stopping_tasks(tasks, (), unsure)] == ["click"]
+    assert [task.name for task in stopping_tasks(tasks, ["hide"], unsure)] == ["hide"]
+    assert mean_auc(stopping_tasks(tasks, (), unsure), {"click": auc(0.6), "hide": auc(0.9)}) == 0.6
+    few = unsure_tasks(tasks[:2], labels[:50, :2], users[:50])  # 6 users: all decide
+    assert set(few) == {"click", "hide"}
+    assert [task.name for task in stopping_tasks(tasks[:2], (), few)] == ["click", "hide"]
+    numbers = [Task.regression("minutes"), Task.regression("stars"), Task.regression("same")]
+    of_numbers = unsure_tasks(numbers, np.stack([labels[:, 2], np.arange(rows), np.full(rows, 3.0)], axis=1), None)
+    assert of_numbers == {"minutes": "too few labels (9)", "same": "one label throughout"}
+    assert [task.name for task in stopping_tasks(numbers, (), of_numbers)] == ["stars"]
+
+
+def test_many_events_of_a_user_or_two_decide_nothing_either():
+    """What is known of an event is told by users, not by rows: 90 events of one user are one user's taste."""
+    rows, users = 900, np.arange(900) // 90
+    clicks, of_one = np.arange(rows) % 3 == 0, (np.arange(rows) < 90) * (np.arange(rows) % 2 == 0)
+    tasks, labels = [Task.binary("click"), Task.binary("hide")], np.stack([clicks, of_one], axis=1).astype(float)
+    assert unsure_tasks(tasks, labels, users) == {"hide": "a single user"}
+    assert unsure_tasks(tasks, labels, None) == {}  # without users, every row is one's own
+    unknown = np.where(users == 0, np.nan, users)
+    assert unsure_tasks(tasks, labels, unknown) == {}
 
 
 RARE = (
@@ -329,7 +348,8 @@ def test_the_epoch_is_kept_that_is_best_for_the_tasks_that_can_be_judged(tmp_pat
     whole = train_run(run, tmp_path / "whole", device="cpu", console=Console(file=said, width=200)).history
     events = round(whole.epochs[0]["hide"]["count"] * whole.epochs[0]["hide"]["base_rate"])
     assert 0 < events < 20
-    line = f"too few to decide which epoch is kept: hide ({events} events) in validation; the other events do"
+    assert whole.unsure == {"hide": f"too few events ({events})"}
+    line = f"too little is known of hide, too few events ({events}), in validation: the other events decide which epoch"
     assert said.getvalue().count(line) == 1
     means = [(epoch["click"]["auc"] + epoch["buy"]["auc"]) / 2 for epoch in whole.epochs]
     assert whole.best_auc == pytest.approx(max(means), abs=1e-12)
@@ -346,7 +366,7 @@ def test_the_epoch_is_kept_that_is_best_for_the_tasks_that_can_be_judged(tmp_pat
         run, tmp_path / "parts", existing="resume", device="cpu", console=Console(file=again, width=200)
     ).history
     assert (parts.epochs, parts.best_auc, parts.best_epoch) == (whole.epochs, whole.best_auc, whole.best_epoch)
-    assert "too few to decide" not in again.getvalue()
+    assert "too little is known" not in again.getvalue()
 
 
 def test_what_is_watched_decides_however_few_its_events(tmp_path):
@@ -354,4 +374,4 @@ def test_what_is_watched_decides_however_few_its_events(tmp_path):
     run.training.watch, run.training.epochs = ["hide"], 2
     history = train_run(run, tmp_path / "run", device="cpu", console=Console(file=said, width=200)).history
     assert history.best_auc == pytest.approx(max(epoch["hide"]["auc"] for epoch in history.epochs), abs=1e-12)
-    assert "too few to decide" not in said.getvalue()
+    assert "too little is known" not in said.getvalue()

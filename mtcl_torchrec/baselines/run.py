@@ -25,7 +25,7 @@ from mtcl_torchrec.baselines.store import FOLDER, found_before, judged_by, key_o
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
-from mtcl_torchrec.evaluation.metrics import deciding, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.metrics import mean_auc, stopping_tasks, task_metrics
 from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
@@ -385,7 +385,7 @@ def _quality(job: Job, unit: Sequence[Task], predictions: dict[str, Any]) -> flo
     """On the validation split: AUC, 1 - NE or R² of a task; of several, the mean of those that the run watches."""
     rows = job.data.held_out["val"]
     metrics = {t.name: task_metrics(t, rows.labels[:, job.data.column(t)], predictions[t.name]) for t in unit}
-    return mean_auc([t for t in unit if t.name in job.run.training.watch] or deciding(unit, metrics), metrics)
+    return mean_auc(stopping_tasks(unit, job.run.training.watch, job.data.unsure), metrics)
 
 
 def _shown(unit: Sequence[Task], found: Found) -> str:
