@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mtcl_torchrec.baselines import BASELINES, print_baselines, read_entries, run_baselines
 from mtcl_torchrec.baselines.differences import differences, verdict
+from mtcl_torchrec.baselines.keys import CONFIGURATION, FILES, TRAIN_ROWS, configuration_of, of_other_runs
 from mtcl_torchrec.baselines.run import Budget
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.evaluation.predictions_file import write_predictions
@@ -148,3 +149,105 @@ def test_of_many_baselines_the_number_is_said():
     assert verdict(several, {key: "click"}) == [
         "click: no difference that counts between this run and same; it is ahead of b4, b5, b6"
     ]
+
+
+# ---------------------------------------------------------------- entries of another run
+
+TWO = re.sub(
+    r"    - \{name: (taste|stars),.*\n",
+    "",
+    shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256")
+    .replace("taste: 0.5, stars: 0.5", "")
+    .replace("{log: log.parquet, val_fraction: 0.15, test_fraction: 0.15}",
+             "{train: train.parquet, val: val.parquet, test: test.parquet}"),
+)  # fmt: skip
+
+
+def test_what_is_of_another_configuration_or_other_rows_is_never_shown(mtcl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log, place = shop.log(900), tmp_path / "one"
+    for name, rows in (("train", slice(0, 500)), ("val", slice(500, 700)), ("test", slice(700, 900))):
+        log[rows].to_parquet(f"{name}.parquet", index=False)
+    other = TWO.replace("tower_layers: [8]", "tower_layers: [4]")
+
+    def train(text):
+        (tmp_path / "run.yaml").write_text(text)
+        mtcl("train", "run.yaml", "-o", "one", "--overwrite", "--device", "cpu")
+
+    def baselines(*names):
+        asked = ("--only", ",".join(names), "--trials", 1, "--device", "cpu")
+        return mtcl("baselines", "one", *asked)
+
+    def there():
+        found = read_contents(place)
+        assert set(found.baselines) == set(found.of_baselines)
+        return set(found.baselines), " ".join(line for line in found.missing if line.startswith("Left out"))
+
+    train(TWO)
+    baselines("popularity", "unweighted")
+    assert there() == ({"popularity", "unweighted"}, "")
+    # Another network: popularity is what it was, the twin of the former one is not of this run.
+    train(other)
+    beside, said = there()
+    assert beside == {"popularity"}
+    assert said.startswith("Left out, since they are of another configuration or training data than this run: unweigh")
+    shown = baselines("popularity")
+    assert "unweighted: of another configuration or other data, and left out until trained anew" in shown
+    assert "unweighted" not in shown.split("test split: quality of each task")[1]
+    listed = mtcl("baselines", "one", "--list")
+    assert re.search(r"^unweighted +– +– +the run's network.*; done for another configuration$", listed, re.MULTILINE)
+    assert re.search(r"^popularity +2 +[\d.]+ +what an item usually gets$", listed, re.MULTILINE)
+    stored = json.loads((place / "baselines.json").read_text())
+    said = mtcl("fuse", "one", "--set", "click=1,buy=0")
+    assert "without training: popularity\n" in said
+    assert json.loads((place / "baselines.json").read_text())["unweighted"] == stored["unweighted"]
+    # Nothing is lost: beside the former run it counts again, ranked as that ranks.
+    train(TWO)
+    assert there()[0] == {"popularity", "unweighted"}
+    # Other training rows, the same ones to judge by.
+    log[100:500].to_parquet("train.parquet", index=False)
+    train(TWO)
+    assert there()[0] == set()
+    shown = baselines("popularity")
+    assert "unweighted: of another configuration or other data" in shown
+    assert "popularity: click, 1 trial" in shown
+    assert there()[0] == {"popularity"}
+
+
+def test_an_entry_of_an_older_version_is_known_by_its_key(folder):
+    run = parse_run(CLICKS, folder=folder)
+    options = {"only": ["popularity"], "budget": Budget(trials=1), "say": silent}
+    run_baselines(run, folder / "out", **options)
+    whole = read_entries(folder / "out")["popularity"]
+    old = {key: value for key, value in whole.items() if key not in (CONFIGURATION, FILES, TRAIN_ROWS)}
+    (folder / "out/baselines.json").write_text(json.dumps({"popularity": old, "theirs": {**old, "key": None}}))
+    assert of_other_runs({"popularity": old, "unkeyed": {"trials": 1}}, run) == ["popularity"]
+    run_baselines(run, folder / "out", **options)
+    found = read_entries(folder / "out")
+    assert found["popularity"] == {key: value for key, value in whole.items() if key != TRAIN_ROWS}
+    assert of_other_runs(found, run) == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "others"),
+    [
+        ({"name: shop": "name: other"}, []),
+        ({"fusion: {weights: {click: 1}}": "fusion: {weights: {click: 2}}"}, []),
+        ({"training: {": "training: {precision: fp32, "}, []),
+        ({"tower_layers: [8]": "tower_layers: [4]"}, ["single_task"]),
+        ({"epochs: 1": "epochs: 2"}, ["single_task"]),
+        (
+            {"price, group: item, kind: dense, transform: log": "price, group: item, kind: dense"},
+            ["trees", "single_task"],
+        ),
+        ({"val_fraction: 0.15": "val_fraction: 0.2"}, ["trees", "single_task"]),
+    ],
+)
+def test_what_an_entry_hangs_on(change, others):
+    run, text = parse_run(CLICKS), CLICKS
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    entries = {name: {"key": "k", CONFIGURATION: configuration_of(run, name)} for name in ("trees", "single_task")}
+    assert of_other_runs(entries, run) == []
+    assert of_other_runs(entries, parse_run(text)) == others

@@ -12,13 +12,14 @@ from typing import Any
 from mtcl_torchrec.baselines.entries import read_entries, write_entry
 from mtcl_torchrec.baselines.fused import numbers_of, score_of, stand_in
 from mtcl_torchrec.baselines.judge import JUDGED_BY, Judge
+from mtcl_torchrec.baselines.keys import CONFIGURATION, FILES, KEY, TRAIN_ROWS, configuration_of, key_of, of_other_runs
 from mtcl_torchrec.baselines.kinds import BASELINES, Job
 from mtcl_torchrec.baselines.networks import total_weight
 from mtcl_torchrec.baselines.one import Told, find_one, predicted_tasks
 from mtcl_torchrec.baselines.progress import Progress, quiet
 from mtcl_torchrec.baselines.rows import Say, load_data
 from mtcl_torchrec.baselines.search import Budget
-from mtcl_torchrec.baselines.store import FOLDER, judged_by, key_of
+from mtcl_torchrec.baselines.store import FOLDER, judged_by
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
@@ -110,11 +111,17 @@ def run_baselines(
         keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **counts)
     by = _judged_by(run, run_dir or folder)
     entries = read_entries(folder)
-    done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
+    done = [name for name in names if entries.get(name, {}).get(KEY) == keys[name]]
     for name in done:
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
+        if CONFIGURATION not in entries[name]:  # of an older version, but the same by all that it says
+            write_entry(folder, name, entries[name] | {CONFIGURATION: configuration_of(run, name), FILES: files})
+    entries = read_entries(folder)
     left = _installed([name for name in names if name not in done], leave_out)
-    stale = [name for name, entry in entries.items() if name not in left and entry.get(JUDGED_BY) != by]
+    others = [name for name in of_other_runs(entries, run, files=files) if name not in left]
+    if others:
+        say(f"{', '.join(others)}: of another configuration or other data, and left out until trained anew")
+    stale = [name for name in _judged_otherwise(entries, by) if name not in (*left, *others)]
     if left or stale:
         with locked(folder / FOLDER, "mtcl baselines"):
             rows = load_data(run, max_rows=max_rows, seed=seed, say=say, loaded=data)
@@ -127,7 +134,8 @@ def run_baselines(
             if stale:
                 say("the run ranks, or is judged, otherwise than when its baselines were")
             _judge_anew(judge, folder, stale, say)
-            _go_on(job, judge, folder, left, keys, searches, budget, run_trials, say, progress)
+            of = {name: {KEY: keys[name], FILES: files} for name in left}
+            _go_on(job, judge, folder, left, of, searches, budget, run_trials, say, progress)
         entries = read_entries(folder)
     return {name: entries[name] for name in names if name in done or name in left}
 
@@ -146,7 +154,8 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
         DataError: the rows cannot be read.
     """
     by, entries = _judged_by(run, folder), read_entries(folder)
-    stale = [name for name, entry in entries.items() if entry.get(JUDGED_BY) != by]
+    others = of_other_runs(entries, run)
+    stale = [name for name in _judged_otherwise(entries, by) if name not in others]
     if stale:
         with locked(folder / FOLDER, "mtcl baselines"):
             rows = load_data(run, max_rows=MAX_ROWS, seed=0, say=lambda line: None)
@@ -159,6 +168,10 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
 
 def _judged_by(run: RunConfig, run_dir: Path) -> str:
     return judged_by(run, fusion_fingerprint(run_dir), stand_in(run, run_dir))
+
+
+def _judged_otherwise(entries: dict[str, dict[str, Any]], by: str) -> list[str]:
+    return [name for name, entry in entries.items() if entry.get(JUDGED_BY) != by]
 
 
 def _judge_anew(judge: Judge, folder: Path, names: Sequence[str], say: Say) -> None:
@@ -179,7 +192,7 @@ def _go_on(
     judge: Judge,
     folder: Path,
     names: Sequence[str],
-    keys: dict[str, str],
+    of: dict[str, dict[str, str]],
     searches: dict[str, str],
     budget: Budget,
     run_trials: int,
@@ -192,7 +205,8 @@ def _go_on(
         told = Told(say, progress, number, len(names))
         earlier = read_entries(folder).get(name, {})
         entry = find_one(name, replace(job, folder=place), judge, budget, searches[name], earlier, run_trials, told)
-        write_entry(folder, name, {"key": keys[name], **entry})
+        is_of = {CONFIGURATION: configuration_of(job.run, name), TRAIN_ROWS: job.data.splits.train.fingerprint}
+        write_entry(folder, name, of[name] | is_of | entry)
         for rest in (place / "parts", *place.glob("network-*")):  # networks that were interrupted
             shutil.rmtree(rest, ignore_errors=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from rich.console import Console
 from mtcl_torchrec.baselines.differences import Differences, half_of, verdict
 from mtcl_torchrec.baselines.entries import TUNED, read_entries, said_of_score
 from mtcl_torchrec.baselines.family import Key, against_run, lengths_of
+from mtcl_torchrec.baselines.keys import of_other_runs
 from mtcl_torchrec.baselines.store import FOLDER
+from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
 from mtcl_torchrec.evaluation.plain_table import plain_table, print_columns
@@ -46,6 +48,7 @@ def print_baselines(
     split: str = "test",
     folder: Path | None = None,
     run_dir: Path | None = None,
+    run: RunConfig | None = None,
 ) -> None:
     """Print what baselines reached: each task, within users, the fused score, who is ahead, and what the search cost.
 
@@ -56,6 +59,7 @@ def print_baselines(
         split: of which; the validation split where no baseline has it.
         folder: where the baselines are.
         run_dir: the directory of the run they are compared with, where it is another; or None.
+        run: its configuration: baselines in the folder that are of another one do not count; None takes all.
     """
     run_dir = run_dir or folder
     split = split if any(split in entry["metrics"] for entry in entries.values()) else "val"
@@ -70,7 +74,10 @@ def print_baselines(
         for key in evaluation["ranking"].get("fused", {}):
             if key.startswith(_TOLD) and " half" not in key:
                 told[(RANKING, key)] = heading_of(key)
-    apart = _apart(entries, folder, run_dir, split, found, {*quality, *within, *told})
+    beside = {} if folder is None else read_entries(folder)
+    others = [] if run is None else of_other_runs(beside, run)
+    names = [name for name in {**beside, **entries} if name not in others]
+    apart = _apart(names, folder, run_dir, split, found, {*quality, *within, *told})
     _print(console, f"{split} split: quality of each task", found, quality, apart)
     _print(console, f"{split} split: AUC within users", found, within, apart)
     _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
@@ -101,7 +108,7 @@ def print_baselines(
 
 
 def _apart(
-    entries: Mapping[str, dict[str, Any]],
+    names: Sequence[str],
     folder: Path | None,
     run_dir: Path | None,
     split: str,
@@ -110,14 +117,15 @@ def _apart(
 ) -> dict[str, Differences]:
     """Baseline -> its differences to the run; nothing where there is no run with predictions.
 
-    Of all baselines in the folder, so that showing fewer of them does not make a difference more sure.
+    Args:
+        names: of all baselines in the folder, so that showing fewer of them does not make a difference more sure.
     """
     if folder is None or run_dir is None:
         return {}
     own = _predictions(run_dir, split)
     if own is None:
         return {}
-    theirs = {name: _predictions(folder / FOLDER / name, split) for name in {**read_entries(folder), **entries}}
+    theirs = {name: _predictions(folder / FOLDER / name, split) for name in names}
     there = {name: table for name, table in theirs.items() if table is not None}
     lengths = sorted({k for evaluation in found.values() for k in lengths_of(evaluation)})
     return against_run(own, there, lengths, also=keys)
