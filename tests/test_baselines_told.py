@@ -1,9 +1,11 @@
-"""What `mtcl baselines` tells: what was left out and why, whole names, whom the run is ahead of."""
+"""What `mtcl baselines` tells: what was left out and why, whole names, whom the run is ahead of, what is of another run,
+twins of every task."""
 
 import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import made_run
 import pytest
@@ -15,10 +17,13 @@ from mtcl_torchrec.baselines.differences import differences, verdict
 from mtcl_torchrec.baselines.keys import CONFIGURATION, FILES, TRAIN_ROWS, configuration_of, of_other_runs
 from mtcl_torchrec.baselines.run import Budget
 from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.evaluation.predictions_file import write_predictions
-from mtcl_torchrec.report.comparisons import comparisons
+from mtcl_torchrec.report.baseline_tables import twins_table
+from mtcl_torchrec.report.comparisons import comparisons, qualities
 from mtcl_torchrec.report.contents import read_contents
 from mtcl_torchrec.report.facts import task_facts
+from mtcl_torchrec.report.sections import sharing_answer
 from mtcl_torchrec.report.verdict import is_it_good
 from mtcl_torchrec.schema import ConfigError
 
@@ -252,3 +257,43 @@ def test_what_an_entry_hangs_on(change, others):
     entries = {name: {"key": "k", CONFIGURATION: configuration_of(run, name)} for name in ("trees", "single_task")}
     assert of_other_runs(entries, run) == []
     assert of_other_runs(entries, parse_run(text)) == others
+
+
+# ---------------------------------------------------------------- twins of every task
+
+
+def twins_of_all(mtcl, place):
+    """Train them, and give what the report shows of each task."""
+    shown = mtcl("baselines", place, "--only", "single_task", "--device", "cpu")
+    contents = read_contents(place)
+    assert shown.splitlines()[-1] == f"The baselines are in {place}/baselines.json."
+    for task in contents.tasks:
+        assert re.search(rf"^single_task: {task}, 1 trial, ", shown, re.MULTILINE), task
+    assert read_entries(place)["single_task"]["trials"] == len(contents.tasks)
+    found = comparisons(contents)
+    table = twins_table(qualities(contents), found)
+    assert not [line for line in sharing_answer(contents, found).sentences if line.startswith("Not compared")]
+    return contents.tasks, {row[0]: row[2:4] for row in table.rows}
+
+
+def test_the_report_shows_the_twins_of_tasks_of_every_kind(mtcl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shop.log(1200).to_parquet("log.parquet", index=False)
+    text = shop.RUN.replace("epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256")
+    (tmp_path / "run.yaml").write_text(text)
+    mtcl("train", "run.yaml", "-o", "one", "--device", "cpu")
+    tasks, shown = twins_of_all(mtcl, Path("one"))
+    assert list(shown) == tasks == ["click", "buy", "taste", "stars"]
+    assert all("–" not in both for both in shown.values())
+
+
+@pytest.mark.full
+def test_the_report_shows_the_twins_of_all_tasks_of_the_demo(mtcl, tmp_path, monkeypatch):
+    """Of every sixth row, one epoch."""
+    load = kuairand.load
+    monkeypatch.setattr(kuairand, "load", lambda split: load(split)[::6])
+    monkeypatch.chdir(tmp_path)
+    mtcl("demo", "--out", "demo", "--epochs", 1, "--device", "cpu", "--no-twins")
+    tasks, shown = twins_of_all(mtcl, Path("demo"))
+    assert len(tasks) == 8
+    assert list(shown) == tasks
