@@ -1,5 +1,5 @@
-"""What `mtcl baselines` tells: what was left out and why, whole names, whom the run is ahead of, what is of another run,
-twins of every task."""
+"""What `mtcl baselines` tells: what was left out and why, whole names, whom the run is ahead of, what is not of this
+run, and twins of every task."""
 
 import io
 import json
