@@ -419,7 +419,7 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
     asked, answered = (part.splitlines() for part in shown.split("Do the tasks help each other?  ")[1:])
     assert "Top 10 for user" in shown.split("Do the tasks help each other?")[0]
     assert asked[0].startswith("Training the same network with the same settings on like alone")
-    assert asked[1:] == ["  twin 1 of 1: like alone", "", ""]  # of what else is trained, nothing
+    assert asked[1:] == ["  twin 1 of 1: like alone", ""]  # of what else is trained, nothing
     assert any(line.startswith("The report, to be") for line in answered)
     page = (tmp_path / "demo/report.html").read_text()
     assert "Of 1 task that twins were trained on alone, " in page
