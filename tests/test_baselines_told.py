@@ -196,9 +196,12 @@ def test_what_is_of_another_configuration_or_other_rows_is_never_shown(mtcl, tmp
     train(other)
     beside, said = there()
     assert beside == {"popularity"}
-    assert said.startswith("Left out, since they are of another configuration or training data than this run: unweigh")
+    assert said.startswith("Left out, since they are not of this run's configuration and training rows, as far as known")
+    assert said.endswith(": unweighted. `mtcl baselines RUN_DIR` trains them anew.")
+        "Left out, since they are not of this run's configuration and training rows, as far as known: unw"
+    )
     shown = baselines("popularity")
-    assert "unweighted: of another configuration or other data, and left out until trained anew" in shown
+    assert "unweighted: not of this configuration and data, as far as known: left out until trained anew" in shown
     assert "unweighted" not in shown.split("test split: quality of each task")[1]
     listed = mtcl("baselines", "one", "--list")
     assert re.search(r"^unweighted +– +– +the run's network.*; done for another configuration *$", listed, re.MULTILINE)
@@ -215,7 +218,7 @@ def test_what_is_of_another_configuration_or_other_rows_is_never_shown(mtcl, tmp
     train(TWO)
     assert there()[0] == set()
     shown = baselines("popularity")
-    assert "unweighted: of another configuration or other data" in shown
+    assert "unweighted: not of this configuration and data" in shown
     assert "popularity: click, 1 trial" in shown
     assert there()[0] == {"popularity"}
 

@@ -120,7 +120,7 @@ def run_baselines(
     left = _installed([name for name in names if name not in done], leave_out)
     others = [name for name in of_other_runs(entries, run, files=files) if name not in left]
     if others:
-        say(f"{', '.join(others)}: of another configuration or other data, and left out until trained anew")
+        say(f"{', '.join(others)}: not of this configuration and data, as far as known: left out until trained anew")
     stale = [name for name in _judged_otherwise(entries, by) if name not in (*left, *others)]
     if left or stale:
         with locked(folder / FOLDER, "mtcl baselines"):

@@ -251,14 +251,16 @@ def _read_baselines(found: RunContents, elsewhere: Path | None) -> None:
     others = _of_other_runs(found)
     old = [name for name, of in found.of_baselines.items() if any(_other_rows(found.predictions, of, s) for s in of)]
     old = [name for name in old if name not in others]
-    for names, why in ((old, "were judged by other rows"), (others, "are of another configuration or training data")):
+    for names, why in (
+        (old, "were judged by other rows than this run"),
+        (others, "are not of this run's configuration and training rows, as far as known"),
+    ):
         for name in names:
             found.baselines.pop(name)
             found.of_baselines.pop(name, None)
         if names:
             found.missing.append(
-                f"Left out, since they {why} than this run: {', '.join(names)}. "
-                "`mtcl baselines RUN.yaml` trains them anew."
+                f"Left out, since they {why}: {', '.join(names)}. `mtcl baselines RUN_DIR` trains them anew."
             )
 
 
