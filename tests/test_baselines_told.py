@@ -196,10 +196,8 @@ def test_what_is_of_another_configuration_or_other_rows_is_never_shown(mtcl, tmp
     train(other)
     beside, said = there()
     assert beside == {"popularity"}
-    assert said.startswith("Left out, since they are not of this run's configuration and training rows, as far as known")
-    assert said.endswith(": unweighted. `mtcl baselines RUN_DIR` trains them anew.")
-        "Left out, since they are not of this run's configuration and training rows, as far as known: unw"
-    )
+    why = "they are not of this run's configuration and training rows, as far as known"
+    assert said == f"Left out, since {why}: unweighted. `mtcl baselines RUN_DIR` trains them anew."
     shown = baselines("popularity")
     assert "unweighted: not of this configuration and data, as far as known: left out until trained anew" in shown
     assert "unweighted" not in shown.split("test split: quality of each task")[1]
