@@ -142,7 +142,7 @@ def test_the_run_is_ahead_of_who_predicts_the_same(judged):
     assert "all" not in said
     contents = read_contents(judged)
     sentences = is_it_good(task_facts(contents), comparisons(contents), []).sentences
-    assert "Of these, only popularity predicts like, report, taste and minutes." in sentences
+    assert "Of these baselines, only popularity predicts like, report, taste and minutes." in sentences
 
 
 def test_of_many_baselines_the_number_is_said():

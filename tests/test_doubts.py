@@ -26,6 +26,7 @@ from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.worlds import world_run
 from mtcl_torchrec.evaluation.metrics import mean_auc, stopping_tasks
+from mtcl_torchrec.evaluation.report import user_groups
 from mtcl_torchrec.evaluation.supports import unsure_tasks
 from mtcl_torchrec.report import compare_html
 from mtcl_torchrec.report.studio import Picture, Studio
@@ -307,16 +308,23 @@ def test_rows_that_chance_repeats_are_no_doubt(tmp_path):
 
 def on_a_rank(folder):
     with ranks("cpu") as where:
-        return load_data(parse_run(SPLIT, folder=folder), where, say=silent).doubts
+        data = load_data(parse_run(SPLIT, folder=folder), where, say=silent)
+        encoder, splits = data.preprocessor.encoder, data.splits
+        users = user_groups(encoder.schema, splits.raw["val"].frame)
+        unsure = unsure_tasks(encoder.resolved_tasks(), splits.encoded["val"].labels.numpy(), users)
+        return data.doubts, unsure
 
 
-def test_ranks_agree_on_what_is_in_doubt(tmp_path):
+def test_ranks_agree_on_what_is_in_doubt_and_on_what_decides_nothing(tmp_path):
     log = shop.log(300)
+    log["stars"] = log["stars"].where(log.index < 40)
     log.to_parquet(tmp_path / "train.parquet", index=False)
     log.to_parquet(tmp_path / "val.parquet", index=False)
     one, two = run_ranks(on_a_rank, 2, tmp_path)
     assert one == two
-    assert "300 of 300 rows" in one[0]
+    doubts_of, unsure = one
+    assert "300 of 300 rows" in doubts_of[0]
+    assert unsure == {"stars": f"too few labels ({log['stars'].notna().sum()})"}
 
 
 # ---------------------------------------------------------------- which epoch is kept

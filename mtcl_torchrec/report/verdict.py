@@ -256,7 +256,7 @@ def _few_rivals(compared: Sequence[Comparison], won: Sequence[str], count: int) 
     for task in won:
         tasks_of.setdefault(tuple(c.against for c in compared if c.of == task), []).append(task)
     return [
-        f"Of these, only {listed(rivals)} predict{'s' * (len(rivals) == 1)} {listed(tasks)}."
+        f"Of these baselines, only {listed(rivals)} predict{'s' * (len(rivals) == 1)} {listed(tasks)}."
         for rivals, tasks in tasks_of.items()
         if len(rivals) < count
     ]
