@@ -8,6 +8,7 @@ import re
 import signal
 import sqlite3
 
+import numpy as np
 import pytest
 import shop
 import torch
@@ -133,6 +134,35 @@ def test_whether_the_best_is_better_than_chance_is_told(data, found, tmp_path):
     assert "importance" not in shown(best=best)
     assert any("complete trials say little of" in hint for hint in result.hints)
     assert not any("widen" in hint for hint in result.hints)
+
+
+def test_an_event_that_hardly_happens_does_not_rank_trials(tmp_path):
+    frame = shop.log(1200)
+    frame["hide"] = (np.random.default_rng(3).random(1200) < 0.04).astype(int)  # about 7 of 180 rows
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    text = shop.RUN.replace("    - {name: taste,", "    - {name: hide, kind: binary}\n    - {name: taste,").replace(
+        "epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256"
+    )
+    said = io.StringIO()
+    result = tune_run(
+        parse_run(text + "tuning:\n  optimizers.dense.lr: {choices: [0.01, 0.02]}\n", folder=tmp_path),
+        tmp_path / "search", trials=2, pruner="none", device="cpu", console=Console(file=said, width=200),
+    )  # fmt: skip
+    for trial in result.trials:
+        of = trial.metrics
+        skills = [2 * of["click"]["auc"] - 1, 2 * of["buy"]["auc"] - 1, 1 - of["taste"]["ne"], of["stars"]["r2"]]
+        assert trial.value == pytest.approx(np.mean(skills), abs=1e-9)
+    events = round(of["hide"]["count"] * of["hide"]["base_rate"])
+    assert 0 < events < 20
+    assert result.best.left_out == {"hide": f"too few events ({events})"}
+    out = io.StringIO()
+    print_tuning(result, Console(file=out, width=200))
+    line = f"without hide, too few events ({events})"
+    assert (out.getvalue().count(line), said.getvalue().count(line)) == (1, 1)
+    assert f"# mean_skill is {line} in validation." in result.best_yaml.read_text()
+    assert json.loads((tmp_path / "search/tuning.json").read_text())["left_out"] == result.best.left_out
+    if result.best is not result.own:
+        assert result.half is not None  # hide alone would have made it unknown
 
 
 def test_the_test_split_is_not_looked_at_and_the_data_is_read_once(found):

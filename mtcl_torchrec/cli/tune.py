@@ -58,7 +58,8 @@ def tune(
 
     Trials are ranked by **mean_skill** of the epoch that they keep: the mean over the tasks of 2·AUC - 1 (binary), 1 -
     NE (multiclass) or R² (regression), which are 1 for a perfect prediction and 0 for one that knows nothing of the
-    row.  `objective`, there or as an option, names another.
+    row.  Events that validation has too few of do not take part, unless `training.watch` names them: noise would
+    decide.  `objective`, there or as an option, names another.
 
     A trial whose loss is not finite, or that does not fit into memory, is recorded as failed, and the search goes on.
     Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec tune run.yaml**.

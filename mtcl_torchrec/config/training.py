@@ -198,7 +198,8 @@ class TrainingConfig(Part):
             longer moves what the tasks share, while the others go on; 0 never does.  Training stops when all are
             frozen.  Which epoch is kept is still decided by the mean.
         watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task with at
-            least 20 events, and 20 rows without, in the validation split.
+            least 20 events, and 20 rows without, of 10 users each and no handful who have most of them, in the
+            validation split.
         id_dropout: id feature -> share of the training rows in which it is unknown, so that the model learns to do
             without it, as it must for users and items that training never met: what else is known of them (text,
             semantic ids, attributes) then speaks.  Each epoch draws anew.

@@ -3,13 +3,12 @@ XAUC here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of
 from mtcl_torchrec.schema import Task
@@ -325,22 +324,33 @@ def mean_auc(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> float:
 
     Tasks whose metric is not defined on this data are left out.
     """
-    watched = _watched(tasks)
-    values = [task_quality(t, metrics[t.name]) for t in watched]
+    values = [task_quality(t, metrics[t.name]) for t in _watched(tasks)]
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
 
 
-def deciding(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float | None]]) -> list[Task]:
-    """The tasks of `mean_auc` that have enough events on this data to decide anything; all where none has.
+def deciding(tasks: Sequence[Task], unsure: Mapping[str, str]) -> list[Task]:
+    """The tasks of which enough is known to decide anything; all where that is so of none.
+
+    Args:
+        unsure: task -> why not, see `mtcl_torchrec.evaluation.supports.unsure_tasks`.
 
     Example:
-        >>> few, many = {"auc": 0.9, "count": 900.0, "base_rate": 0.01}, {"auc": 0.6, "count": 900.0, "base_rate": 0.4}
-        >>> [task.name for task in deciding([Task.binary("like"), Task.binary("click")], {"like": few, "click": many})]
+        >>> tasks = [Task.binary("like"), Task.binary("click")]
+        >>> [task.name for task in deciding(tasks, {"like": "too few events (3)"})]
         ['click']
     """
-    watched = _watched(tasks)
-    return [task for task in watched if not too_few_to_judge(metrics[task.name])] or watched
+    return [task for task in tasks if task.name not in unsure] or list(tasks)
+
+
+def stopping_tasks(tasks: Sequence[Task], watch: Collection[str], unsure: Mapping[str, str]) -> list[Task]:
+    """The tasks whose `mean_auc` early stopping goes by.
+
+    Args:
+        watch: ``training.watch``; what it names decides however few its events.
+        unsure: where it names nothing, those tasks are left out; see `deciding`.
+    """
+    return [task for task in tasks if task.name in watch] or deciding(_watched(tasks), unsure)
 
 
 def _watched(tasks: Sequence[Task]) -> list[Task]:

@@ -23,7 +23,7 @@ from mtcl_torchrec.report.layout import Section
 from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
 from mtcl_torchrec.report.tables import Table, cost_tables, number
-from mtcl_torchrec.report.verdict import Answer
+from mtcl_torchrec.report.verdict import Answer, in_doubt
 from mtcl_torchrec.report.words import listed
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
@@ -156,8 +156,9 @@ def compare_html(
     contents = [read_contents(folder) for folder in runs]
     names = run_names([run.folder for run in contents])
     found = compared_aucs(contents) if statistics is None else list(statistics)
+    answers = _in_doubt(names, contents, _answers(names, found))
     page = render(
-        "compare.html", names=names, answers=_answers(names, found), split=contents[0].split,
+        "compare.html", names=names, answers=answers, split=contents[0].split,
         sections=_sections(contents, names, found, studio),
         notes=list(dict.fromkeys(f"{n}: {m}" for n, run in zip(names, contents, strict=True) for m in _lacks(run))),
     )  # fmt: skip
@@ -215,6 +216,12 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
         else:
             answers.append(Answer(question, "No difference that counts", "mixed", lines))
     return answers
+
+
+def _in_doubt(names: Sequence[str], runs: Sequence[RunContents], answers: Sequence[Answer]) -> list[Answer]:
+    """The answers, after what puts the figures of the first run or of the one in question in doubt."""
+    doubts = [[f"{name}: {line}" for line in run.doubts] for name, run in zip(names, runs, strict=True)]
+    return [in_doubt(answer, [*doubts[0], *of]) for answer, of in zip(answers, doubts[1:], strict=True)]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from mtcl_torchrec.evaluation.naming import MAIN, glossary, label_of
 from mtcl_torchrec.evaluation.segments import QUALITY
@@ -29,7 +28,7 @@ from mtcl_torchrec.report.tables import (
     task_tables,
     tried_table,
 )
-from mtcl_torchrec.report.verdict import Answer, is_it_good, orders
+from mtcl_torchrec.report.verdict import Answer, in_doubt, is_it_good, orders
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
@@ -51,7 +50,9 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
     answers = [
-        _doubted(run, is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))),
+        in_doubt(
+            is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run)), run.doubts
+        ),
         sharing_answer(run, compared),
         what_does_fusion(
             shares,
@@ -115,14 +116,6 @@ def sharing_answer(run: RunContents, compared: Sequence[Comparison] | None = Non
     tasks = run.tasks or list(run.of_tasks)
     found = comparisons(run) if compared is None else compared
     return do_tasks_help(found, gradients, gates, tasks, untuned(run))
-
-
-def _doubted(run: RunContents, answer: Answer) -> Answer:
-    """The answer, after what training has found that puts it in doubt."""
-    doubts = [f"{line}." if line[-1] not in ".?" else line for line in map(str, run.metrics.get("doubts") or [])]
-    if not doubts:
-        return answer
-    return replace(answer, short="In doubt: too good to be true", tone="bad", sentences=[*doubts, *answer.sentences])
 
 
 def _balance(run: RunContents) -> tuple[list[dict], list[dict]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, plus_minus
@@ -63,6 +63,18 @@ class Answer:
     short: str
     tone: Tone
     sentences: list[str] = field(default_factory=list)
+
+
+def in_doubt(answer: Answer, doubts: Sequence[str]) -> Answer:
+    """An answer after what puts it in doubt; the answer itself where nothing does.
+
+    Example:
+        >>> in_doubt(Answer("Is it good?", "Yes", "good", ["Better than guessing."]), ["It saw the label."]).sentences
+        ['It saw the label.', 'Better than guessing.']
+    """
+    if not doubts:
+        return answer
+    return replace(answer, short="In doubt: too good to be true", tone="bad", sentences=[*doubts, *answer.sentences])
 
 
 def learnt(fact: TaskFact) -> bool | None:
@@ -220,6 +232,7 @@ def _against_baselines(
     rivals += " (the twins not counted)" if with_twins else ""
     best = f" ({', '.join(won)})" if won else ""
     lines = [f"Against {rivals}, it is clearly the best on {len(won)} of {len(tasks)} tasks{best}."]
+    lines += _few_rivals(sure, won, len(names))
     ahead = {task: _ahead([c for c in sure if c.of == task]) for task in tasks}
     lost = [task for task in tasks if ahead[task]]
     lines += [f"On {task}, {ahead[task]}." for task in lost]
@@ -235,6 +248,18 @@ def _against_baselines(
             "RUN_DIR` tunes baselines, and networks with `--network-trials`."
         )
     return len(lost), len(tasks), lines
+
+
+def _few_rivals(compared: Sequence[Comparison], won: Sequence[str], count: int) -> list[str]:
+    """What the run was best on, but not of as many baselines as there are: who predicts that."""
+    tasks_of: dict[tuple[str, ...], list[str]] = {}
+    for task in won:
+        tasks_of.setdefault(tuple(c.against for c in compared if c.of == task), []).append(task)
+    return [
+        f"Of these baselines, only {listed(rivals)} predict{'s' * (len(rivals) == 1)} {listed(tasks)}."
+        for rivals, tasks in tasks_of.items()
+        if len(rivals) < count
+    ]
 
 
 def _ahead(compared: Sequence[Comparison]) -> str:

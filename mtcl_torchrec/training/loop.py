@@ -18,11 +18,11 @@ from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.item_totals import ItemTotals
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import TrainingRows
-from mtcl_torchrec.evaluation.confidence import too_few_to_judge
-from mtcl_torchrec.evaluation.metrics import Metrics, deciding, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, stopping_tasks, task_metrics
 from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import cell
+from mtcl_torchrec.evaluation.supports import unsure_tasks
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.balance import read_step
@@ -163,6 +163,7 @@ def fit(
         FloatingPointError: the loss was not finite in too many batches.
     """
     plain = plain_model(state.model)
+    state.history.unsure = unsure_tasks(plain.tasks, validation.rows.labels.numpy(), validation.users)
     with compiled(plain, config.compile, where):
         pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
         clock = _Clock(config.checkpoint)
@@ -186,7 +187,7 @@ def fit(
             said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
             said += waiting_lines(state.history.waiting[-1], streams=isinstance(rows, StreamRows))
             if len(state.history.epochs) == 1 and not config.watch:
-                said += _undecided(plain.tasks, state.history.epochs[0])
+                said += _undecided(plain.tasks, state.history.unsure)
             state.position = state.position.next_epoch()
             save(state, on_the_way=False)
             clock.saved_at = time.monotonic()
@@ -279,7 +280,7 @@ def _judge_epoch(
         metrics = _validate(plain, validation, config.eval_batch_size, where)
     if state.average is not None:
         state.average.swap()
-    value = mean_auc([t for t in plain.tasks if t.name in config.watch] or deciding(plain.tasks, metrics), metrics)
+    value = mean_auc(stopping_tasks(plain.tasks, config.watch, history.unsure), metrics)
     history.epochs.append({name: {**of} for name, of in metrics.items()})
     # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
     best = history.best_auc is None or not value <= history.best_auc
@@ -290,15 +291,15 @@ def _judge_epoch(
     return _epoch_line(epoch, config.epochs, metrics, value, best, history), scalars
 
 
-def _undecided(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """A line about the tasks that have too few events to decide which epoch is kept."""
-    decide = {task.name for task in deciding(tasks, metrics)}
+def _undecided(tasks: Sequence[Task], unsure: Mapping[str, str]) -> list[str]:
+    """A line about the tasks that the validation split tells too little of to decide which epoch is kept."""
+    decide = {task.name for task in stopping_tasks(tasks, (), unsure)}
     binary = [task.name for task in tasks if task.kind == "binary"]
-    out = {name: too_few_to_judge(metrics[name]) for name in binary if name not in decide} if decide & {*binary} else {}
+    out = [f"{name}, {unsure[name]}" for name in binary if name not in decide] if decide & {*binary} else []
     if not out:
         return []
-    few = ", ".join(f"{name} ({why})" for name, why in out.items())
-    return [f"too few to decide which epoch is kept: {few} in validation; the other events do (or training.watch)"]
+    said = f"too little is known of {'; '.join(out)}, in validation: the other events decide which epoch is kept"
+    return [f"{said} (or training.watch)"]
 
 
 def _patience_is_over(history: TrainingHistory, config: TrainingConfig) -> bool:
