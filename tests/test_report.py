@@ -510,7 +510,7 @@ KNOWN = {
     "minutes": {"count": 9.0, "share": 0.5, "regret": 2.0, "r2": 0.2, "oracle_r2": 0.4},
     "like": {"count": 0.0},
     "score": {"share": 0.8, "requests@1": 9.0, "value@1": 0.4, "oracle@1": 0.5, "random@1": 0.1, "regret@1": 0.1,
-              "regret@1 half": 0.0196, "share@1": 0.75, "share@1 half": 0.039, "requests@5": 0.0},
+              "regret@1 half": 0.0196, "share@1": 0.75, "share@1 half": 0.039, "rule_share@1": 0.9, "requests@5": 0.0},
 }  # fmt: skip
 
 
@@ -526,6 +526,7 @@ def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
         ["fused score, all rows", "80.0 %", "gain of ranking", "–", "–", "–"],
         ["fused score, first row", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
     ]
+    assert "the same fused score of the true probabilities gets 90.0 %; the rest is for another rule" in found.text
     assert "knowable" in fast
     assert "nobody can predict better" in found.text
     side = Page(compare_html([folder, made], None, tmp_path / "compare.html"))
