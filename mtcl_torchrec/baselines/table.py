@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mtcl_torchrec.baselines.entries import TUNED, read_entries, said_of_score
 from mtcl_torchrec.baselines.family import Key, against_run, lengths_of
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
+from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, parts_of, sign_of_better
 from mtcl_torchrec.evaluation.plain_table import plain_table
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.resampled import RANKING
@@ -72,10 +72,12 @@ def print_baselines(
             if key.startswith(_TOLD) and " half" not in key:
                 told[(RANKING, key)] = heading_of(key)
     apart = _apart(entries, folder, run_dir, split, found, {*quality, *within, *told})
+    costs = {task for of in found.values() for task, value in (of.get("values") or {}).items() if value < 0}
     _print(console, f"{split} split: quality of each task", found, quality, apart)
     _print(console, f"{split} split: AUC within users", found, within, apart)
-    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
-    notes = [f"* is the best of its column (of {label_of('ne')} the lowest)"]
+    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart, costs)
+    lowest = [label_of("ne"), *(f"rankings of {task}" for task in kinds if task in costs)]
+    notes = [f"* is the best of its column (of {', '.join(lowest)} the lowest)"]
     if apart:
         notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
         notes += [f"none of {heading}: {why}" for heading, why in _unsure(apart, {**quality, **within, **told})]
@@ -147,9 +149,18 @@ def _reasons(entries: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _print(
-    console: Console, title: str, found: Mapping[str, Any], shown: Mapping[Key, str], apart: Mapping[str, Differences]
+    console: Console,
+    title: str,
+    found: Mapping[str, Any],
+    shown: Mapping[Key, str],
+    apart: Mapping[str, Differences],
+    costs: Collection[str] = (),
 ) -> None:
-    """A row for each baseline, a column for each metric that one of them has."""
+    """A row for each baseline, a column for each metric that one of them has.
+
+    Args:
+        costs: events that cost something: of a ranking, less of them is better.
+    """
     columns = {key: {name: _value(of, key) for name, of in found.items()} for key in shown}
     columns = {key: column for key, column in columns.items() if any(not math.isnan(v) for v in column.values())}
     for start in range(0, len(columns), _PER_TABLE):
@@ -159,7 +170,7 @@ def _print(
         for name in found:
             if all(math.isnan(columns[key][name]) for key in part):
                 continue
-            cells = [_cell(columns[key], name, key, apart.get(name, {}).get(key)) for key in part]
+            cells = [_cell(columns[key], name, _way(key, costs), apart.get(name, {}).get(key)) for key in part]
             table.add_row(name, *cells)
         console.print(table, "")
 
@@ -171,12 +182,18 @@ def _value(evaluation: Mapping[str, Any], key: Key) -> float:
     return math.nan if value is None else float(value)
 
 
-def _cell(column: Mapping[str, float], name: str, key: Key, apart: Difference | None) -> str:
+def _way(key: Key, costs: Collection[str]) -> int:
+    """1 where more is better, -1 where less is."""
+    turned = key[0] == RANKING and parts_of(key[1]).of in costs
+    return sign_of_better(key[1]) * (-1 if turned else 1)
+
+
+def _cell(column: Mapping[str, float], name: str, way: int, apart: Difference | None) -> str:
     value = column[name]
     if math.isnan(value):
         return f"{_MISSING} "
     known = [v for v in column.values() if not math.isnan(v)]
-    best = min(known) if sign_of_better(key[1]) < 0 else max(known)
+    best = min(known) if way < 0 else max(known)
     shown = f"{value:.4f}*" if value == best else f"{value:.4f} "
     if apart is None or math.isnan(apart.difference):
         return shown
