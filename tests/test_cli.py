@@ -297,7 +297,8 @@ def test_a_run_is_resumed_and_flags_that_exclude_each_other_are_refused(mtcl, lo
     assert "epoch 2/2" in shown
     assert "epoch 1/2" not in shown
     assert "give one of them" in one_line(mtcl("train", "run.yaml", "--out", "run", "--resume", "--overwrite")[2])
-    assert "--resume needs --out" in one_line(mtcl("train", "run.yaml", "--resume")[2])
+    for option in ("--resume", "--overwrite"):
+        assert f"{option} needs --out" in one_line(mtcl("train", "run.yaml", option)[2])
 
 
 def test_a_world_is_drafted_and_written(mtcl, tmp_path):
