@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -24,6 +25,8 @@ from mtcl_torchrec.evaluation.naming import TASK_MEASURES, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.report import Compared, compare_html, from_differences, write_report
 from mtcl_torchrec.report import studio as studio_module
+from mtcl_torchrec.report.fusion_verdict import what_does_fusion
+from mtcl_torchrec.report.sections import MOST_TASKS
 from mtcl_torchrec.report.tables import number
 from mtcl_torchrec.schema import ConfigError, DataError, Task
 from mtcl_torchrec.training.run import train_run
@@ -512,6 +515,41 @@ KNOWN = {
     "score": {"share": 0.8, "requests@1": 9.0, "value@1": 0.4, "oracle@1": 0.5, "random@1": 0.1, "regret@1": 0.1,
               "regret@1 half": 0.0196, "share@1": 0.75, "share@1 half": 0.039, "rule_share@1": 0.9, "requests@5": 0.0},
 }  # fmt: skip
+
+
+def test_a_run_of_many_tasks_is_not_said_task_by_task(tmp_path, fast):
+    tasks = [*TASKS[:3], *(Task.binary(f"other{n}") for n in range(27))]
+    found = read(make(tmp_path / "run", tasks=tasks, baselines=False, fitted=False))
+    assert (
+        f"Drawn are {MOST_TASKS} tasks; other21, other22, other23, other24, other25 and other26 are not." in found.text
+    )
+    drawn = [name for name in fast if name.startswith("reliability ")]
+    assert len(drawn) == MOST_TASKS
+    verdict = found.text.split("How the verdict is reached")[0]
+    assert re.search(r"other\d+ and \d+ more", verdict)
+    assert max(len(line) for line in verdict.splitlines()) < 700
+    assert len(found.tables["Binary tasks"]) == 31  # where all are
+
+
+def test_a_task_whose_part_is_overruled_does_not_lead():
+    said = what_does_fusion({"like": 1.6, "click": -0.7, "buy": 0.1}, [], True)
+    assert said.short == "Ranks mostly by like"
+    assert said.sentences == [
+        "The order within a request is decided by like (160%) and buy (10%), against click (−70%), whose part in the "
+        "score is overruled."
+    ]
+    assert what_does_fusion({"like": 0.6, "click": -0.5, "buy": 0.4}, [], True).short == "Led by like and buy"
+
+
+def test_classes_alone_have_no_popularity_of_before(made, tmp_path, fast):
+    """Of no event, so that of each is not lacking."""
+    folder = copied(made, tmp_path / "run")
+    path = folder / "predictions" / "test.parquet"
+    table = read_predictions(path)
+    of_click = table.frame.drop(columns=[c for c in table.frame if c.startswith("popular.")])
+    for kept, expected in ((table.tasks, True), (table.tasks[3:4], False)):
+        write_predictions(path, replace(table, frame=of_click, tasks=kept))
+        assert ("before it knew how popular items are" in read(folder).text) == expected
 
 
 def test_what_is_knowable_is_shown(made, page, tmp_path, fast):

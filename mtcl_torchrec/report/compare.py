@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COUNTS = ("count", "base_rate")
-_NAMED = 6  # metrics in a sentence
 _CURVES = 4  # runs that are told apart in one picture
 
 
@@ -199,9 +198,9 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
             continue
         signs = {1: "better", -1: "worse", 0: "too close to call"}
         groups = {s: [f"{c.name} ({c.metric})" for c in judged if c.sign(r) == s and not c.unsure] for s in signs}
-        lines = [f"{word.capitalize()}: {_some(groups[s])}." for s, word in signs.items() if groups[s]]
+        lines = [f"{word.capitalize()}: {listed(groups[s])}." for s, word in signs.items() if groups[s]]
         if rare := list(dict.fromkeys(f"{c.name}: {c.unsure}" for c in judged if c.unsure)):
-            lines.append(f"Cannot be sure: {_some(rare)}.")
+            lines.append(f"Cannot be sure: {listed(rare)}.")
         judged = [c for c in judged if not c.unsure]
         better, worse = len(groups[1]), len(groups[-1])
         if better and not worse:
@@ -215,11 +214,6 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
         else:
             answers.append(Answer(question, "No difference that counts", "mixed", lines))
     return answers
-
-
-def _some(names: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
-    return listed(names) if len(names) <= _NAMED + 2 else f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
 
 
 def _sections(
