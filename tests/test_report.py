@@ -526,8 +526,8 @@ def test_a_run_of_many_tasks_is_not_said_task_by_task(tmp_path, fast):
     drawn = [name for name in fast if name.startswith("reliability ")]
     assert len(drawn) == MOST_TASKS
     verdict = found.text.split("How the verdict is reached")[0]
-    assert re.search(r"other\d+ and \d+ more", verdict)
-    assert max(len(line) for line in verdict.splitlines()) < 700
+    assert re.search(r"other\d.*\b\d+ more", verdict)
+    assert not re.search(r"(\bother\d+[^.;]*){8}", verdict)  # in one part of a sentence
     assert len(found.tables["Binary tasks"]) == 31  # where all are
 
 
