@@ -157,6 +157,35 @@ evaluation:
 )
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"values": {"click": "much"}}, "could not convert string to float: 'much'"),
+        ({"thresholds": {"click": None}}, "float"),
+        ({"values": [1]}, "has no attribute 'items'"),
+        ({"tasks": [{"name": "click", "kind": "nope"}]}, "Input should be 'binary', 'multiclass' or 'regression'"),
+    ],
+)
+def test_damaged_words_about_predictions_are_one_line(tmp_path, changed, said):
+    path = tmp_path / "p.parquet"
+    frame = pd.DataFrame({"label.click": [1.0], "p.click": [0.5]})
+    write_predictions(path, PredictionsTable(frame, (Task.binary("click"),)))
+    arrow = pyarrow.parquet.read_table(path)
+    about = json.dumps(json.loads(arrow.schema.metadata[METADATA]) | changed).encode()
+    pyarrow.parquet.write_table(arrow.replace_schema_metadata({METADATA: about}), path)
+    with pytest.raises(DataError, match="a damaged one") as refused:
+        read_predictions(path)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("column", ["score", "popular", "popular.click"])
+def test_what_ranks_is_a_number(column):
+    frame = pd.DataFrame({"label.click": [1.0, 0.0], column: [0.5, np.nan]})
+    with pytest.raises(DataError, match=f"predictions: {column}, row 1: NaN ranks nowhere"):
+        PredictionsTable(frame, (Task.binary("click"),))
+
+
 def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
     log = shop.log()
     log.to_parquet(tmp_path / "log.parquet", index=False)
