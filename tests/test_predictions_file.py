@@ -282,6 +282,29 @@ def test_segments_that_cannot_be_told_apart_are_refused_before_training(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_visits_that_are_numbered_anew_for_each_user_are_told_before_training(tmp_path):
+    log = shop.log(600)
+    log["visit"] = log.groupby("user_id").cumcount() // 3
+    log["visit_of_user"] = log["user_id"] + "-" + log["visit"].astype(str)
+    log.loc[::50, "visit"] = None
+    log.to_parquet(tmp_path / "log.parquet", index=False)
+    said = {}
+    for request in ("visit", "visit_of_user"):
+        text = shop.RUN.replace("  user: user_id\n", f"  user: user_id\n  request: {request}\n")
+        run = parse_run(text.replace("epochs: 4", "epochs: 1"), folder=tmp_path)
+        console = Console(file=io.StringIO(), width=400)
+        train_run(run, tmp_path / request, device="cpu", console=console)
+        said[request] = [line for line in console.file.getvalue().splitlines() if "schema.request" in line]
+    assert said["visit_of_user"] == []
+    (line,) = said["visit"]
+    val = split_by_time(read_rows([tmp_path / "log.parquet"]), "time", 0.15, 0.15)["val"].frame
+    many = (val.groupby("visit")["user_id"].nunique() > 1).sum()
+    assert line.startswith(
+        f"WARNING: schema.request: {many} of {val['visit'].nunique()} values of 'visit' in val are of"
+    )
+    assert line.endswith("such as user_id and visit joined")
+
+
 def test_segments_that_need_a_column_are_refused_without_it():
     text = shop.RUN.replace("  item: product_id\n", "") + "evaluation: {segments: [item_seen]}\n"
     with pytest.raises(ConfigError, match=r"evaluation.segments: item_seen needs schema\.item"):
