@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import dump_run, parse_run
+from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import TASK_MEASURES, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.report import Compared, compare_html, from_differences, write_report
@@ -601,7 +602,8 @@ def test_runs_side_by_side(made, tmp_path, fast):
     text = Page(compare_html([made, other], given, tmp_path / "compare.html")).text
     assert "Better on 1, worse on 1" in text
     assert "Better: ranking (NDCG@10)." in text
-    numbers = {"a": 0.5, "b": 0.4, "difference": -0.1, "low": -0.2, "high": -0.01, "unsure": ""}
+    numbers = {"a": 0.5, "b": 0.4, "difference": -0.1, "low": -0.2, "high": -0.01, "unsure": "",
+               "unwanted": False}  # fmt: skip
     pair = [SimpleNamespace(of=of, metric=metric, better=better, **numbers)
             for of, metric, better in (("click", "ne", "b"), ("ranking", "novelty", None))]  # fmt: skip
     assert [c.sign(1) for c in from_differences([pair, pair[:1]])] == [1, 0]
@@ -609,6 +611,12 @@ def test_runs_side_by_side(made, tmp_path, fast):
     found = Page(compare_html([made, other], from_differences([pair]), tmp_path / "compare.html"))
     assert "Better: click (NE). Too close to call: ranking (novelty)." in found.text.replace(".Too", ". Too")
     assert found.tables["Compared"][1] == ["click", "NE", "0.5000", "0.4000", "−0.1000 (−0.2000 to −0.0100) ▲"]
+    assert "▼ worse, all of a run tested together (Holm); the rest" in found.text
+    costly = Difference("ranking", "rate@5 hide", 0.5, 0.4, -0.1, -0.2, -0.01, 0.01, 0.02, unwanted=True)
+    few = Difference("ranking", "rate@5 buy", 0.5, 0.4, -0.1, np.nan, np.nan, np.nan, unsure="too few events (3)")
+    found = Page(compare_html([made, other], from_differences([[costly, few]]), tmp_path / "compare.html"))
+    assert "Better: ranking (rate@5 of hide, less is better)." in found.text
+    assert "Cannot be sure: ranking (rate@5 of buy), too few events (3)." in found.text
     with pytest.raises(ConfigError, match="two runs or more"):
         compare_html([made], None, tmp_path / "compare.html")
 

@@ -87,10 +87,11 @@ def from_differences(by_run: Sequence[Sequence[Difference]]) -> list[Compared]:
     for key in dict.fromkeys(key for of in tables for key in of):
         met = [of.get(key) for of in tables]
         first = next(m.a for m in met if m is not None)
+        costs = any(m is not None and m.unwanted for m in met)
         compared.append(
             Compared(
                 key[0],
-                label_of(key[1]),
+                label_of(key[1]) + ", less is better" * costs,
                 [first, *(math.nan if m is None else m.b for m in met)],
                 [None if m is None else (m.difference, m.low, m.high) for m in met],
                 signs=[0 if m is None or m.better is None else 1 if m.better == "b" else -1 for m in met],
@@ -199,7 +200,7 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
         signs = {1: "better", -1: "worse", 0: "too close to call"}
         groups = {s: [f"{c.name} ({c.metric})" for c in judged if c.sign(r) == s and not c.unsure] for s in signs}
         lines = [f"{word.capitalize()}: {listed(groups[s])}." for s, word in signs.items() if groups[s]]
-        if rare := list(dict.fromkeys(f"{c.name}: {c.unsure}" for c in judged if c.unsure)):
+        if rare := list(dict.fromkeys(f"{c.name} ({c.metric}), {c.unsure}" for c in judged if c.unsure)):
             lines.append(f"Cannot be sure: {listed(rare)}.")
         judged = [c for c in judged if not c.unsure]
         better, worse = len(groups[1]), len(groups[-1])
@@ -270,7 +271,8 @@ def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
                 tones[r, 1 + len(names) + run] = "good" if sign > 0 else "bad"
         rows.append([c.name, c.metric, *cells])
     gains = [f"{name} less {names[0]}" for name in names[1:]]
-    note = "With 95% intervals. ▲ is better than the first run, ▼ worse; the rest is too close to call."
+    tested = ", all of a run tested together (Holm)" * any(c.signs is not None for c in found)
+    note = f"With 95% intervals. ▲ is better than the first run, ▼ worse{tested}; the rest is too close to call."
     if any(c.unsure for c in found):
         note += " Grey: too few events to be sure."
     return Table("Compared", ["of", "metric", *names, *gains], rows, note, tones)
