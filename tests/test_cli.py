@@ -3,15 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import main, twins
+import mtcl_torchrec
+from mtcl_torchrec.cli import commands, main, twins
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
+from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training import held_out
 
 
 @pytest.fixture
@@ -434,3 +439,17 @@ def test_init_takes_a_reader_for_the_user(tmp_path):
     frame.to_parquet(tmp_path / "log.parquet", index=False)
     schema = yaml.safe_load(draft_run([str(tmp_path / "log.parquet")]))["schema"]
     assert (schema["user"], schema["item"]) == ("reader", "article_id")
+
+
+def test_what_the_package_warns_of_is_one_line_and_others_keep_their_place():
+    own = Path(mtcl_torchrec.__file__).parent / "training" / "build.py"
+    assert commands._warning(UserWarning("look here"), UserWarning, str(own), 7) == "mtcl: look here\n"
+    assert "other.py:7: UserWarning: look here" in commands._warning(
+        UserWarning("look here"), UserWarning, "/elsewhere/other.py", 7
+    )
+    assert "DeprecationWarning" in commands._warning(DeprecationWarning("old"), DeprecationWarning, str(own), 7)
+
+
+def test_times_that_tell_no_sessions_can_be_done_without():
+    with pytest.raises(ConfigError, match=r"too small to be seconds since 1970.*--session-minutes 0"):
+        held_out._per_second(np.array([60.0, 120.0]), "time", True)

@@ -271,7 +271,8 @@ def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None 
     shown = [k for k in KS if f"share@{k}" in score]
     lines = []
     if shown:
-        lines = [f"value@k: expected, of what happens; {of_rule(score[f'rule_share@{shown[0]}'])}", PLUS_MINUS]
+        rule = score[f"rule_share@{shown[0]}"]
+        lines = ["value@k: expected, of what happens" + f"; {of_rule(rule)}" * (rule == rule), PLUS_MINUS]
     if any("auc" in known for known in found.values()):
         lines.insert(0, "expected AUC: over all labels that these rows might have had, by their true probabilities; "
                      "the AUC above is of the labels that they got")  # fmt: skip

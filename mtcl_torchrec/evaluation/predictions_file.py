@@ -402,8 +402,11 @@ def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) 
         }
         frame = arrow.drop_columns(lists).to_pandas(ignore_metadata=True)
         tasks = tuple(Task(**task) for task in about["tasks"])
-        numbers = [{str(name): float(number) for name, number in about[of].items()} for of in ("thresholds", "values")]
-        return PredictionsTable(frame, tasks, about["split"], classes, *numbers, tuple(about.get("fused", ())))
+        thresholds, values = (
+            {str(name): float(number) for name, number in about[of].items()} for of in ("thresholds", "values")
+        )
+        fused = tuple(about.get("fused", ()))
+        return PredictionsTable(frame, tasks, about["split"], classes, thresholds, values, fused)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (*_UNREADABLE, ValidationError) as error:
