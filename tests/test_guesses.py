@@ -164,6 +164,15 @@ def test_a_log_of_ratings_alone_has_a_task(tmp_path):
     assert found["fusion"]["weights"] == {"stars": 1}
 
 
+def test_a_label_called_like_a_key_of_predictions_names_no_task(tmp_path):
+    frame = shop.log().rename(columns={"click": "ranking", "stars": "score"}).drop(columns="buy")
+    found, _ = drafted(frame, tmp_path, labels=["ranking"])  # it can be read
+    assert found["schema"]["tasks"] == [{"name": "ranking_label", "kind": "binary", "label": "ranking"}]
+    assert list(found["fusion"]["weights"]) == ["ranking_label"]
+    found, _ = drafted(frame.drop(columns="ranking"), tmp_path)
+    assert found["schema"]["tasks"] == [{"name": "score_label", "kind": "regression", "label": "score"}]
+
+
 @pytest.mark.parametrize("separator", ["|", ",", ";", ", "])
 def test_lists_in_texts_are_bags_and_prose_is_not(tmp_path, separator):
     frame = requested()

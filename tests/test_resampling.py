@@ -1,8 +1,10 @@
 """Draws of users against copies of their rows, intervals that cover, and runs compared on the same rows."""
 
+import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from mtcl_torchrec import Task
 from mtcl_torchrec.cli import stages
 from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, spread, weights
 from mtcl_torchrec.evaluation.compare import compare_tables
-from mtcl_torchrec.evaluation.details import print_details, print_segments
+from mtcl_torchrec.evaluation.details import print_details, print_differences, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
@@ -190,6 +192,21 @@ def test_the_better_run_is_found_and_a_run_is_no_better_than_itself():
     assert other["click", "auc"].p == pytest.approx(found["click", "auc"].p)
     for d in compare_tables(a, a, draws=30, only=lambda of, metric: True):
         assert (d.difference, d.p) == (0, 1) or np.isnan(d.p)
+
+
+def test_less_of_what_costs_something_is_better():
+    a, b = made(users=300, skill=0.5), made(users=300, skill=2.0)  # b shows more clicks
+    costly = replace(a, values={"click": -1.0, "buy": 4.0})
+    found = {(d.of, d.metric): d for d in compare_tables(costly, b, k=[2], draws=100)}
+    for metric in ("rate@2 click", "auc click", "gauc click", "ndcg@2 click"):
+        assert found["ranking", metric].unwanted
+        assert found["ranking", metric].difference > 0
+        assert found["ranking", metric].better == "a"
+    assert found["click", "auc"].better == "b"  # it is predicted better, whatever that is worth
+    assert not found["ranking", "value@2"].unwanted
+    console = Console(file=io.StringIO(), width=150)
+    print_differences(list(found.values()), ("a", "b"), console)
+    assert "click: worth less than nothing; of a ranking, less of it is better." in console.file.getvalue()
 
 
 def test_holms_correction_by_hand():

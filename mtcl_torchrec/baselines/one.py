@@ -69,7 +69,8 @@ def find_one(
     tasks = _by_weight(tasks, judge.fused)
     units = {"all tasks": tasks} if baseline.joint else {task.name: [task] for task in tasks}
     settings = candidates_of(baseline, job.run, budget, job.seed)
-    parts = {title: job.folder / "parts" / f"{i}.npz" for i, title in enumerate(units)}
+    # By the task's place among all, not among these: their order is that of weights, which may change meanwhile.
+    parts = {title: job.folder / "parts" / f"{data.column(unit[0])}.npz" for title, unit in units.items()}
     before = {title: Found() for title in units}
     for title, unit in units.items():
         # An interrupted search knows more than the one before it that was done.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mtcl_torchrec.baselines.keys import of_other_runs
 from mtcl_torchrec.baselines.store import FOLDER
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
+from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, parts_of, sign_of_better
 from mtcl_torchrec.evaluation.plain_table import plain_table, print_columns
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.resampled import RANKING
@@ -78,10 +78,12 @@ def print_baselines(
     others = [] if run is None else of_other_runs(beside, run)
     names = [name for name in {**beside, **entries} if name not in others]
     apart = _apart(names, folder, run_dir, split, found, {*quality, *within, *told})
+    costs = {task for of in found.values() for task, value in (of.get("values") or {}).items() if value < 0}
     _print(console, f"{split} split: quality of each task", found, quality, apart)
     _print(console, f"{split} split: AUC within users", found, within, apart)
-    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
-    notes = [f"* is the best of its column (of {label_of('ne')} the lowest)"]
+    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart, costs)
+    lowest = [label_of("ne"), *(f"rankings of {task}" for task in kinds if task in costs)]
+    notes = [f"* is the best of its column (of {', '.join(lowest)} the lowest)"]
     if apart:
         notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
         notes += [f"none of {heading}: {why}" for heading, why in _unsure(apart, {**quality, **within, **told})]
@@ -154,16 +156,28 @@ def _reasons(entries: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _print(
-    console: Console, title: str, found: Mapping[str, Any], shown: Mapping[Key, str], apart: Mapping[str, Differences]
+    console: Console,
+    title: str,
+    found: Mapping[str, Any],
+    shown: Mapping[Key, str],
+    apart: Mapping[str, Differences],
+    costs: Collection[str] = (),
 ) -> None:
-    """A row for each baseline, a column for each metric that one of them has."""
+    """A row for each baseline, a column for each metric that one of them has.
+
+    Args:
+        costs: events that cost something: of a ranking, less of them is better.
+    """
     columns = {key: {name: _value(of, key) for name, of in found.items()} for key in shown}
     columns = {key: column for key, column in columns.items() if any(not math.isnan(v) for v in column.values())}
     if not columns:
         return
     headings = [shown[key].replace(" ", "\n", 1) for key in columns]
     rows = [
-        [name, *(_cell(column, name, key, apart.get(name, {}).get(key)) for key, column in columns.items())]
+        [
+            name,
+            *(_cell(column, name, _way(key, costs), apart.get(name, {}).get(key)) for key, column in columns.items()),
+        ]
         for name in found
         if not all(math.isnan(column[name]) for column in columns.values())
     ]
@@ -177,12 +191,18 @@ def _value(evaluation: Mapping[str, Any], key: Key) -> float:
     return math.nan if value is None else float(value)
 
 
-def _cell(column: Mapping[str, float], name: str, key: Key, apart: Difference | None) -> str:
+def _way(key: Key, costs: Collection[str]) -> int:
+    """1 where more is better, -1 where less is."""
+    turned = key[0] == RANKING and parts_of(key[1]).of in costs
+    return sign_of_better(key[1]) * (-1 if turned else 1)
+
+
+def _cell(column: Mapping[str, float], name: str, way: int, apart: Difference | None) -> str:
     value = column[name]
     if math.isnan(value):
         return f"{_MISSING} "
     known = [v for v in column.values() if not math.isnan(v)]
-    best = min(known) if sign_of_better(key[1]) < 0 else max(known)
+    best = min(known) if way < 0 else max(known)
     shown = f"{value:.4f}*" if value == best else f"{value:.4f} "
     if apart is None or math.isnan(apart.difference):
         return shown

@@ -37,8 +37,9 @@ def train(
     console = screen()
     if resume and overwrite:
         raise ConfigError("--resume goes on with the run in --out, --overwrite replaces it: give one of them")
-    if resume and out is None:
-        raise ConfigError("--resume needs --out: the run directory to go on with")
+    if out is None and (resume or overwrite):
+        which, what = ("--resume", "go on with") if resume else ("--overwrite", "replace")
+        raise ConfigError(f"{which} needs --out: the run directory to {what}")
     existing: Existing = "resume" if resume else "overwrite" if overwrite else "refuse"
     run = read_run_yaml(run_yaml, "train")
     check_files(run)

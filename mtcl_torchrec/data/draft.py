@@ -19,7 +19,7 @@ from mtcl_torchrec.data.guesses import Guess, guess_column
 from mtcl_torchrec.data.leakage import ALMOST, above_median, auc_alone, codes_of_column, some_rows
 from mtcl_torchrec.data.roles import Roles, guess_roles, lengths_to_judge, request_sizes
 from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
-from mtcl_torchrec.schema import DataError, nearest
+from mtcl_torchrec.schema import RESERVED, DataError, nearest
 
 SAMPLE_ROWS = 200_000
 _MOST_KINDS = 50  # of items, that a user has met often enough to say what they think of one
@@ -370,8 +370,14 @@ def plain(text: str) -> str:
 
 
 def task_name(column: str) -> str:
-    """What the task of a label column is called: is_click is click."""
-    return column.removeprefix("is_") or column
+    """What the task of a label column is called: is_click is click.
+
+    Example:
+        >>> task_name("is_click"), task_name("score")
+        ('click', 'score_label')
+    """
+    name = column.removeprefix("is_") or column
+    return f"{name}_label" if name in RESERVED else name
 
 
 def _weight(event: str, rate: float) -> float:

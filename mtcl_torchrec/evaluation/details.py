@@ -11,7 +11,7 @@ from rich.text import Text
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.naming import bounds_of, label_of
+from mtcl_torchrec.evaluation.naming import bounds_of, label_of, parts_of
 from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.evaluation.report import Evaluation, cell, ranked_events, told
 from mtcl_torchrec.evaluation.resampled import RANKING
@@ -161,6 +161,12 @@ def print_differences(differences: Sequence[Difference], names: tuple[str, str],
             few.setdefault(d.unsure, []).append(_name(d))
     for why, of in few.items():
         console.print(f"unsure: {why}, of {', '.join(of)}", highlight=False, markup=False, soft_wrap=True)
+    costs = dict.fromkeys(parts_of(d.metric).of for d in differences if d.unwanted)
+    if costs:
+        console.print(
+            f"{', '.join(costs)}: worth less than nothing; of a ranking, less of it is better.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     known = sum(d.p == d.p and not d.equal for d in differences)
     if not known and any(d.equal for d in differences):
         console.print(

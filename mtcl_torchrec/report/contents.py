@@ -195,7 +195,9 @@ def read_contents(folder: str | Path, *, baselines: Path | None = None) -> RunCo
 def _leave_out_former_popularity(found: RunContents) -> None:
     """What metrics.json of an older run calls popularity is that of the first event, whatever the event."""
     table, ranking = found.table, found.evaluation.get("ranking") or {}
-    if table is not None and not table.popular_for and ranking.pop("popular", None):
+    if table is None or table.popular_for or all(task.kind == "multiclass" for task in table.tasks):
+        return
+    if ranking.pop("popular", None):
         found.missing.append(
             "The run was judged before it knew how popular items are for each event, so it is held against no "
             "popularity: train it again for that."

@@ -29,6 +29,7 @@ from mtcl_torchrec.report.tables import (
     tried_table,
 )
 from mtcl_torchrec.report.verdict import Answer, in_doubt, is_it_good, orders
+from mtcl_torchrec.report.words import listed
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
@@ -141,6 +142,12 @@ def _drawn(run: RunContents) -> list[str]:
     return [*first, *(task for task in run.kinds if task not in first)][:MOST_TASKS]
 
 
+def _not_drawn(run: RunContents) -> list[str]:
+    """Which tasks have no pictures, where there are too many; their numbers are in the tables."""
+    rest = [task for task in run.kinds if task not in _drawn(run)]
+    return [f"Drawn are {MOST_TASKS} tasks; {listed(rest)} {'is' if len(rest) == 1 else 'are'} not."] if rest else []
+
+
 def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
     section = Section(
         "tasks",
@@ -179,6 +186,7 @@ def _learning(run: RunContents, studio: Studio) -> Section:
         section.pictures = pictures.learning_curves(studio, run.history, _drawn(run))
     if section.pictures:
         section.text.append("Each task on the validation split after each epoch; the ring is the epoch that is kept.")
+        section.missing += _not_drawn(run)
     if not epochs:
         section.missing.append("No epoch was evaluated on validation: there are no learning curves.")
     elif len(epochs) == 1:
@@ -214,6 +222,7 @@ def _ranking(run: RunContents, studio: Studio) -> Section:
             "Above the diagonal is better than guessing; of precision and recall, above the line of the base rate."
             + (" The dot is the threshold that was chosen on validation." if table.thresholds else "")
         )
+        section.missing += _not_drawn(run)
     if without:
         section.missing.append(f"{', '.join(without)}: no event that happens or not, so no such curves.")
     return section
@@ -243,6 +252,7 @@ def _calibration(run: RunContents, studio: Studio) -> Section:
             "Rows sorted by prediction, in bins of equally many: on the diagonal, what was predicted is what happened. "
             "Bars are 95% intervals."
         )
+        section.missing += _not_drawn(run)
     if not changed:
         section.missing.append(
             "Nothing was calibrated after training, so there is no before and after: `calibration` in the run's YAML "

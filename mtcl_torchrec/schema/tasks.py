@@ -11,6 +11,12 @@ from pydantic import Field, NonNegativeFloat, ValidationInfo, field_validator, m
 from mtcl_torchrec.schema.declared import GROUPS, Declared, GroupSet, nearest
 from mtcl_torchrec.schema.heads import HEADS, Head
 
+# What names of tasks stand beside in predictions and metrics, and would be taken for.
+RESERVED = {
+    "score": "the fused score",
+    "score_std": "the spread of an ensemble's scores",
+    "ranking": "the metrics of rankings",
+}
 _FOR_BINARY = ("negative_rate", "pos_weight", "focal_gamma", "pairwise")  # fields of a task
 
 ChainKind = Literal["esmm", "escm2_ips", "escm2_dr", "aitm"]
@@ -168,8 +174,11 @@ class Task(Declared):
             raise ValueError(f"task {self.name!r}: loss, huber_delta, mean and std belong to regression tasks")
         if self.kind != "binary" and (given := [f for f in _FOR_BINARY if f in self.model_fields_set]):
             raise ValueError(f"task {self.name!r}: {given[0]} belongs to binary tasks")
-        if self.name == "score":
-            raise ValueError("'score' is the key of the fused score and cannot name a task")
+        if self.name in RESERVED:
+            raise ValueError(
+                f"{self.name!r} is the key of {RESERVED[self.name]} and cannot name a task; name it otherwise, and "
+                f"give its column as label: {self.name}"
+            )
         if not self.name:
             raise ValueError("a task needs a name")
         self._check_head()

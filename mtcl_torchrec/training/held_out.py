@@ -196,7 +196,7 @@ def _per_second(times: np.ndarray, column: str, is_number: bool) -> float:
             return per_second
     raise ConfigError(
         f"time column {column!r} holds numbers too small to be seconds since 1970, so that sessions cannot be told "
-        "apart; give schema.request, or times as timestamps"
+        "apart; give schema.request, or times as timestamps, or rank all rows of a user together: --session-minutes 0"
     )
 
 

@@ -243,6 +243,27 @@ def check_segments(run: RunConfig, splits: Splits) -> None:
             hours_of_day(rows.frame[run.data_schema.time])
 
 
+def shared_requests(run: RunConfig, splits: Splits) -> str:
+    """What to say, before a run trains, of requests that are of several users, whose rows would be ranked against each
+    other; empty where there are none.
+    """
+    request, user = run.data_schema.request, run.data_schema.user
+    if request is None or user is None or request == user:
+        return ""
+    for name, rows in splits.raw.items():
+        if not {request, user} <= set(rows.frame):
+            continue
+        pairs = pd.DataFrame({"request": canonical(rows.frame[request]), "user": canonical(rows.frame[user])}).dropna()
+        users = pairs.drop_duplicates().groupby("request").size()
+        if (users > 1).any():
+            return (
+                f"schema.request: {int((users > 1).sum()):,} of {len(users):,} values of {request!r} in {name} are of "
+                f"several users, whose rows would be ranked against each other; if it is numbered anew for each user, "
+                f"make it one per user, such as {user} and {request} joined"
+            )
+    return ""
+
+
 def _segment_column(raw: Rows, column: str) -> pd.Series:
     if column not in raw.frame:
         raise DataError(f"{raw.name}: segments: no column {column!r}{nearest(column, raw.frame.columns)}")

@@ -53,7 +53,7 @@ from mtcl_torchrec.training.doubts import too_good
 from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory
-from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, judge
+from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, judge, shared_requests
 from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.memory import keep_freed_memory
 from mtcl_torchrec.training.optimizers import build_schedule
@@ -148,6 +148,8 @@ def _train(
         data = load_data(run, where, grown_from=earlier_encoder(folder) if resume else None, say=say)
     preprocessor, splits = data.preprocessor, data.splits
     check_segments(run, splits)
+    if said := shared_requests(run, splits):
+        say(f"WARNING: {said}")
     tasks = [task.name for task in run.data_schema.tasks]  # of a network alone, fewer than were counted
     base_rates = {name: rate for name, rate in splits.base_rates.items() if name in tasks}
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, base_rates=base_rates)
