@@ -29,6 +29,7 @@ from mtcl_torchrec.report.tables import (
     tried_table,
 )
 from mtcl_torchrec.report.verdict import Answer, is_it_good, orders
+from mtcl_torchrec.training.rising import in_words, still_rising
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
@@ -49,8 +50,9 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
     shares, whence = influence(run)
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
+    good = is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))
     answers = [
-        _doubted(run, is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))),
+        _doubted(run, _still_rising(run, good)),
         sharing_answer(run, compared),
         what_does_fusion(
             shares,
@@ -113,7 +115,17 @@ def sharing_answer(run: RunContents, compared: Sequence[Comparison] | None = Non
     gates, gradients = _balance(run)
     tasks = run.tasks or list(run.of_tasks)
     found = comparisons(run) if compared is None else compared
-    return do_tasks_help(found, gradients, gates, tasks, untuned(run))
+    return _still_rising(run, do_tasks_help(found, gradients, gates, tasks, untuned(run)))
+
+
+def _still_rising(run: RunContents, answer: Answer) -> Answer:
+    """The answer, after what is not settled yet: where training ended too early, all comparisons are of that moment."""
+    rising = still_rising(run.history.get("epochs") or [], run.history.get("best_epoch") or 0)
+    if not rising or answer.tone == "unknown":
+        return answer
+    line = in_words(rising)
+    said = f"{line[0].upper()}{line[1:]}: more epochs may change this."
+    return replace(answer, sentences=[said, *answer.sentences])
 
 
 def _doubted(run: RunContents, answer: Answer) -> Answer:
