@@ -48,6 +48,7 @@ DURATION_WORDS = (
 SEPARATORS = "|;,"
 _REPEATS = 0.98  # of the groups within which a property is the same
 _VISIT = 0.02  # of the time of a log: what comes again within less, half of the times, belongs to a visit
+_FINER = 1.5  # times as many as there are items
 _MOST_FOLDS = 20
 _OF_THINGS = ("id", "ids", "key", "uuid", "guid", "pk", "sk", "hash")  # words for an id that are none for a place
 
@@ -140,7 +141,10 @@ def guess_roles(
     free = [c for c in ids if c not in (user, item, request)]
     user = user or _first(free, USER_WORDS)
     free = [c for c in free if c != user]
-    item = item or _first(free, ITEM_WORDS)
+    if item is None:
+        item = _first(free, ITEM_WORDS)
+        if item is not None and (finer := _finer(values, [c for c in free if c != item], item, user)):
+            doubts["item"] = f"each {finer} is of one {item}: --item {finer}, if that is what was shown"
     free = [c for c in free if c != item]
     # Without telling names: ids by name that nothing was found for.  One who comes stays for some rows.
     unnamed = [c for c in free if words_of(c)[-1:] and words_of(c)[-1] in ID_WORDS and not names_an(c, REQUEST_WORDS)]
@@ -456,6 +460,19 @@ def _constant_within(values: pd.Series, key: pd.Series) -> bool:
     by_key = values.groupby(key)
     several = by_key.size() > 1
     return bool(several.any()) and bool((by_key.nunique()[several] <= 1).mean() > _REPEATS)
+
+
+def _finer(values: dict[str, pd.Series], free: Sequence[str], item: str, user: str | None) -> str | None:
+    """What is to the item as a dish is to its restaurant: an id of one item each, and of many users."""
+    found = [
+        c
+        for c in free
+        if not pd.api.types.is_float_dtype(values[c])  # a price
+        and values[c].nunique() >= _FINER * values[item].nunique()
+        and _constant_within(values[item], values[c])
+        and not (user is not None and _constant_within(values[user], values[c]))
+    ]
+    return max(found, key=lambda c: values[c].nunique(), default=None)
 
 
 def _hashable(column: pd.Series) -> pd.Series:
