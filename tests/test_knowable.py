@@ -217,7 +217,7 @@ def test_other_rows_of_the_world_are_judged_too_and_strangers_are_not(two_ranks)
     print_knowable(found | {"score": knowable_score(np.zeros(20), np.arange(20.0), np.arange(20.0))}, shown)
     text = shown.file.getvalue()
     assert "100.0 % ± 0.0" in text or "100.0 % ± nan" in text
-    assert all(task in text for task in ("click", "next_category", "value@10"))
+    assert all(task in text for task in ("click", "next_category", "true score@10"))
 
 
 def test_the_truth_is_that_of_what_each_task_predicts():

@@ -524,7 +524,7 @@ def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
         ["taste", "−5.1 %", "information, nats", "−0.0100", "0.2000", "0.0200"],
         ["minutes", "50.0 %", "R²", "0.2000", "0.4000", "2.0000"],
         ["fused score, all rows", "80.0 %", "gain of ranking", "–", "–", "–"],
-        ["fused score, first row", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
+        ["fused score, first row", "75.0 % ± 3.9", "true score@1", "0.4000", "0.5000", "0.1000"],
     ]
     assert "knowable" in fast
     assert "nobody can predict better" in found.text

@@ -146,7 +146,8 @@ def knowable_score(
 ) -> Metrics:
     """What ranking by a fused score brings beside ranking by the same score of the true probabilities.
 
-    A row brings its true fused score, which is what its events are worth on average where the score is a weighted mean.
+    A row brings its true fused score, which is what its events are worth on average where the score is a weighted mean
+    of binary tasks without a mask: a masked one is true given the event before it.
 
     Args:
         request: (N,) whose rows are ranked against each other, NaN where not known.
@@ -225,6 +226,8 @@ def of_tasks(table: PredictionsTable, true: Mapping[str, np.ndarray]) -> dict[st
     }
 
 
+# Not value@k, which is of the events that happened, and of binary tasks only.
+OF_SCORE = "true score@k: what the run's fused score gives to the true probabilities of the first k rows, added up"
 _MEASURES = {"auc": "expected AUC", "r2": "R²", "nats": "nats"}
 
 
@@ -256,9 +259,9 @@ def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None 
         if f"share@{k}" in score:
             numbers = (score[f"value@{k}"], score[f"oracle@{k}"], score[f"regret@{k}"])
             share = f"{_percent(score[f'share@{k}'])} ± {100 * score[f'share@{k} half']:.1f}"
-            table.add_row(f"score, first {k}", share, f"value@{k}", *(f"{x:.4f}" for x in numbers))
+            table.add_row(f"score, first {k}", share, f"true score@{k}", *(f"{x:.4f}" for x in numbers))
     console.print("", table)
-    lines = [PLUS_MINUS] if any(f"share@{k}" in score for k in KS) else []
+    lines = [OF_SCORE, PLUS_MINUS] if any(f"share@{k}" in score for k in KS) else []
     if any("auc" in known for known in found.values()):
         lines.insert(0, "expected AUC: over all labels that these rows might have had, by their true probabilities; "
                      "the AUC above is of the labels that they got")  # fmt: skip

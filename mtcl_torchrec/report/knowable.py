@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtcl_torchrec.evaluation.knowable import KS
+from mtcl_torchrec.evaluation.knowable import KS, OF_SCORE
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.fusion_pictures import bars, share
 from mtcl_torchrec.report.studio import Picture, Studio
@@ -87,7 +87,7 @@ def knowable_table(run: RunContents) -> Table | None:
                 [
                     f"fused score, {first_rows(k).removeprefix('the ')}",
                     known,
-                    f"value@{k}",
+                    f"true score@{k}",
                     *both,
                     number(score.get(f"regret@{k}")),
                 ]
@@ -97,7 +97,7 @@ def knowable_table(run: RunContents) -> Table | None:
     note = (
         "Expected over the labels that these rows might have had, so an AUC here differs a little from that of the "
         "labels they got. Regret is what is left: mean KL divergence in nats, of a regression the mean squared error, "
-        "of the ranking the value missed."
+        f"of the ranking what it misses. {OF_SCORE[0].upper()}{OF_SCORE[1:]}."
     )
     return Table("Beside the truth", ["of", "known", "measure", "this run", "the truth", "regret"], rows, note)
 
