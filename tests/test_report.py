@@ -688,3 +688,16 @@ def test_a_run_of_two_ranks_is_reported(tmp_path):
         stored["evaluations"]["test"]["tasks"]["click"]["auc"]
     )
     assert "before" in next(v for t, n, v in found.attributes if n == "aria-label" and "Reliability of click" in v)
+
+
+def test_a_comparison_of_a_run_that_still_rose_says_so(made, tmp_path, fast):
+    def rising(metrics):
+        task = next(iter(metrics["history"]["epochs"][0]))
+        of = {"count": 10_000.0, "base_rate": 0.3}
+        metrics["history"]["epochs"] = [{task: of | {"auc": value}} for value in (0.6, 0.65, 0.7)]
+        metrics["history"]["best_epoch"] = 3
+
+    said = "Training ended while 1 task was still getting better"
+    run = edited(copied(made, tmp_path / "run"), rising)
+    assert said in read(run).text
+    assert said not in read(made).text

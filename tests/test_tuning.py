@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
+from mtcl_torchrec.cli.tune import _folder
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.predictions_file import read_predictions
@@ -227,7 +229,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(data, found):
     said = io.StringIO()
     result = tuned(data, "killed", Console(file=said, width=200), trials=2)
     assert "going on in" in said.getvalue()
-    assert "1 trials are over" in said.getvalue()
+    assert "1 trial is over" in said.getvalue()
     assert "going on after step" in (result.folder / "logs/0001.txt").read_text()
     assert result.trials[0].state == "failed"
     assert numbers(result)[1] == numbers(whole)[1]
@@ -355,6 +357,15 @@ def test_memory_that_is_not_there_fails_a_trial(data, monkeypatch):
     monkeypatch.setattr(tuning_run._Search, "_train", too_large)
     with pytest.raises(ConfigError, match="no trial came to its end: out of memory"):
         tuned(data, "large", trials=2)
+
+
+def test_a_search_beside_its_yaml_is_gone_on_with_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _folder(tmp_path / "there/run.yaml", "shop-tuning") == Path("runs/shop-tuning")
+    (tmp_path / "there/runs/shop-tuning").mkdir(parents=True)
+    assert _folder(tmp_path / "there/run.yaml", "shop-tuning") == tmp_path / "there/runs/shop-tuning"
+    (tmp_path / "runs/shop-tuning").mkdir(parents=True)
+    assert _folder(tmp_path / "there/run.yaml", "shop-tuning") == Path("runs/shop-tuning")
 
 
 def test_the_command_shows_what_would_be_searched(data):

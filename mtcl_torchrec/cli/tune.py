@@ -75,7 +75,7 @@ def tune(
         found = ({"objective": named} if named else {}) | searched.as_json()
         typer.echo(yaml.safe_dump({"tuning": found}, sort_keys=False, default_flow_style=None, width=110), nl=False)
         return
-    console, folder = screen(), out or Path("runs") / f"{run.name}-tuning"
+    console, folder = screen(), out or _folder(run_yaml, f"{run.name}-tuning")
     from mtcl_torchrec.training.sharding import ranks
     from mtcl_torchrec.training.tuning import print_tuning, tune_run
 
@@ -87,3 +87,10 @@ def tune(
         )  # fmt: skip
     if where.first:
         print_tuning(result, console)
+
+
+def _folder(run_yaml: Path, name: str) -> Path:
+    """Where a search goes: under runs/ here, but on where it stands under runs/ beside the YAML, as the same command
+    given from another folder is to go on with it."""
+    here, there = (folder / "runs" / name for folder in (Path(), run_yaml.parent))
+    return there if there.is_dir() and not here.exists() else here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mtcl_torchrec.evaluation.naming import MAIN, glossary, label_of
 from mtcl_torchrec.evaluation.segments import QUALITY
@@ -30,6 +31,7 @@ from mtcl_torchrec.report.tables import (
 )
 from mtcl_torchrec.report.verdict import Answer, in_doubt, is_it_good, orders
 from mtcl_torchrec.report.words import listed
+from mtcl_torchrec.training.rising import in_words, still_rising
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
@@ -50,10 +52,9 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
     shares, whence = influence(run)
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
+    good = is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))
     answers = [
-        in_doubt(
-            is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run)), run.doubts
-        ),
+        in_doubt(_still_rising(run, good), run.doubts),
         sharing_answer(run, compared),
         what_does_fusion(
             shares,
@@ -116,7 +117,17 @@ def sharing_answer(run: RunContents, compared: Sequence[Comparison] | None = Non
     gates, gradients = _balance(run)
     tasks = run.tasks or list(run.of_tasks)
     found = comparisons(run) if compared is None else compared
-    return do_tasks_help(found, gradients, gates, tasks, untuned(run))
+    return _still_rising(run, do_tasks_help(found, gradients, gates, tasks, untuned(run)))
+
+
+def _still_rising(run: RunContents, answer: Answer) -> Answer:
+    """The answer, after what is not settled yet: where training ended too early, all comparisons are of that moment."""
+    rising = still_rising(run.history.get("epochs") or [], run.history.get("best_epoch") or 0)
+    if not rising or answer.tone == "unknown":
+        return answer
+    line = in_words(rising)
+    said = f"{line[0].upper()}{line[1:]}: more epochs may change this."
+    return replace(answer, sentences=[said, *answer.sentences])
 
 
 def _balance(run: RunContents) -> tuple[list[dict], list[dict]]:

@@ -152,7 +152,7 @@ class _Search:
 
         over = self.of_first(begin)
         if over:
-            self.say(f"going on in {self.folder}: {over} trials are over")
+            self.say(f"going on in {self.folder}: {over} {'trial is' if over == 1 else 'trials are'} over")
         else:
             count = len(self.space.parameters)
             self.say(f"searching {count} settings for the best {self.objective.name}; trial 0 is the run as it is")
