@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -31,12 +33,13 @@ import torch
 from document import CONSOLE, Line, Table, median, said, written
 
 __all__ = [
-    "CONSOLE", "Line", "about", "alternate", "benchmark", "figure", "in_process", "median", "options",
-    "peak_rss", "read", "run", "said", "save", "shown", "sweep",
+    "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "counted", "counts", "figure", "in_process",
+    "median", "options", "peak_rss", "read", "run", "said", "save", "shown", "sweep",
 ]  # fmt: skip
 DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 # Of a processor's flags, those by which kernels are chosen.
 FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "f16c", "bf16", "asimd", "sve")
+PATIENCE_S = 10.0  # with what was interrupted
 # Options that only say where something is kept; --data is one where it is a folder.
 PLACES = ("--out", "--picture", "--folder", "--show")
 
@@ -134,10 +137,30 @@ def read(path: Path) -> list[Line]:
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            of = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(of, dict):
+            found.append(of)
     return found
+
+
+def appended(path: Path, line: Line) -> None:
+    """Write a line to the end of a results file, on a line of its own even where the last one was cut off.
+
+    Raises:
+        SystemExit: it cannot be written; the message says what is lost.
+    """
+    try:
+        with path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                cut_off = file.read(1) != b"\n"
+            else:
+                cut_off = False
+            file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror or error}; lost, to be measured again: {line.get('what')}") from None
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
@@ -168,13 +191,7 @@ def sweep(
     """
     started = datetime.now().astimezone().isoformat(timespec="seconds")
 
-    def known() -> list[Line]:
-        return latest(
-            line for line in read(out)
-            if line["about"]["commit"] == commit() and not (again and line["about"]["date"] < started)
-        )  # fmt: skip
-
-    done = {_key(line["what"], line["repeat"]) for line in known()}
+    done = {_key(line["what"], line["repeat"]) for line in kept(out, todo, repeats, since=started if again else "")}
     out.parent.mkdir(parents=True, exist_ok=True)
     for repeat in range(repeats):
         for what in todo:
@@ -186,10 +203,22 @@ def sweep(
                 CONSOLE.print(f"FAILED: {what}", markup=False)
                 continue
             took = time.perf_counter() - begun
-            with out.open("a") as file:
-                file.write(json.dumps({"what": what, "repeat": repeat, **result, "took_s": took, "about": who}) + "\n")
+            appended(out, {"what": what, "repeat": repeat, **result, "took_s": took, "about": who})
+    return kept(out, todo, repeats, since=started if again else "")
+
+
+def kept(out: Path, todo: Sequence[Line], repeats: int, *, since: str = "") -> list[Line]:
+    """The lines of this commit that a file has of `todo`, of each repeat the newest.
+
+    Args:
+        since: older ones are left out.
+    """
     wanted = {_key(what, repeat) for what in todo for repeat in range(repeats)}
-    return [line for line in known() if _key(line["what"], line["repeat"]) in wanted]
+    return latest(
+        line for line in read(out)
+        if {"what", "repeat", "about"} <= line.keys() and _key(line["what"], line["repeat"]) in wanted
+        and line["about"]["commit"] == commit() and line["about"]["date"] >= since
+    )  # fmt: skip
 
 
 def _key(what: Line, repeat: int) -> str:
@@ -230,7 +259,7 @@ def in_process(
 def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mapping[str, str]) -> None:
     """Run a command; what takes longer is ended, with the time to end what it has started itself.
 
-    It also ends where this process is told to.
+    It also ends where this process is told to.  Ctrl-C reaches it, too: it may write what it has before it is ended.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
     with log.open("w") as stream:
@@ -239,6 +268,10 @@ def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mappin
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             CONSOLE.print(f"no result after {timeout_s:.0f} s")
+        except KeyboardInterrupt:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_S)
+            raise
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -271,6 +304,37 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm: int 
 # ---------------------------------------------------------------------- how it is shown
 
 
+def counted(text: str) -> int:
+    """A whole number of at least 1, as an option's type.
+
+    Example:
+        >>> counted("100_000")
+        100000
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
+
+
+def counts(text: str) -> list[int]:
+    """Such numbers, with commas between them."""
+    return [counted(part) for part in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
 def options(parser: argparse.ArgumentParser, *, repeats: int, timeout_s: float) -> None:
     """The options of every benchmark that keeps lines."""
     parser.add_argument("--out", type=Path, help="JSON lines, one a measurement; what is there of this commit is not "
@@ -278,9 +342,9 @@ def options(parser: argparse.ArgumentParser, *, repeats: int, timeout_s: float) 
     parser.add_argument("--show", type=Path, help="measure nothing, print the tables of such a file")
     parser.add_argument("--picture", type=Path, help="draw it there (PNG; default: beside --out)")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
-    parser.add_argument("--repeats", type=int, default=repeats, help="of each measurement, interleaved (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=timeout_s, help="seconds for one measurement (%(default)g)")
-    parser.add_argument("--threads", type=int, help="of OpenMP, in every process; default: as each comes")
+    parser.add_argument("--repeats", type=counted, default=repeats, help="of each measurement, in turn (%(default)s)")
+    parser.add_argument("--timeout", type=_seconds, default=timeout_s, help="seconds for one measurement (%(default)g)")
+    parser.add_argument("--threads", type=counted, help="of OpenMP, in every process; default: as each comes")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
 
@@ -308,7 +372,8 @@ def benchmark(
         versions: see `about`.
 
     Returns:
-        1 where a measurement has failed, else 0: what a process ends with.
+        What a process ends with: 1 where a measurement has failed, 130 after Ctrl-C, else 0.  What was measured until
+        then is shown and kept.
     """
     if given.worker:
         if (found := work(given.worker)) is not None:
@@ -321,18 +386,43 @@ def benchmark(
     def started(what: Line) -> Line | None:
         return in_process(script, what, timeout_s=given.timeout, threads=given.threads, flags=flags)
 
+    complete: bool | None = None  # of lines that are only looked at nobody knows whether some are missing
     if given.show:
-        lines, complete = latest(read(given.show)), True
+        if not given.show.is_file():
+            parser.error(f"--show {given.show}: there is no such file")
+        lines, status = latest(read(given.show)), 0
     else:
-        wanted = todo()
-        lines = sweep(given.out, wanted, given.repeats, one or started, versions=versions, again=given.again)
+        try:
+            wanted = todo()
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.open("ab").close()  # before hours are spent
+        except OSError as error:
+            parser.error(f"{error.filename or given.out}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            CONSOLE.print("broken off before anything was measured")
+            return 130
+        lines, broken_off = _swept(given, wanted, one or started, versions)
         complete = len(lines) == given.repeats * len(wanted)
+        status = 130 if broken_off else int(not complete)
+        if broken_off:
+            CONSOLE.print(f"broken off: {len(lines)} of {given.repeats * len(wanted)} measurements are in {given.out}; "
+                          "the same command goes on there", markup=False)  # fmt: skip
     picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
     shown(
         lines, tables, draw, picture=picture,
         document=given.out.with_suffix(".json") if given.out else None, complete=complete,
     )  # fmt: skip
-    return int(not complete)
+    return status
+
+
+def _swept(
+    given: argparse.Namespace, wanted: Sequence[Line], one: Callable[[Line], Line | None], versions: Sequence[str]
+) -> tuple[list[Line], bool]:
+    """The lines that there are afterwards, and whether it was broken off."""
+    try:
+        return sweep(given.out, wanted, given.repeats, one, versions=versions, again=given.again), False
+    except KeyboardInterrupt:
+        return kept(given.out, wanted, given.repeats), True
 
 
 def shown(
@@ -342,10 +432,12 @@ def shown(
     *,
     picture: Path | None,
     document: Path | None = None,
-    complete: bool = True,
+    complete: bool | None = True,
     markdown: bool = False,
 ) -> None:
     """Print the tables of lines and who measured them, draw them, and write the document; the last two where asked for.
+
+    Where there are no lines, what an earlier run has drawn and written stays.
 
     Args:
         markdown: print that instead.
@@ -360,8 +452,8 @@ def shown(
         CONSOLE.print(said(lines))
     if picture and lines:
         draw(lines, picture)
-    if document:
-        written(document, lines, made, complete=complete, picture=picture if lines else None)
+    if document and lines:
+        written(document, lines, made, complete=complete, picture=picture)
 
 
 def figure(

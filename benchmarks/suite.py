@@ -85,7 +85,10 @@ def measured(entry: Entry, size: str, results: Path) -> bool:
     path = results / f"{entry.script}.json"
     if not path.exists():
         return False
-    document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # cut off
+        return False
     of = document["about"] or {}
     wanted = " ".join(getattr(entry, size).split())
     return document["complete"] and of.get("commit") == commit() and f" {wanted} " in f" {of.get('command', '')} "
@@ -144,22 +147,30 @@ def main() -> int:
     if given.list:
         return 0
     given.results.mkdir(parents=True, exist_ok=True)
-    failed, started, planned = [], time.monotonic(), 0.0
+    failed, started, planned, status = [], time.monotonic(), 0.0, 0
     for i, entry in enumerate(todo):
         took = (time.monotonic() - started) / 60
         pace = min(max(took / planned, 0.5), 5.0) if planned else 1.0  # of this machine, by what is done
         left = pace * sum(minutes(of, size) for of in todo[i:])
         CONSOLE.print(f"[{i + 1} of {len(todo)}] {entry.script}; {took:.0f} min so far, about {left:.0f} min left",
                       markup=False)  # fmt: skip
-        if not carried_out(entry, size, given.results, again=given.again, data=given.data):
+        try:
+            done = carried_out(entry, size, given.results, again=given.again, data=given.data)
+        except KeyboardInterrupt:
+            failed += [of.script for of in todo[i:]]
+            CONSOLE.print("broken off; what was measured is kept")
+            status = 130
+            break
+        if not done:
             failed.append(entry.script)
             CONSOLE.print(f"FAILED: {entry.script}; see {given.results / entry.script}.log", markup=False)
         planned += minutes(entry, size)
     if given.results == HERE / "results":
         subprocess.run([sys.executable, str(HERE / "tables.py")], check=False)
     CONSOLE.print(f"{len(todo) - len(failed)} of {len(todo)} done in {(time.monotonic() - started) / 60:.0f} min"
-                  + (f"; failed: {', '.join(failed)}; run it again to go on" if failed else ""))  # fmt: skip
-    return int(bool(failed))
+                  + (f"; {'not done' if status else 'failed'}: {', '.join(failed)}; run it again to go on"
+                     if failed else ""))  # fmt: skip
+    return status or int(bool(failed))
 
 
 if __name__ == "__main__":

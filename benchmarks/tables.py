@@ -50,14 +50,18 @@ def section(path: Path) -> str:
     """A benchmark's tables, picture and origin as Markdown."""
     if not path.exists():
         return NOT_YET
-    document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{path} is no JSON ({error}); make it anew with --show {path.stem}.jsonl") from None
     if not document["results"]:
         return NOT_YET
     parts = [table.markdown() for table in tables_of(document)]
     if document["picture"] and (path.parent / document["picture"]).exists():
         parts.append(f"![{document['benchmark']}]({path.parent.name}/{document['picture']})")
-    incomplete = "" if document["complete"] else " Incomplete: some of it has failed."
-    parts.append(f"`{document['about']['command']}`: {document['measured']}.{incomplete}")
+    incomplete = " Incomplete: some of it has failed." if document["complete"] is False else ""
+    commands = ", ".join(f"`{command}`" for command in document.get("commands") or [document["about"]["command"]])
+    parts.append(f"{commands}: {document['measured']}.{incomplete}")
     return "\n\n".join(parts)
 
 

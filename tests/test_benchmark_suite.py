@@ -118,6 +118,110 @@ def test_a_benchmark_says_so_where_something_failed(tmp_path, capsys):
     assert found["tables"][0]["rows"] == [["4"]]
 
 
+def asked(measure, out, *options, one=lambda what: {"ms": 1.0}, todo=({"n": 1}, {"n": 2}, {"n": 3})):
+    """The status of a benchmark of three settings that is given these options, measured by `one`."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    measure.options(parser, repeats=1, timeout_s=9)
+    return measure.benchmark(
+        parser, parser.parse_args(["--out", str(out), *map(str, options)]), work=lambda what: None,
+        todo=lambda: list(todo), one=one, draw=lambda lines, path: path.write_bytes(b"drawn"),
+        tables=lambda lines: [script("document").Table("t", ["a"], [[str(len(lines))]])],
+    )  # fmt: skip
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+    assert asked(measure, out, todo=[{"n": 1}]) == 0
+    whole = out.read_text()
+    out.write_text(whole + '[1]\n{"what": {"n": 3}}\n' + whole[:40])  # of a process that was killed
+    assert asked(measure, out) == 0
+    assert [of["what"]["n"] for of in measure.read(out) if "about" in of] == [1, 2, 3]
+    assert json.loads((tmp_path / "b.json").read_text())["tables"][0]["rows"] == [["3"]]
+
+
+def test_ctrl_c_keeps_shows_and_draws_what_was_measured(tmp_path, capsys):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+
+    def interrupted(what):
+        if what["n"] == 3:
+            raise KeyboardInterrupt
+        return {"ms": 1.0}
+
+    assert asked(measure, out, one=interrupted) == 130
+    assert f"broken off: 2 of 3 measurements are in {out}; the same command goes on there" in capsys.readouterr().out
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["complete"] is False
+    assert found["tables"][0]["rows"] == [["2"]]
+    assert (tmp_path / "b.png").exists()
+    again = []
+    assert asked(measure, out, one=lambda what: again.append(what["n"]) or {"ms": 1.0}) == 0
+    assert again == [3]
+
+
+def test_what_was_measured_is_not_replaced_by_nothing(tmp_path, capsys):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+    asked(measure, out)
+    before = (tmp_path / "b.json").read_text()
+    for options, why in (
+        (["--show", tmp_path / "typo.jsonl"], "there is no such file"),
+        (["--repeats", 0], "'0' is no whole number of at least 1"),
+        (["--repeats", "two"], "'two' is no whole number of at least 1"),
+        (["--timeout", -1], "'-1' is no number of seconds above 0"),
+        (["--threads", 0], "at least 1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            asked(measure, out, *options)
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert asked(measure, out, "--show", empty) == 0
+    assert "nothing was measured" in capsys.readouterr().out
+    assert asked(measure, out, todo=[{"n": 7}], one=lambda what: None) == 1
+    assert (tmp_path / "b.json").read_text() == before
+    # Whether something is missing of what is only looked at is not known, and all commands are told.
+    with out.open("a") as file:
+        other = json.loads(before)["about"] | {"command": "python benchmarks/other.py"}
+        file.write(json.dumps({"what": {"n": 9}, "repeat": 0, "ms": 1.0, "about": other}))
+    assert asked(measure, out, "--show", out) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["complete"] is None
+    assert found["commands"] == [json.loads(before)["about"]["command"], "python benchmarks/other.py"]
+    section = script("tables").section(tmp_path / "b.json")
+    assert "`, `python benchmarks/other.py`: " in section
+    assert "Incomplete" not in section
+
+
+def test_where_nothing_can_be_written_is_said_before_it_is_measured(tmp_path, capsys):
+    measure = script("measure")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        asked(measure, tmp_path / "file" / "b.jsonl", one=lambda what: pytest.fail("measured for nothing"))
+    assert f"{tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"/dev/full: No space left on device; lost, to be measured again: \{'n': 1\}"):
+        measure.appended(Path("/dev/full"), {"what": {"n": 1}})
+
+
+def test_a_suite_that_is_broken_off_says_what_is_left(tmp_path, monkeypatch, capsys):
+    suite = script("suite")
+
+    def interrupted(entry, *_, **__):
+        if entry.script == "memory":
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(suite, "carried_out", interrupted)
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--results", str(tmp_path), "--only", "peers", "memory", "sequences"])
+    assert suite.main() == 130
+    assert "1 of 3 done in 0 min; not done: memory, sequences; run it again to go on" in capsys.readouterr().out
+    (tmp_path / "peers.json").write_text('{"benchmark": "pe')  # of a process that was killed
+    assert not suite.measured(suite.SUITE[0], "quick", tmp_path)
+    with pytest.raises(SystemExit, match=r"peers.json is no JSON .*--show peers.jsonl"):
+        script("tables").section(tmp_path / "peers.json")
+
+
 def test_what_was_started_ends_with_who_started_it(tmp_path):
     log = tmp_path / "log"
     handler = signal.getsignal(signal.SIGTERM)
@@ -176,6 +280,11 @@ def test_tables_are_filled_between_their_marks_alone(documents, monkeypatch, cap
     assert tables_main(monkeypatch, documents, "--check") == 0
     with pytest.raises(SystemExit, match="no table 'three'"):
         tables_main(monkeypatch, documents, "--only", "three")
+
+
+def test_the_readme_says_what_the_results_do(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert script("tables").main() == 0, capsys.readouterr().out
 
 
 def test_the_readme_has_a_mark_for_every_script_of_the_suite():
@@ -239,6 +348,7 @@ def test_a_failing_or_endless_script_loses_nothing_of_the_rest(tmp_path, monkeyp
 def test_every_script_knows_the_options_that_the_suite_gives_it(size, tmp_path, monkeypatch, capsys):
     suite = script("suite")
     for entry in suite.SUITE:
+        (tmp_path / "nothing.jsonl").touch()
         options = [*getattr(entry, size).split(), "--show", str(tmp_path / "nothing.jsonl"), "--data", str(tmp_path)]
         if entry.script not in ("peers", "input", "serving", "load"):
             options = options[:-2]
