@@ -58,6 +58,7 @@ def about(*more: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "flags": [flag for flag in _cpuinfo("flags", "Features").split() if any(of in flag for of in FLAGS)],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
@@ -160,7 +161,8 @@ def appended(path: Path, line: Line) -> None:
                 cut_off = False
             file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
     except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror or error}; lost, to be measured again: {line.get('what')}") from None
+        lost = line.get("what", "the last result")
+        raise SystemExit(f"{path}: {error.strerror or error}; lost, to be measured again: {lost}") from None
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:

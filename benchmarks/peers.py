@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from document import Table, median, ranged, ratios
-from measure import CONSOLE, Line, benchmark, figure, in_process, options, peak_rss, save
+from measure import CONSOLE, Line, benchmark, counted, figure, in_process, options, peak_rss, save
 from peer_cases import CASES, GROWING, Case, files_of
 
 from mtcl_torchrec.openmp import SPINS
@@ -181,8 +181,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=[*CASES, "all"], default=["small", "middle", "large"])
     parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, *FASTER], help="default: all of them in fp32")
-    parser.add_argument("--rows", type=int, help="of the training file, instead of the case's")
-    parser.add_argument("--table-rows", type=int, help="of each table, instead of the case's")
+    parser.add_argument("--rows", type=counted, help="of the training file, instead of the case's")
+    parser.add_argument("--table-rows", type=counted, help="of each table, instead of the case's")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "mtcl-peers",
                         help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=1200)

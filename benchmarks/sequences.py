@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from document import Table, ranged
-from measure import Line, benchmark, figure, options, save
+from measure import Line, benchmark, counted, figure, options, save
 from torch import nn
 
 from mtcl_torchrec.modules.sequences import DIN, GRU, LSTM, History, JaggedHistory, Mean, PaddedHistory, Transformer
@@ -112,8 +112,8 @@ def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=11, help="of both ways (%(default)s)")
+        parser.add_argument(f"--{name}", type=counted, default=default, help="(%(default)s)")
+    parser.add_argument("--rounds", type=counted, default=11, help="of both ways (%(default)s)")
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS), metavar="ENCODER")
     parser.add_argument("--device", default="cpu")
     options(parser, repeats=3, timeout_s=300)

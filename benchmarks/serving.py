@@ -23,17 +23,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 import yaml
 from document import Table, median, ranged, ratios
-from measure import Line, benchmark, commit, figure, options, peak_rss, save
+from measure import Line, benchmark, commit, counted, figure, options, peak_rss, save
 from rich.console import Console
 
 from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.config.commands import TablePrecision
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.serving.artefact import Artefact
 from mtcl_torchrec.serving.export import export_run
@@ -196,12 +197,13 @@ def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, nargs="?", help="what `mtcl demo` or `mtcl train` wrote")
-    parser.add_argument("--tables", nargs="+", default=["fp32", "int8"], help="precisions to export (%(default)s)")
+    parser.add_argument("--tables", nargs="+", choices=get_args(TablePrecision), default=["fp32", "int8"],
+                        help="precisions to export (%(default)s)")  # fmt: skip
     parser.add_argument("--compiled", choices=["auto", "yes", "no"], default="auto", help="machine code (%(default)s)")
-    parser.add_argument("--candidates", type=int, default=500, help="of one user (%(default)s)")
-    parser.add_argument("--times", type=int, default=200, help="requests to time (%(default)s)")
+    parser.add_argument("--candidates", type=counted, default=500, help="of one user (%(default)s)")
+    parser.add_argument("--times", type=counted, default=200, help="requests to time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-rows", type=int, help="where no run is given: train on the first rows alone")
+    parser.add_argument("--train-rows", type=counted, help="where no run is given: train on the first rows alone")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
                         help="folder of the run and of its exports (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=600)

@@ -204,6 +204,44 @@ def test_where_nothing_can_be_written_is_said_before_it_is_measured(tmp_path, ca
         measure.appended(Path("/dev/full"), {"what": {"n": 1}})
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("peers", "--rows -5", "--rows: '-5' is no whole number of at least 1"),
+        ("peers", "--case vast", "invalid choice: 'vast'"),
+        ("scaling", "--ranks 0", "--ranks: '0' is no whole number"),
+        ("scaling", "--ranks 1 3 --kind strong", "strong scaling shares it out, and 3 does not divide it"),
+        ("scaling", "--ranks 1 64 --kind weak --device cuda", "--device cuda: 64 ranks need as many GPUs"),
+        ("experts", "--sizes 2-8", "--sizes: '2-8' is no whole number"),
+        ("memory", "--rows 0", "--rows: '0' is no whole number"),
+        ("load", "--clients 1,0", "--clients: '0' is no whole number"),
+        ("training", "--vocabulary 100,many", "--vocabulary/--rows-per-table: 'many' is no whole number"),
+        ("sequences", "--cap 0", "--cap: '0' is no whole number"),
+        ("serving", "--tables int7", "invalid choice: 'int7'"),
+        ("surgery_cost", "--tasks 1", "surgery needs two at least"),
+        ("surgery_cost", "--cases upgrad", "'upgrad' is no kind/cut"),
+        ("scaling_paper", "--world-size 0", "--world-size: '0' is no whole number"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_measured(
+    name, options, why, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options.split(), "--out", str(tmp_path / "x.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        script(name).main()
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_take_gpus_where_there_is_one_for_each(monkeypatch):
+    scaling = script("scaling")
+    for gpus, asked, most, taken in ((0, "auto", 4, "cpu"), (1, "auto", 4, "cpu"), (4, "auto", 4, "cuda"),
+                                     (8, "cuda", 4, "cuda"), (8, "cpu", 4, "cpu")):  # fmt: skip
+        monkeypatch.setattr(scaling.torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert scaling.device_for(asked, most) == taken
+
+
 def test_a_suite_that_is_broken_off_says_what_is_left(tmp_path, monkeypatch, capsys):
     suite = script("suite")
 
@@ -449,7 +487,7 @@ def test_memory_goes_through_all_rows(tmp_path):
 
 def test_what_is_shown_has_ratios_first(tmp_path):
     scaling, serving, load, paper = map(script, ("scaling", "serving", "load", "scaling_paper"))
-    setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto"}
+    setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto", "device": "cpu"}
     lines = [
         line({"kind": "weak", "ranks": n, "setting": setting}, samples_per_s=speed, step_ms={"median": 1.0},
              sent_bytes={"ids": 2e6}, computed_bytes={"ids": 1e6}, peak_rss_bytes=1e9)
@@ -458,7 +496,12 @@ def test_what_is_shown_has_ratios_first(tmp_path):
     speeds, sent = scaling.tables(lines)
     assert speeds.rows[1][1:3] == ["1.50", "75"]
     assert sent.rows[0] == ["ids", "2.000 (1.000)"]
+    assert speeds.note.endswith(" cores, by gloo.")
     scaling.draw(lines, tmp_path / "scaling.png")
+    for of in lines:
+        of["what"]["setting"] = setting | {"device": "cuda"}
+        of["about"] |= {"gpus": 8}
+    assert scaling.tables(lines)[0].note == "On 8 GPUs, by NCCL."
 
     asked = {"p50": 1.0, "p99": 2.0, "cpu": 1.0}
     lines = [
