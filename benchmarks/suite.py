@@ -46,14 +46,14 @@ class Entry:
 
 
 SUITE = (
-    Entry("peers", "--case small middle --rows 100_000 --repeats 1", "--case all --repeats 3",
-          "--case small --rows 3000 --table-rows 50 --contenders ours pytorch --repeats 1", 3, 100),
+    Entry("peers", "--case small middle --repeats 1", "--case all --repeats 3",
+          "--case small --rows 3000 --table-rows 50 --contenders ours pytorch --repeats 1", 5.7, 100),
     Entry("scaling", "--ranks 1 2 4 --kind weak --vocabulary 100_000 --steps 10 --repeats 1",
           "--ranks 1 2 4 --repeats 3",
           "--ranks 1 2 --kind weak --vocabulary 300 --batch-size 32 --steps 2 --warmup-steps 1 --apart-steps 1 "
-          "--repeats 1", 1.2, 20),
+          "--repeats 1", 1.0, 20),
     Entry("scaling_paper", "--world-size 8 64 1024 --planning-s 20", "--planning-s 60",
-          "--world-size 8 --planning-s 1", 1, 10),
+          "--world-size 8 --planning-s 1", 0.8, 10),
     Entry("input", "--rows 300_000 --training --repeats 1", "--training --repeats 3",
           "--rows 3000 --files 2x1 --ways pyarrow batches --batch-size 256 --repeats 1", 1.7, 15),
     Entry("serving", "--tables int8 --times 60 --repeats 1", "--repeats 3",
@@ -62,7 +62,7 @@ SUITE = (
           "--train-rows 3000 --clients 1 --seconds 1 --candidates 20", 0.5, 4),
     Entry("memory", "--rows 1_000_000 4_000_000 --repeats 1",
           "--rows 1_000_000 10_000_000 100_000_000 --repeats 1 --timeout 7200",
-          "--rows 2000 4000 --vocabulary 200 --window 1000 --batch-size 256 --repeats 1", 0.7, 25),
+          "--rows 2000 4000 --vocabulary 200 --window 1000 --batch-size 256 --repeats 1", 0.5, 25),
     Entry("sequences", "--repeats 1", "--repeats 3", "--encoders mean --rows 16 --rounds 1 --repeats 1", 0.6, 3),
     Entry("experts", "--rows 4096 --sizes 4x256 64x32 --eager --repeats 1", "--rows 512 4096 --repeats 3",
           "--rows 16 --sizes 2x8 --rounds 1 --eager --repeats 1", 0.5, 25),

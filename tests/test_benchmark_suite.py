@@ -234,6 +234,49 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+def test_peers_that_are_not_installed_are_named_with_their_extra(tmp_path, monkeypatch, capsys):
+    import importlib.util
+
+    peers, find_spec = script("peers"), importlib.util.find_spec
+    gone = ("torch_rechub", "requests")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name in gone else find_spec(name))
+    monkeypatch.setattr(
+        sys, "argv", ["peers.py", "--case", "small", "--data", str(tmp_path), "--out", str(tmp_path / "x")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "rechub and deepctr need torch_rechub and requests: pip install 'mtcl_torchrec[bench]'" in said
+    assert "leave them out: --contenders ours torchrec pytorch" in said
+    assert not list(tmp_path.iterdir())  # no file of rows was written
+    assert peers.missing(["ours", "torchrec"]) == ""
+
+
+def test_peers_measure_ours_in_the_forms_that_the_machine_is_fit_for(monkeypatch):
+    peers = script("peers")
+    for bf16, compiler, forms in ((False, "/usr/bin/g++", ()), (True, None, ("ours_bf16",)),
+                                  (True, "/usr/bin/g++", ("ours_bf16", "ours_bf16_compiled"))):  # fmt: skip
+        monkeypatch.setattr(peers, "has_fast_bf16", lambda device, bf16=bf16: bf16)
+        monkeypatch.setattr(peers.shutil, "which", lambda name, compiler=compiler: compiler)
+        assert peers.faster() == forms
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
+    cases = script("peer_cases")
+
+    def full(*_):
+        yield next(tables)
+        raise OSError(28, "No space left on device")
+
+    case = cases.CASES["small"].sized(2000, 50)
+    tables = cases._tables(case, 2000, 1)
+    monkeypatch.setattr(cases, "_tables", full)
+    with pytest.raises(OSError, match="No space left"):
+        cases.files_of(case, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_take_gpus_where_there_is_one_for_each(monkeypatch):
     scaling = script("scaling")
     for gpus, asked, most, taken in ((0, "auto", 4, "cpu"), (1, "auto", 4, "cpu"), (4, "auto", 4, "cuda"),
@@ -323,6 +366,42 @@ def test_tables_are_filled_between_their_marks_alone(documents, monkeypatch, cap
 def test_the_readme_says_what_the_results_do(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
     assert script("tables").main() == 0, capsys.readouterr().out
+
+
+def test_what_the_front_page_says_of_speed_is_computed_from_results(tmp_path):
+    document, headline = script("document"), script("headline")
+    assert headline.speed(tmp_path) == "Not measured yet."
+
+    def kept(name, lines):
+        document.written(tmp_path / f"{name}.json", lines, [], complete=True)
+
+    def ran(who, repeat, read, alone, case="middle", rows=1000, **of):
+        what = {"case": case, "rows": rows, "table_rows": 5, "contender": who, "threads": None}
+        return line(what | of.pop("what", {}), repeat, from_file_per_s=read, samples_per_s=alone, log_loss=0.5, **of)
+
+    of_middle = [
+        ran(who, i, speed * (i + 1), 2 * speed * (i + 1))
+        for who, speed in (("torchrec", 2e4), ("ours", 3e4), ("ours_bf16", 6e4), ("rechub", 1e4), ("deepctr", 1.5e4))
+        for i in (0, 1, 2)
+    ]
+    smaller = [ran("ours", 0, 7.0, 7.0, rows=10), ran("ours", 0, 9.0, 9.0, case="small")]
+    grown = [
+        ran("ours", 0, 1.0, 1.0, case="growing", step_ms=ms, what={"table_rows": n}) for n, ms in ((10, 4.0), (99, 5.0))
+    ]
+    kept("peers", smaller + of_middle + grown)
+    kept("scaling", [line({"kind": k, "ranks": n}, samples_per_s=s) for k, n, s in
+                     (("weak", 1, 10.0), ("weak", 2, 17.0), ("strong", 2, 99.0))])  # fmt: skip
+    for name, most in (("memory", 4_000), ("memory_stream", 100_000)):
+        kept(name, [line({"case": "stream", "rows": n}, peak_rss_bytes=n * 1e5) for n in (1_000, most)])
+    said = headline.speed(tmp_path)
+    assert "One pass over 1,000 rows" in said
+    assert "medians of 3" in said
+    assert "| this package, fp32 | 60,000 | 1.50 | 120,000 | 0.5000 |" in said
+    assert said.index("this package, bf16") < said.index("this package, fp32")
+    assert "is 3.0 and 2.0 times as fast as torch-rechub and deepctr-torch in fp32, 6.0 and 4.0 times in bf16." in said
+    assert "With tables of 99 rows a step takes 1.25 times as long as with 10." in said
+    assert "Two ranks of a thread each are 1.7 times as fast as one." in said
+    assert "100,000 generated rows stream through 10.00 GB of memory, 1,000 through 0.10." in said
 
 
 def test_the_readme_has_a_mark_for_every_script_of_the_suite():
