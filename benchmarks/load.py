@@ -246,8 +246,13 @@ def draw(lines: list[Line], path: Path) -> None:
     """Latency by requests a second."""
     drawn, (axis,) = figure(wide=4.6, high=3.2)
     for name in ("p50_ms", "p99_ms"):
-        axis.plot([line["requests_per_s"] for line in lines], [line[name] for line in lines], "o", label=name)
-    axis.set(xlabel="requests/s", ylabel="ms", xlim=(0, None), ylim=(0, None))
+        axis.plot([line["requests_per_s"] for line in lines], [line[name] for line in lines], "o", label=name[:3])
+    for line in lines:
+        clients = line["what"]["clients"]
+        axis.annotate(f"{clients} client{'s' * (clients > 1)}", (line["requests_per_s"], line["p99_ms"]), fontsize=7,
+                      xytext=(0, 6), textcoords="offset points", ha="center")  # fmt: skip
+    highest = [1.2 * max(line[name] for line in lines) for name in ("requests_per_s", "p99_ms")]
+    axis.set(xlabel="requests/s", ylabel="latency of a request, ms", xlim=(0, highest[0]), ylim=(0, highest[1]))
     axis.legend(fontsize=8, frameon=False)
     save(drawn, path)
 

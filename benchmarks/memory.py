@@ -162,10 +162,11 @@ def draw(lines: list[Line], path: Path) -> None:
             held = repeated[0]["rss_by_share"]
             seen = [rows * (i + 1) / len(held) / 1e6 for i in range(len(held))]
             axis.plot(seen, [b / 1e9 for b in held], "-", marker=".", label=f"{rows / 1e6:g} M rows")
-        axis.set(xscale="log", ylim=(0, None))
+        highest = max(b for repeated in of.values() for b in repeated[0]["rss_by_share"])
+        axis.set(xscale="log", ylim=(0, 1.15 * highest / 1e9))
         axis.set_xlabel("million rows so far", fontsize=8)
         axis.set_title(case, fontsize=9)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="lower right")
     axes[0].set_ylabel("memory of the process, GB", fontsize=8)
     save(drawn, path)
 

@@ -79,7 +79,7 @@ def tables(lines: list[Line]) -> list[Table]:
 def draw(lines: list[Line], path: Path) -> None:
     """The estimated step by the number of ranks, cut into its phases."""
     groups = by_plan([line for line in lines if line["fits"]])
-    drawn, axes = figure(wide=4.8 * max(len(groups), 1), high=3.4, columns=max(len(groups), 1))
+    drawn, axes = figure(wide=4.8 * max(len(groups), 1) + 2.2, high=3.4, columns=max(len(groups), 1))
     for axis, ((plan, device), of) in zip(axes, groups.items(), strict=False):
         labels, bottom = [f"{line['what']['world_size']:,}" for line in of], [0.0] * len(of)
         for name, said in PHASES.items():
@@ -90,7 +90,7 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.set_title(f"ON PAPER: {Path(plan).stem}, {device}", fontsize=9)
         axis.set_xlabel("GPUs", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=7, frameon=False)
+    axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes[0].set_ylabel("embedding part of a step, estimated ms", fontsize=8)
     save(drawn, path)
 

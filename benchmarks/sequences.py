@@ -101,7 +101,8 @@ def draw(lines: list[Line], path: Path) -> None:
     """How many times as fast, by encoder."""
     drawn, (axis,) = figure(wide=5.6)
     groups = by_encoder(lines)
-    axis.bar(list(groups), [statistics.median(line["times_as_fast"] for line in of) for of in groups.values()])
+    values = [statistics.median(line["times_as_fast"] for line in of) for of in groups.values()]
+    axis.bar_label(axis.bar(list(groups), values), fmt="%.1f", fontsize=8)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.tick_params(axis="x", labelsize=8, rotation=20)
     axis.set_ylabel("time padded / time jagged", fontsize=8)
