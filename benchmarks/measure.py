@@ -1,4 +1,4 @@
-"""What the benchmarks share: who measured, in which order, what is kept, how it is shown.
+"""What the benchmarks share: in which order things are measured, what is kept, how it is shown.
 
 Ratios are what these figures are for, so contenders take turns (A B A B, all once and then all again), each in a
 process of its own where memory or threads would tell; medians are shown.  Every measurement is a JSON line, written at
@@ -9,12 +9,9 @@ together is a document beside them; see `document.py`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -24,110 +21,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from document import CONSOLE, Line, Table, median, said, written
+from pictures import figure, save
+from who import about, commit, peak_rss
 
 __all__ = [
-    "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "counted", "counts", "figure", "in_process",
-    "median", "options", "peak_rss", "read", "run", "said", "save", "shown", "sweep",
+    "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "commit", "counted", "counts", "figure",
+    "in_process", "median", "options", "peak_rss", "read", "run", "said", "save", "shown", "sweep",
 ]  # fmt: skip
-DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
-# Of a processor's flags, those by which kernels are chosen.
-FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "f16c", "bf16", "asimd", "sve")
 PATIENCE_S = 10.0  # with what was interrupted
-# Options that only say where something is kept; --data is one where it is a folder.
-PLACES = ("--out", "--picture", "--folder", "--show")
-
-
-# ---------------------------------------------------------------------- who measured
-
-
-def about(*more: str) -> dict[str, Any]:
-    """The machine, the software, the moment and the command.
-
-    Args:
-        more: distributions whose version is told, too.
-    """
-    return {
-        "machine": processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "flags": [flag for flag in _cpuinfo("flags", "Features").split() if any(of in flag for of in FLAGS)],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "gpus": torch.cuda.device_count(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in (*DISTRIBUTIONS, *more) if (found := _version(name))},
-        "commit": commit(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_told(sys.argv[1:])]),
-    }
-
-
-def _told(arguments: Sequence[str]) -> list[str]:
-    """The arguments without those that only say where something is kept."""
-    told: list[str] = []
-    before = ""
-    for word in arguments:
-        place = before in PLACES or (before == "--data" and (os.sep in word or Path(word).is_dir()))
-        if place and before == "--data":
-            told.pop()  # of a name, such as "kuairand", it says what was measured
-        if not place and word not in (*PLACES, "--again"):
-            told.append(word)
-        before = "" if place else word
-    return told
-
-
-def processor() -> str:
-    """What the processor is called."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-@cache
-def _cpuinfo(*names: str) -> str:
-    """What Linux says of the first processor under one of these names; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-@cache
-def commit() -> str | None:
-    """The last commit that changed the package or a benchmark, and a digest of what has changed since.
-
-    Results and documents do not count: figures that are committed are still of the code that was measured.
-    """
-    root, code = Path(__file__).parents[1], ["mtcl_torchrec", "benchmarks/*.py", "pyproject.toml"]
-
-    def git(*words: str) -> bytes:
-        return subprocess.run(["git", "-C", str(root), *words, "--", *code], capture_output=True, check=True).stdout
-
-    try:
-        last = git("log", "-1", "--format=%h", "--abbrev=12").decode().strip()
-        changed = git("diff", "HEAD") + git("ls-files", "--others", "--exclude-standard")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{last}-dirty-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else last
 
 
 # ---------------------------------------------------------------------- in which order, and what is kept
@@ -136,7 +42,7 @@ def commit() -> str | None:
 def read(path: Path) -> list[Line]:
     """The lines of a results file; one that was cut off while it was written is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             of = json.loads(line)
         except json.JSONDecodeError:
@@ -456,34 +362,3 @@ def shown(
         draw(lines, picture)
     if document and lines:
         written(document, lines, made, complete=complete, picture=picture)
-
-
-def figure(
-    *, wide: float = 7.0, high: float = 3.6, columns: int = 1, rows: int | None = None, grid: Literal["x", "y"] = "y"
-) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes, in the style of all pictures here.
-
-    Args:
-        rows: of panels; None is one row, whose axes are returned as (columns,), else (rows, columns).
-        grid: the axis whose values have lines: those that are measured.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(rows or 1, columns, figsize=(wide, high), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis=grid, alpha=0.3)
-        axis.set_axisbelow(True)
-    return drawn, axes if rows else axes[0]
-
-
-def save(drawn: Any, path: Path) -> None:
-    """Write a picture and let go of it."""
-    from matplotlib import pyplot
-
-    drawn.savefig(path, dpi=130)
-    pyplot.close(drawn)
-    CONSOLE.print(f"wrote {path}")

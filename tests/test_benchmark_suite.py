@@ -61,11 +61,13 @@ def test_another_commit_is_measured_again_and_paths_are_not_told(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["/here/x.py", "--rows", "5", "--out", str(out), "--again"])
     measure.sweep(out, todo, 1, one)
     assert measure.read(out)[0]["about"]["command"] == "python benchmarks/x.py --rows 5"
-    monkeypatch.setattr(measure, "commit", lambda: "another")
+    for module in (measure, script("who")):
+        monkeypatch.setattr(module, "commit", lambda: "another")
     assert [found["ms"] for found in measure.sweep(out, todo, 1, one)] == [3, 4]
     assert len(measure.read(out)) == 4
     assert [found["ms"] for found in measure.latest(measure.read(out))] == [3, 4]
-    monkeypatch.setattr(measure, "datetime", type("Later", (), {"now": staticmethod(lambda: LATER)}))
+    for module in (measure, script("who")):
+        monkeypatch.setattr(module, "datetime", type("Later", (), {"now": staticmethod(lambda: LATER)}))
     assert [found["ms"] for found in measure.sweep(out, todo, 1, one, again=True)] == [5, 6]
 
 
@@ -79,7 +81,7 @@ def test_another_commit_is_measured_again_and_paths_are_not_told(tmp_path, monke
     ],
 )
 def test_a_command_tells_what_was_measured_and_not_where_it_lies(given, told, tmp_path):
-    assert " ".join(script("measure")._told(given.format(here=tmp_path).split())) == told
+    assert " ".join(script("who")._told(given.format(here=tmp_path).split())) == told
 
 
 class _Later:
