@@ -164,8 +164,11 @@ def written(
         "picture": picture.name if picture else None,
     }
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def tables_of(document: Mapping[str, Any]) -> list[Table]:

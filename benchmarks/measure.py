@@ -316,10 +316,14 @@ def benchmark(
             CONSOLE.print(f"broken off: {len(lines)} of {given.repeats * len(wanted)} measurements are in {given.out}; "
                           "the same command goes on there", markup=False)  # fmt: skip
     picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
-    shown(
-        lines, tables, draw, picture=picture,
-        document=given.out.with_suffix(".json") if given.out else None, complete=complete,
-    )  # fmt: skip
+    document = given.out.with_suffix(".json") if given.out else None
+    try:
+        shown(lines, tables, draw, picture=picture, document=document, complete=complete)
+    except OSError as error:
+        raise SystemExit(
+            f"{error.filename or document}: {error.strerror or error}; measurements are kept, "
+            f"--show {given.show or given.out} makes the rest of them"
+        ) from None
     return status
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -105,6 +106,7 @@ def trained(folder: Path, rows: int | None = None) -> Path:
     """
     name = f"demo-{rows}" if rows else "demo"
     if not (folder / f"{name}.trained").exists():
+        shutil.rmtree(folder / name, ignore_errors=True)  # of a training that was broken off
         kuairand.write(folder / name / "data")
         for path in (folder / name / "data").glob("*.parquet"):
             if rows:

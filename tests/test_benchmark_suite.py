@@ -264,6 +264,36 @@ def test_peers_measure_ours_in_the_forms_that_the_machine_is_fit_for(monkeypatch
         assert peers.faster() == forms
 
 
+def test_a_full_disk_keeps_what_was_measured_and_written_before(tmp_path, monkeypatch):
+    measure, document, out = script("measure"), script("document"), tmp_path / "b.jsonl"
+    asked(measure, out)
+    before, write = (tmp_path / "b.json").read_text(), Path.write_text
+
+    def full(path, text, **options):
+        write(path, text[:20], **options)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(document.Path, "write_text", full)
+    with pytest.raises(SystemExit, match=r"b.unfinished: No space left on device; .* --show .*b.jsonl makes the rest"):
+        asked(measure, out, "--again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.jsonl", "b.png"]
+    assert (tmp_path / "b.json").read_text() == before
+
+
+def test_a_run_whose_training_was_broken_off_is_trained_anew(tmp_path, monkeypatch):
+    serving = script("serving")
+    (tmp_path / "demo-9" / "run" / "checkpoints").mkdir(parents=True)
+
+    def trains(run, folder, **_):
+        assert not folder.exists()
+        folder.mkdir()
+
+    monkeypatch.setattr(serving, "train_run", trains)
+    assert serving.trained(tmp_path, 9) == tmp_path / "demo-9" / "run"
+    monkeypatch.setattr(serving, "train_run", lambda *_, **__: pytest.fail("it is trained already"))
+    assert serving.trained(tmp_path, 9).is_dir()
+
+
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
     cases = script("peer_cases")
 
