@@ -195,7 +195,8 @@ def main() -> int:
             _say_where_they_are_from(who)
     elif not given.store:
         parser.error(f"{given.ratios} is not there: --store it first")
-    if "ours_bf16" not in peers.faster() and before.pop(BF16, None):
+    if "ours_bf16" not in peers.faster() and BF16 in before:
+        del before[BF16]
         CONSOLE.print(f"left out, as this processor is not fast in bf16: {BF16}")
     with tempfile.TemporaryDirectory() as folder:
         now, failed = measured(Path(folder), fit(), given.repeats)
