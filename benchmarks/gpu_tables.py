@@ -8,8 +8,8 @@ from document import Table, median
 from measure import Line, figure, save
 from step_parts import PARTS
 
-# Not `aten::_local_scalar_dense`: DDP and FBGEMM read some twenty numbers a step that lie in the host's memory.  One of a
-# device's shows as the first of these.
+# Not `aten::_local_scalar_dense`: DDP and FBGEMM read some twenty numbers a step that lie in the host's memory.
+# One that lies in the device's shows as the first of these.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 FORMS = ("eager", "compiled", "graphs")  # of the dense part
 
