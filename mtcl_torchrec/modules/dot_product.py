@@ -11,6 +11,10 @@ item and context together are of neither side and left out: the item's vector mu
 head reads the input as the embeddings give it, before any gate or interaction, which would mix the sides; it has no
 part in trunk or towers.  In a task restricted by `Task.inputs` it reads what the task may see.
 
+A ``tower_dot`` head adds the logit of the task's tower.  The product says at once what a network learns slowly (Rendle
+et al., *Neural Collaborative Filtering vs. Matrix Factorization Revisited*, RecSys 2020), the tower what is no product: so
+DeepFM (Guo et al., IJCAI 2017) adds a factorisation machine and a network over the same embeddings.
+
 With `Head.factors`, u = d^¼ Σ p + W_U x_U and v = d^¼ Σ q + W_I x_I, where p and q are the embeddings of the features
 that it names, and the maps read the other columns (the biases read all).  Of a user's and an item's id, p and q are the
 factors of matrix factorisation, and their part of the logit is ⟨p, q⟩.  Their L2 is ``l2_embedding``
@@ -137,7 +141,7 @@ def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], l
         if not block.groups:
             named = f"feature_groups must name the group of {block.feature!r}"
             raise ConfigError(
-                f"task {task.name!r}: head dot tells columns of the user from those of the item: "
+                f"task {task.name!r}: head {task.head.kind} tells columns of the user from those of the item: "
                 + (named if block.feature else "dense_groups must name the groups of each dense column")
             )
         if block.task not in (None, task.name) or not set(block.groups) <= set(task.inputs):
@@ -147,7 +151,7 @@ def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], l
             sides[side] += range(start, start + block.width)
     for side, columns in sides.items():
         if not columns:
-            raise ConfigError(f"task {task.name!r}: head dot sees no column of the {side}")
+            raise ConfigError(f"task {task.name!r}: head {task.head.kind} sees no column of the {side}")
     return sides["user"], sides["item"]
 
 

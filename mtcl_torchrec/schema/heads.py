@@ -1,4 +1,4 @@
-"""What makes a task's logit: a tower on top of the trunk, or the product of a user's and an item's vector."""
+"""What makes a task's logit: a tower on top of the trunk, the product of a user's and an item's vector, or both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from mtcl_torchrec.schema.declared import Declared
 
-HeadKind = Literal["tower", "dot"]
+HeadKind = Literal["tower", "dot", "tower_dot"]
 HEADS: tuple[HeadKind, ...] = get_args(HeadKind)
 
 
@@ -37,8 +37,8 @@ class Head(Declared):
     """Where a task's logit comes from.
 
     Args:
-        kind: ``"tower"`` (trunk, tower, linear head) or ``"dot"``, matrix factorisation over the shared embeddings, see
-            `mtcl_torchrec.modules.dot_product`.
+        kind: ``"tower"`` (trunk, tower, linear head); ``"dot"``, matrix factorisation over the shared embeddings, see
+            `mtcl_torchrec.modules.dot_product`; or ``"tower_dot"``, the sum of both logits.
         dim: width of the vectors of a dot head.
         factors: features of a dot head whose embeddings, of width `dim`, enter the product as they are: p_u and q_i of
             matrix factorisation, beside what linear maps make of the other columns.
