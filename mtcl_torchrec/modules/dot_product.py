@@ -12,8 +12,8 @@ head reads the input as the embeddings give it, before any gate or interaction, 
 part in trunk or towers.  In a task restricted by `Task.inputs` it reads what the task may see.
 
 A ``tower_dot`` head adds the logit of the task's tower.  The product says at once what a network learns slowly (Rendle
-et al., *Neural Collaborative Filtering vs. Matrix Factorization Revisited*, RecSys 2020), the tower what is no product: so
-DeepFM (Guo et al., IJCAI 2017) adds a factorisation machine and a network over the same embeddings.
+et al., *Neural Collaborative Filtering vs. Matrix Factorization Revisited*, RecSys 2020), the tower what is no product:
+so DeepFM (Guo et al., IJCAI 2017) adds a factorisation machine and a network over the same embeddings.
 
 With `Head.factors`, u = d^¼ Σ p + W_U x_U and v = d^¼ Σ q + W_I x_I, where p and q are the embeddings of the features
 that it names, and the maps read the other columns (the biases read all).  Of a user's and an item's id, p and q are the
