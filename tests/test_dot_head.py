@@ -17,6 +17,7 @@ from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.dot_product import vector_names
 from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.modules.towers import Alike
 from mtcl_torchrec.modules.trunks import STEM
 from mtcl_torchrec.schema import ConfigError
@@ -140,6 +141,32 @@ def test_factors_are_added_to_the_vector_of_their_side_as_they_are():
     torch.testing.assert_close(logits[vector_names(FACTORS)[1]][:, :4].detach(), q, atol=1e-5, rtol=1e-5)
 
 
+def test_a_bilinear_form_of_factors_is_each_tasks_own():
+    """qᵀ W p by hand; with W = I it is the plain product; W starts near that, and does not decay."""
+    head = {"kind": "dot", "dim": 4, "factors": ["u", "i"]}
+    of = model(None, [Task.binary(name, head={**head, "bilinear": True}) for name in "ab"])
+    data, dots = batch(tasks=2), [of.tower.dot_heads[number] for number in "01"]
+    for dot in dots:
+        assert 0 < (dot.bilinear - torch.eye(4)).abs().max() < 1
+        assert not torch.equal(dot.bilinear, dots[0].bilinear) or dot is dots[0]
+        dot.bilinear.detach().copy_(torch.eye(4))
+    plain = model(None, [Task.binary(name, head=head) for name in "ab"])
+    plain.load_state_dict({n: p for n, p in of.state_dict().items() if not n.endswith("bilinear")})
+    for name, value in logits_of(plain, data).items():
+        torch.testing.assert_close(logits_of(of, data)[name], value)
+    dot, w = dots[1], torch.arange(16.0).view(4, 4) - 6
+    dot.bilinear.detach().copy_(w)
+    for linear in (dot.user, dot.item):
+        linear.weight.detach().zero_()
+    bags = of.embedding_bag_collection.embedding_bags
+    p, q = (bags[f"t_{f}"].weight[data.sparse_features[f].values()] for f in ("u", "i"))
+    expected = torch.stack([q[b] @ w @ p[b] for b in range(24)]) + dot.bias
+    torch.testing.assert_close(logits_of(of, data)["b"], expected, atol=1e-5, rtol=1e-5)
+    logits_of(of, data)["b"].sum().backward()
+    torch.testing.assert_close(dot.bilinear.grad, q.T @ p, atol=1e-5, rtol=1e-4)
+    assert not is_weight("tower.dot_heads.1.bilinear")
+
+
 def test_with_maps_of_zero_it_is_classic_matrix_factorisation_and_learns_as_it_does():
     """Against p_u · q_i + b in plain PyTorch, 20 steps of gradient descent, L2 by feature included."""
     task = Task.binary("rated", head={"kind": "dot", "dim": 4, "factors": ["u", "i"]})
@@ -244,6 +271,7 @@ def test_the_users_vector_is_computed_once_for_each_kind_of_rows(gates):
         ({"head": "dot", "after": "b", "chain": "escm2_dr"}, "task 'a': chain escm2_dr reads a tower"),
         ({"head": {"kind": "dot", "sampled_softmax": {"temperature": 0}}}, "greater than 0"),
         ({"head": {"kind": "tower", "factors": ["u"]}}, "factors belongs to head dot, not to tower"),
+        ({"head": {"kind": "dot", "bilinear": True}}, "bilinear needs factors"),
         ({"kind": "multiclass", "num_classes": 3, "head": "dot"}, "task 'a': head dot gives one logit"),
         ({"kind": "multiclass", "num_classes": 3, "head": "tower_dot"}, "task 'a': head tower_dot gives one logit"),
         ({"head": "tower_dot", "inputs": ["user"]}, "task 'a': head tower_dot needs inputs of the item"),
@@ -389,7 +417,8 @@ schema:
     - {name: click, kind: binary}
     - {name: buy, kind: binary, after: click, head: {kind: dot, dim: 8, l2: 1e-3, factors: [user_id, product_id]}}
     - {name: stars, kind: regression, head: dot, mask: buy}
-    - {name: again, kind: binary, label: click, head: {kind: tower_dot, dim: 4}}
+    - {name: again, kind: binary, label: click,
+       head: {kind: tower_dot, dim: 8, factors: [user_id, product_id], bilinear: true}}
 model: {trunk: {kind: shared_bottom, expert_layers: [8]}, tower_layers: []}
 calibration: platt
 fusion: {weights: {click: 1, buy: 3, stars: 0.5}}

@@ -225,7 +225,8 @@ schema:
               sampled_softmax: {weight: 0.1, temperature: 0.7}}}
     - {name: buy, kind: binary, after: click, head: {kind: dot, sampled_softmax: {weight: 0.05, correction: none}}}
     - {name: stars, kind: regression, inputs: [user, item], head: dot, weight: 0.3}
-    - {name: again, kind: binary, label: click, head: {kind: tower_dot, dim: 8, l2: 1e-4}}
+    - {name: again, kind: binary, label: click,
+       head: {kind: tower_dot, dim: 8, l2: 1e-4, factors: [user_id, product_id], bilinear: true}}
 model: {trunk: {kind: mmoe, num_experts: 3, expert_layers: [16]}, tower_layers: [8]}
 optimizers: {tables: {lr: 0.2}, dense: {lr: 0.02}}
 training:

@@ -24,7 +24,8 @@ from mtcl_torchrec.schema import ConfigError, nearest
 
 REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")
 _OF_EXPERTS = ("expert_orthogonality", "gate_balance")
-_NO_WEIGHTS = {"bias", "biases", "scales", "shifts", "missing"}  # parts of names
+# Parts of names; of a dot head's bilinear form, decay would only make the factors large.
+_NO_WEIGHTS = {"bias", "biases", "scales", "shifts", "missing", "bilinear"}
 
 
 class _Mixing(Protocol):
