@@ -230,7 +230,8 @@ schema:
 model: {trunk: {kind: mmoe, num_experts: 3, expert_layers: [16]}, tower_layers: [8]}
 optimizers: {tables: {lr: 0.2}, dense: {lr: 0.02}}
 training:
-  {batch_size: 40, patience: 0, checkpoint: {every_steps: 7}, regularisers: {l2_embedding: {user_id: 1e-3}}, MORE}
+  {batch_size: 40, patience: 0, checkpoint: {every_steps: 7},
+   regularisers: {l2_embedding: {user_id: 1e-3}, l2_rows: {product_id: 1e-3}}, MORE}
 BALANCE
 fusion: {weights: {click: 1, liked: 1, buy: 2, stars: 0.2}}
 """
