@@ -204,8 +204,10 @@ def test_l2_of_rows_weighs_each_look_up_by_one_over_how_often_its_id_was_met():
             rows = bags[f"t_{feature}"].weight[ids].square().sum(1) * met * 20 / (50 * counts[ids])
             expected = expected + weight * rows[3:].mean()  # three rows have no label
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    data.labels[0] = float("inf")
+    train(data)  # a batch that is skipped is not counted
     train.eval()
-    train(data)
+    train(batch())
     assert train.loss.regularisers.row_penalty.popularity[0].total == 60  # evaluation counts nothing
 
 

@@ -178,6 +178,8 @@ class MultiTaskLoss(nn.Module):
             torch.cat([bad, _bad_regularisers(penalised, self.regularisers.watched, skip), _of_no_use(of_score)]),
             skip,
         )
+        if self.regularisers.row_penalty is not None:
+            self.regularisers.row_penalty.take_back(skip)
         _, ranks = self._place()
         counts, scored = totals[: len(counts)], totals[len(counts) : -1]
         per_task = self._per_task(_average(ranks * sums, counts))

@@ -41,6 +41,7 @@ class RowPenalty(nn.Module):
         # A list, not a dict by name: a feature may be called what an attribute of ModuleDict is called.
         self.popularity = nn.ModuleList(Popularity(rows[feature]) for feature in self.weights)
         self.gather = RankGather(process_group)
+        self._counted: list[torch.Tensor] = []  # the ids of the newest batch, of all ranks
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
         """Feature -> (B,) what ‖embedding‖² of each row is multiplied with before it is averaged over rows.
@@ -48,10 +49,18 @@ class RowPenalty(nn.Module):
         While training, the ids of the batch are counted; every rank calls it.
         """
         self.gather.agree(sparse_features.stride())
-        found = {}
+        self._counted, found = [], {}
         for (feature, weight), popularity in zip(self.weights.items(), self.popularity, strict=True):
             ids = first_values(sparse_features, feature)
-            met = popularity(self.gather(ids))[self.gather.first :][: len(ids)]
+            everywhere = self.gather(ids)
+            met = popularity(everywhere)[self.gather.first :][: len(ids)]
+            self._counted += [everywhere] if self.training else []
             # Of an id that is not there, the embedding is 0; of one that was never counted, once is the least.
             found[feature] = weight * popularity.total / (len(popularity.counts) * met.clamp(min=1))
         return found
+
+    def take_back(self, skipped: torch.Tensor) -> None:
+        """Uncount the newest batch where `skipped`, () bool, is True: what is skipped changes nothing."""
+        for popularity, ids in zip(self.popularity, self._counted, strict=False):
+            popularity.take_back(ids, skipped)
+        self._counted = []
