@@ -56,9 +56,12 @@ def configured(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     raw = yaml.safe_load(text)
     if options.dim:
-        for feature in raw["schema"]["features"]:
-            if feature["name"] in (raw["schema"]["user"], raw["schema"]["item"]):
-                feature["embedding_dim"] = options.dim
+        heads = [task["head"] for task in raw["schema"]["tasks"] if "head" in task]
+        factors = {name for head in heads for name in head["factors"]}  # of one width, which is the heads'
+        for wide, key in ((heads, "dim"), (raw["schema"]["features"], "embedding_dim")):
+            for part in wide:
+                if key == "dim" or part["name"] in factors:
+                    part[key] = options.dim
     return changed(raw, options.set)
 
 
@@ -151,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dial", action="append", default=[], metavar="DIAL=VALUE", help="of the world, such as text=0.5"
     )
-    parser.add_argument("--dim", type=int, default=0, help="of the embeddings of users and items")
+    parser.add_argument("--dim", type=int, default=0, help="of the vectors of users and items")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of the YAML: training.epochs=3"
     )
