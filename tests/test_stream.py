@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,7 @@ def test_results_come_in_order_and_few_are_made_ahead(workers):
         made.append(i)
         rows = numbered(10)
         alive.append(weakref.ref(rows))
-        return rows
+        return deque([rows])
 
     most = 0
     calls = ((lambda i=i: make(i)) for i in range(12))

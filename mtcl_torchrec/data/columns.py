@@ -18,17 +18,26 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 def column_of(rows: Rows, column: str) -> pd.Series:
     """A column, or a DataError with the nearest name."""
     try:
-        return rows.frame[column]
+        return rows.column(column)
     except KeyError:
         hint = nearest(column, map(str, rows.frame.columns))
         raise DataError(f"{rows.name}: no column {column!r}{hint}") from None
+
+
+def plain_of(rows: Rows, column: str) -> np.ndarray | None:
+    """As `Rows.plain`, or a DataError with the nearest name."""
+    try:
+        return rows.plain(column)
+    except KeyError:
+        column_of(rows, column)
+        raise
 
 
 def refuse(rows: Rows, wrong: np.ndarray, column: str, rule: str) -> None:
     """Raise DataError with file, row and value of the first row where `wrong` (N,) is true."""
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise DataError(f"{rows.locate(at)}: {column} = {shown(rows.frame[column], at)}; {rule}")
+        raise DataError(f"{rows.locate(at)}: {column} = {shown(column_of(rows, column), at)}; {rule}")
 
 
 def shown(values: pd.Series, at: int) -> str:
@@ -159,10 +168,10 @@ def numbers(rows: Rows, column: str, what: str) -> np.ndarray:
     Raises:
         DataError: a value is no number.
     """
-    values = column_of(rows, column)
-    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iufb":
-        return values.to_numpy(dtype=np.float64)
-    values = canonical(values)
+    plain = plain_of(rows, column)
+    if plain is not None:
+        return plain.astype(np.float64, copy=False)
+    values = canonical(column_of(rows, column))
     if not pd.api.types.is_numeric_dtype(values):
         if pd.api.types.is_datetime64_any_dtype(values) or values.dtype.kind == "m":
             raise DataError(f"{rows.name}: column {column!r} holds times, no numbers ({what})")

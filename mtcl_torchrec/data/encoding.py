@@ -13,6 +13,7 @@ from mtcl_torchrec.data.columns import (
     dense_values,
     hashed,
     ids_of,
+    plain_of,
     refuse,
     shown,
     split_bag,
@@ -66,7 +67,7 @@ class FeatureEncoder(Learnt):
         for key in self.keys:
             feature = features[key]
             if feature.kind == "id":
-                ids.append(self._row_numbers(feature, ids_of(rows, feature.rows_from), rows, copy=False))
+                ids.append(self._id_rows(feature, rows))
             elif feature.kind == "history":
                 bags[key] = self._history(feature, rows, lists[key])
             elif feature.has_content:
@@ -136,10 +137,21 @@ class FeatureEncoder(Learnt):
             found.append((feature, there.numpy()))
         return found
 
+    def _id_rows(self, feature: Feature, rows: Rows) -> np.ndarray:
+        """(N,) int64; it may share the memory of the column."""
+        if feature.encoding == "index":
+            plain = plain_of(rows, feature.rows_from)
+            if plain is not None and plain.dtype.kind in "iu" and plain.dtype != np.uint64:
+                whole = plain.astype(np.int64, copy=False)
+                # Without a sign the negative ones are the largest.
+                if whole.view(np.uint64).max(initial=0) < self._table_size(feature):
+                    return whole
+        return self._row_numbers(feature, ids_of(rows, feature.rows_from), rows)
+
     def _row_numbers(
-        self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None, *, copy: bool = True
+        self, feature: Feature, values: pd.Series, rows: Rows, owner: np.ndarray | None = None
     ) -> np.ndarray:
-        """(N,) int64; with `copy` False it may share the memory of `values`."""
+        """(N,) int64."""
         size = self._table_size(feature)
         if feature.encoding == "vocabulary":
             return table_rows(self._vocabularies[feature.table_name], values)
@@ -148,7 +160,7 @@ class FeatureEncoder(Learnt):
             return np.r_[(hashes % np.uint64(size - 1)).astype(np.int64) + 1, 0][codes]
         whole = as_integers(values)
         if whole is not None and (len(whole) == 0 or (whole.min() >= 0 and whole.max() < size)):
-            return np.array(whole) if copy else whole
+            return np.array(whole)
         missing = values.isna().to_numpy(dtype=bool)
         plain = pd.to_numeric(values, errors="coerce").astype("Float64")
         index = plain.to_numpy(dtype=np.float64, na_value=np.nan)

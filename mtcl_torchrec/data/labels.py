@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mtcl_torchrec.data.columns import FLOAT32_MAX, column_of, hashed, ids_of, numbers, refuse
+from mtcl_torchrec.data.columns import FLOAT32_MAX, hashed, ids_of, numbers, plain_of, refuse
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.schema import DataError, Task, chain_links
 
@@ -58,11 +58,10 @@ def rewards_of(rows: Rows, column: str | None) -> torch.Tensor | None:
 def _label32(rows: Rows, task: Task) -> np.ndarray:
     """(N,) float32: as `label_of`, with fewer passes where the file has integers that all count and fit."""
     if task.mask is None and task.kind != "regression":
-        values = column_of(rows, task.label_column)
-        if len(values) and isinstance(values.dtype, np.dtype) and values.dtype.kind in "iub":
-            found = values.to_numpy()
-            if found.min() >= 0 and found.max() < (2 if task.kind == "binary" else task.out_features):
-                return found.astype(np.float32)
+        found = plain_of(rows, task.label_column)
+        most = 1 if task.kind == "binary" else task.out_features - 1
+        if found is not None and found.dtype.kind in "iub" and len(found) and found.min() >= 0 and found.max() <= most:
+            return found.astype(np.float32)
     return label_of(rows, task).astype(np.float32)
 
 

@@ -7,7 +7,6 @@ category of the item that the user turns to *next*, or clicks next, cannot.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -104,4 +103,4 @@ def with_next_labels(rows: Rows, blocks: Sequence[NextLabelConfig], schema: Sche
     if prepared is not None:
         raise DataError(f"{rows.name}: no column {prepared!r}, which was prepared")
     labels = {b.column: next_label(rows, b, by=b.by or str(schema.user), time=str(schema.time)) for b in missing}
-    return replace(rows, frame=rows.frame.assign(**labels)) if labels else rows
+    return rows.with_frame(rows.frame.assign(**labels)) if labels else rows

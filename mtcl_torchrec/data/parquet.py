@@ -51,6 +51,63 @@ class ParquetWindow:
         return sum(group.rows for group in self.groups)
 
 
+class TableRows(Rows):
+    """Rows of an Arrow table, of which a data frame is made only where one is asked for: that takes as long as decoding
+    a few columns.
+
+    Args:
+        table: the columns, none of a dictionary.
+        groups: where they come from, in order.
+        files, starts: see `Rows`.
+
+    Example:
+        >>> table = pa.table({"a": [5, 6], "b": ["x", None]})
+        >>> rows = TableRows(table, [RowGroup(file=0, number=1, rows=2, start=10)], ("x.parquet",), (0,))
+        >>> rows.plain("a"), rows.plain("b"), rows.locate(1)
+        (array([5, 6]), None, 'x.parquet, row 11')
+    """
+
+    def __init__(self, table: pa.Table, groups: Sequence[RowGroup], files: tuple[str, ...], starts: tuple[int, ...]):
+        self.__dict__.update(files=files, starts=starts, earlier={}, _table=table, _groups=tuple(groups))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:  # type: ignore[override]
+        """All columns."""
+        return to_pandas(self._table, shared=True).set_axis(self._index)
+
+    @cached_property
+    def _index(self) -> pd.Index:
+        ends = [(group.start, group.start + group.rows) for group in self._groups] or [(0, 0)]
+        if ends[-1][1] - ends[0][0] == len(self):
+            return pd.RangeIndex(ends[0][0], ends[-1][1])
+        return pd.Index(np.concatenate([np.arange(start, stop) for start, stop in ends]))
+
+    def column(self, name: str) -> pd.Series:
+        """A column as `frame` has it; a KeyError where there is none."""
+        if "frame" in self.__dict__:
+            return self.frame[name]
+        plain = self.plain(name)
+        if plain is not None:
+            return pd.Series(plain, index=self._index, name=name, copy=False)
+        return to_pandas(self._table.select([name]), shared=True).set_axis(self._index)[name]
+
+    def plain(self, name: str) -> np.ndarray | None:
+        """(N,) numbers or booleans as they lie in memory; see `Rows.plain`."""
+        values = self._table[name]
+        if pa.types.is_floating(values.type):
+            return _as_numpy(values)
+        whole = pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)
+        return _as_numpy(values) if whole and not values.null_count else None
+
+
+def _as_numpy(values: pa.ChunkedArray) -> np.ndarray:
+    """The memory of a single chunk where nothing is missing."""
+    return values.chunk(0).to_numpy(zero_copy_only=False) if values.num_chunks == 1 else values.to_numpy()
+
+
 @dataclass(frozen=True)
 class ParquetFiles:
     """The rows of Parquet files, of which only the footers have been read; see `open`.
@@ -160,20 +217,11 @@ class ParquetFiles:
         ]
         if len(tables) > 1 or tables[0].schema != self.schema:
             tables = [joined([self.schema.empty_table(), *tables], self.files)]
-        frame = to_pandas(tables[0])
-        first, last = groups[0], groups[-1]
-        if last.start + last.rows - first.start == len(frame):
-            frame.index = pd.RangeIndex(first.start, last.start + last.rows)
-        else:
-            frame.index = pd.Index(np.concatenate([np.arange(g.start, g.start + g.rows) for g in groups]))
-        return self._rows(frame)
+        return TableRows(tables[0], groups, self.files, self._starts)
 
     def empty(self) -> Rows:
         """No rows, with all columns."""
-        return self._rows(to_pandas(self.schema.empty_table()))
-
-    def _rows(self, frame: pd.DataFrame) -> Rows:
-        return Rows(frame, self.files, self._starts)
+        return TableRows(self.schema.empty_table(), (), self.files, self._starts)
 
     @cached_property
     def _starts(self) -> tuple[int, ...]:

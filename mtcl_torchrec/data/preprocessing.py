@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -200,7 +199,7 @@ class Preprocessor:
         for history in self.histories:
             if history.config.prepared is None:
                 earlier |= history.fit(rows)
-        return replace(rows, frame=pd.concat([rows.frame, *computed], axis=1), earlier=earlier)
+        return rows.with_frame(pd.concat([rows.frame, *computed], axis=1), earlier)
 
     def redeclared(self, schema: Schema) -> Preprocessor:
         """The same, fitted as this is, for a schema that differs only in what no encoded row shows: widths of
@@ -226,7 +225,7 @@ class Preprocessor:
             values = canonical(rows.frame[column]) if column in rows.frame else None
             if values is not None and is_text == pd.api.types.is_numeric_dtype(values):
                 changed[column] = as_text(values) if is_text else canonical(pd.to_numeric(values, errors="coerce"))
-        return replace(rows, frame=rows.frame.assign(**changed)) if changed else rows
+        return rows.with_frame(rows.frame.assign(**changed)) if changed else rows
 
     def encode(self, rows: Rows, *, with_labels: bool = True) -> EncodedRows:
         """Encode later rows; statistics and histories know what was known at the end of the training split."""
@@ -254,7 +253,7 @@ class Preprocessor:
             elif len(given) < len(history.columns()):
                 lacking = next(c for c in history.columns() if c not in given)
                 raise DataError(f"{rows.name}: no column {lacking!r} beside {min(given)!r}; give all of them, or none")
-        return replace(rows, frame=pd.concat([rows.frame, *computed], axis=1), earlier=earlier)
+        return rows.with_frame(pd.concat([rows.frame, *computed], axis=1), earlier)
 
     def catalogue(self, train: Rows, later: Rows) -> Catalogue:
         """What a log says of users and items, their histories as of its end.

@@ -60,6 +60,27 @@ class Rows:
     def __len__(self) -> int:
         return len(self.frame)
 
+    def column(self, name: str) -> pd.Series:
+        """A column of the frame; a KeyError where there is none."""
+        return self.frame[name]
+
+    def plain(self, name: str) -> np.ndarray | None:
+        """(N,) a column of numbers or booleans as it lies in memory, not to be written to; None for other columns.
+
+        A missing floating-point number is NaN; integers and booleans of which some are missing are no such column.
+
+        Example:
+            >>> rows = Rows(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
+            >>> rows.plain("a"), rows.plain("b")
+            (array([1, 2]), None)
+        """
+        values = self.column(name)
+        return values.to_numpy() if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iufb" else None
+
+    def with_frame(self, frame: pd.DataFrame, earlier: Mapping[str, Earlier] | None = None) -> Rows:
+        """The same rows with other columns, and other histories where they are given."""
+        return Rows(frame, self.files, self.starts, self.earlier if earlier is None else earlier)
+
     def locate(self, position: int) -> str:
         """Where the row at `position` of the frame stands: file and row, counted from 0.
 
@@ -247,8 +268,13 @@ def _of_one_kind(tables: Sequence[pa.Table]) -> list[pa.Table]:
     return uniform
 
 
-def to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A frame; integers and booleans with missing values stay what they are (pandas' nullable kinds)."""
+def to_pandas(table: pa.Table, *, shared: bool = False) -> pd.DataFrame:
+    """A frame; integers and booleans with missing values stay what they are (pandas' nullable kinds).
+
+    Args:
+        shared: columns of one chunk without missing values share the table's memory and cannot be written to.  Else
+            columns of one kind lie together, which is faster where rows are picked out of many of them.
+    """
     nullable = {
         pa.bool_(): pd.BooleanDtype(),
         pa.int8(): pd.Int8Dtype(), pa.int16(): pd.Int16Dtype(),
@@ -256,7 +282,7 @@ def to_pandas(table: pa.Table) -> pd.DataFrame:
         pa.uint8(): pd.UInt8Dtype(), pa.uint16(): pd.UInt16Dtype(),
         pa.uint32(): pd.UInt32Dtype(), pa.uint64(): pd.UInt64Dtype(),
     }  # fmt: skip
-    frame = table.to_pandas(ignore_metadata=True)
+    frame = table.to_pandas(ignore_metadata=True, split_blocks=shared)
     for field in table.schema:
         if field.type in nullable and table[field.name].null_count:
             frame[field.name] = table[field.name].to_pandas(types_mapper=nullable.get)

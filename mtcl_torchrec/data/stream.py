@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.id_dropout import drop_ids
@@ -126,11 +127,7 @@ class StreamRows:
         shares = cut(self._left(windows, position), world_size)
         largest = max(map(count, shares))
         steps = -(-largest // batch_size)
-        loads = (
-            partial(self._load, windows[number], (self.seed, position.epoch, number), list(pieces))
-            for number, pieces in groupby(shares[rank], key=lambda piece: piece[0])
-        )
-        taken = 0
+        loads, taken = self._loads(windows, shares[rank], position.epoch, batch_size), 0
         with closing(in_order(loads, self.workers)) as encoded:
             for rows in in_batches(encoded, batch_size):
                 yield rows.batch().filled_up(min(batch_size, largest - taken * batch_size))
@@ -146,27 +143,48 @@ class StreamRows:
     def _left(self, windows: Sequence[Any], position: Position) -> list[Piece]:
         return pieces_left([(i, 0, window.rows) for i, window in enumerate(windows)], position.taken)
 
-    def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece]) -> EncodedRows:
-        order = shuffled(window.rows, seed).numpy()
-        numbers = np.concatenate([order[a:b] for _, a, b in pieces])
-        return drop_ids(self.encode(self.source.read(window).at(numbers)), self.id_dropout, numbers, seed)
+    def _loads(
+        self, windows: Sequence[Any], share: Sequence[Piece], epoch: int, batch_size: int
+    ) -> Iterator[Callable[[], deque[EncodedRows]]]:
+        taken = 0
+        for number, group in groupby(share, key=lambda piece: piece[0]):
+            pieces, begun = list(group), taken % batch_size
+            yield partial(self._load, windows[number], (self.seed, epoch, number), pieces, begun, batch_size)
+            taken += count(pieces)
+
+    def _load(
+        self, window: Any, seed: Sequence[int], pieces: Sequence[Piece], begun: int, batch_size: int
+    ) -> deque[EncodedRows]:
+        """The rows of a window as parts for `in_batches`.
+
+        Args:
+            begun: rows that the batch has before the first of these.
+        """
+        # Encoded in the order of the file, without a copy of its columns, and shuffled and cut in one go.
+        encoded = self.encode(self.source.read(window))
+        encoded = drop_ids(encoded, self.id_dropout, np.arange(len(encoded)), seed)
+        order = shuffled(window.rows, seed)
+        order = torch.cat([order[start:stop] for _, start, stop in pieces])
+        return deque(encoded.parts(order.tensor_split(list(range(batch_size - begun, len(order), batch_size)))))
 
 
-def in_batches(parts: Iterable[EncodedRows], batch_size: int) -> Iterator[EncodedRows]:
-    """The rows of all parts, one after the other, `batch_size` at a time; the last may be fewer."""
-    held, missing = list[EncodedRows](), batch_size
-    for part in parts:
-        start = 0
-        while start < len(part):
-            stop = min(len(part), start + missing)
-            held.append(part.slice(start, stop))
-            missing -= stop - start
-            start = stop
-            if missing == 0:
+def in_batches(windows: Iterable[deque[EncodedRows]], batch_size: int) -> Iterator[EncodedRows]:
+    """Rows, `batch_size` at a time; the last may be fewer.
+
+    Args:
+        windows: parts, one after the other, of which some end wherever a batch does.  They are taken out of the window,
+            so that only those that were not taken yet stay in memory.
+    """
+    held, rows = list[EncodedRows](), 0
+    for parts in windows:
+        while parts:
+            held.append(parts.popleft())
+            rows += len(held[-1])
+            if rows == batch_size:
                 whole = EncodedRows.cat(held)
-                held, missing = [], batch_size
+                held, rows = [], 0
                 yield whole
-        del part  # it must not stay in memory while the next one is waited for
+                del whole  # it must not stay in memory while the next one is waited for
     if held:
         yield EncodedRows.cat(held)
 

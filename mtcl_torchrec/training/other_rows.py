@@ -65,7 +65,7 @@ def other_rows(
         raise DataError(f"{', '.join(paths)}: no column {', '.join(map(repr, missing))}: there is nothing to judge by")
     columns = [c for c in preprocessor.columns(statistics=False) if c not in missing]
     rows = read_rows(paths, list(dict.fromkeys([*columns, *more])))
-    rows = preprocessor.conform(replace(rows, frame=rows.frame.assign(**dict.fromkeys(missing, np.nan))))
+    rows = preprocessor.conform(rows.with_frame(rows.frame.assign(**dict.fromkeys(missing, np.nan))))
     lines = []
     if lacking:
         names = ", ".join(task.name for task in lacking)
