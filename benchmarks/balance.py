@@ -35,7 +35,7 @@ from typing import Any
 
 from balance_methods import BY_NAME, HELPED, SUM, TASKS, TWIN, Training, configured
 from balance_tables import as_lines, best_rate, draw, tables
-from measure import about, read, shown
+from measure import about, appended, read, shown
 from rich.console import Console
 
 
@@ -99,8 +99,7 @@ def _train_missing(trainings: list[Training], arguments: argparse.Namespace, poo
     workers = threading.local()
     for i, result in enumerate(pool.map(lambda t: _in_a_worker(t, arguments.small, workers), missing), 1):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        appended(arguments.out, result)
         aucs = " ".join(f"{task} {auc:.4f}" for task, auc in result["test"].items())
         what = f"{result['data']}: {result['method']} rate {result['rate']} seed {result['seed']}"
         print(f"{i}/{len(missing)} {what} in {result['seconds']:.0f} s: {aucs}", flush=True)

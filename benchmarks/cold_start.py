@@ -32,7 +32,6 @@ part of the package: https://grouplens.org/datasets/movielens/1m/, and nothing o
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ import pandas as pd
 import yaml
 from document import Line, Table
 from measure import about as who_measures
-from measure import figure, read, save, shown
+from measure import appended, figure, read, save, shown
 from rich.console import Console
 
 ID: dict[str, Any] = {"name": "item_id", "group": "item", "embedding_dim": 16}
@@ -229,8 +228,7 @@ def train_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 }
                 results.append(result)
                 if arguments.out:
-                    with arguments.out.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
+                    appended(arguments.out, result)
                 liked = "  ".join(f"{s} {result['liked'][s]:.3f}" for s in SEGMENTS)
                 console.print(f"seed {seed}, {variant}, histories {sequences}, {seconds} s: {liked}", highlight=False)
     return results

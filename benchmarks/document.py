@@ -144,27 +144,31 @@ def said(lines: Sequence[Line]) -> str:
 
 
 def written(
-    path: Path, lines: Sequence[Line], tables: Sequence[Table], *, complete: bool, picture: Path | None = None
+    path: Path, lines: Sequence[Line], tables: Sequence[Table], *, complete: bool | None, picture: Path | None = None
 ) -> None:
     """Write the document of a benchmark.
 
     Args:
         path: ``NAME.json``.
-        complete: nothing is missing.
+        complete: nothing is missing; None where nobody knows.
         picture: that was drawn of it; a path, of which the name is kept.
     """
     document = {
         "benchmark": path.stem,
         "complete": complete,
         "about": next((line["about"] for line in reversed(lines) if line.get("about")), None),
+        "commands": list(dict.fromkeys(line["about"]["command"] for line in lines if line.get("about"))),
         "measured": said(lines),
         "results": figures(lines),
         "tables": [asdict(table) for table in tables],
         "picture": picture.name if picture else None,
     }
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def tables_of(document: Mapping[str, Any]) -> list[Table]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from document import Table, median, ranged
-from measure import Line, alternate, benchmark, figure, options, save
+from measure import Line, alternate, benchmark, counted, figure, options, save
 
 from mtcl_torchrec.modules.experts import BatchedExperts
 
@@ -123,10 +123,11 @@ def draw(lines: list[Line], path: Path) -> None:
 def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="ExH")
-    parser.add_argument("--rows", type=int, nargs="+", default=[512, 4096], help="of a batch (%(default)s)")
-    parser.add_argument("--input", type=int, default=80, help="width of the input (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="of each form (%(default)s)")
+    parser.add_argument("--sizes", nargs="+", type=_size, default=[_size(size) for size in SIZES], metavar="ExH",
+                        help=f"experts x width of their first layer ({' '.join(SIZES)})")  # fmt: skip
+    parser.add_argument("--rows", type=counted, nargs="+", default=[512, 4096], help="of a batch (%(default)s)")
+    parser.add_argument("--input", type=counted, default=80, help="width of the input (%(default)s)")
+    parser.add_argument("--rounds", type=counted, default=15, help="of each form (%(default)s)")
     parser.add_argument("--eager", action="store_true", help="nothing compiled")
     parser.add_argument("--device", default="cpu")
     options(parser, repeats=3, timeout_s=600)
@@ -137,8 +138,12 @@ def main() -> int:
 def _todo(given: argparse.Namespace) -> list[Line]:
     same = {"input": given.input, "rounds": given.rounds, "device": given.device, "compile": not given.eager,
             "threads": given.threads}  # fmt: skip
-    sizes = [tuple(map(int, size.split("x"))) for size in given.sizes]
-    return [{"experts": e, "width": h, "rows": rows} | same for rows in given.rows for e, h in sizes]
+    return [{"experts": e, "width": h, "rows": rows} | same for rows in given.rows for e, h in given.sizes]
+
+
+def _size(text: str) -> tuple[int, int]:
+    experts, _, width = text.partition("x")
+    return counted(experts), counted(width)
 
 
 if __name__ == "__main__":

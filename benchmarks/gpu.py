@@ -1,37 +1,43 @@
 """How a training step on one large GPU (H200: 141 GB, 4.8 TB/s) spends its time, against what the device can do.
 
-    python benchmarks/gpu.py --out results/gpu.json --picture results/gpu.png
-    python benchmarks/gpu.py --cases middle --batch-sizes 8192 16384 --out try.json
-    python benchmarks/gpu.py --cpu-dry-run --out /dev/null
+    python benchmarks/gpu.py --out results/gpu.jsonl
+    python benchmarks/gpu.py --cases middle --batch-sizes 8192 16384 --out try.jsonl
+    python benchmarks/gpu.py --cpu-dry-run --forms eager --out try.jsonl
 
 NOT YET RUN ON A GPU: its authors had none.  What is tested is that the code runs, in tiny sizes on a CPU
 (--cpu-dry-run); its figures there mean nothing.
 
-For each case and batch size: steps per second of the train pipeline of `mtcl train` (batches that lie on the device);
-the step taken apart by CUDA events (`step_parts.py`); the bytes that the lookups and their update must move, against
-the measured rate of a copy; the floating-point operations of the dense part, against the measured rate of a matrix
-product in bf16; the same step with the dense part compiled, and compiled with CUDA graphs; and how often the host
-waited for the device in a step, counted by the profiler.
+Each case and batch size is a process of its own.  Measured are steps of the train pipeline of `mtcl train` (batches
+that lie on the device), with the dense part as it is, compiled as `training.compile: dense` does it, and compiled with
+CUDA graphs; the eager step taken apart by CUDA events (`step_parts.py`); how often, and where, the host waited for the
+device in a step, by the profiler and by torch's own warnings.  One wait is TorchRec's: for the sizes of what ranks
+exchange of the next batch, on a stream of its own.
+
+"roofline" is the least that a step could take: the bytes that lookups, their update and Adam must move at the measured
+rate of a copy (read and written bytes both count), and the dense part's floating-point operations at the measured rate
+of a large bf16 product, one after the other.  A row that a batch looks up several times is read and written once.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import statistics
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CONSOLE, Line, about, figure, save
-from step_parts import PARTS, take_apart
+from gpu_tables import FORMS, WAITS, draw, tables
+from measure import Line, benchmark, counted, options
+from step_parts import take_apart
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -39,13 +45,12 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from mtcl_torchrec import MTCL, MMoE, MTCLTrain, Task
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig
 from mtcl_torchrec.data.batch import MTBatch
-from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.training.compiling import compiled
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, plain_model
 from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.sharding import Ranks, ranks
 
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
-FORMS = ("eager", "compiled", "CUDA graphs")
+WAITED = "called a synchronizing CUDA operation"  # says torch
 BATCHES = 8  # that take turns, so that no step finds its rows in the device's cache
 
 
@@ -100,7 +105,9 @@ def limits(device: torch.device, tiny: bool) -> Line:
     source = torch.empty(numbers, device=device).normal_()
     target = torch.empty_like(source)
     found = {"copy_bytes_per_s": 2 * source.nbytes / seconds_of(partial(target.copy_, source), device)}
-    del source, target  # 8 GB
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # 8 GB, for tables
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         found[f"{name}_flop_per_s"] = 2 * side**3 / seconds_of(partial(torch.matmul, a, b), device)
@@ -128,49 +135,75 @@ class Training:
         config = OptimizersConfig(
             tables=TableOptimizerConfig(kind="rowwise_adagrad", lr=0.05), dense=DenseOptimizerConfig(kind="adam")
         )
-        self.device = where.device
+        self.where, self.device = where, where.device
         self.model, self.optimizer = parallelise(MTCLTrain(model), where, config, batch_size=batch_size)
-        self.tower = plain_model(self.model).tower
+        self.plain = plain_model(self.model)
         self.schedule = build_schedule(self.optimizer, 0, 10**6, "none")
-        self.batches = cycle([_batch(case, batch_size, keys, where.device, seed) for seed in range(BATCHES)])
+        made = [_batch(case, batch_size, keys, where.device, seed) for seed in range(BATCHES)]
+        self.distinct = statistics.fmean(map(_distinct, made))
+        self.batches = cycle(made)
         self.model.train()
 
-    def seconds(self, steps: int) -> float:
-        """A step of the pipeline, once it is warm."""
-        pipeline = build_pipeline(self.model, self.optimizer, self.device)
-        for _ in range(max(steps // 4, 3)):
-            pipeline.progress(self.batches)
-        self._settle()
-        started = time.perf_counter()
-        for _ in range(steps):
-            pipeline.progress(self.batches)
-        self._settle()
-        spent = (time.perf_counter() - started) / steps
-        pipeline.detach()
-        return spent
+    def seconds(self, steps: int, form: str = "eager") -> float:
+        """A step of the pipeline, once it is warm, with the dense part in this form."""
+        with self._in_form(form), self._pipeline(form) as progress:
+            for _ in range(max(steps // 4, 5)):  # CUDA graphs are recorded in the second
+                progress()
+            self._settle()
+            started = time.perf_counter()
+            for _ in range(steps):
+                progress()
+            self._settle()
+            return (time.perf_counter() - started) / steps
 
-    def compiled_seconds(self, steps: int, form: str) -> float:
-        """The same with the dense part compiled."""
-        options: Line = {"mode": "reduce-overhead"} if form == "CUDA graphs" else {}
-        self.tower.compile(**options)
-        try:
-            return self.seconds(steps)
-        finally:
-            self.tower._compiled_call_impl = None
+    @contextmanager
+    def _in_form(self, form: str) -> Iterator[None]:
+        tower = self.plain.tower
+        with compiled(self.plain, "dense", self.where) if form == "compiled" else nullcontext():
+            if form == "graphs":
+                tower.compile(mode="reduce-overhead")
+            try:
+                yield
+            finally:
+                tower._compiled_call_impl = None
+        if form != "eager":
             torch.compiler.reset()
+
+    @contextmanager
+    def _pipeline(self, form: str = "eager") -> Iterator[Callable[[], Any]]:
+        pipeline = build_pipeline(self.model, self.optimizer, self.device)
+
+        def progress() -> Any:
+            if form == "graphs":
+                torch.compiler.cudagraph_mark_step_begin()  # what the last step returned is not read any more
+            return pipeline.progress(self.batches)
+
+        try:
+            yield progress
+        finally:
+            pipeline.detach()
 
     def waits(self, steps: int) -> dict[str, float]:
         """Events of the profiler in which the host waits for the device, in each step."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        pipeline = build_pipeline(self.model, self.optimizer, self.device)
-        for _ in range(3):
-            pipeline.progress(self.batches)
-        with profile(activities=activities) as watched:
-            for _ in range(steps):
-                pipeline.progress(self.batches)
-        pipeline.detach()
+        with self._pipeline() as progress:
+            for _ in range(3):
+                progress()
+            with profile(activities=activities) as watched:
+                for _ in range(steps):
+                    progress()
         counts = {event.key: event.count for event in watched.key_averages()}
         return {name: counts.get(name, 0) / steps for name in WAITS}
+
+    def waits_at(self, steps: int) -> dict[str, float]:
+        """Where in the code the host waits for the device, times a step, by torch's own warnings."""
+        with self._pipeline() as progress:
+            for _ in range(3):
+                progress()
+            with waiting_places(steps) as places:
+                for _ in range(steps):
+                    progress()
+        return places
 
     def flop(self) -> int:
         """Floating-point operations of the dense part in a step, forward and backward."""
@@ -191,126 +224,131 @@ def _batch(case: Case, batch_size: int, keys: list[str], device: torch.device, s
     ids = (case.table_rows * torch.rand(shape, generator=draw, device=device, dtype=torch.float64) ** 3).long()
     labels = torch.randint(0, 2, (batch_size, case.tasks), generator=draw, device=device).float()
     ones = torch.ones(shape, dtype=torch.int64, device=device)
-    return MTBatch(torch.empty(batch_size, 0, device=device), KeyedJaggedTensor(keys, ids, lengths=ones), labels)
+    sparse = KeyedJaggedTensor(keys, ids, lengths=ones)
+    sparse.offset_per_key()  # known of a batch that comes from the host; asked of a GPU, it is waited for
+    return MTBatch(torch.empty(batch_size, 0, device=device), sparse, labels)
 
 
-def lookup_bytes(case: Case, batch_size: int) -> dict[str, int]:
-    """What lookup and update must move at least: rows read and pooled rows written; then gradients read, rows read and
-    written, and one number of the optimizer a row.  Rows that a batch looks up twice count twice."""
-    rows = case.features * batch_size
-    row = 4 * case.dim
-    return {"embedding forward": rows * 2 * row, "embedding backward": rows * (3 * row + 8)}
+def _distinct(batch: MTBatch) -> int:
+    """Rows of all tables that a batch looks up."""
+    features = batch.sparse_features.values().view(len(batch.sparse_features.keys()), -1)
+    return sum(len(ids.unique()) for ids in features)
 
 
-def measure(case: Case, batch_size: int, where: Ranks, steps: int, known: Line, forms: tuple[str, ...]) -> Line:
-    """Everything about one case and batch size."""
+@contextmanager
+def waiting_places(steps: int) -> Iterator[dict[str, float]]:
+    """Place -> times a step, once the block is left: where the host waited for a CUDA device in it."""
+    found: dict[str, float] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode(before)
+    places = Counter(
+        f"{'/'.join(Path(of.filename).parts[-3:])}:{of.lineno}" for of in caught if WAITED in str(of.message)
+    )
+    found |= {place: times / steps for place, times in places.most_common()}
+
+
+def least_bytes(case: Case, batch_size: int, distinct: float, dense_parameters: int) -> dict[str, float]:
+    """What a step must move at least.
+
+    Args:
+        distinct: rows of tables that a batch looks up, each counted once.
+        dense_parameters: each is read and written by Adam with its two averages, and its gradient read.
+
+    Example:
+        >>> least_bytes(Case("one", 1, 100, 4, (2,)), 2, 1.0, 10)
+        {'embedding forward': 64.0, 'embedding backward': 72.0, 'optimizer': 280}
+    """
+    rows, row = case.features * batch_size, 4 * case.dim
+    return {
+        "embedding forward": distinct * row + rows * (8 + row),  # rows and ids are read, pooled rows written
+        # Gradients of pooled rows are read; rows and the one number that the optimizer keeps of each, read and written.
+        "embedding backward": rows * row + distinct * (2 * row + 8),
+        "optimizer": 7 * 4 * dense_parameters,
+    }
+
+
+def work(what: Line) -> Line:
+    """Everything about one case and batch size, in this process."""
+    [case] = [case for case in (TINY if what["dry_run"] else CASES) if case.name == what["case"]]
+    with ranks("cpu" if what["dry_run"] else "cuda") as where:
+        return measured(case, what, where)
+
+
+def measured(case: Case, what: Line, where: Ranks) -> Line:
+    """The same on this rank."""
+    batch_size, steps = what["batch_size"], what["steps"]
+    known = limits(where.device, what["dry_run"])
     training = Training(case, batch_size, where)
-    step_s = {"eager": training.seconds(steps)}
+    step_s, failed = {"eager": training.seconds(steps)}, {}
     apart = take_apart(
         training.model, training.optimizer, training.schedule, training.batches, where.device, max(steps // 2, 2)
     )
-    waits, flop = training.waits(min(steps, 5)), training.flop()
-    for form in forms:
-        if form != "eager":
-            step_s[form] = training.compiled_seconds(steps, form)
-    dense_s = (apart["trunk"] + apart["heads"] + apart["dense backward"]) / 1000
+    watched = min(steps, 5)
+    waits, waits_at, flop = training.waits(watched), training.waits_at(watched), training.flop()
     cuda = where.device.type == "cuda"
-    line: Line = {
-        "case": asdict(case), "batch_size": batch_size, "step_ms": {f: s * 1000 for f, s in step_s.items()},
-        "samples_per_s": batch_size / min(step_s.values()), "apart_ms": apart,
+    peak = torch.cuda.max_memory_allocated(where.device) if cuda else None
+    for form in (form for form in FORMS if form in what["forms"] and form != "eager"):
+        try:
+            step_s[form] = training.seconds(steps, form)
+        except Exception as error:  # whatever a compiler meets: the rest is measured all the same
+            failed[form] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+    moved = least_bytes(case, batch_size, training.distinct, sum(p.numel() for p in training.plain.tower.parameters()))
+    roofline_s = {part: of / known["copy_bytes_per_s"] for part, of in moved.items()}
+    roofline_s["dense part"] = flop / known["bf16_flop_per_s"]
+    dense_ms = apart["trunk"] + apart["heads"] + apart["dense backward"]
+    fastest_s = min(step_s.values())
+    return {
+        "limits": known, "step_ms": {form: s * 1000 for form, s in step_s.items()}, "failed": failed,
+        "samples_per_s": batch_size / fastest_s, "apart_ms": apart, "distinct_rows": training.distinct,
+        "bytes": moved, "dense_flop": flop, "roofline_ms": {part: s * 1000 for part, s in roofline_s.items()},
+        "share_of_roofline": sum(roofline_s.values()) / fastest_s,
         "share_of_copy_rate": {
-            part: moved / (apart[part] / 1000) / known["copy_bytes_per_s"]
-            for part, moved in lookup_bytes(case, batch_size).items()
+            part: 1000 * roofline_s[part] / apart[part] for part in ("embedding forward", "embedding backward")
         },
-        "dense_flop": flop, "share_of_matrix_rate": flop / dense_s / known["bf16_flop_per_s"], "waits_per_step": waits,
-        "peak_bytes": torch.cuda.max_memory_allocated(where.device) if cuda else None,
+        "share_of_matrix_rate": 1000 * roofline_s["dense part"] / dense_ms,
+        "waits_per_step": waits, "waits_at": waits_at, "peak_cuda_bytes": peak,
     }  # fmt: skip
-    del training
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(where.device)
-    return line
 
 
-# ---------------------------------------------------------------------- what is shown
+# ---------------------------------------------------------------------- the command
 
 
-def rows_of(lines: list[Line]) -> Iterator[tuple[str, list[str]]]:
-    """Of the table: a name, and a figure for each line."""
-    yield "samples/s, fastest form", [f"{line['samples_per_s']:,.0f}" for line in lines]
-    for form in FORMS:
-        if any(form in line["step_ms"] for line in lines):
-            yield f"step, {form}, ms", [f"{line['step_ms'].get(form, float('nan')):.2f}" for line in lines]
-    for part in ("step", *PARTS):
-        name = "the step taken apart, ms" if part == "step" else f"  {part}"
-        yield name, [f"{line['apart_ms'][part]:.2f}" for line in lines]
-    for part in ("embedding forward", "embedding backward"):
-        yield f"{part}, of the copy rate", [f"{line['share_of_copy_rate'][part]:.0%}" for line in lines]
-    yield "dense part, of the matrix rate", [f"{line['share_of_matrix_rate']:.0%}" for line in lines]
-    for name in WAITS:
-        yield f"{name}, a step", [f"{line['waits_per_step'][name]:.1f}" for line in lines]
-
-
-def show(result: Line) -> None:
-    """The table."""
-    known, lines = result["limits"], result["lines"]
-    device = result["about"]["gpu"] or "CPU, tiny sizes: figures mean nothing"
-    title = (
-        f"{device}; copy {known['copy_bytes_per_s'] / 1e9:,.0f} GB/s, bf16 {known['bf16_flop_per_s'] / 1e12:,.1f} "
-        f"TFLOP/s, fp32 {known['fp32_flop_per_s'] / 1e12:,.1f}"
-    )
-    table = plain_table(title, ["", *(f"{line['case']['name']}, {line['batch_size']:,}" for line in lines)])
-    for name, figures in rows_of(lines):
-        table.add_row(name, *figures)
-    CONSOLE.print(table)
-
-
-def draw(result: Line, path: Path) -> None:
-    """The parts of the step, stacked, one bar for each case and batch size."""
-    lines = result["lines"]
-    drawn, (axis,) = figure(wide=7.5, high=4.2)
-    names = [f"{line['case']['name']}\n{line['batch_size']:,}" for line in lines]
-    below = [0.0] * len(lines)
-    for part in PARTS:
-        heights = [line["apart_ms"][part] for line in lines]
-        if max(heights) > 0.02 * max(line["apart_ms"]["step"] for line in lines):
-            axis.bar(names, heights, bottom=below, label=part, width=0.6)
-            below = [at + height for at, height in zip(below, heights, strict=True)]
-    axis.set(ylabel="ms of a step, nothing overlapping", xlabel="case and batch size")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    save(drawn, path)
+def todo(given: argparse.Namespace) -> list[Line]:
+    """Every case in each of its batch sizes."""
+    return [
+        {"case": case.name, "batch_size": batch_size, "steps": given.steps, "forms": list(given.forms),
+         "dry_run": given.cpu_dry_run}
+        for case in (TINY if given.cpu_dry_run else CASES) if case.name in given.cases
+        for batch_size in given.batch_sizes or case.batch_sizes
+    ]  # fmt: skip
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="instead of each case's own")
-    parser.add_argument("--steps", type=int, default=50, help="that are measured (%(default)s)")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of the dense part")
+    parser.add_argument("--batch-sizes", type=counted, nargs="+", help="instead of each case's own")
+    parser.add_argument("--steps", type=counted, default=50, help="that are measured (%(default)s)")
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of the dense part; eager always"
+    )
     parser.add_argument("--cpu-dry-run", action="store_true", help="tiny sizes on the CPU: does the code run?")
-    parser.add_argument("--out", type=Path, required=True, help="all results as JSON")
-    parser.add_argument("--picture", type=Path, help="draw it, too (PNG)")
+    options(parser, repeats=1, timeout_s=1200)
     given = parser.parse_args()
-    if not (given.cpu_dry_run or torch.cuda.is_available()):
+    if not (given.cpu_dry_run or given.worker or given.show or torch.cuda.is_available()):
         raise SystemExit("gpu.py needs a CUDA device, and torch finds none; --cpu-dry-run tries the code on the CPU")
-    forms = tuple(f for f in given.forms if f != "CUDA graphs" or not given.cpu_dry_run)
-    with ranks("cpu" if given.cpu_dry_run else "cuda") as where:
-        known = limits(where.device, given.cpu_dry_run)
-        result: Line = {"about": about(), "dry_run": given.cpu_dry_run, "limits": known, "lines": []}
-        for case in TINY if given.cpu_dry_run else CASES:
-            if case.name not in given.cases:
-                continue
-            case = replace(case, batch_sizes=tuple(given.batch_sizes or case.batch_sizes))
-            for batch_size in case.batch_sizes:
-                result["lines"].append(measure(case, batch_size, where, given.steps, known, forms))
-                given.out.write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
-    if given.picture:
-        draw(result, given.picture)
-    return 0
+    if given.cpu_dry_run:
+        given.forms = [form for form in given.forms if form != "graphs"]
+    return benchmark(parser, given, work=work, todo=lambda: todo(given), tables=tables, draw=draw)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Any
 import httpx
 import numpy as np
 from document import Table, median, ranged, ratios
-from measure import Line, benchmark, commit, figure, options, save
+from measure import Line, benchmark, commit, counted, counts, figure, options, save
 from rich.console import Console
 from serving import trained
 
@@ -246,8 +246,13 @@ def draw(lines: list[Line], path: Path) -> None:
     """Latency by requests a second."""
     drawn, (axis,) = figure(wide=4.6, high=3.2)
     for name in ("p50_ms", "p99_ms"):
-        axis.plot([line["requests_per_s"] for line in lines], [line[name] for line in lines], "o", label=name)
-    axis.set(xlabel="requests/s", ylabel="ms", xlim=(0, None), ylim=(0, None))
+        axis.plot([line["requests_per_s"] for line in lines], [line[name] for line in lines], "o", label=name[:3])
+    for line in lines:
+        clients = line["what"]["clients"]
+        axis.annotate(f"{clients} client{'s' * (clients > 1)}", (line["requests_per_s"], line["p99_ms"]), fontsize=7,
+                      xytext=(0, 6), textcoords="offset points", ha="center")  # fmt: skip
+    highest = [1.2 * max(line[name] for line in lines) for name in ("requests_per_s", "p99_ms")]
+    axis.set(xlabel="requests/s", ylabel="latency of a request, ms", xlim=(0, highest[0]), ylim=(0, highest[1]))
     axis.legend(fontsize=8, frameon=False)
     save(drawn, path)
 
@@ -256,16 +261,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what the command line says; 1 if a request failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, nargs="?", help="a run directory with a catalogue, or an export")
-    parser.add_argument("--clients", default="1,4,16", help="numbers of clients at a time (default: 1,4,16)")
-    parser.add_argument("--candidates", type=int, default=Load.candidates)
-    parser.add_argument("--k", type=int, default=Load.k)
+    parser.add_argument(
+        "--clients",
+        type=counts,
+        default=[1, 4, 16],
+        metavar="N[,N…]",
+        help="numbers of clients at a time (default: 1,4,16)",
+    )
+    parser.add_argument("--candidates", type=counted, default=Load.candidates)
+    parser.add_argument("--k", type=counted, default=Load.k)
     parser.add_argument("--seconds", type=float, default=Load.seconds, help="for each number of clients")
     parser.add_argument("--warmup-seconds", type=float, default=Load.warmup_seconds)
     parser.add_argument("--seed", type=int, default=Load.seed)
     parser.add_argument("--url", help="a service that runs already, instead of one that is started here")
     parser.add_argument("--serve-option", action="append", default=[], help="of mtcl serve; may be repeated")
     parser.add_argument("--json", type=Path, help="without --out: write the figures to this file")
-    parser.add_argument("--train-rows", type=int, help="where no run is given: train on the first rows alone")
+    parser.add_argument("--train-rows", type=counted, help="where no run is given: train on the first rows alone")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
                         help="folder of the run that is trained where none is given (%(default)s)")  # fmt: skip
     options(parser, repeats=1, timeout_s=600)
@@ -288,14 +299,14 @@ def main(arguments: list[str] | None = None) -> int:
         _wait_until_healthy(at.url, time.monotonic() + 10)
         if given.out:
             todo = [
-                {"clients": int(n), **asdict(load), "train_rows": given.train_rows, "serve_options": given.serve_option}
-                for n in given.clients.split(",")
+                {"clients": n, **asdict(load), "train_rows": given.train_rows, "serve_options": given.serve_option}
+                for n in given.clients
             ]  # fmt: skip
             return benchmark(
                 parser, given, work=lambda what: None, todo=lambda: todo, tables=tables, draw=draw,
                 one=lambda what: answered(asdict(measure(at.url, catalogue, what["clients"], load))),
             )  # fmt: skip
-        figures = [measure(at.url, catalogue, int(clients), load) for clients in given.clients.split(",")]
+        figures = [measure(at.url, catalogue, clients, load) for clients in given.clients]
     show(figures, load)
     if given.json is not None:
         about = {"method": METHOD, "machine": platform.processor() or platform.machine(), "cores": _cores(),

@@ -1,4 +1,4 @@
-"""What the benchmarks share: who measured, in which order, what is kept, how it is shown.
+"""What the benchmarks share: in which order things are measured, what is kept, how it is shown.
 
 Ratios are what these figures are for, so contenders take turns (A B A B, all once and then all again), each in a
 process of its own where memory or threads would tell; medians are shown.  Every measurement is a JSON line, written at
@@ -9,11 +9,9 @@ together is a document beside them; see `document.py`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import math
 import os
-import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -21,109 +19,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from document import CONSOLE, Line, Table, median, said, written
+from pictures import figure, save
+from who import about, commit, peak_rss
 
 __all__ = [
-    "CONSOLE", "Line", "about", "alternate", "benchmark", "figure", "in_process", "median", "options",
-    "peak_rss", "read", "run", "said", "save", "shown", "sweep",
+    "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "commit", "counted", "counts", "figure",
+    "in_process", "median", "options", "peak_rss", "read", "run", "said", "save", "shown", "sweep",
 ]  # fmt: skip
-DISTRIBUTIONS = ("mtcl_torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
-# Of a processor's flags, those by which kernels are chosen.
-FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "amx", "f16c", "bf16", "asimd", "sve")
-# Options that only say where something is kept; --data is one where it is a folder.
-PLACES = ("--out", "--picture", "--folder", "--show")
-
-
-# ---------------------------------------------------------------------- who measured
-
-
-def about(*more: str) -> dict[str, Any]:
-    """The machine, the software, the moment and the command.
-
-    Args:
-        more: distributions whose version is told, too.
-    """
-    return {
-        "machine": processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "flags": [flag for flag in _cpuinfo("flags", "Features").split() if any(of in flag for of in FLAGS)],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in (*DISTRIBUTIONS, *more) if (found := _version(name))},
-        "commit": commit(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_told(sys.argv[1:])]),
-    }
-
-
-def _told(arguments: Sequence[str]) -> list[str]:
-    """The arguments without those that only say where something is kept."""
-    told: list[str] = []
-    before = ""
-    for word in arguments:
-        place = before in PLACES or (before == "--data" and (os.sep in word or Path(word).is_dir()))
-        if place and before == "--data":
-            told.pop()  # of a name, such as "kuairand", it says what was measured
-        if not place and word not in (*PLACES, "--again"):
-            told.append(word)
-        before = "" if place else word
-    return told
-
-
-def processor() -> str:
-    """What the processor is called."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-@cache
-def _cpuinfo(*names: str) -> str:
-    """What Linux says of the first processor under one of these names; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
-
-
-def peak_rss() -> int:
-    """The most memory that this process has had, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-@cache
-def commit() -> str | None:
-    """The last commit that changed the package or a benchmark, and a digest of what has changed since.
-
-    Results and documents do not count: figures that are committed are still of the code that was measured.
-    """
-    root, code = Path(__file__).parents[1], ["mtcl_torchrec", "benchmarks/*.py", "pyproject.toml"]
-
-    def git(*words: str) -> bytes:
-        return subprocess.run(["git", "-C", str(root), *words, "--", *code], capture_output=True, check=True).stdout
-
-    try:
-        last = git("log", "-1", "--format=%h", "--abbrev=12").decode().strip()
-        changed = git("diff", "HEAD") + git("ls-files", "--others", "--exclude-standard")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{last}-dirty-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else last
+PATIENCE_S = 10.0  # with what was interrupted
 
 
 # ---------------------------------------------------------------------- in which order, and what is kept
@@ -132,12 +42,33 @@ def commit() -> str | None:
 def read(path: Path) -> list[Line]:
     """The lines of a results file; one that was cut off while it was written is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            of = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(of, dict):
+            found.append(of)
     return found
+
+
+def appended(path: Path, line: Line) -> None:
+    """Write a line to the end of a results file, on a line of its own even where the last one was cut off.
+
+    Raises:
+        SystemExit: it cannot be written; the message says what is lost.
+    """
+    try:
+        with path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                cut_off = file.read(1) != b"\n"
+            else:
+                cut_off = False
+            file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
+    except OSError as error:
+        lost = line.get("what", "the last result")
+        raise SystemExit(f"{path}: {error.strerror or error}; lost, to be measured again: {lost}") from None
 
 
 def latest(lines: Iterable[Line]) -> list[Line]:
@@ -168,13 +99,7 @@ def sweep(
     """
     started = datetime.now().astimezone().isoformat(timespec="seconds")
 
-    def known() -> list[Line]:
-        return latest(
-            line for line in read(out)
-            if line["about"]["commit"] == commit() and not (again and line["about"]["date"] < started)
-        )  # fmt: skip
-
-    done = {_key(line["what"], line["repeat"]) for line in known()}
+    done = {_key(line["what"], line["repeat"]) for line in kept(out, todo, repeats, since=started if again else "")}
     out.parent.mkdir(parents=True, exist_ok=True)
     for repeat in range(repeats):
         for what in todo:
@@ -186,10 +111,22 @@ def sweep(
                 CONSOLE.print(f"FAILED: {what}", markup=False)
                 continue
             took = time.perf_counter() - begun
-            with out.open("a") as file:
-                file.write(json.dumps({"what": what, "repeat": repeat, **result, "took_s": took, "about": who}) + "\n")
+            appended(out, {"what": what, "repeat": repeat, **result, "took_s": took, "about": who})
+    return kept(out, todo, repeats, since=started if again else "")
+
+
+def kept(out: Path, todo: Sequence[Line], repeats: int, *, since: str = "") -> list[Line]:
+    """The lines of this commit that a file has of `todo`, of each repeat the newest.
+
+    Args:
+        since: older ones are left out.
+    """
     wanted = {_key(what, repeat) for what in todo for repeat in range(repeats)}
-    return [line for line in known() if _key(line["what"], line["repeat"]) in wanted]
+    return latest(
+        line for line in read(out)
+        if {"what", "repeat", "about"} <= line.keys() and _key(line["what"], line["repeat"]) in wanted
+        and line["about"]["commit"] == commit() and line["about"]["date"] >= since
+    )  # fmt: skip
 
 
 def _key(what: Line, repeat: int) -> str:
@@ -230,7 +167,7 @@ def in_process(
 def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mapping[str, str]) -> None:
     """Run a command; what takes longer is ended, with the time to end what it has started itself.
 
-    It also ends where this process is told to.
+    It also ends where this process is told to.  Ctrl-C reaches it, too: it may write what it has before it is ended.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
     with log.open("w") as stream:
@@ -239,6 +176,10 @@ def run(command: Sequence[str], log: Path, timeout_s: float, environment: Mappin
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             CONSOLE.print(f"no result after {timeout_s:.0f} s")
+        except KeyboardInterrupt:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_S)
+            raise
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -271,6 +212,37 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm: int 
 # ---------------------------------------------------------------------- how it is shown
 
 
+def counted(text: str) -> int:
+    """A whole number of at least 1, as an option's type.
+
+    Example:
+        >>> counted("100_000")
+        100000
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
+
+
+def counts(text: str) -> list[int]:
+    """Such numbers, with commas between them."""
+    return [counted(part) for part in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
 def options(parser: argparse.ArgumentParser, *, repeats: int, timeout_s: float) -> None:
     """The options of every benchmark that keeps lines."""
     parser.add_argument("--out", type=Path, help="JSON lines, one a measurement; what is there of this commit is not "
@@ -278,9 +250,9 @@ def options(parser: argparse.ArgumentParser, *, repeats: int, timeout_s: float) 
     parser.add_argument("--show", type=Path, help="measure nothing, print the tables of such a file")
     parser.add_argument("--picture", type=Path, help="draw it there (PNG; default: beside --out)")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
-    parser.add_argument("--repeats", type=int, default=repeats, help="of each measurement, interleaved (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=timeout_s, help="seconds for one measurement (%(default)g)")
-    parser.add_argument("--threads", type=int, help="of OpenMP, in every process; default: as each comes")
+    parser.add_argument("--repeats", type=counted, default=repeats, help="of each measurement, in turn (%(default)s)")
+    parser.add_argument("--timeout", type=_seconds, default=timeout_s, help="seconds for one measurement (%(default)g)")
+    parser.add_argument("--threads", type=counted, help="of OpenMP, in every process; default: as each comes")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
 
@@ -308,7 +280,8 @@ def benchmark(
         versions: see `about`.
 
     Returns:
-        1 where a measurement has failed, else 0: what a process ends with.
+        What a process ends with: 1 where a measurement has failed, 130 after Ctrl-C, else 0.  What was measured until
+        then is shown and kept.
     """
     if given.worker:
         if (found := work(given.worker)) is not None:
@@ -321,18 +294,47 @@ def benchmark(
     def started(what: Line) -> Line | None:
         return in_process(script, what, timeout_s=given.timeout, threads=given.threads, flags=flags)
 
+    complete: bool | None = None  # of lines that are only looked at nobody knows whether some are missing
     if given.show:
-        lines, complete = latest(read(given.show)), True
+        if not given.show.is_file():
+            parser.error(f"--show {given.show}: there is no such file")
+        lines, status = latest(read(given.show)), 0
     else:
-        wanted = todo()
-        lines = sweep(given.out, wanted, given.repeats, one or started, versions=versions, again=given.again)
+        try:
+            wanted = todo()
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.open("ab").close()  # before hours are spent
+        except OSError as error:
+            parser.error(f"{error.filename or given.out}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            CONSOLE.print("broken off before anything was measured")
+            return 130
+        lines, broken_off = _swept(given, wanted, one or started, versions)
         complete = len(lines) == given.repeats * len(wanted)
+        status = 130 if broken_off else int(not complete)
+        if broken_off:
+            CONSOLE.print(f"broken off: {len(lines)} of {given.repeats * len(wanted)} measurements are in {given.out}; "
+                          "the same command goes on there", markup=False)  # fmt: skip
     picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
-    shown(
-        lines, tables, draw, picture=picture,
-        document=given.out.with_suffix(".json") if given.out else None, complete=complete,
-    )  # fmt: skip
-    return int(not complete)
+    document = given.out.with_suffix(".json") if given.out else None
+    try:
+        shown(lines, tables, draw, picture=picture, document=document, complete=complete)
+    except OSError as error:
+        raise SystemExit(
+            f"{error.filename or document}: {error.strerror or error}; measurements are kept, "
+            f"--show {given.show or given.out} makes the rest of them"
+        ) from None
+    return status
+
+
+def _swept(
+    given: argparse.Namespace, wanted: Sequence[Line], one: Callable[[Line], Line | None], versions: Sequence[str]
+) -> tuple[list[Line], bool]:
+    """The lines that there are afterwards, and whether it was broken off."""
+    try:
+        return sweep(given.out, wanted, given.repeats, one, versions=versions, again=given.again), False
+    except KeyboardInterrupt:
+        return kept(given.out, wanted, given.repeats), True
 
 
 def shown(
@@ -342,10 +344,12 @@ def shown(
     *,
     picture: Path | None,
     document: Path | None = None,
-    complete: bool = True,
+    complete: bool | None = True,
     markdown: bool = False,
 ) -> None:
     """Print the tables of lines and who measured them, draw them, and write the document; the last two where asked for.
+
+    Where there are no lines, what an earlier run has drawn and written stays.
 
     Args:
         markdown: print that instead.
@@ -360,36 +364,5 @@ def shown(
         CONSOLE.print(said(lines))
     if picture and lines:
         draw(lines, picture)
-    if document:
-        written(document, lines, made, complete=complete, picture=picture if lines else None)
-
-
-def figure(
-    *, wide: float = 7.0, high: float = 3.6, columns: int = 1, rows: int | None = None, grid: Literal["x", "y"] = "y"
-) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes, in the style of all pictures here.
-
-    Args:
-        rows: of panels; None is one row, whose axes are returned as (columns,), else (rows, columns).
-        grid: the axis whose values have lines: those that are measured.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn, axes = pyplot.subplots(rows or 1, columns, figsize=(wide, high), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis=grid, alpha=0.3)
-        axis.set_axisbelow(True)
-    return drawn, axes if rows else axes[0]
-
-
-def save(drawn: Any, path: Path) -> None:
-    """Write a picture and let go of it."""
-    from matplotlib import pyplot
-
-    drawn.savefig(path, dpi=130)
-    pyplot.close(drawn)
-    CONSOLE.print(f"wrote {path}")
+    if document and lines:
+        written(document, lines, made, complete=complete, picture=picture)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 from document import Table, median, ranged, ratios
-from measure import Line, benchmark, figure, options, peak_rss, save
+from measure import Line, benchmark, counted, figure, options, peak_rss, save
 
 from mtcl_torchrec.config import RunConfig, parse_run
 from mtcl_torchrec.data.batch import MTBatch
@@ -162,10 +162,11 @@ def draw(lines: list[Line], path: Path) -> None:
             held = repeated[0]["rss_by_share"]
             seen = [rows * (i + 1) / len(held) / 1e6 for i in range(len(held))]
             axis.plot(seen, [b / 1e9 for b in held], "-", marker=".", label=f"{rows / 1e6:g} M rows")
-        axis.set(xscale="log", ylim=(0, None))
+        highest = max(b for repeated in of.values() for b in repeated[0]["rss_by_share"])
+        axis.set(xscale="log", ylim=(0, 1.15 * highest / 1e9))
         axis.set_xlabel("million rows so far", fontsize=8)
         axis.set_title(case, fontsize=9)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="lower right")
     axes[0].set_ylabel("memory of the process, GB", fontsize=8)
     save(drawn, path)
 
@@ -173,12 +174,12 @@ def draw(lines: list[Line], path: Path) -> None:
 def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 4_000_000], help="(%(default)s)")
+    parser.add_argument("--rows", type=counted, nargs="+", default=[1_000_000, 4_000_000], help="(%(default)s)")
     parser.add_argument("--case", nargs="+", choices=CASES, default=["stream"], help="(%(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=100_000, help="users, and as many items (%(default)s)")
-    parser.add_argument("--window", type=int, default=262_144, help="rows that are read at once (%(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="threads that read ahead (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=counted, default=100_000, help="users, and as many items (%(default)s)")
+    parser.add_argument("--window", type=counted, default=262_144, help="rows that are read at once (%(default)s)")
+    parser.add_argument("--workers", type=counted, default=1, help="threads that read ahead (%(default)s)")
+    parser.add_argument("--batch-size", type=counted, default=4096)
     options(parser, repeats=2, timeout_s=1800)
     given = parser.parse_args()
     return benchmark(parser, given, work=work, todo=lambda: _todo(given), tables=tables, draw=draw)

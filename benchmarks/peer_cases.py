@@ -81,10 +81,13 @@ def files_of(case: Case, folder: Path) -> tuple[Path, Path]:
     for path, rows, seed in ((train, case.rows, 1), (val, VAL_ROWS, 2)):
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")
-            with pq.ParquetWriter(unfinished, _schema(case)) as writer:
-                for table in _tables(case, rows, seed):
-                    writer.write_table(table, row_group_size=ROW_GROUP)
-            unfinished.rename(path)
+            try:
+                with pq.ParquetWriter(unfinished, _schema(case)) as writer:
+                    for table in _tables(case, rows, seed):
+                        writer.write_table(table, row_group_size=ROW_GROUP)
+                unfinished.rename(path)
+            finally:  # on a full disk, what there is of it is in the way
+                unfinished.unlink(missing_ok=True)
     return train, val
 
 

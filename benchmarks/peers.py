@@ -6,7 +6,8 @@
     python benchmarks/peers.py --case middle --rows 100_000 --contenders ours torchrec --repeats 1 --out try.jsonl
 
 One pass over a Parquet file, each contender in a process of its own, in turn (see `contenders.py` for who they are;
-`rechub` and `deepctr` are of the extra "bench").  The first steps do not count.
+`rechub` and `deepctr` are of the extra "bench").  Where the processor is fast in bf16, ours is measured in it, too, and
+compiled where there is a C++ compiler.  The first steps do not count.
 
 "ours is … times as fast" comes first: the median of the repeats' ratios (least–most), each of two processes that ran
 one after the other, reading included.  `log-loss` of held-out rows shows that a contender has learnt, `parameters` that
@@ -21,9 +22,12 @@ The cases: `small` is of the size of census-income; `middle` has 5 tables of 150
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +35,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from document import Table, median, ranged, ratios
-from measure import CONSOLE, Line, benchmark, figure, in_process, options, peak_rss, save
+from measure import CONSOLE, Line, benchmark, counted, figure, in_process, options, peak_rss, save
 from peer_cases import CASES, GROWING, Case, files_of
 
 from mtcl_torchrec.openmp import SPINS
+from mtcl_torchrec.training.precision import has_fast_bf16
 
 DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
 FASTER = ("ours_bf16", "ours_bf16_compiled")
 PEERS = ("torch-rechub", "deepctr-torch")
+PACKAGES = {"rechub": ("torch_rechub",), "deepctr": ("deepctr_torch", "requests")}  # that a contender imports
 COLOURS = {"ours": "#1f77b4", "ours_bf16": "#17becf", "ours_bf16_compiled": "#0b7285"}
 OURS = {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ) else {"GOMP_SPINCOUNT": str(SPINS)}  # as `mtcl`
 SAME_SIZE = 0.02  # how far dense parameters may differ: the peers have a bias more in a gate, or none in a head
@@ -94,12 +100,32 @@ def todo(given: argparse.Namespace) -> list[Line]:
         case = CASES[name].sized(given.rows)
         sizes = (given.table_rows,) if given.table_rows else GROWING if name == "growing" else (case.table_rows,)
         for size in sizes:
-            contenders = given.contenders or (["ours"] if name == "growing" else list(DEFAULT))
+            contenders = given.contenders or (["ours"] if name == "growing" else [*DEFAULT, *faster()])
             found += [
                 {"case": name, "rows": case.rows, "table_rows": size, "contender": who, "threads": given.threads}
                 for who in contenders
             ]
     return found
+
+
+def faster() -> tuple[str, ...]:
+    """Ours in forms that this machine gains from."""
+    if not has_fast_bf16(torch.device("cpu")):
+        return ()
+    return FASTER if shutil.which(os.environ.get("CXX", "g++")) else FASTER[:1]
+
+
+def missing(contenders: Iterable[str]) -> str:
+    """What there is to install for these contenders; empty where nothing is missing."""
+    lacking = {
+        who: package
+        for who in contenders for package in PACKAGES.get(who, ()) if importlib.util.find_spec(package) is None
+    }  # fmt: skip
+    if not lacking:
+        return ""
+    whole = f"{' and '.join(lacking)} need{'s' * (len(lacking) == 1)} {' and '.join(lacking.values())}"
+    left = [who for who in (*DEFAULT, *faster()) if who not in lacking]
+    return f"{whole}: pip install 'mtcl_torchrec[bench]', or leave them out: --contenders {' '.join(left)}"
 
 
 # ---------------------------------------------------------------------- shown
@@ -180,9 +206,11 @@ def main() -> int:
     """Measure what is missing, print tables, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=[*CASES, "all"], default=["small", "middle", "large"])
-    parser.add_argument("--contenders", nargs="+", choices=[*DEFAULT, *FASTER], help="default: all of them in fp32")
-    parser.add_argument("--rows", type=int, help="of the training file, instead of the case's")
-    parser.add_argument("--table-rows", type=int, help="of each table, instead of the case's")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=[*DEFAULT, *FASTER], help="default: all that this machine is fit for"
+    )
+    parser.add_argument("--rows", type=counted, help="of the training file, instead of the case's")
+    parser.add_argument("--table-rows", type=counted, help="of each table, instead of the case's")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "mtcl-peers",
                         help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=1200)
@@ -201,15 +229,20 @@ def main() -> int:
         return result
 
     return benchmark(
-        parser, given, work=lambda what: work(what, given.data), todo=lambda: _todo(given), tables=tables, draw=draw,
-        one=one, versions=PEERS,
+        parser, given, work=lambda what: work(what, given.data), todo=lambda: _todo(parser, given), tables=tables,
+        draw=draw, one=one, versions=PEERS,
     )  # fmt: skip
 
 
-def _todo(given: argparse.Namespace) -> list[Line]:
+def _todo(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[Line]:
     wanted = todo(given)
+    if told := missing(what["contender"] for what in wanted):
+        parser.error(told)
     for what in wanted:
-        files_of(CASES[what["case"]].sized(what["rows"], what["table_rows"]), given.data)
+        case = CASES[what["case"]].sized(what["rows"], what["table_rows"])
+        if case.rows < 2 * case.batch_size:
+            parser.error(f"--rows {case.rows}: {case.name} needs two steps of {case.batch_size:,} rows at least")
+        files_of(case, given.data)
     return wanted
 
 

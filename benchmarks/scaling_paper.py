@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from document import Table
-from measure import Line, benchmark, figure, options, save
+from measure import Line, benchmark, counted, figure, options, save
 
 from mtcl_torchrec.config import load_run
 from mtcl_torchrec.training.planning.hardware import KNOWN
@@ -79,7 +79,7 @@ def tables(lines: list[Line]) -> list[Table]:
 def draw(lines: list[Line], path: Path) -> None:
     """The estimated step by the number of ranks, cut into its phases."""
     groups = by_plan([line for line in lines if line["fits"]])
-    drawn, axes = figure(wide=4.8 * max(len(groups), 1), high=3.4, columns=max(len(groups), 1))
+    drawn, axes = figure(wide=4.8 * max(len(groups), 1) + 2.2, high=3.4, columns=max(len(groups), 1))
     for axis, ((plan, device), of) in zip(axes, groups.items(), strict=False):
         labels, bottom = [f"{line['what']['world_size']:,}" for line in of], [0.0] * len(of)
         for name, said in PHASES.items():
@@ -90,7 +90,7 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.set_title(f"ON PAPER: {Path(plan).stem}, {device}", fontsize=9)
         axis.set_xlabel("GPUs", fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.legend(fontsize=7, frameon=False)
+    axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes[0].set_ylabel("embedding part of a step, estimated ms", fontsize=8)
     save(drawn, path)
 
@@ -98,11 +98,11 @@ def draw(lines: list[Line], path: Path) -> None:
 def main() -> int:
     """Plan what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world-size", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--world-size", type=counted, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--device", nargs="+", choices=list(KNOWN), default=["h200"], metavar="DEVICE",
                         help=f"of {', '.join(KNOWN)} (%(default)s)")  # fmt: skip
     parser.add_argument("--plan", type=Path, default=TERABYTE, help="a run, as for mtcl plan (%(default)s)")
-    parser.add_argument("--batch-size", type=int, help="rows a step and rank; the run's by default")
+    parser.add_argument("--batch-size", type=counted, help="rows a step and rank; the run's by default")
     parser.add_argument("--planning-s", type=float, default=60, help="for one plan; no better one is sought after it")
     options(parser, repeats=1, timeout_s=900)
     given = parser.parse_args()

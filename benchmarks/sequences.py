@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from document import Table, ranged
-from measure import Line, benchmark, figure, options, save
+from measure import Line, benchmark, counted, figure, options, save
 from torch import nn
 
 from mtcl_torchrec.modules.sequences import DIN, GRU, LSTM, History, JaggedHistory, Mean, PaddedHistory, Transformer
@@ -101,7 +101,8 @@ def draw(lines: list[Line], path: Path) -> None:
     """How many times as fast, by encoder."""
     drawn, (axis,) = figure(wide=5.6)
     groups = by_encoder(lines)
-    axis.bar(list(groups), [statistics.median(line["times_as_fast"] for line in of) for of in groups.values()])
+    values = [statistics.median(line["times_as_fast"] for line in of) for of in groups.values()]
+    axis.bar_label(axis.bar(list(groups), values), fmt="%.1f", fontsize=8)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.tick_params(axis="x", labelsize=8, rotation=20)
     axis.set_ylabel("time padded / time jagged", fontsize=8)
@@ -112,8 +113,8 @@ def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=11, help="of both ways (%(default)s)")
+        parser.add_argument(f"--{name}", type=counted, default=default, help="(%(default)s)")
+    parser.add_argument("--rounds", type=counted, default=11, help="of both ways (%(default)s)")
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS), metavar="ENCODER")
     parser.add_argument("--device", default="cpu")
     options(parser, repeats=3, timeout_s=300)

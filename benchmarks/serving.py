@@ -5,8 +5,9 @@
 
 `eager` is the trained model as it is; `graph` an export, run by torch; `compiled` the same as machine code (where the
 machine has a C++ compiler); of each kind of tables one export.  "times as fast" is candidates/s of one user over those
-of `eager`, repeat by repeat.  `MB` is the export's file, catalogue and vocabularies included, or the numbers of the
-eager model alone; `differs by`, how far the export's predictions are from the eager ones at most.
+of `eager`, repeat by repeat.  `model MB` is the network with its tables: its numbers, or what the export has of it;
+`file MB` the whole export with graph, machine code, vocabularies, statistics and catalogue.  `differs by` tells how far
+the export's predictions are from the eager ones at most.
 
 Each way of serving is asked the same: one user at a time, each with a draw of candidates and a context of their own;
 one user with the whole catalogue; 16 users together.  A time runs from the user's key to the data frame with the best
@@ -18,24 +19,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 import yaml
 from document import Table, median, ranged, ratios
-from measure import Line, benchmark, commit, figure, options, peak_rss, save
+from measure import Line, benchmark, commit, counted, figure, options, peak_rss, save
 from rich.console import Console
 
 from mtcl_torchrec.config import parse_run
+from mtcl_torchrec.config.commands import TablePrecision
 from mtcl_torchrec.data import kuairand
-from mtcl_torchrec.serving.artefact import Artefact
+from mtcl_torchrec.serving.archive import read_manifest
+from mtcl_torchrec.serving.artefact import COMPILED, NETWORK, Artefact
 from mtcl_torchrec.serving.export import export_run
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
@@ -102,6 +106,7 @@ def trained(folder: Path, rows: int | None = None) -> Path:
     """
     name = f"demo-{rows}" if rows else "demo"
     if not (folder / f"{name}.trained").exists():
+        shutil.rmtree(folder / name, ignore_errors=True)  # of a training that was broken off
         kuairand.write(folder / name / "data")
         for path in (folder / name / "data").glob("*.parquet"):
             if rows:
@@ -122,13 +127,13 @@ def exported(run_dir: Path, folder: Path, kinds: list[str], compiled: str) -> di
         if not note.exists():
             started = time.perf_counter()
             made = export_run(FinishedRun.load(run_dir), path, tables=tables, compiled=compiled)
-            known = {"export_s": time.perf_counter() - started, "model_mb": made.bytes / 1e6,
+            known = {"export_s": time.perf_counter() - started, "file_mb": made.bytes / 1e6,
                      "difference": max(made.difference.values()), "compiled": bool(made.compiled)}  # fmt: skip
             note.write_text(json.dumps(known))
-        known = json.loads(note.read_text())
-        ways[f"{tables} graph"] = known | {"file": str(path), "code": False}
-        if known["compiled"]:
-            ways[f"{tables} compiled"] = known | {"file": str(path), "code": True}
+        known, parts = json.loads(note.read_text()), read_manifest(path)["members"]
+        for way, part in (("graph", NETWORK), *[("compiled", COMPILED)][: known["compiled"]]):
+            ways[f"{tables} {way}"] = known | {"file": str(path), "code": way == "compiled",
+                                               "model_mb": parts[part]["bytes"] / 1e6}  # fmt: skip
     return ways
 
 
@@ -144,7 +149,7 @@ def work(what: Line, folder: Path, run_dir: Path) -> Line:
     else:
         recommender = Recommender(Artefact.load(Path(known["file"]), compiled=known["code"]))
     found = {"load_s": time.perf_counter() - started}
-    found |= {name: known[name] for name in ("export_s", "model_mb", "difference") if name in known}
+    found |= {name: known[name] for name in ("export_s", "model_mb", "file_mb", "difference") if name in known}
     found |= measure(recommender, candidates=what["candidates"], times=what["times"], seed=what["seed"])
     return found | {"peak_rss_bytes": peak_rss()}
 
@@ -170,11 +175,12 @@ def tables(lines: list[Line]) -> list[Table]:
             f"{median(of, 'candidates_per_s'):,.0f}", *(f"{median(one, n):.1f}" for n in ("p50", "p99", "cpu")),
             f"{median([line['catalogue'] for line in of], 'p50'):.0f}",
             f"{median([line['together'] for line in of], 'p50'):.0f}", f"{median(of, 'together_per_s'):,.0f}",
-            f"{median(of, 'model_mb'):.1f}", f"{of[0]['difference']:.1g}" if "difference" in of[0] else "",
+            f"{median(of, 'model_mb'):.1f}", f"{median(of, 'file_mb'):.1f}" if "file_mb" in of[0] else "",
+            f"{of[0]['difference']:.1g}" if "difference" in of[0] else "",
             f"{median(of, 'load_s'):.1f}",
         ])  # fmt: skip
     heads = ["", "times as fast", "cand/s", "p50 ms", "p99 ms", "cpu ms", "catalogue, p50", f"{TOGETHER} users, p50",
-             "their cand/s", "MB", "differs by", "loads in s"]  # fmt: skip
+             "their cand/s", "model MB", "file MB", "differs by", "loads in s"]  # fmt: skip
     title = f"serving: 1 user × {first['candidates']} candidates of {first['items']:,} items"
     return [Table(title, heads, cells)]
 
@@ -183,10 +189,10 @@ def draw(lines: list[Line], path: Path) -> None:
     """Candidates a second, and sizes, of each way."""
     groups = by_way(lines)
     drawn, axes = figure(wide=8.4, high=3.2, columns=2)
-    for axis, name, said in ((axes[0], "candidates_per_s", "candidates/s, one user at a time"),
-                             (axes[1], "model_mb", "MB")):  # fmt: skip
-        values = [median(of, name) for of in groups.values()]
-        axis.bar_label(axis.bar(list(groups), values), fmt="%.0f", fontsize=8)
+    for axis, name, said, form in ((axes[0], "candidates_per_s", "candidates/s, one user at a time", "{:,.0f}"),
+                                   (axes[1], "model_mb", "MB of the network with its tables", "{:.1f}")):  # fmt: skip
+        there = {way: median(of, name) for way, of in groups.items() if all(name in line for line in of)}
+        axis.bar_label(axis.bar(list(there), list(there.values())), fmt=form, fontsize=8)
         axis.tick_params(axis="x", labelsize=7, rotation=20)
         axis.set_title(said, fontsize=9)
     save(drawn, path)
@@ -196,12 +202,13 @@ def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, nargs="?", help="what `mtcl demo` or `mtcl train` wrote")
-    parser.add_argument("--tables", nargs="+", default=["fp32", "int8"], help="precisions to export (%(default)s)")
+    parser.add_argument("--tables", nargs="+", choices=get_args(TablePrecision), default=["fp32", "int8"],
+                        help="precisions to export (%(default)s)")  # fmt: skip
     parser.add_argument("--compiled", choices=["auto", "yes", "no"], default="auto", help="machine code (%(default)s)")
-    parser.add_argument("--candidates", type=int, default=500, help="of one user (%(default)s)")
-    parser.add_argument("--times", type=int, default=200, help="requests to time (%(default)s)")
+    parser.add_argument("--candidates", type=counted, default=500, help="of one user (%(default)s)")
+    parser.add_argument("--times", type=counted, default=200, help="requests to time (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-rows", type=int, help="where no run is given: train on the first rows alone")
+    parser.add_argument("--train-rows", type=counted, help="where no run is given: train on the first rows alone")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / f"mtcl-serving-{commit()}",
                         help="folder of the run and of its exports (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=600)

@@ -46,14 +46,14 @@ class Entry:
 
 
 SUITE = (
-    Entry("peers", "--case small middle --rows 100_000 --repeats 1", "--case all --repeats 3",
-          "--case small --rows 3000 --table-rows 50 --contenders ours pytorch --repeats 1", 3, 100),
+    Entry("peers", "--case small middle --repeats 1", "--case all --repeats 3",
+          "--case small --rows 3000 --table-rows 50 --contenders ours pytorch --repeats 1", 5.7, 100),
     Entry("scaling", "--ranks 1 2 4 --kind weak --vocabulary 100_000 --steps 10 --repeats 1",
           "--ranks 1 2 4 --repeats 3",
           "--ranks 1 2 --kind weak --vocabulary 300 --batch-size 32 --steps 2 --warmup-steps 1 --apart-steps 1 "
-          "--repeats 1", 1.2, 20),
+          "--repeats 1", 1.0, 20),
     Entry("scaling_paper", "--world-size 8 64 1024 --planning-s 20", "--planning-s 60",
-          "--world-size 8 --planning-s 1", 1, 10),
+          "--world-size 8 --planning-s 1", 0.8, 10),
     Entry("input", "--rows 300_000 --training --repeats 1", "--training --repeats 3",
           "--rows 3000 --files 2x1 --ways pyarrow batches --batch-size 256 --repeats 1", 1.7, 15),
     Entry("serving", "--tables int8 --times 60 --repeats 1", "--repeats 3",
@@ -62,7 +62,7 @@ SUITE = (
           "--train-rows 3000 --clients 1 --seconds 1 --candidates 20", 0.5, 4),
     Entry("memory", "--rows 1_000_000 4_000_000 --repeats 1",
           "--rows 1_000_000 10_000_000 100_000_000 --repeats 1 --timeout 7200",
-          "--rows 2000 4000 --vocabulary 200 --window 1000 --batch-size 256 --repeats 1", 0.7, 25),
+          "--rows 2000 4000 --vocabulary 200 --window 1000 --batch-size 256 --repeats 1", 0.5, 25),
     Entry("sequences", "--repeats 1", "--repeats 3", "--encoders mean --rows 16 --rounds 1 --repeats 1", 0.6, 3),
     Entry("experts", "--rows 4096 --sizes 4x256 64x32 --eager --repeats 1", "--rows 512 4096 --repeats 3",
           "--rows 16 --sizes 2x8 --rounds 1 --eager --repeats 1", 0.5, 25),
@@ -85,7 +85,10 @@ def measured(entry: Entry, size: str, results: Path) -> bool:
     path = results / f"{entry.script}.json"
     if not path.exists():
         return False
-    document = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # cut off
+        return False
     of = document["about"] or {}
     wanted = " ".join(getattr(entry, size).split())
     return document["complete"] and of.get("commit") == commit() and f" {wanted} " in f" {of.get('command', '')} "
@@ -144,22 +147,30 @@ def main() -> int:
     if given.list:
         return 0
     given.results.mkdir(parents=True, exist_ok=True)
-    failed, started, planned = [], time.monotonic(), 0.0
+    failed, started, planned, status = [], time.monotonic(), 0.0, 0
     for i, entry in enumerate(todo):
         took = (time.monotonic() - started) / 60
         pace = min(max(took / planned, 0.5), 5.0) if planned else 1.0  # of this machine, by what is done
         left = pace * sum(minutes(of, size) for of in todo[i:])
         CONSOLE.print(f"[{i + 1} of {len(todo)}] {entry.script}; {took:.0f} min so far, about {left:.0f} min left",
                       markup=False)  # fmt: skip
-        if not carried_out(entry, size, given.results, again=given.again, data=given.data):
+        try:
+            done = carried_out(entry, size, given.results, again=given.again, data=given.data)
+        except KeyboardInterrupt:
+            failed += [of.script for of in todo[i:]]
+            CONSOLE.print("broken off; what was measured is kept")
+            status = 130
+            break
+        if not done:
             failed.append(entry.script)
             CONSOLE.print(f"FAILED: {entry.script}; see {given.results / entry.script}.log", markup=False)
         planned += minutes(entry, size)
     if given.results == HERE / "results":
         subprocess.run([sys.executable, str(HERE / "tables.py")], check=False)
     CONSOLE.print(f"{len(todo) - len(failed)} of {len(todo)} done in {(time.monotonic() - started) / 60:.0f} min"
-                  + (f"; failed: {', '.join(failed)}; run it again to go on" if failed else ""))  # fmt: skip
-    return int(bool(failed))
+                  + (f"; {'not done' if status else 'failed'}: {', '.join(failed)}; run it again to go on"
+                     if failed else ""))  # fmt: skip
+    return status or int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -18,24 +18,25 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from document import Table, ranged
-from measure import Line, benchmark, figure, in_process, options, save
+from measure import Line, benchmark, counted, figure, in_process, options, save
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mtcl_torchrec import MTCL, MMoE, MTBatch, MTCLTrain, Task
 from mtcl_torchrec.config import OptimizersConfig
-from mtcl_torchrec.modules.balance.surgery import KINDS, GradientSurgery
+from mtcl_torchrec.modules.balance.surgery import KINDS, CutAt, GradientSurgery
 from mtcl_torchrec.training.loop import build_pipeline, parallelise
 from mtcl_torchrec.training.sharding import Ranks, ranks
 
 DIM, DENSE = 16, 13
 PLAIN = "none"
-CASES = [PLAIN, *(f"{kind}/trunk" for kind in KINDS), *(f"upgrad/{cut}" for cut in ("embeddings", "both", "tables"))]
+CUTS = get_args(CutAt)
+CASES = [PLAIN, *(f"{kind}/trunk" for kind in KINDS), *(f"upgrad/{cut}" for cut in CUTS if cut != "trunk")]
 
 
 def batches(size: int, rows: int, features: int, tasks: int, device: torch.device, count: int = 8) -> list[MTBatch]:
@@ -111,6 +112,11 @@ def measure(options: argparse.Namespace, where: Ranks) -> dict[str, Any]:
     }
 
 
+def _is_case(text: str) -> bool:
+    kind, _, cut = text.partition("/")
+    return text == PLAIN or (kind in KINDS and cut in CUTS)
+
+
 def _processor(device: torch.device) -> float:
     return time.process_time()
 
@@ -153,21 +159,26 @@ def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--ranks", type=int, default=1, help="(%(default)s)")
-    option("--batch-size", type=int, default=2048, help="rows a step and rank")
-    option("--rows", type=int, default=100_000, help="of each table")
-    option("--features", type=int, default=26, help="single ids but for one bag, each with its table")
-    option("--tasks", type=int, default=3, help="two at least")
-    option("--experts", type=int, default=4)
+    option("--ranks", type=counted, default=1, help="(%(default)s)")
+    option("--batch-size", type=counted, default=2048, help="rows a step and rank")
+    option("--rows", type=counted, default=100_000, help="of each table")
+    option("--features", type=counted, default=26, help="single ids but for one bag, each with its table")
+    option("--tasks", type=counted, default=3, help="two at least")
+    option("--experts", type=counted, default=4)
     option("--expert-layers", default="128,64")
-    option("--steps", type=int, default=40)
-    option("--warmup-steps", type=int, default=5)
+    option("--steps", type=counted, default=40)
+    option("--warmup-steps", type=counted, default=5)
     option("--pipeline", choices=["sparse_dist", "base"], default="sparse_dist")
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
     option("--clock", choices=["processor", "wall"], default="processor")
     option("--cases", default=",".join(CASES), help="kind/cut, ...; the plain sum is always the first")
     options(parser, repeats=1, timeout_s=1800)
     given = parser.parse_args()
+    if given.tasks < 2:
+        parser.error("--tasks: surgery needs two at least")
+    wrong = [case for case in given.cases.split(",") if not _is_case(case)]
+    if wrong:
+        parser.error(f"--cases: {wrong[0]!r} is no kind/cut; kinds are {', '.join(KINDS)}, cuts {', '.join(CUTS)}")
     names = ("ranks", "batch_size", "rows", "features", "tasks", "experts", "expert_layers", "steps", "warmup_steps",
              "pipeline", "device", "clock")  # fmt: skip
     cases = [PLAIN, *(case for case in given.cases.split(",") if case != PLAIN)]

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from document import CONSOLE
-from measure import Line, about, benchmark, in_process, options, peak_rss
+from measure import Line, about, benchmark, counted, counts, in_process, options, peak_rss
 from step_parts import PARTS, take_apart
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -298,23 +298,19 @@ def started(what: Line, *, timeout_s: float, threads: int | None) -> Line | None
     return result
 
 
-def _whole(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option, default = parser.add_argument, Setting()
     option("--world", choices=READY_WORLDS, default=default.world)
-    option("--vocabulary", "--rows-per-table", type=_whole, default=[default.vocabulary], metavar="N[,N…]",
+    option("--vocabulary", "--rows-per-table", type=counts, default=[default.vocabulary], metavar="N[,N…]",
            help="users, and as many items: rows of the two large tables")  # fmt: skip
-    option("--dim", type=int, default=default.dim, help="of the two large tables")
-    option("--batch-size", type=int, default=default.batch_size, help="rows of a step, for each rank")
-    option("--steps", type=int, default=default.steps, help="that are measured")
+    option("--dim", type=counted, default=default.dim, help="of the two large tables")
+    option("--batch-size", type=counted, default=default.batch_size, help="rows of a step, for each rank")
+    option("--steps", type=counted, default=default.steps, help="that are measured")
     option("--warmup-steps", type=int, default=default.warmup_steps, help="before that")
     option("--apart-steps", type=int, default=default.apart_steps, help="after that, taken apart")
     option("--trunk", choices=["mmoe", "ple", "shared_bottom", "single_task"], default=default.trunk)
-    option("--experts", type=int, default=default.experts, help="of MMoE; shared ones of PLE")
+    option("--experts", type=counted, default=default.experts, help="of MMoE; shared ones of PLE")
     option("--expert-layers", default=default.expert_layers, metavar="W[,W…]", help="widths")
     option("--sharding", choices=["auto", *get_args(ShardingKind)], default=default.sharding)
     option("--table-optimizer", choices=["rowwise_adagrad", "adagrad", "sgd", "adam"], default=default.table_optimizer)
@@ -324,10 +320,10 @@ def _parser() -> argparse.ArgumentParser:
            "training; parquet: written first, then read and encoded as a stream")  # fmt: skip
     option("--rows", type=int, default=default.rows, help="of the training split; 0: as many as are trained on, in "
            f"memory {MEMORY_ROWS:,} at most")  # fmt: skip
-    option("--window", type=int, default=default.window, help="rows of a stream that are read at once")
-    option("--workers", type=int, default=default.workers, help="threads of each rank that read ahead of a stream")
+    option("--window", type=counted, default=default.window, help="rows of a stream that are read at once")
+    option("--workers", type=counted, default=default.workers, help="threads of each rank that read ahead of a stream")
     option("--device", choices=["auto", "cpu", "cuda"], default=default.device)
-    option("--ranks", type=_whole, metavar="N[,N…]", help="numbers of ranks to start; without it, and under torchrun, "
+    option("--ranks", type=counts, metavar="N[,N…]", help="numbers of ranks to start; without it, and under torchrun, "
            "one setting is measured in this process")  # fmt: skip
     option("--json", type=Path, help="of one setting in this process: write its result")
     options(parser, repeats=1, timeout_s=600)

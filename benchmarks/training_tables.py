@@ -51,13 +51,28 @@ def tables(lines: list[Line]) -> list[Table]:
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Samples a second by the size of the tables, a line for each number of ranks."""
-    drawn, (axis,) = figure(wide=5.4, high=3.4)
+    """Samples a second by the size of the tables, and each setting's step taken apart, a bar for each setting."""
+    drawn, (speeds, parts) = figure(wide=9.6, high=3.8, columns=2)
+    groups = by_setting(lines)
     for n in sorted({line["what"]["ranks"] for line in lines}):
-        points = sorted(
-            (size, median(of[n], "samples_per_s")) for (_, size), of in by_setting(lines).items() if n in of
-        )
-        axis.plot(*zip(*points, strict=True), marker="o", label=f"{n} rank{'s' * (n > 1)}")
-    axis.set(xscale="log", ylim=(0, None), xlabel="users, and as many items", ylabel="samples/s")
-    axis.legend(fontsize=8, frameon=False)
+        points = sorted((size, median(of[n], "samples_per_s")) for (_, size), of in groups.items() if n in of)
+        speeds.plot(*zip(*points, strict=True), marker="o", label=f"{n} rank{'s' * (n > 1)}")
+    highest = max(median(repeated, "samples_per_s") for of in groups.values() for repeated in of.values())
+    speeds.set(xscale="log", ylim=(0, 1.15 * highest), xlabel="users, and as many items", ylabel="samples/s")
+    speeds.legend(fontsize=8, frameon=False, loc="lower right")
+    several = len({source for source, _ in groups}) > 1
+    bars = {
+        f"{size:,}\n{n} rank{'s' * (n > 1)}" + f"\n{source}" * several: [line["apart_ms"] for line in repeated]
+        for (source, size), of in groups.items() for n, repeated in of.items()
+    }  # fmt: skip
+    below, longest = [0.0] * len(bars), max(median(of, "step") for of in bars.values())
+    for part in PARTS:
+        heights = [median(of, part) for of in bars.values()]
+        if max(heights) > 0.02 * longest:
+            parts.bar(list(bars), heights, bottom=below, label=part, width=0.6)
+            below = [at + height for at, height in zip(below, heights, strict=True)]
+    parts.set_ylabel("ms of a step, nothing overlapping")
+    parts.tick_params(axis="x", labelsize=8)
+    handles, names = parts.get_legend_handles_labels()
+    parts.legend(handles[::-1], names[::-1], fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(drawn, path)

@@ -299,13 +299,14 @@ class MTCLTrain(nn.Module):
         if gradient_surgery is not None:
             gradient_surgery.build(model)
         self.skip_flag = SkipFlag()
+        rows = rows_of_features(*_collections_of(model))
         self.loss = MultiTaskLoss(
             model.tasks,
             weighting=loss_weighting,
-            regularisers=Regularisers(regularisers, model.tower, model.lookups),
+            regularisers=Regularisers(regularisers, model.tower, model.lookups, rows, process_group),
             fused_loss=fused_loss,
             seed=seed,
-            item_rows=rows_of_features(*_collections_of(model)),
+            item_rows=rows,
             process_group=process_group,
         )
 

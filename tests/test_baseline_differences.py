@@ -61,7 +61,7 @@ def test_who_is_ahead_is_told_for_each_task(tables):
     assert found["same"][("click", "auc")].difference == 0
     assert np.isnan(found["near"][("click", "auc")].p_holm) or found["near"][("click", "auc")].p_holm <= 1
     lines = verdict({name: found[name] for name in ("same", "als")}, KEYS)
-    assert lines[0] == "click: no difference that counts between this run and same; it is ahead of the others"
+    assert lines[0] == "click: no difference that counts between this run and same; it is ahead of als"
 
 
 def test_a_handful_of_events_makes_nobody_ahead():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import made_run
 import numpy as np
@@ -61,6 +62,24 @@ def terminal(folder, only=None):
     console = Console(record=True, width=250, file=io.StringIO())
     print_baselines({name: entries[name] for name in only or entries}, console, folder=folder)
     return console.export_text()
+
+
+def test_the_best_of_an_unwanted_event_has_the_least_of_it(run, tmp_path):
+    """`report` costs something; a ranking is the better the less of it comes first."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    entries = json.loads((folder / "baselines.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    every = [of["metrics"] for of in entries.values()] + [metrics["evaluations"]]
+    for place, of in enumerate(every):
+        of["test"]["values"] = {"click": 1.0, "report": -5.0}
+        of["test"]["ranking"]["fused"] = {"auc click": 0.6 + place / 100, "auc report": 0.3 + place / 100}
+    for name, content in (("baselines.json", entries), ("metrics.json", metrics)):
+        (folder / name).write_text(json.dumps(content))
+    shown = terminal(folder).split("ranked by the fused score")[1]
+    assert "0.3000*" in shown
+    assert f"{0.6 + (len(every) - 1) / 100:.4f}*" in shown
+    assert "* is the best of its column (of NE, rankings of report the lowest)" in shown
 
 
 def answer(folder):

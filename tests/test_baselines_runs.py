@@ -259,6 +259,32 @@ def test_after_an_interruption_the_search_goes_on_with_the_next_trial(folder, mo
     assert again["logistic_regression"]["metrics"] == entry["metrics"]
 
 
+def test_an_interrupted_search_goes_on_after_the_weights_of_the_score_have_changed(folder, monkeypatch):
+    """The tasks are then searched for in another order."""
+    usual = BASELINES["logistic_regression"]
+    runs = [parse_run(SMALL.replace("click: 1, buy: 3", weights), folder=folder) for weights in
+            ("click: 1, buy: 3", "click: 3, buy: 1")]  # fmt: skip
+    assert runs[0].fusion.weights != runs[1].fusion.weights
+
+    def fit(job, tasks, settings):
+        if tasks[0].name == "click":
+            raise KeyboardInterrupt
+        return usual.fit(job, tasks, settings)
+
+    def go(run, out, **changes):
+        monkeypatch.setitem(BASELINES, "logistic_regression", dataclasses.replace(usual, **changes))
+        return run_baselines(run, folder / out, only=["logistic_regression"], budget=Budget(2), say=lambda line: None)[
+            "logistic_regression"
+        ]
+
+    with pytest.raises(KeyboardInterrupt):
+        go(runs[0], "out", fit=fit)
+    gone_on, at_once = go(runs[1], "out"), go(runs[1], "again")
+    assert set(gone_on["settings"]) == {"click", "buy", "stars"}
+    assert gone_on["settings"] == at_once["settings"]
+    assert gone_on["metrics"] == at_once["metrics"]
+
+
 def test_a_label_that_changes_in_the_middle_of_a_file_is_seen(tmp_path):
     log = shop.log(4000)
     log.to_csv(tmp_path / "log.csv", index=False)

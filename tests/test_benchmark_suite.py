@@ -61,11 +61,13 @@ def test_another_commit_is_measured_again_and_paths_are_not_told(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["/here/x.py", "--rows", "5", "--out", str(out), "--again"])
     measure.sweep(out, todo, 1, one)
     assert measure.read(out)[0]["about"]["command"] == "python benchmarks/x.py --rows 5"
-    monkeypatch.setattr(measure, "commit", lambda: "another")
+    for module in (measure, script("who")):
+        monkeypatch.setattr(module, "commit", lambda: "another")
     assert [found["ms"] for found in measure.sweep(out, todo, 1, one)] == [3, 4]
     assert len(measure.read(out)) == 4
     assert [found["ms"] for found in measure.latest(measure.read(out))] == [3, 4]
-    monkeypatch.setattr(measure, "datetime", type("Later", (), {"now": staticmethod(lambda: LATER)}))
+    for module in (measure, script("who")):
+        monkeypatch.setattr(module, "datetime", type("Later", (), {"now": staticmethod(lambda: LATER)}))
     assert [found["ms"] for found in measure.sweep(out, todo, 1, one, again=True)] == [5, 6]
 
 
@@ -79,7 +81,7 @@ def test_another_commit_is_measured_again_and_paths_are_not_told(tmp_path, monke
     ],
 )
 def test_a_command_tells_what_was_measured_and_not_where_it_lies(given, told, tmp_path):
-    assert " ".join(script("measure")._told(given.format(here=tmp_path).split())) == told
+    assert " ".join(script("who")._told(given.format(here=tmp_path).split())) == told
 
 
 class _Later:
@@ -116,6 +118,221 @@ def test_a_benchmark_says_so_where_something_failed(tmp_path, capsys):
     assert found["complete"]
     assert found["picture"] == "b.png"
     assert found["tables"][0]["rows"] == [["4"]]
+
+
+def asked(measure, out, *options, one=lambda what: {"ms": 1.0}, todo=({"n": 1}, {"n": 2}, {"n": 3})):
+    """The status of a benchmark of three settings that is given these options, measured by `one`."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    measure.options(parser, repeats=1, timeout_s=9)
+    return measure.benchmark(
+        parser, parser.parse_args(["--out", str(out), *map(str, options)]), work=lambda what: None,
+        todo=lambda: list(todo), one=one, draw=lambda lines, path: path.write_bytes(b"drawn"),
+        tables=lambda lines: [script("document").Table("t", ["a"], [[str(len(lines))]])],
+    )  # fmt: skip
+
+
+def test_a_line_that_was_cut_off_costs_no_other(tmp_path):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+    assert asked(measure, out, todo=[{"n": 1}]) == 0
+    whole = out.read_text()
+    out.write_text(whole + '[1]\n{"what": {"n": 3}}\n' + whole[:40])  # of a process that was killed
+    assert asked(measure, out) == 0
+    assert [of["what"]["n"] for of in measure.read(out) if "about" in of] == [1, 2, 3]
+    assert json.loads((tmp_path / "b.json").read_text())["tables"][0]["rows"] == [["3"]]
+
+
+def test_ctrl_c_keeps_shows_and_draws_what_was_measured(tmp_path, capsys):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+
+    def interrupted(what):
+        if what["n"] == 3:
+            raise KeyboardInterrupt
+        return {"ms": 1.0}
+
+    assert asked(measure, out, one=interrupted) == 130
+    assert f"broken off: 2 of 3 measurements are in {out}; the same command goes on there" in capsys.readouterr().out
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["complete"] is False
+    assert found["tables"][0]["rows"] == [["2"]]
+    assert (tmp_path / "b.png").exists()
+    again = []
+    assert asked(measure, out, one=lambda what: again.append(what["n"]) or {"ms": 1.0}) == 0
+    assert again == [3]
+
+
+def test_what_was_measured_is_not_replaced_by_nothing(tmp_path, capsys):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+    asked(measure, out)
+    before = (tmp_path / "b.json").read_text()
+    for options, why in (
+        (["--show", tmp_path / "typo.jsonl"], "there is no such file"),
+        (["--repeats", 0], "'0' is no whole number of at least 1"),
+        (["--repeats", "two"], "'two' is no whole number of at least 1"),
+        (["--timeout", -1], "'-1' is no number of seconds above 0"),
+        (["--threads", 0], "at least 1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            asked(measure, out, *options)
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert asked(measure, out, "--show", empty) == 0
+    assert "nothing was measured" in capsys.readouterr().out
+    assert asked(measure, out, todo=[{"n": 7}], one=lambda what: None) == 1
+    assert (tmp_path / "b.json").read_text() == before
+    # Whether something is missing of what is only looked at is not known, and all commands are told.
+    with out.open("a") as file:
+        other = json.loads(before)["about"] | {"command": "python benchmarks/other.py"}
+        file.write(json.dumps({"what": {"n": 9}, "repeat": 0, "ms": 1.0, "about": other}))
+    assert asked(measure, out, "--show", out) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["complete"] is None
+    assert found["commands"] == [json.loads(before)["about"]["command"], "python benchmarks/other.py"]
+    section = script("tables").section(tmp_path / "b.json")
+    assert "`, `python benchmarks/other.py`: " in section
+    assert "Incomplete" not in section
+
+
+def test_where_nothing_can_be_written_is_said_before_it_is_measured(tmp_path, capsys):
+    measure = script("measure")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        asked(measure, tmp_path / "file" / "b.jsonl", one=lambda what: pytest.fail("measured for nothing"))
+    assert f"{tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"/dev/full: No space left on device; lost, to be measured again: \{'n': 1\}"):
+        measure.appended(Path("/dev/full"), {"what": {"n": 1}})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("peers", "--rows -5", "--rows: '-5' is no whole number of at least 1"),
+        ("peers", "--case vast", "invalid choice: 'vast'"),
+        ("scaling", "--ranks 0", "--ranks: '0' is no whole number"),
+        ("scaling", "--ranks 1 3 --kind strong", "strong scaling shares it out, and 3 does not divide it"),
+        ("scaling", "--ranks 1 64 --kind weak --device cuda", "--device cuda: 64 ranks need as many GPUs"),
+        ("experts", "--sizes 2-8", "--sizes: '2-8' is no whole number"),
+        ("memory", "--rows 0", "--rows: '0' is no whole number"),
+        ("load", "--clients 1,0", "--clients: '0' is no whole number"),
+        ("training", "--vocabulary 100,many", "--vocabulary/--rows-per-table: 'many' is no whole number"),
+        ("sequences", "--cap 0", "--cap: '0' is no whole number"),
+        ("serving", "--tables int7", "invalid choice: 'int7'"),
+        ("surgery_cost", "--tasks 1", "surgery needs two at least"),
+        ("surgery_cost", "--cases upgrad", "'upgrad' is no kind/cut"),
+        ("scaling_paper", "--world-size 0", "--world-size: '0' is no whole number"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_measured(
+    name, options, why, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options.split(), "--out", str(tmp_path / "x.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        script(name).main()
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_peers_that_are_not_installed_are_named_with_their_extra(tmp_path, monkeypatch, capsys):
+    import importlib.util
+
+    peers, find_spec = script("peers"), importlib.util.find_spec
+    gone = ("torch_rechub", "requests")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name in gone else find_spec(name))
+    monkeypatch.setattr(
+        sys, "argv", ["peers.py", "--case", "small", "--data", str(tmp_path), "--out", str(tmp_path / "x")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "rechub and deepctr need torch_rechub and requests: pip install 'mtcl_torchrec[bench]'" in said
+    assert "leave them out: --contenders ours torchrec pytorch" in said
+    assert not list(tmp_path.iterdir())  # no file of rows was written
+    assert peers.missing(["ours", "torchrec"]) == ""
+
+
+def test_peers_measure_ours_in_the_forms_that_the_machine_is_fit_for(monkeypatch):
+    peers = script("peers")
+    for bf16, compiler, forms in ((False, "/usr/bin/g++", ()), (True, None, ("ours_bf16",)),
+                                  (True, "/usr/bin/g++", ("ours_bf16", "ours_bf16_compiled"))):  # fmt: skip
+        monkeypatch.setattr(peers, "has_fast_bf16", lambda device, bf16=bf16: bf16)
+        monkeypatch.setattr(peers.shutil, "which", lambda name, compiler=compiler: compiler)
+        assert peers.faster() == forms
+
+
+def test_a_full_disk_keeps_what_was_measured_and_written_before(tmp_path, monkeypatch):
+    measure, document, out = script("measure"), script("document"), tmp_path / "b.jsonl"
+    asked(measure, out)
+    before, write = (tmp_path / "b.json").read_text(), Path.write_text
+
+    def full(path, text, **options):
+        write(path, text[:20], **options)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(document.Path, "write_text", full)
+    with pytest.raises(SystemExit, match=r"b.unfinished: No space left on device; .* --show .*b.jsonl makes the rest"):
+        asked(measure, out, "--again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.jsonl", "b.png"]
+    assert (tmp_path / "b.json").read_text() == before
+
+
+def test_a_run_whose_training_was_broken_off_is_trained_anew(tmp_path, monkeypatch):
+    serving = script("serving")
+    (tmp_path / "demo-9" / "run" / "checkpoints").mkdir(parents=True)
+
+    def trains(run, folder, **_):
+        assert not folder.exists()
+        folder.mkdir()
+
+    monkeypatch.setattr(serving, "train_run", trains)
+    assert serving.trained(tmp_path, 9) == tmp_path / "demo-9" / "run"
+    monkeypatch.setattr(serving, "train_run", lambda *_, **__: pytest.fail("it is trained already"))
+    assert serving.trained(tmp_path, 9).is_dir()
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
+    cases = script("peer_cases")
+
+    def full(*_):
+        yield next(tables)
+        raise OSError(28, "No space left on device")
+
+    case = cases.CASES["small"].sized(2000, 50)
+    tables = cases._tables(case, 2000, 1)
+    monkeypatch.setattr(cases, "_tables", full)
+    with pytest.raises(OSError, match="No space left"):
+        cases.files_of(case, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_take_gpus_where_there_is_one_for_each(monkeypatch):
+    scaling = script("scaling")
+    for gpus, asked, most, taken in ((0, "auto", 4, "cpu"), (1, "auto", 4, "cpu"), (4, "auto", 4, "cuda"),
+                                     (8, "cuda", 4, "cuda"), (8, "cpu", 4, "cpu")):  # fmt: skip
+        monkeypatch.setattr(scaling.torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert scaling.device_for(asked, most) == taken
+
+
+def test_a_suite_that_is_broken_off_says_what_is_left(tmp_path, monkeypatch, capsys):
+    suite = script("suite")
+
+    def interrupted(entry, *_, **__):
+        if entry.script == "memory":
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(suite, "carried_out", interrupted)
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--results", str(tmp_path), "--only", "peers", "memory", "sequences"])
+    assert suite.main() == 130
+    assert "1 of 3 done in 0 min; not done: memory, sequences; run it again to go on" in capsys.readouterr().out
+    (tmp_path / "peers.json").write_text('{"benchmark": "pe')  # of a process that was killed
+    assert not suite.measured(suite.SUITE[0], "quick", tmp_path)
+    with pytest.raises(SystemExit, match=r"peers.json is no JSON .*--show peers.jsonl"):
+        script("tables").section(tmp_path / "peers.json")
 
 
 def test_what_was_started_ends_with_who_started_it(tmp_path):
@@ -178,10 +395,51 @@ def test_tables_are_filled_between_their_marks_alone(documents, monkeypatch, cap
         tables_main(monkeypatch, documents, "--only", "three")
 
 
+def test_the_readme_says_what_the_results_do(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert script("tables").main() == 0, capsys.readouterr().out
+
+
+def test_what_the_front_page_says_of_speed_is_computed_from_results(tmp_path):
+    document, headline = script("document"), script("headline")
+    assert headline.speed(tmp_path) == "Not measured yet."
+
+    def kept(name, lines):
+        document.written(tmp_path / f"{name}.json", lines, [], complete=True)
+
+    def ran(who, repeat, read, alone, case="middle", rows=1000, **of):
+        what = {"case": case, "rows": rows, "table_rows": 5, "contender": who, "threads": None}
+        return line(what | of.pop("what", {}), repeat, from_file_per_s=read, samples_per_s=alone, log_loss=0.5, **of)
+
+    of_middle = [
+        ran(who, i, speed * (i + 1), 2 * speed * (i + 1))
+        for who, speed in (("torchrec", 2e4), ("ours", 3e4), ("ours_bf16", 6e4), ("rechub", 1e4), ("deepctr", 1.5e4))
+        for i in (0, 1, 2)
+    ]
+    smaller = [ran("ours", 0, 7.0, 7.0, rows=10), ran("ours", 0, 9.0, 9.0, case="small")]
+    grown = [
+        ran("ours", 0, 1.0, 1.0, case="growing", step_ms=ms, what={"table_rows": n}) for n, ms in ((10, 4.0), (99, 5.0))
+    ]
+    kept("peers", smaller + of_middle + grown)
+    kept("scaling", [line({"kind": k, "ranks": n}, samples_per_s=s) for k, n, s in
+                     (("weak", 1, 10.0), ("weak", 2, 17.0), ("strong", 2, 99.0))])  # fmt: skip
+    for name, most in (("memory", 4_000), ("memory_stream", 100_000)):
+        kept(name, [line({"case": "stream", "rows": n}, peak_rss_bytes=n * 1e5) for n in (1_000, most)])
+    said = headline.speed(tmp_path)
+    assert "One pass over 1,000 rows" in said
+    assert "medians of 3" in said
+    assert "| this package, fp32 | 60,000 | 1.50 | 120,000 | 0.5000 |" in said
+    assert said.index("this package, bf16") < said.index("this package, fp32")
+    assert "is 3.0 and 2.0 times as fast as torch-rechub and deepctr-torch in fp32, 6.0 and 4.0 times in bf16." in said
+    assert "With tables of 99 rows a step takes 1.25 times as long as with 10." in said
+    assert "Two ranks of a thread each are 1.7 times as fast as one." in said
+    assert "100,000 generated rows stream through 10.00 GB of memory, 1,000 through 0.10." in said
+
+
 def test_the_readme_has_a_mark_for_every_script_of_the_suite():
     tables, suite = script("tables"), script("suite")
     marks = [match["name"] for match in tables._MARKED.finditer((tables.HERE / "README.md").read_text())]
-    assert marks == [entry.script for entry in suite.SUITE]
+    assert marks == [*(entry.script for entry in suite.SUITE), "gpu"]
 
 
 # ---------------------------------------------------------------------- the suite
@@ -239,6 +497,7 @@ def test_a_failing_or_endless_script_loses_nothing_of_the_rest(tmp_path, monkeyp
 def test_every_script_knows_the_options_that_the_suite_gives_it(size, tmp_path, monkeypatch, capsys):
     suite = script("suite")
     for entry in suite.SUITE:
+        (tmp_path / "nothing.jsonl").touch()
         options = [*getattr(entry, size).split(), "--show", str(tmp_path / "nothing.jsonl"), "--data", str(tmp_path)]
         if entry.script not in ("peers", "input", "serving", "load"):
             options = options[:-2]
@@ -339,7 +598,7 @@ def test_memory_goes_through_all_rows(tmp_path):
 
 def test_what_is_shown_has_ratios_first(tmp_path):
     scaling, serving, load, paper = map(script, ("scaling", "serving", "load", "scaling_paper"))
-    setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto"}
+    setting = {"batch_size": 64, "vocabulary": 50, "dim": 16, "sharding": "auto", "device": "cpu"}
     lines = [
         line({"kind": "weak", "ranks": n, "setting": setting}, samples_per_s=speed, step_ms={"median": 1.0},
              sent_bytes={"ids": 2e6}, computed_bytes={"ids": 1e6}, peak_rss_bytes=1e9)
@@ -348,7 +607,12 @@ def test_what_is_shown_has_ratios_first(tmp_path):
     speeds, sent = scaling.tables(lines)
     assert speeds.rows[1][1:3] == ["1.50", "75"]
     assert sent.rows[0] == ["ids", "2.000 (1.000)"]
+    assert speeds.note.endswith(" cores, by gloo.")
     scaling.draw(lines, tmp_path / "scaling.png")
+    for of in lines:
+        of["what"]["setting"] = setting | {"device": "cuda"}
+        of["about"] |= {"gpus": 8}
+    assert scaling.tables(lines)[0].note == "On 8 GPUs, by NCCL."
 
     asked = {"p50": 1.0, "p99": 2.0, "cpu": 1.0}
     lines = [

@@ -347,44 +347,102 @@ def test_what_has_become_slower_is_named(tmp_path, capsys):
     grown = {"case": "stream"}
     lines = {
         "peers": [line(case | {"contender": who}, i, from_file_per_s=speed * (i + 1))
-                  for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0))],
+                  for i in (0, 1) for who, speed in (("ours", 3.0), ("torchrec", 2.0), ("ours_bf16", 4.0))],
         "experts": [line(sized, 0, auto="loop", ms={f: {"wall": ms} for f, ms in (("batched", 6.0), ("loop", 4.0))})],
         "input": [line(of_file | {"way": way}, 0, rows_per_s=speed) for way, speed in (("pyarrow", 8), ("batches", 2))],
         "memory": [line(grown | {"rows": n}, 0, peak_rss_bytes=b) for n, b in ((9, 5), (5, 4))],
+        "scaling": [line({"kind": "weak", "ranks": n, "setting": {"sharding": "auto", "device": "cpu"}}, 0,
+                         samples_per_s=s) for n, s in ((1, 4.0), (2, 7.0))],
+        "serving": [line({"way": way}, 0, candidates_per_s=s) for way, s in (("eager", 4.0), ("int8 graph", 5.0))],
     }  # fmt: skip
     for name, of in lines.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(of))
-    now = check.measured(tmp_path, {}, 1)
-    assert list(now.values()) == [1.5, 1.5, 0.25, 0.8]
+    now, failed = check.measured(tmp_path, {}, 1)
+    assert list(now.values()) == [1.5, 2.0, 1.5, 0.25, 0.8, 1.75, 1.25]
+    assert check.BF16 in now
+    assert not failed
+    assert lines.keys() == check.SCRIPTS.keys() == check.OF.keys()
     assert check.compare(now, {name: ratio * 1.2 for name, ratio in now.items()}, 0.25) == []
     first, *_, last = now
-    assert check.compare(now, {first: 2.1, last: 0.8, "gone": 1.0}, 0.25) == [first, "gone"]
-    assert "2.10" in capsys.readouterr().out
+    assert check.compare(now, {first: 2.1, last: 0.8, "gone": 1.0}, 0.25) == [
+        f"{first}: 2.10 before, 1.50 now, 29% worse", "gone: 1.00 before, not measured now"
+    ]  # fmt: skip
+    assert "0.71" in capsys.readouterr().out
     for name, options in check.SCRIPTS.items():  # options that the scripts know
         assert all(f'"{word}"' in Path(script(name).__file__).read_text() for word in options.split() if "--" in word)
 
 
-def test_the_check_fails_outside_of_its_band_and_stores_nothing_half(tmp_path, capsys, monkeypatch):
-    check, now = script("check"), {f"ratio {i}": 1.0 for i in range(script("check").RATIOS)}
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """What the check ends with where these are the ratios now."""
+    check = script("check")
 
-    def ended(ratios, *options):
-        monkeypatch.setattr(check, "measured", lambda *_: ratios)
+    def ended(ratios, *options, failed=()):
+        monkeypatch.setattr(check, "measured", lambda *_: (dict(ratios), list(failed)))
         monkeypatch.setattr(sys, "argv", ["check.py", "--ratios", str(tmp_path / "ratios.json"), *options])
         return check.main()
 
+    return ended
+
+
+def test_the_check_fails_outside_of_its_band_and_stores_nothing_half(tmp_path, capsys, checked):
+    now, kept = {f"ratio {i}": 1.0 for i in range(4)}, tmp_path / "ratios.json"
     with pytest.raises(SystemExit):
-        ended(now)
+        checked(now)
     assert "--store it first" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        ended({"ratio 0": 1.0}, "--store")
-    assert not (tmp_path / "ratios.json").exists()
-    assert ended(now, "--store") == 0
-    assert ended(now | {"ratio 1": 0.8}) == 0
-    assert ended(now | {"ratio 1": 0.7}) == 1
-    assert "WORSE: ratio 1" in capsys.readouterr().out
-    assert ended(now | {"ratio 1": 0.7}, "--band", "0.4") == 0
+        checked(now, "--store", failed=["experts"])
+    assert "nothing is stored: experts failed" in capsys.readouterr().err
+    assert not kept.exists()
+    assert checked(now, "--store") == 0
+    assert "stored 4 ratios" in capsys.readouterr().out
+    assert {"machine", "versions", "date", "commit", "command"} <= json.loads(kept.read_text())["about"].keys()
+    assert checked(now | {"ratio 1": 0.8}) == 0
+    assert checked(now | {"ratio 1": 0.7}) == 1
+    assert "WORSE: ratio 1: 1.00 before, 0.70 now, 30% worse" in capsys.readouterr().out
+    assert checked(now | {"ratio 1": float("nan")}) == 1
+    assert checked(now | {"ratio 1": 0.7}, "--band", "0.4") == 0
+    for wrong in ("0", "1", "-0.1"):
+        with pytest.raises(SystemExit):
+            checked(now, "--band", wrong)
     del now["ratio 2"]  # its script has failed
-    assert ended(now) == 1
+    assert checked(now) == 1
+    assert checked(now, "--store") == 0  # says what was there, and replaces it
+    assert checked(now) == 0
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_stored_file_that_was_tampered_with_or_is_of_elsewhere_is_told(tmp_path, capsys, checked, monkeypatch):
+    check, now, kept = script("check"), {"ratio 0": 1.0}, tmp_path / "ratios.json"
+    for text, why in (
+        ('{"ratios": {"rat', "holds no ratios"), ("[]", "holds no ratios"), ('{"about": {}}', "holds no ratios"),
+        ('{"about": {}, "ratios": {"ratio 0": "fast"}}', "holds no ratios"),
+        ('{"about": {}, "ratios": {"ratio 0": NaN}}', "'ratio 0' is nan, no ratio"),
+        ('{"about": {}, "ratios": {"ratio 0": -1}}', "'ratio 0' is -1.0, no ratio"),
+    ):  # fmt: skip
+        kept.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            checked(now)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert why in said
+        assert "make it anew with --store" in said
+    assert checked(now, "--store") == 0
+    elsewhere = json.loads(kept.read_text())
+    elsewhere["about"] |= {"machine": "another", "cores": 512}
+    elsewhere["ratios"][check.BF16] = 2.0
+    kept.write_text(json.dumps(elsewhere))
+    capsys.readouterr()
+    monkeypatch.setattr(check.peers, "faster", lambda: ())
+    assert checked(now) == 0  # a processor that is slow in bf16 is not measured in it
+    said = capsys.readouterr().out
+    assert "stored elsewhere" in said
+    assert "cores 512, here" in said
+    assert f"not fast in bf16: {check.BF16}" in said
+    assert "ours_bf16" not in check.fit()["peers"]
+    monkeypatch.setattr(check.peers, "faster", lambda: ("ours_bf16",))
+    assert check.fit()["peers"].endswith("pytorch ours_bf16")
+    assert checked(now) == 1
 
 
 def test_a_script_that_fails_loses_its_own_ratios_alone(tmp_path, capsys, monkeypatch):
@@ -394,7 +452,8 @@ def test_a_script_that_fails_loses_its_own_ratios_alone(tmp_path, capsys, monkey
     sized = {"experts": 4, "width": 8, "rows": 1, "input": 1, "device": "cpu", "threads": None}
     times = {form: {"wall": ms} for form, ms in (("batched", 6.0), ("loop", 4.0))}
     (tmp_path / "experts.jsonl").write_text(json.dumps({"what": sized, "repeat": 0, "auto": "loop", "ms": times}))
-    assert list(check.measured(tmp_path, {"peers": "--case middle"}, 1).values()) == [1.5]
+    now, failed = check.measured(tmp_path, {"peers": "--case middle"}, 1)
+    assert (list(now.values()), failed) == ([1.5], ["peers"])
     assert "FAILED" in capsys.readouterr().out
 
 

@@ -197,6 +197,18 @@ def test_a_run_read_back_predicts_the_same_calibrated_numbers(data, runs, world_
     np.testing.assert_allclose(found["score"], score, rtol=1e-4, atol=1e-5)
     assert 0.2 < parts.mean() < 0.8
 
+    # What was said before calibration comes with it, in one pass; it is what the model says without.
+    before = {}
+    again = predict(run.model, rows, before=before)
+    assert all(np.array_equal(again[name], of) for name, of in found.items())
+    run.model.output.calibration = None
+    plain = predict(run.model, rows, before=(none := {}))
+    assert none == {}
+    assert before.keys() == plain.keys() - {"score"}
+    for name, of in before.items():
+        np.testing.assert_array_equal(of, plain[name])
+    assert not np.array_equal(before["again"], found["again"])
+
 
 def test_the_table_names_what_it_shows(runs):
     screen = Console(file=io.StringIO(), width=80)

@@ -3,15 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import shop
 import yaml
 
-from mtcl_torchrec.cli import twins
+import mtcl_torchrec
+from mtcl_torchrec.cli import commands, twins
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
+from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.training import held_out
 
 
 @pytest.fixture
@@ -289,7 +294,8 @@ def test_a_run_is_resumed_and_flags_that_exclude_each_other_are_refused(mtcl, lo
     assert "epoch 2/2" in shown
     assert "epoch 1/2" not in shown
     assert "give one of them" in one_line(mtcl("train", "run.yaml", "--out", "run", "--resume", "--overwrite")[2])
-    assert "--resume needs --out" in one_line(mtcl("train", "run.yaml", "--resume")[2])
+    for option in ("--resume", "--overwrite"):
+        assert f"{option} needs --out" in one_line(mtcl("train", "run.yaml", option)[2])
 
 
 def test_a_world_is_drafted_and_written(mtcl, tmp_path):
@@ -408,9 +414,11 @@ def test_the_demo_trains_and_recommends(mtcl, tmp_path, monkeypatch, every, rows
     assert told.pop("popularity")[:3] == ["click", "long_view", "like"]  # it costs nothing: all tasks
     assert set(map(tuple, told.values())) == {("like",)}
     assert "Of 1 task that twins were trained on alone, " in shown
-    assert (
-        shown.index("Top 10 for user") < shown.index("single_task: like, 1 trial, ") < shown.index("The report, to be")
-    )
+    asked, answered = (part.splitlines() for part in shown.split("Do the tasks help each other?  ")[1:])
+    assert "Top 10 for user" in shown.split("Do the tasks help each other?")[0]
+    assert asked[0].startswith("Training the same network with the same settings on like alone")
+    assert asked[1:] == ["  twin 1 of 1: like alone", ""]  # of what else is trained, nothing
+    assert any(line.startswith("The report, to be") for line in answered)
     page = (tmp_path / "demo/report.html").read_text()
     assert "Of 1 task that twins were trained on alone, " in page
     assert "Not measured" not in page
@@ -425,3 +433,17 @@ def test_init_takes_a_reader_for_the_user(tmp_path):
     frame.to_parquet(tmp_path / "log.parquet", index=False)
     schema = yaml.safe_load(draft_run([str(tmp_path / "log.parquet")]))["schema"]
     assert (schema["user"], schema["item"]) == ("reader", "article_id")
+
+
+def test_what_the_package_warns_of_is_one_line_and_others_keep_their_place():
+    own = Path(mtcl_torchrec.__file__).parent / "training" / "build.py"
+    assert commands._warning(UserWarning("look here"), UserWarning, str(own), 7) == "mtcl: look here\n"
+    assert "other.py:7: UserWarning: look here" in commands._warning(
+        UserWarning("look here"), UserWarning, "/elsewhere/other.py", 7
+    )
+    assert "DeprecationWarning" in commands._warning(DeprecationWarning("old"), DeprecationWarning, str(own), 7)
+
+
+def test_times_that_tell_no_sessions_can_be_done_without():
+    with pytest.raises(ConfigError, match=r"too small to be seconds since 1970.*--session-minutes 0"):
+        held_out._per_second(np.array([60.0, 120.0]), "time", True)

@@ -311,6 +311,28 @@ def test_segments_have_rows_events_and_intervals_and_hours_are_a_row_each():
     assert sum(line.split("  ")[0].strip().isdigit() for line in hours) == 24
 
 
+def test_segments_of_classes_and_numbers_are_told_by_two_metrics():
+    table = made(users=300)
+    rows = np.arange(len(table))
+    table = replaced(table, **{"segment.side": np.where(rows % 2, "odd", "even"), "segment.price": rows % 20})
+    found = evaluate_table(table, k=[3], segments=["side", "price"])
+    stars = found.segments["side"]["odd"]["quality"]["stars"]
+    own = rows_of(table, rows % 2 == 1)
+    known = ~np.isnan(own.labels("stars"))
+    off = np.abs(own.predicted("stars")[known] - own.labels("stars")[known])
+    per_user = pd.Series(off).groupby(pd.Series(own.users[known])).agg(["sum", "count"])
+    left = (per_user["sum"] - off.mean() * per_user["count"]) / known.sum()  # of each user, in a ratio of sums
+    error = np.sqrt((left**2).sum() * len(left) / (len(left) - 1))
+    assert stars["beside"]["mae"]["value"] == pytest.approx(off.mean())
+    assert stars["beside"]["mae"]["half"] == pytest.approx(1.96 * error, rel=0.03)
+    assert stars["value"] == pytest.approx(found.segments["side"]["odd"]["tasks"]["stars"]["r2"])
+    shown = text_of(print_segments, found, width=200)
+    assert f"{off.mean():.3f} ± {stars['beside']['mae']['half']:.3f}" in shown
+    assert "stars MAE" in shown
+    by_price = shown[shown.index("By price") :]
+    assert f"{found.segments['price']['7']['quality']['stars']['beside']['mae']['value']:.2f}±" in by_price
+
+
 def test_what_the_fusion_is_worth_in_per_cent():
     table = made(users=500, skill=1.0)
     perfect = table.labels("click") + 4 * np.nan_to_num(table.labels("buy"))

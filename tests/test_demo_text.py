@@ -70,6 +70,8 @@ def test_the_demo_runs_from_the_folder_to_lists_of_films(mtcl, folder, tmp_path)
     assert "not to be passed on" in shown
     assert shown.splitlines()[-1] == "The report, to be opened in a browser: run/report.html"
     assert "Whether the tasks help each other was not measured (--twins)" in shown
+    assert "too good to be true" not in shown
+    assert "doubts" not in json.loads((tmp_path / "run/metrics.json").read_text())
     assert not (tmp_path / "run/baselines.json").exists()
     assert "Not measured" in (tmp_path / "run/report.html").read_text()
 
@@ -141,5 +143,7 @@ def test_the_real_thing_ranks_new_films_and_new_users(mtcl, tmp_path):
     assert head > popular[0] + 0.05
     assert never > 0.68
     assert new > popular[3] - 0.003
-    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["evaluations"]["val"]["tasks"]
+    stored = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert "doubts" not in stored
+    metrics = stored["evaluations"]["val"]["tasks"]
     assert metrics["next_genre"]["ne"] < 0.98  # later, the histories that end with training say less

@@ -191,6 +191,20 @@ METRICS += [
 ]  # fmt: skip
 
 
+RISING = [{"click": auc(v), "next": {"ne": 1.5 - v}, "noise": auc(0.52 - v / 100)} for v in (0.6, 0.64, 0.66, 0.67)]
+METRICS += [
+    (
+        RISING, 4,
+        "training ended while 2 tasks were still getting better (since epoch 2: click AUC +0.030, next NE −0.030)"
+        ": more epochs may pay",
+    ),
+    (RISING[:3] + RISING[2:3], 4, NOTHING),  # not after every epoch
+    ([{"click": auc(v)} for v in (0.6, 0.67, 0.671, 0.672)], 4, NOTHING),  # too little
+    ([{"click": auc(v, 200.0)} for v in (0.6, 0.67, 0.68, 0.69)], 4, NOTHING),  # of so few rows, by chance
+    (RISING[:1], 1, NOTHING),  # nothing to tell it from
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("epochs", "best", "line"), METRICS)
 def test_validation_metrics_are_looked_at(epochs, best, line):
     assert diagnose(Balance(), epochs, best) == [line]

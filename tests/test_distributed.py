@@ -68,7 +68,10 @@ TRUNKS = {
 }
 
 
-PENALTIES = {"l2_embedding": {"user": 0.02, "item": 0.01, "last_item": 0.005, "hour": 0.01, "tags": 0.03}}
+PENALTIES = {
+    "l2_embedding": {"user": 0.02, "item": 0.01, "last_item": 0.005, "hour": 0.01, "tags": 0.03},
+    "l2_rows": {"user": 0.02, "item": 0.05},
+}
 
 
 def train_module(device="meta", trunk="shared_bottom"):

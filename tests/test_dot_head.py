@@ -17,6 +17,7 @@ from mtcl_torchrec.modules.balance.surgery import GradientSurgery
 from mtcl_torchrec.modules.dot_product import vector_names
 from mtcl_torchrec.modules.embeddings import with_own_tables
 from mtcl_torchrec.modules.gates import EPNet, PPNet
+from mtcl_torchrec.modules.regularisers import is_weight
 from mtcl_torchrec.modules.towers import Alike
 from mtcl_torchrec.modules.trunks import STEM
 from mtcl_torchrec.schema import ConfigError
@@ -81,6 +82,45 @@ def test_the_logit_is_that_of_matrix_factorisation_over_each_sides_columns():
     assert set(logits) == {"click", "rated", "back", "stars", *vector_names(TASKS[1])}
 
 
+def of_kind(kind, name="rated", **options):
+    return Task.binary(name, head={**DOT, "kind": kind} if kind != "tower" else "tower", **options)
+
+
+def test_a_tower_dot_heads_logit_is_the_sum_of_a_towers_and_a_dot_heads():
+    tasks = {kind: [TASKS[0], of_kind(kind, negative_rate=0.5)] for kind in ("tower", "dot", "tower_dot")}
+    rates, data = {"click": 0.3, "rated": 0.04}, batch(tasks=2)
+    both, tower, dot = (model(None, tasks[kind], base_rates=rates) for kind in ("tower_dot", "tower", "dot"))
+    assert both.tower.heads[1].bias.item() == tower.tower.heads[1].bias.item() < -2
+    assert both.tower.dot_heads["1"].bias.item() == 0  # the sum starts at the base rate, not at its square
+    state = both.state_dict()
+    tower.load_state_dict({n: p for n, p in state.items() if ".dot_heads." not in n})
+    dot.load_state_dict(
+        {**dot.state_dict(), **{n: p for n, p in state.items() if "embedding" in n or "dot_heads" in n}}
+    )
+    of_both, of_tower, of_dot = (logits_of(of, data) for of in (both, tower, dot))
+    torch.testing.assert_close(of_both["rated"], of_tower["rated"] + of_dot["rated"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(of_both["click"], of_tower["click"], atol=1e-6, rtol=1e-5)
+    for name in vector_names(tasks["dot"][1]):
+        torch.testing.assert_close(of_both[name], of_dot[name])
+    assert of_dot["rated"].std() > 0.01
+    assert of_tower["rated"].std() > 0.01
+
+
+@pytest.mark.parametrize("chain", ["aitm", "escm2_dr"])
+def test_a_chain_that_reads_towers_takes_tower_dot_heads(chain):
+    tasks = [of_kind("tower_dot", "click"), of_kind("tower_dot", "buy", after="click", chain=chain)]
+    alone, data = [of_kind("tower", t.name, after=t.after, chain=t.chain) if t.after else of_kind("tower", t.name)
+                   for t in tasks], batch(tasks=2)  # fmt: skip
+    both, towers = model(None, tasks), model(None, alone)
+    towers.load_state_dict({n: p for n, p in both.state_dict().items() if ".dot_heads." not in n})
+    for number in ("0", "1"):
+        for parameter in both.tower.dot_heads[number].parameters():
+            parameter.detach().zero_()
+    got, expected = logits_of(both, data), logits_of(towers, data)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-5)
+
+
 FACTORS = Task.binary("rated", head={**DOT, "dim": 4, "factors": ["u", "hour", "i"]}, negative_rate=0.5)
 
 
@@ -99,6 +139,32 @@ def test_factors_are_added_to_the_vector_of_their_side_as_they_are():
     logits = logits_of(of, data)
     torch.testing.assert_close(logits["rated"].detach(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits[vector_names(FACTORS)[1]][:, :4].detach(), q, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bilinear_form_of_factors_is_each_tasks_own():
+    """qᵀ W p by hand; with W = I it is the plain product; W starts near that, and does not decay."""
+    head = {"kind": "dot", "dim": 4, "factors": ["u", "i"]}
+    of = model(None, [Task.binary(name, head={**head, "bilinear": True}) for name in "ab"])
+    data, dots = batch(tasks=2), [of.tower.dot_heads[number] for number in "01"]
+    for dot in dots:
+        assert 0 < (dot.bilinear - torch.eye(4)).abs().max() < 1
+        assert not torch.equal(dot.bilinear, dots[0].bilinear) or dot is dots[0]
+        dot.bilinear.detach().copy_(torch.eye(4))
+    plain = model(None, [Task.binary(name, head=head) for name in "ab"])
+    plain.load_state_dict({n: p for n, p in of.state_dict().items() if not n.endswith("bilinear")})
+    for name, value in logits_of(plain, data).items():
+        torch.testing.assert_close(logits_of(of, data)[name], value)
+    dot, w = dots[1], torch.arange(16.0).view(4, 4) - 6
+    dot.bilinear.detach().copy_(w)
+    for linear in (dot.user, dot.item):
+        linear.weight.detach().zero_()
+    bags = of.embedding_bag_collection.embedding_bags
+    p, q = (bags[f"t_{f}"].weight[data.sparse_features[f].values()] for f in ("u", "i"))
+    expected = torch.stack([q[b] @ w @ p[b] for b in range(24)]) + dot.bias
+    torch.testing.assert_close(logits_of(of, data)["b"], expected, atol=1e-5, rtol=1e-5)
+    logits_of(of, data)["b"].sum().backward()
+    torch.testing.assert_close(dot.bilinear.grad, q.T @ p, atol=1e-5, rtol=1e-4)
+    assert not is_weight("tower.dot_heads.1.bilinear")
 
 
 def test_with_maps_of_zero_it_is_classic_matrix_factorisation_and_learns_as_it_does():
@@ -196,7 +262,7 @@ def test_the_users_vector_is_computed_once_for_each_kind_of_rows(gates):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "dott"}, r"task 'a': no head 'dott' \(did you mean 'dot'\?\); there are tower, dot"),
+        ({"head": "dott"}, r"task 'a': no head 'dott' \(did you mean 'dot'\?\); there are tower, dot, tower_dot"),
         ({"head": {"kind": "tower", "dim": 8}}, "dim belongs to head dot, not to tower"),
         ({"head": "dot", "inputs": ["user", "context"]}, r"task 'a': head dot needs inputs of the item"),
         ({"head": {"kind": "dot", "dims": 8}}, "dims"),
@@ -205,7 +271,10 @@ def test_the_users_vector_is_computed_once_for_each_kind_of_rows(gates):
         ({"head": "dot", "after": "b", "chain": "escm2_dr"}, "task 'a': chain escm2_dr reads a tower"),
         ({"head": {"kind": "dot", "sampled_softmax": {"temperature": 0}}}, "greater than 0"),
         ({"head": {"kind": "tower", "factors": ["u"]}}, "factors belongs to head dot, not to tower"),
+        ({"head": {"kind": "dot", "bilinear": True}}, "bilinear needs factors"),
         ({"kind": "multiclass", "num_classes": 3, "head": "dot"}, "task 'a': head dot gives one logit"),
+        ({"kind": "multiclass", "num_classes": 3, "head": "tower_dot"}, "task 'a': head tower_dot gives one logit"),
+        ({"head": "tower_dot", "inputs": ["user"]}, "task 'a': head tower_dot needs inputs of the item"),
         ({"kind": "regression", "head": {"kind": "dot", "sampled_softmax": {}}}, "belongs to binary tasks"),
     ],
 )
@@ -252,7 +321,7 @@ def test_what_does_not_fit_the_model_is_refused():
 def gradients_of_tasks(train, data):
     """(T, ...) by parameter: each task's gradient alone, and of the pooled embeddings under ""."""
     found = {}
-    for number in range(len(TASKS)):
+    for number in range(len(train.model.tasks)):
         one = copy.deepcopy(train)
         one.surgery = None
         one.loss.task_weights.zero_()[number] = 1.0
@@ -266,11 +335,12 @@ def gradients_of_tasks(train, data):
     return {name: torch.stack(of).double() for name, of in found.items()}
 
 
+@pytest.mark.parametrize("kind", ["dot", "tower_dot"])
 @pytest.mark.parametrize("cut", ["trunk", "embeddings", "both", "tables"])
-def test_gradient_surgery_cuts_a_dot_heads_gradient_like_a_towers(cut):
+def test_gradient_surgery_cuts_a_dot_heads_gradient_like_a_towers(cut, kind):
     data = batch(40)
     data.labels[:, 3] = torch.where(torch.arange(40) % 4 != 0, 1 - data.labels[:, 1], data.labels[:, 1])
-    tasks = [TASKS[0], Task.binary("rated", head=DOT), TASKS[2], Task.binary("hidden", head=DOT)]
+    tasks = [TASKS[0], of_kind(kind), TASKS[2], of_kind(kind, "hidden")]
     surgery = GradientSurgery("upgrad", cut=cut, min_weight=0.0, max_weight=100.0)
     train = MTCLTrain(model(MMoE(3, [6]), tasks), gradient_surgery=surgery)
     heads = train.model.tower.dot_heads  # two that see the world alike, and whose labels say the opposite
@@ -347,6 +417,8 @@ schema:
     - {name: click, kind: binary}
     - {name: buy, kind: binary, after: click, head: {kind: dot, dim: 8, l2: 1e-3, factors: [user_id, product_id]}}
     - {name: stars, kind: regression, head: dot, mask: buy}
+    - {name: again, kind: binary, label: click,
+       head: {kind: tower_dot, dim: 8, factors: [user_id, product_id], bilinear: true}}
 model: {trunk: {kind: shared_bottom, expert_layers: [8]}, tower_layers: []}
 calibration: platt
 fusion: {weights: {click: 1, buy: 3, stars: 0.5}}
@@ -361,7 +433,7 @@ def run():
 def test_a_dot_head_behind_a_chain_and_beside_others_is_exported(run, tmp_path):
     rows = run.encode(shop.log(900, seed=1).tail(40))
     expected = outputs(run, rows)
-    assert {"buy", "buy|click", "stars", "score"} <= set(expected)
+    assert {"buy", "buy|click", "stars", "again", "score"} <= set(expected)
     made = export_run(run, tmp_path / "dot.mtcl", compiled="no")
     artefact = Artefact.load(made.path)
     got = artefact.network(**network_inputs(rows, artefact.features, artefact.inputs))

@@ -164,6 +164,15 @@ def test_a_log_of_ratings_alone_has_a_task(tmp_path):
     assert found["fusion"]["weights"] == {"stars": 1}
 
 
+def test_a_label_called_like_a_key_of_predictions_names_no_task(tmp_path):
+    frame = shop.log().rename(columns={"click": "ranking", "stars": "score"}).drop(columns="buy")
+    found, _ = drafted(frame, tmp_path, labels=["ranking"])  # it can be read
+    assert found["schema"]["tasks"] == [{"name": "ranking_label", "kind": "binary", "label": "ranking"}]
+    assert list(found["fusion"]["weights"]) == ["ranking_label"]
+    found, _ = drafted(frame.drop(columns="ranking"), tmp_path)
+    assert found["schema"]["tasks"] == [{"name": "score_label", "kind": "regression", "label": "score"}]
+
+
 @pytest.mark.parametrize("separator", ["|", ",", ";", ", "])
 def test_lists_in_texts_are_bags_and_prose_is_not(tmp_path, separator):
     frame = requested()
@@ -211,3 +220,22 @@ def test_sizes_are_those_of_the_newest_rows():
     assert request_sizes(frame.sample(frac=1, random_state=0), roles).tolist() == [5] * 20
     assert request_sizes(frame, guess_roles(frame.drop(columns=["request", "user_id"]))).size == 0
     assert pd.Series(request_sizes(frame, roles, share=1.0)).sum() == 1000
+
+
+def test_a_finer_id_than_the_item_is_named(tmp_path):
+    frame = requested()
+    dishes = frame.pop("product_id")
+    frame["restaurant"], frame["dish"] = "r" + (pd.factorize(dishes)[0] // 4).astype(str).astype(object), dishes
+    assert "CHECK THIS, each dish is of one restaurant: --item dish" in drafted(frame, tmp_path)[1]
+    assert "CHECK THIS" not in drafted(frame, tmp_path, item="dish")[1]
+    assert "CHECK THIS" not in drafted(frame.assign(dish="d" + frame.restaurant), tmp_path)[1]  # as many of them
+
+
+def test_an_event_that_never_comes_without_another_is_marked(tmp_path):
+    frame = shop.log(3000).drop(columns="stars")
+    frame["order"] = frame.click * (np.arange(3000) % 2)
+    frame["reorder"] = frame.order * (np.arange(3000) % 3 == 0)
+    text = drafted(frame, tmp_path)[1]
+    assert re.search(r"label: order}   # [\d.]+% of rows, never without click\n", text)
+    assert re.search(r"label: reorder}   # [\d.]+% of rows, never without order\n", text)  # the nearest
+    assert re.search(r"label: click}   # [\d.]+% of rows\n", text)

@@ -71,7 +71,7 @@ def test_ctrl_c_while_settings_are_searched_and_the_same_command_goes_on(tmp_pat
     logs = [(tmp_path / f"out/logs/{number:04d}.txt").read_text() for number in range(2)]
     assert f"epoch {EPOCHS}/{EPOCHS}" in logs[0]
     assert f"epoch {EPOCHS}/{EPOCHS}" not in logs[1]
-    assert "going on in out: 1 trials are over" in whole(command, tmp_path)
+    assert "going on in out: 1 trial is over" in whole(command, tmp_path)
     after = [(tmp_path / f"out/logs/{number:04d}.txt").read_text() for number in range(2)]
     assert after[0] == logs[0]  # the first was not run again
     assert after[1].startswith(logs[1])

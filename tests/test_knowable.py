@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,11 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.world_windows import world_of
 from mtcl_torchrec.data.worlds import ready_world, world_run
 from mtcl_torchrec.evaluation.knowable import expected_auc, knowable, knowable_score, print_knowable
-from mtcl_torchrec.evaluation.predictions_file import predictions_table
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table
+from mtcl_torchrec.evaluation.ranking import value_at_k
 from mtcl_torchrec.schema import Schema, Task
 from mtcl_torchrec.training.finished import FinishedRun
-from mtcl_torchrec.training.oracle import knowable_of, true_predictions
+from mtcl_torchrec.training.oracle import knowable_of, true_predictions, true_worth
 from mtcl_torchrec.training.run import train_run
 
 # ---------------------------------------------------------------- what is knowable
@@ -105,28 +107,82 @@ def test_edges_of_what_is_knowable():
 def test_the_score_is_judged_by_what_its_lists_bring():
     draw = np.random.default_rng(2)
     request = np.r_[np.repeat([0.0, 1, 2], 8), np.nan, np.nan, 3, 3]
-    true, score = draw.random(28), draw.random(28)
-    found = knowable_score(request, score, true, users=np.where(request == 1, 0, request))
-    lists = {k: [[], [], []] for k in (1, 5)}
+    true, score, worth = draw.random(28), draw.random(28), draw.random(28)
+    found = knowable_score(request, score, true, users=np.where(request == 1, 0, request), worth=worth)
+    lists = {k: [[], [], [], []] for k in (1, 5)}
     for r in (0, 1, 2, 3):
-        t, s = true[request == r], score[request == r]
+        w, s, t = worth[request == r], score[request == r], true[request == r]
         for k in (1, 5):
-            if len(t) > k:
-                best = (t[np.argsort(-s)[:k]].sum(), np.sort(t)[::-1][:k].sum(), k * t.mean())
+            if len(w) > k:
+                best = (*(w[np.argsort(-by)[:k]].sum() for by in (s, w, t)), k * w.mean())
                 for values, value in zip(lists[k], best, strict=True):
                     values.append(value)
     for k, of in lists.items():
-        mine, best, random = map(np.array, of)
+        mine, best, rule, random = map(np.array, of)
         assert found[f"requests@{k}"] == len(mine)
         assert found[f"regret@{k}"] == pytest.approx((best - mine).mean())
         assert found[f"share@{k}"] == pytest.approx((mine - random).mean() / (best - random).mean())
+        assert found[f"rule_share@{k}"] == pytest.approx((rule - random).mean() / (best - random).mean())
     assert found["requests@10"] == 0
     assert "regret@10" not in found
     mean = [np.mean([(true[np.argsort(-s)][:k] - true.mean()).sum() for k in range(1, 29)]) for s in (score, true)]
     assert found["share"] == pytest.approx(mean[0] / mean[1])
-    perfect = knowable_score(request, 5 * true - 1, true)
+    assert set(knowable_score(request, score, true)) == {"share", "requests@1", "requests@5", "requests@10"}
+    perfect = knowable_score(request, 5 * true - 1, true, worth=2 * true)
     assert (perfect["share"], perfect["share@1"], perfect["regret@5"]) == (1, 1, 0)
-    assert knowable_score(request, np.zeros(28), true)["share@5"] == pytest.approx(0)
+    assert knowable_score(request, np.zeros(28), true, worth=true)["share@5"] == pytest.approx(0)
+
+
+def drawn_rewards(world, oracle, values, draw):
+    """(N,) what happens to rows once, by probabilities given the event before."""
+    happened, reward = {}, np.zeros(len(next(iter(oracle.values()))))
+    for outcome in world.outcomes:
+        if outcome.kind == "event":
+            happened[outcome.name] = draw.random(len(reward)) < oracle[outcome.name]
+            if outcome.after:
+                happened[outcome.name] &= happened[outcome.after]
+            reward += values.get(outcome.name, 0.0) * happened[outcome.name]
+        elif outcome.name in values:
+            reward += values[outcome.name] * oracle[outcome.name] * happened.get(outcome.after, 1.0)
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("shop", {"click": 1, "cart": 2, "buy": 4}),
+        ("courses", {"enrol": 1, "rating": 0.5}),
+        ("social", {"hide": -20, "like": 1}),
+    ],
+)
+def test_the_oracles_value_at_k_is_the_mean_of_the_labels_that_might_be_drawn(name, values):
+    world, draw = ready_world(name, num_users=60, num_items=90, horizon=1_500), np.random.default_rng(4)
+    frame = world.rows(np.arange(1_500))
+    tasks = tuple(
+        task.model_copy(update={"num_classes": 17}) if task.kind == "multiclass" else task
+        for task in world.schema().tasks
+    )
+    labels = {f"label.{task.name}": frame[task.name].to_numpy(float) for task in tasks}
+    table = PredictionsTable(pd.DataFrame({"user": frame["user_id"], **labels}), tasks, values=values)
+    worth = true_worth(world, table, frame)
+    request, oracle = table.requests.astype(int), world.oracle(np.arange(1_500))
+    score = draw.random(1_500) + oracle[next(iter(values))]
+    found = knowable_score(table.requests, score, score, worth=worth)
+    more = np.bincount(request) > 5
+    rewards = [drawn_rewards(world, oracle, values, draw) for _ in range(300)]
+    for what, by in (("value@5", score), ("oracle@5", worth), ("random@5", np.zeros(1_500))):
+        brought = [value_at_k(request, by, reward, 5)[more].mean() for reward in rewards]
+        assert found[what] == pytest.approx(np.mean(brought), abs=4 * np.std(brought) / np.sqrt(300))
+    best = value_at_k(request, worth, worth, 5)
+    assert all(
+        (best >= value_at_k(request, other, worth, 5) - 1e-9).all()
+        for other in (score, *oracle.values())
+        if other.ndim == 1
+    )
+    # What no world draws is worth nobody knows what.
+    renamed = replace(table, tasks=tuple(t.model_copy(update={"label": "time"}) for t in tasks))
+    assert true_worth(world, renamed, frame) is None
+    assert true_worth(world, replace(table, values={}), frame) is None
 
 
 def test_the_error_of_a_share_is_the_spread_of_shares():
@@ -135,7 +191,7 @@ def test_the_error_of_a_share_is_the_spread_of_shares():
     def one():
         request = np.repeat(np.arange(300.0), 6)
         true = draw.random(1_800)
-        return knowable_score(request, true + draw.normal(0, 0.3, 1_800), true)
+        return knowable_score(request, true + draw.normal(0, 0.3, 1_800), true, worth=true)
 
     found = [one() for _ in range(80)]
     for k in (1, 5):
@@ -190,9 +246,10 @@ def test_two_ranks_train_on_the_dials_and_know_their_share(two_ranks):
     weights = {"click": 1.0, "cart": 2.0, "buy": 4.0}
     own = truth["next_category"][np.arange(600), world.rows(np.arange(4_600, 5_200))["category"]]
     true = (sum(w * truth[t] for t, w in weights.items()) + 0.5 * own) / 7.5
-    expected = knowable_score(
-        kept["user"].to_numpy(float), kept["score"].to_numpy(), true, kept["user"].to_numpy(float)
-    )
+    joint = world.oracle(np.arange(4_600, 5_200), joint=True)
+    worth = sum(w * joint[t] for t, w in weights.items())
+    users = kept["user"].to_numpy(float)
+    expected = knowable_score(users, kept["score"].to_numpy(), true, users, worth=worth)
     assert known["score"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -213,8 +270,8 @@ def test_other_rows_of_the_world_are_judged_too_and_strangers_are_not(two_ranks)
     found = judged(world.rows(index))
     assert [known["share"] for known in found.values()] == pytest.approx([1.0] * 5, abs=1e-4)
     assert judged(ready_world("shop", **DIALS | HARD | {"seed": 3}).rows(index)) == {}
-    shown = Console(file=io.StringIO(), width=100)
-    print_knowable(found | {"score": knowable_score(np.zeros(20), np.arange(20.0), np.arange(20.0))}, shown)
+    shown, a = Console(file=io.StringIO(), width=100), np.arange(20.0)
+    print_knowable(found | {"score": knowable_score(*[np.zeros(20), a, a], worth=a)}, shown)
     text = shown.file.getvalue()
     assert "100.0 % ± 0.0" in text or "100.0 % ± nan" in text
     assert all(task in text for task in ("click", "next_category", "value@10"))

@@ -157,6 +157,35 @@ evaluation:
 )
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"values": {"click": "much"}}, "could not convert string to float: 'much'"),
+        ({"thresholds": {"click": None}}, "float"),
+        ({"values": [1]}, "has no attribute 'items'"),
+        ({"tasks": [{"name": "click", "kind": "nope"}]}, "Input should be 'binary', 'multiclass' or 'regression'"),
+    ],
+)
+def test_damaged_words_about_predictions_are_one_line(tmp_path, changed, said):
+    path = tmp_path / "p.parquet"
+    frame = pd.DataFrame({"label.click": [1.0], "p.click": [0.5]})
+    write_predictions(path, PredictionsTable(frame, (Task.binary("click"),)))
+    arrow = pyarrow.parquet.read_table(path)
+    about = json.dumps(json.loads(arrow.schema.metadata[METADATA]) | changed).encode()
+    pyarrow.parquet.write_table(arrow.replace_schema_metadata({METADATA: about}), path)
+    with pytest.raises(DataError, match="a damaged one") as refused:
+        read_predictions(path)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("column", ["score", "popular", "popular.click"])
+def test_what_ranks_is_a_number(column):
+    frame = pd.DataFrame({"label.click": [1.0, 0.0], column: [0.5, np.nan]})
+    with pytest.raises(DataError, match=f"predictions: {column}, row 1: NaN ranks nowhere"):
+        PredictionsTable(frame, (Task.binary("click"),))
+
+
 def test_a_run_keeps_its_predictions_in_the_order_of_the_split(tmp_path):
     log = shop.log()
     log.to_parquet(tmp_path / "log.parquet", index=False)
@@ -251,6 +280,29 @@ def test_segments_that_cannot_be_told_apart_are_refused_before_training(tmp_path
     with pytest.raises(DataError, match=said):
         trained(shop.RUN + f"evaluation: {{segments: [{segment}]}}\n", tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_visits_that_are_numbered_anew_for_each_user_are_told_before_training(tmp_path):
+    log = shop.log(600)
+    log["visit"] = log.groupby("user_id").cumcount() // 3
+    log["visit_of_user"] = log["user_id"] + "-" + log["visit"].astype(str)
+    log.loc[::50, "visit"] = None
+    log.to_parquet(tmp_path / "log.parquet", index=False)
+    said = {}
+    for request in ("visit", "visit_of_user"):
+        text = shop.RUN.replace("  user: user_id\n", f"  user: user_id\n  request: {request}\n")
+        run = parse_run(text.replace("epochs: 4", "epochs: 1"), folder=tmp_path)
+        console = Console(file=io.StringIO(), width=400)
+        train_run(run, tmp_path / request, device="cpu", console=console)
+        said[request] = [line for line in console.file.getvalue().splitlines() if "schema.request" in line]
+    assert said["visit_of_user"] == []
+    (line,) = said["visit"]
+    val = split_by_time(read_rows([tmp_path / "log.parquet"]), "time", 0.15, 0.15)["val"].frame
+    many = (val.groupby("visit")["user_id"].nunique() > 1).sum()
+    assert line.startswith(
+        f"WARNING: schema.request: {many} of {val['visit'].nunique()} values of 'visit' in val are of"
+    )
+    assert line.endswith("such as user_id and visit joined")
 
 
 def test_segments_that_need_a_column_are_refused_without_it():

@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from mtcl_torchrec.cli import stages
 from mtcl_torchrec.training import progress
 from mtcl_torchrec.training.progress import TrainingProgress
 
@@ -34,6 +35,36 @@ def test_elsewhere_there_are_plain_lines(monkeypatch):
     assert "click 0.6100" in text
     assert "min left" in text
     assert "epoch 1/2 done" in text
+
+
+def test_stages_are_a_bar_on_a_terminal_and_begin_anew(monkeypatch):
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(stages, "Console", lambda **_: Console(file=out, force_terminal=True, width=80))
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    with stages.Stages() as shown:
+        for doing, total, seconds in (("predicting rows", 1000, 5.0), ("making draws of users", 400, 100.0)):
+            began = now[0]
+            for done in range(0, total + 1, total // 4):
+                now[0] = began + seconds * done / total
+                shown(doing, done, total)
+                shown._bar.refresh()
+    text = out.getvalue()
+    for part in ("predicting rows", "500/1000", "200 rows/s", "making draws of users", "100/400", "4 draws/s"):
+        assert part in text
+    assert "80 rows/s" not in text  # the second stage's draws are not counted from the first's beginning
+    assert text.endswith("\x1b[?25h") or "\x1b[2K" in text.split("draws/s")[-1]  # nothing of it stays
+
+
+def test_stages_say_a_line_every_so_often_elsewhere(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    with stages.Stages() as shown:
+        for done in range(0, 101):
+            now[0] = 0.5 * done
+            shown("predicting rows", 1000 * done, 100_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5  # of 50 seconds
+    assert lines[0] == "mtcl: predicting rows: 20,000 of 100,000, 2,000 rows/s, 40 s left"
 
 
 def test_other_ranks_say_nothing():

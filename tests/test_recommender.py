@@ -14,11 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
-from mtcl_torchrec.cli.recommend import print_recommendations
+from mtcl_torchrec.cli.recommend import _context, print_recommendations
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.catalogue import NothingLeftError
 from mtcl_torchrec.modules.fusion import WeightedGeometricMean, WeightedMean
-from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.serving.recommender import Recommender
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.run import train_run
@@ -204,6 +204,12 @@ def test_a_context_may_be_text_or_a_number_and_is_not_mixed_up(run, recommender)
         recommender.recommend("u7", {"hour": "late"})
     with pytest.raises(DataError, match="no context column 'huor' \\(did you mean 'hour'"):
         recommender.recommend("u7", {"huor": 3})
+
+
+def test_several_contexts_may_stand_in_one_option():
+    assert _context(["hour=20, day=3", "place=Paris, Texas"]) == {"hour": "20", "day": "3", "place": "Paris, Texas"}
+    with pytest.raises(ConfigError, match="takes column=value, such as hour=20, not 'hour'"):
+        _context(["hour"])
 
 
 def test_several_threads_may_ask_at_once(recommender):

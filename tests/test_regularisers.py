@@ -130,9 +130,10 @@ def test_l2_of_dense_weights_leaves_out_biases_norms_and_tables():
 
 
 def test_several_regularisers_add_up_with_their_weights():
-    each = {name: penalty(train_module(MMoE(3, [6]), {name: 1.0}), name) for name in REGULARISERS}
-    weights = dict(zip(REGULARISERS, (0.1, 0.01, 0.3, 0.2), strict=True))
-    together = penalty(train_module(MMoE(3, [6]), weights), "all")
+    ones = {name: {"u": 1.0} if name == "l2_rows" else 1.0 for name in REGULARISERS}
+    each = {name: penalty(train_module(MMoE(3, [6]), {name: one}), name) for name, one in ones.items()}
+    weights = dict(zip(REGULARISERS, (0.1, 0.05, 0.01, 0.3, 0.2), strict=True))
+    together = penalty(train_module(MMoE(3, [6]), {**weights, "l2_rows": {"u": 0.05}}), "all")
     torch.testing.assert_close(together, sum(weights[n] * each[n] for n in REGULARISERS), rtol=1e-4, atol=1e-5)
 
 
@@ -190,6 +191,42 @@ def test_one_number_is_the_same_number_for_every_feature_and_no_number_above_0_i
     assert penalty(none, "l2_embedding") == 0
 
 
+def test_l2_of_rows_weighs_each_look_up_by_one_over_how_often_its_id_was_met():
+    train = train_module(SharedBottom([6]), {"l2_rows": {"u": 0.04, "i": 0.3}})
+    data, bags = batch(), train.model.embedding_bag_collection.embedding_bags
+    bare = MTCLTrain(copy.deepcopy(train.model))
+    for met in (1, 2, 3):  # the same batch again and again: frequencies stay what they are
+        got = train(data)[0] - bare(data)[0].detach()
+        expected = 0.0
+        for feature, weight in (("u", 0.04), ("i", 0.3)):
+            ids = data.sparse_features[feature].values()
+            counts = met * torch.bincount(ids, minlength=50)
+            rows = bags[f"t_{feature}"].weight[ids].square().sum(1) * met * 20 / (50 * counts[ids])
+            expected = expected + weight * rows[3:].mean()  # three rows have no label
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    data.labels[0] = float("inf")
+    train(data)  # a batch that is skipped is not counted
+    train.eval()
+    train(batch())
+    assert train.loss.regularisers.row_penalty.popularity[0].total == 60  # evaluation counts nothing
+
+
+def test_over_an_epoch_l2_of_rows_pulls_at_every_row_of_the_table_alike():
+    """λ/R for each row, however often it is met: what one pass over rows with fixed frequencies adds up to."""
+    train = train_module(SharedBottom([6]), {"l2_rows": {"u": 0.5}})
+    ids = torch.arange(50).repeat_interleave(torch.arange(50) % 5 + 1)  # each 1 to 5 times, 150 in all
+    order = ids[torch.randperm(150, generator=torch.Generator().manual_seed(0))].view(10, 15)
+    bags, penalty = train.model.embedding_bag_collection, train.loss.regularisers
+    parts = [KeyedJaggedTensor(["u", "i"], torch.cat([u, u]), lengths=torch.ones(30).long()) for u in order]
+    for part in parts:
+        penalty.row_penalty(part)  # a pass that only counts
+    penalty.row_penalty.eval()
+    sums = [penalty.sums(bags(part), torch.ones(15), torch.tensor(False), part)["l2_rows"] for part in parts]
+    table = bags.embedding_bags["t_u"].weight
+    got = torch.autograd.grad(torch.cat(sums).sum() / 150, table)[0]
+    torch.testing.assert_close(got, 0.5 * 2 * table.detach() / 50, rtol=1e-4, atol=1e-7)
+
+
 def test_a_feature_of_several_tables_is_pulled_at_in_all_of_them():
     torch.manual_seed(0)
     tables = [EmbeddingBagConfig(name="t", num_embeddings=50, embedding_dim=8, feature_names=["u", "i"])]
@@ -221,6 +258,9 @@ training: {regularisers: {l2_embedding: GIVEN}}
         ("{user_id: -1}", "training.regularisers.l2_embedding: the penalty of 'user_id' is a number of at least 0"),
         ("{user_id: true}", "the penalty of 'user_id' is a number of at least 0, not True"),
         ("-1", "the penalty is a number of at least 0, not -1"),
+        ("0, l2_rows: {usr_id: 1}", r"training.regularisers.l2_rows: no id feature 'usr_id' .*'user_id'\?\)"),
+        ("0, l2_rows: {price: 1}", "training.regularisers.l2_rows: no id feature 'price'"),
+        ("0, l2_rows: {user_id: -1}", "l2_rows.user_id: .* greater than or equal to 0"),
         ("much", "the penalty is a number of at least 0, not 'much'"),
         ("[1]", "the penalty is a number of at least 0"),
         (".inf", "the penalty is a number of at least 0, not inf"),
@@ -271,9 +311,13 @@ def test_unknown_names_and_negative_weights_are_refused():
         Regularisers({"l2_dense": 1.0})
     with pytest.raises(ValueError, match=r"l2_embedding.u': a weight is a number of at least 0, not -1"):
         train_module(MMoE(2, [6]), {"l2_embedding": {"u": -1.0}})
+    with pytest.raises(ValueError, match=r"'l2_rows': weights are by feature, such as \{user_id: 0.05\}"):
+        train_module(MMoE(2, [6]), {"l2_rows": 0.1})
+    with pytest.raises(ConfigError, match="regulariser 'l2_rows': no embedded feature 'v'"):
+        train_module(MMoE(2, [6]), {"l2_rows": {"v": 1.0}})
     with pytest.raises(ConfigError, match="regulariser 'l2_embedding': no embedded feature 'v'"):
         train_module(MMoE(2, [6]), {"l2_embedding": {"v": 1.0}})
-    with pytest.raises(ValueError, match="'l2_dense': a weight is one number; l2_embedding alone is by feature"):
+    with pytest.raises(ValueError, match="'l2_dense': a weight is one number; l2_embedding and l2_rows are by f"):
         train_module(MMoE(2, [6]), {"l2_dense": {"u": 1.0}})
     with pytest.raises(ValueError, match="'l2_embedding' by feature needs the model's lookups"):
         Regularisers({"l2_embedding": {"u": 1.0}})

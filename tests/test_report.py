@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -16,14 +17,18 @@ import yaml
 from made_run import TASKS, WEIGHTS, make
 from ranks import run_ranks
 from rich.console import Console
+from sklearn.metrics import mean_absolute_error, r2_score
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import dump_run, parse_run
+from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import TASK_MEASURES, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
 from mtcl_torchrec.report import Compared, compare_html, from_differences, write_report
 from mtcl_torchrec.report import studio as studio_module
+from mtcl_torchrec.report.fusion_verdict import what_does_fusion
+from mtcl_torchrec.report.sections import MOST_TASKS
 from mtcl_torchrec.report.tables import number
 from mtcl_torchrec.schema import ConfigError, DataError, Task
 from mtcl_torchrec.training.run import train_run
@@ -367,6 +372,37 @@ def test_a_segment_stands_there_once_and_says_where_nothing_is_sure(made, tmp_pa
     assert "unsure (grey): too few events" in found.text
 
 
+def test_segments_of_classes_and_numbers_in_their_own_terms(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    found, table = read(folder), read_predictions(folder / "predictions/test.parquet")
+    assert found.tables["R² and MAE by hour"][0] == ["hour", "rows", "minutes R²", "minutes MAE"]
+    assert found.tables["NE and top-1 by hour"][0] == ["hour", "rows", "taste NE", "taste top-1"]
+    numbers, classes = (found.tables[f"{of} by hour"][1] for of in ("R² and MAE", "NE and top-1"))
+    rows = table.frame["segment.hour"].to_numpy() == int(numbers[0])
+    known = rows & ~np.isnan(table.labels("minutes"))
+    y, p = table.labels("minutes")[known], table.predicted("minutes")[known]
+    assert numbers[1] == f"{rows.sum():,}"
+    assert numbers[2].startswith(f"{r2_score(y, p):.3f} ± ")
+    assert numbers[2].endswith(f" ({known.sum()})")
+    assert numbers[3].startswith(f"{mean_absolute_error(y, p):.3f} ± ")
+    known = rows & ~np.isnan(table.labels("taste"))
+    hits = (table.predicted("taste")[known].argmax(1) == table.labels("taste")[known]).mean()
+    assert classes[3].startswith(f"{hits:.3f} ± ")
+
+    # Without the predictions, what metrics.json has is shown, also where an older command wrote no second metric.
+    (folder / "predictions/test.parquet").unlink()
+    sure = {"value": 0.25, "half": 0.02, "events": 900, "unsure": ""}
+    new, old = {"minutes": sure | {"beside": {"mae": {"value": 3.5, "half": 0.5}}}}, {"minutes": sure}
+
+    def judged(metrics):
+        parts = {"0": {"rows": 900, "tasks": {}, "quality": new}, "1": {"rows": 900, "tasks": {}, "quality": old}}
+        metrics["evaluations"]["test"]["segments"] = {"hour": parts}
+
+    assert read(edited(folder, judged)).tables["R² and MAE by hour"][1:] == [
+        ["0", "900", "0.250 ± 0.020 (900)", "3.500 ± 0.500"], ["1", "900", "0.250 ± 0.020 (900)", "–"],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("rule", "said"), [(None, "F1"), ("accuracy", "accuracy"), ("youden", "Youden")])
 def test_the_rule_of_thresholds_is_said(made, tmp_path, fast, rule, said):
     folder = copied(made, tmp_path / "run")
@@ -510,8 +546,43 @@ KNOWN = {
     "minutes": {"count": 9.0, "share": 0.5, "regret": 2.0, "r2": 0.2, "oracle_r2": 0.4},
     "like": {"count": 0.0},
     "score": {"share": 0.8, "requests@1": 9.0, "value@1": 0.4, "oracle@1": 0.5, "random@1": 0.1, "regret@1": 0.1,
-              "regret@1 half": 0.0196, "share@1": 0.75, "share@1 half": 0.039, "requests@5": 0.0},
+              "regret@1 half": 0.0196, "share@1": 0.75, "share@1 half": 0.039, "rule_share@1": 0.9, "requests@5": 0.0},
 }  # fmt: skip
+
+
+def test_a_run_of_many_tasks_is_not_said_task_by_task(tmp_path, fast):
+    tasks = [*TASKS[:3], *(Task.binary(f"other{n}") for n in range(27))]
+    found = read(make(tmp_path / "run", tasks=tasks, baselines=False, fitted=False))
+    assert (
+        f"Drawn are {MOST_TASKS} tasks; other21, other22, other23, other24, other25 and other26 are not." in found.text
+    )
+    drawn = [name for name in fast if name.startswith("reliability ")]
+    assert len(drawn) == MOST_TASKS
+    verdict = found.text.split("How the verdict is reached")[0]
+    assert re.search(r"other\d.*\b\d+ more", verdict)
+    assert not re.search(r"(\bother\d+[^.;]*){8}", verdict)  # in one part of a sentence
+    assert len(found.tables["Binary tasks"]) == 31  # where all are
+
+
+def test_a_task_whose_part_is_overruled_does_not_lead():
+    said = what_does_fusion({"like": 1.6, "click": -0.7, "buy": 0.1}, [], True)
+    assert said.short == "Ranks mostly by like"
+    assert said.sentences == [
+        "The order within a request is decided by like (160%) and buy (10%), against click (−70%), whose part in the "
+        "score is overruled."
+    ]
+    assert what_does_fusion({"like": 0.6, "click": -0.5, "buy": 0.4}, [], True).short == "Led by like and buy"
+
+
+def test_classes_alone_have_no_popularity_of_before(made, tmp_path, fast):
+    """Of no event, so that of each is not lacking."""
+    folder = copied(made, tmp_path / "run")
+    path = folder / "predictions" / "test.parquet"
+    table = read_predictions(path)
+    of_click = table.frame.drop(columns=[c for c in table.frame if c.startswith("popular.")])
+    for kept, expected in ((table.tasks, True), (table.tasks[3:4], False)):
+        write_predictions(path, replace(table, frame=of_click, tasks=kept))
+        assert ("before it knew how popular items are" in read(folder).text) == expected
 
 
 def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
@@ -526,6 +597,7 @@ def test_what_is_knowable_is_shown(made, page, tmp_path, fast):
         ["fused score, all rows", "80.0 %", "gain of ranking", "–", "–", "–"],
         ["fused score, first row", "75.0 % ± 3.9", "value@1", "0.4000", "0.5000", "0.1000"],
     ]
+    assert "the same fused score of the true probabilities gets 90.0 %; the rest is for another rule" in found.text
     assert "knowable" in fast
     assert "nobody can predict better" in found.text
     side = Page(compare_html([folder, made], None, tmp_path / "compare.html"))
@@ -562,7 +634,8 @@ def test_runs_side_by_side(made, tmp_path, fast):
     text = Page(compare_html([made, other], given, tmp_path / "compare.html")).text
     assert "Better on 1, worse on 1" in text
     assert "Better: ranking (NDCG@10)." in text
-    numbers = {"a": 0.5, "b": 0.4, "difference": -0.1, "low": -0.2, "high": -0.01, "unsure": ""}
+    numbers = {"a": 0.5, "b": 0.4, "difference": -0.1, "low": -0.2, "high": -0.01, "unsure": "",
+               "unwanted": False}  # fmt: skip
     pair = [SimpleNamespace(of=of, metric=metric, better=better, **numbers)
             for of, metric, better in (("click", "ne", "b"), ("ranking", "novelty", None))]  # fmt: skip
     assert [c.sign(1) for c in from_differences([pair, pair[:1]])] == [1, 0]
@@ -570,6 +643,12 @@ def test_runs_side_by_side(made, tmp_path, fast):
     found = Page(compare_html([made, other], from_differences([pair]), tmp_path / "compare.html"))
     assert "Better: click (NE). Too close to call: ranking (novelty)." in found.text.replace(".Too", ". Too")
     assert found.tables["Compared"][1] == ["click", "NE", "0.5000", "0.4000", "−0.1000 (−0.2000 to −0.0100) ▲"]
+    assert "▼ worse, all of a run tested together (Holm); the rest" in found.text
+    costly = Difference("ranking", "rate@5 hide", 0.5, 0.4, -0.1, -0.2, -0.01, 0.01, 0.02, unwanted=True)
+    few = Difference("ranking", "rate@5 buy", 0.5, 0.4, -0.1, np.nan, np.nan, np.nan, unsure="too few events (3)")
+    found = Page(compare_html([made, other], from_differences([[costly, few]]), tmp_path / "compare.html"))
+    assert "Better: ranking (rate@5 of hide, less is better)." in found.text
+    assert "Cannot be sure: ranking (rate@5 of buy), too few events (3)." in found.text
     with pytest.raises(ConfigError, match="two runs or more"):
         compare_html([made], None, tmp_path / "compare.html")
 
@@ -609,3 +688,16 @@ def test_a_run_of_two_ranks_is_reported(tmp_path):
         stored["evaluations"]["test"]["tasks"]["click"]["auc"]
     )
     assert "before" in next(v for t, n, v in found.attributes if n == "aria-label" and "Reliability of click" in v)
+
+
+def test_a_comparison_of_a_run_that_still_rose_says_so(made, tmp_path, fast):
+    def rising(metrics):
+        task = next(iter(metrics["history"]["epochs"][0]))
+        of = {"count": 10_000.0, "base_rate": 0.3}
+        metrics["history"]["epochs"] = [{task: of | {"auc": value}} for value in (0.6, 0.65, 0.7)]
+        metrics["history"]["best_epoch"] = 3
+
+    said = "Training ended while 1 task was still getting better"
+    run = edited(copied(made, tmp_path / "run"), rising)
+    assert said in read(run).text
+    assert said not in read(made).text

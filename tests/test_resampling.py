@@ -1,8 +1,10 @@
 """Draws of users against copies of their rows, intervals that cover, and runs compared on the same rows."""
 
+import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,9 +15,10 @@ from rich.console import Console
 from test_cli import mtcl, one_line  # noqa: F401  (a fixture)
 
 from mtcl_torchrec import Task
+from mtcl_torchrec.cli import stages
 from mtcl_torchrec.evaluation.bootstrap import Resampled, clusters_of, intervals, spread, weights
 from mtcl_torchrec.evaluation.compare import compare_tables
-from mtcl_torchrec.evaluation.details import print_details, print_segments
+from mtcl_torchrec.evaluation.details import print_details, print_differences, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
@@ -189,6 +192,21 @@ def test_the_better_run_is_found_and_a_run_is_no_better_than_itself():
     assert other["click", "auc"].p == pytest.approx(found["click", "auc"].p)
     for d in compare_tables(a, a, draws=30, only=lambda of, metric: True):
         assert (d.difference, d.p) == (0, 1) or np.isnan(d.p)
+
+
+def test_less_of_what_costs_something_is_better():
+    a, b = made(users=300, skill=0.5), made(users=300, skill=2.0)  # b shows more clicks
+    costly = replace(a, values={"click": -1.0, "buy": 4.0})
+    found = {(d.of, d.metric): d for d in compare_tables(costly, b, k=[2], draws=100)}
+    for metric in ("rate@2 click", "auc click", "gauc click", "ndcg@2 click"):
+        assert found["ranking", metric].unwanted
+        assert found["ranking", metric].difference > 0
+        assert found["ranking", metric].better == "a"
+    assert found["click", "auc"].better == "b"  # it is predicted better, whatever that is worth
+    assert not found["ranking", "value@2"].unwanted
+    console = Console(file=io.StringIO(), width=150)
+    print_differences(list(found.values()), ("a", "b"), console)
+    assert "click: worth less than nothing; of a ranking, less of it is better." in console.file.getvalue()
 
 
 def test_holms_correction_by_hand():
@@ -367,12 +385,14 @@ def test_names_wrap_where_figures_need_the_room(capsys):
         assert len(shown.splitlines()) > 3 or width == 80
 
 
-def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
+def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path, monkeypatch):  # noqa: F811
     shop.log(1500).to_parquet(tmp_path / "log.parquet", index=False)
     (tmp_path / "run.yaml").write_text(shop.RUN.replace("epochs: 4", "epochs: 1"))
     assert mtcl("train", "run.yaml", "--out", "run", "--device", "cpu")[0] == 0
+    monkeypatch.setattr(stages, "TELL_EVERY", 0.0)
     status, shown, error = mtcl(
-        "evaluate", "run", "--data", "log.parquet", "--all", "--segments", "age,item_seen,hour_of_day", "--k", "3",
+        "evaluate", "run", "--data", "log.parquet", "--batch-size", "600", "--all", "--k", "3",
+        "--segments", "age,item_seen,hour_of_day",
         "--bootstrap", "20", "--save", "rows.parquet", "--json", "rows.json",
     )  # fmt: skip
     assert status == 0, error
@@ -385,6 +405,15 @@ def test_a_finished_run_is_judged_by_everything(mtcl, tmp_path):  # noqa: F811
         "± is half of a 95 % interval, over users",
     ):
         assert said in shown
+    told = [line.removeprefix("mtcl: ") for line in error.splitlines()]
+    for said in (
+        r"predicting rows: 600 of 1,500, [\d,]+ rows/s, \d+ s left",
+        r"predicting rows: 1,500 of 1,500, [\d,]+ rows/s, 0 s left",
+        r"judging rows by age: 0 of 1,500",
+        r"making draws of users: 20 of 20, [\d,]+ draws/s, 0 s left",
+    ):
+        assert any(re.fullmatch(said, line) for line in told), f"{said} in {told}"
+    monkeypatch.setattr(stages, "TELL_EVERY", 10.0)
     stored = json.loads((tmp_path / "rows.json").read_text())
     assert stored["tasks"]["click"]["f1"] > 0
     assert set(stored["segments"]) == {"age", "item_seen", "hour_of_day"}

@@ -1,16 +1,19 @@
 """Does fusing pay?  What is said of the fused score against single heads and popularity, against plain loops."""
 
+import dataclasses
 import json
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import ttest_rel
 
-from mtcl_torchrec.cli.fitted import _gain, _plus_minus
+from mtcl_torchrec.cli.fitted import _gain, _plus_minus, print_fitted
 from mtcl_torchrec.data.impressions import draw_impressions
 from mtcl_torchrec.evaluation.worth import verdict_lines
 from mtcl_torchrec.fusing import HeldOut, fit_fusion
-from mtcl_torchrec.fusing.rivals import verdict_on
+from mtcl_torchrec.fusing.rivals import verdict_in_target, verdict_on
 from mtcl_torchrec.fusing.targets import longest_with_choice, parse_target
 
 
@@ -100,6 +103,46 @@ def test_without_values_the_target_itself_is_compared_and_of_an_auc_fold_by_fold
         front_points=0,
     )  # fmt: skip
     assert with_values.pays.measure == "value@4"
+
+
+def test_where_values_are_known_the_target_is_reported_too_over_folds_and_over_users():
+    held_out, values = world(requests=120)
+    held_out = dataclasses.replace(held_out, user=held_out.request // 3)
+    fitted = fit_fusion(
+        held_out, values=values, target="gauc:like", combiners=["weighted_mean"], search="none", folds=4, front_points=0
+    )
+    aimed, rival = fitted.pays_in_target, fitted.pays_in_target.rivals[0]
+    assert (fitted.pays.measure, aimed.measure, aimed.paired) == ("value@5", "gauc:like", "folds")
+    head = next(t for t in fitted.tried if t.method == rival.name)
+    low, high = ttest_rel(fitted.chosen.of_fold, head.of_fold).confidence_interval(0.95)
+    assert (rival.ahead - rival.half, rival.ahead + rival.half) == (pytest.approx(low), pytest.approx(high))
+    assert aimed.worth == pytest.approx(fitted.chosen.mean)
+    written = json.loads(json.dumps(fitted.report(), allow_nan=False))
+    assert (written["pays"]["measure"], written["pays_in_target"]["measure"]) == ("value@5", "gauc:like")
+
+    console = Console(file=StringIO(), width=300)
+    print_fitted(fitted, held_out, console)
+    said = [line for line in console.file.getvalue().splitlines() if line.startswith(("Does fusing", "And in what"))]
+    assert [line.split("?  ")[1].split(":")[0].lower() for line in said] == [fitted.pays.word, aimed.word]
+    assert f"gauc:like {aimed.worth:.4f} on folds left out" in said[1]
+
+    # On other rows, without folds: users are drawn, and the difference of the two GAUCs measured in each draw.
+    goal = parse_target("gauc:like", values, held_out.labels)
+    scores = held_out.parts["like"] + 0.3 * held_out.parts["click"]
+    found = verdict_in_target(held_out, scores, ["click"], goal, values)
+    like, users = held_out.labels["like"], np.unique(held_out.user)
+    per_user = [np.flatnonzero(held_out.user == user) for user in users]
+    own, theirs = (goal(held_out, s) for s in (scores, held_out.parts["click"]))
+    assert (found.paired, found.worth) == ("users", pytest.approx(own))
+    assert found.rivals[0].ahead == pytest.approx(own - theirs)
+    draw, drawn = np.random.default_rng(0), []
+    for _ in range(300):
+        rows = np.concatenate([per_user[user] for user in draw.integers(0, len(users), len(users))])
+        numbers = np.arange(len(rows)) // 10  # requests of 10 rows, one after the other
+        again = HeldOut({"click": held_out.parts["click"][rows]}, {"like": like[rows]}, numbers)
+        drawn.append(goal(again, scores[rows]) - goal(again, held_out.parts["click"][rows]))
+    assert found.rivals[0].half == pytest.approx(1.96 * np.std(drawn), rel=0.25)
+    assert verdict_in_target(held_out, scores, ["click"], parse_target("value@5", values, like), values) is None
 
 
 def test_weights_that_are_all_alike_are_not_tried_twice():

@@ -225,10 +225,13 @@ schema:
               sampled_softmax: {weight: 0.1, temperature: 0.7}}}
     - {name: buy, kind: binary, after: click, head: {kind: dot, sampled_softmax: {weight: 0.05, correction: none}}}
     - {name: stars, kind: regression, inputs: [user, item], head: dot, weight: 0.3}
+    - {name: again, kind: binary, label: click,
+       head: {kind: tower_dot, dim: 8, l2: 1e-4, factors: [user_id, product_id], bilinear: true}}
 model: {trunk: {kind: mmoe, num_experts: 3, expert_layers: [16]}, tower_layers: [8]}
 optimizers: {tables: {lr: 0.2}, dense: {lr: 0.02}}
 training:
-  {batch_size: 40, patience: 0, checkpoint: {every_steps: 7}, regularisers: {l2_embedding: {user_id: 1e-3}}, MORE}
+  {batch_size: 40, patience: 0, checkpoint: {every_steps: 7},
+   regularisers: {l2_embedding: {user_id: 1e-3}, l2_rows: {product_id: 1e-3}}, MORE}
 BALANCE
 fusion: {weights: {click: 1, liked: 1, buy: 2, stars: 0.2}}
 """
@@ -289,6 +292,7 @@ def test_it_trains_through_the_public_entry_point(two, kind):
     last = read_about(newest_checkpoint(two[0] / kind / "checkpoints"))["history"]["epochs"][-1]
     assert last["click"]["auc"] > 0.57
     assert last["liked"]["auc"] > 0.57
+    assert last["again"]["auc"] > 0.57
     assert last["buy"]["auc"] > 0.65
     assert 0.7 < last["liked"]["calibration"] < 1.4
 

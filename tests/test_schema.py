@@ -74,6 +74,8 @@ def test_features_that_make_no_sense_are_refused(settings, part):
         (lambda: Task.binary("a", std=2.0), "belong to regression tasks"),
         (lambda: Task.multiclass("a", 3, loss="mse"), "belong to regression tasks"),
         (lambda: Task.binary("score"), "'score' is the key of the fused score"),
+        (lambda: Task.binary("score_std"), "the spread of an ensemble's scores and cannot name a task"),
+        (lambda: Task.binary("ranking"), "name it otherwise, and give its column as label: ranking"),
         (lambda: Task.binary(""), "a task needs a name"),
         (lambda: Task.binary("a", weight=-1), "greater than or equal to 0"),
         (lambda: Task.regression("a", std=0), "greater than 0"),

@@ -435,11 +435,22 @@ def test_the_yaml_says_what_the_world_has(name):
     assert (dials.pop("rows"), dials.pop("val_rows"), dials.pop("test_rows")) == (900, 90, 90)
     world = ready_world(name, **dials)
     assert (world.seed, world.num_items) == (3, 77)
-    assert Schema.model_validate(raw["schema"]) == world.schema()
+    declared, own = Schema.model_validate(raw["schema"]), world.schema()  # but for how it is learnt
+    alike = {"embedding_dim": 16}
+    assert [f.model_copy(update=alike) for f in declared.features] == [f.model_copy(update=alike) for f in own.features]
+    alike = {"head": "tower", "weight": 1.0}
+    assert [t.model_copy(update=alike) for t in declared.tasks] == [t.model_copy(update=alike) for t in own.tasks]
+    assert (declared.user, declared.item, declared.time) == (own.user, own.item, own.time)
+    for task, outcome in zip(declared.tasks, world.outcomes, strict=True):  # a label weighs the same wherever it is
+        parents, after = 1.0, outcome.after
+        while after:
+            parent = next(o for o in world.outcomes if o.name == after)
+            parents, after = parents * parent.mean, parent.after
+        assert task.weight == pytest.approx(parents * (0.5 if task.kind == "regression" else 1), rel=1e-2)
     assert raw["fusion"]["weights"] == world.fusion_weights()
     raw["data"] = {"train": "train.parquet", "val": "val.parquet"}
     run = parse_run(yaml.safe_dump(raw))
-    assert run.data_schema == world.schema()
+    assert run.data_schema == declared
     kinds = [(t.kind, t.inputs) for t in run.data_schema.tasks]
     assert ("multiclass", ("user", "context")) in kinds
     assert ("binary", ("user", "context")) in kinds

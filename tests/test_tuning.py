@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import sqlite3
+from pathlib import Path
 
+import numpy as np
 import pytest
 import shop
 import torch
@@ -16,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mtcl_torchrec.cli.commands import app
+from mtcl_torchrec.cli.tune import _folder
 from mtcl_torchrec.config import load_run, parse_run
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.predictions_file import read_predictions
@@ -135,6 +138,35 @@ def test_whether_the_best_is_better_than_chance_is_told(data, found, tmp_path):
     assert not any("widen" in hint for hint in result.hints)
 
 
+def test_an_event_that_hardly_happens_does_not_rank_trials(tmp_path):
+    frame = shop.log(1200)
+    frame["hide"] = (np.random.default_rng(3).random(1200) < 0.04).astype(int)  # about 7 of 180 rows
+    frame.to_parquet(tmp_path / "log.parquet", index=False)
+    text = shop.RUN.replace("    - {name: taste,", "    - {name: hide, kind: binary}\n    - {name: taste,").replace(
+        "epochs: 4, batch_size: 32", "epochs: 1, batch_size: 256"
+    )
+    said = io.StringIO()
+    result = tune_run(
+        parse_run(text + "tuning:\n  optimizers.dense.lr: {choices: [0.01, 0.02]}\n", folder=tmp_path),
+        tmp_path / "search", trials=2, pruner="none", device="cpu", console=Console(file=said, width=200),
+    )  # fmt: skip
+    for trial in result.trials:
+        of = trial.metrics
+        skills = [2 * of["click"]["auc"] - 1, 2 * of["buy"]["auc"] - 1, 1 - of["taste"]["ne"], of["stars"]["r2"]]
+        assert trial.value == pytest.approx(np.mean(skills), abs=1e-9)
+    events = round(of["hide"]["count"] * of["hide"]["base_rate"])
+    assert 0 < events < 20
+    assert result.best.left_out == {"hide": f"too few events ({events})"}
+    out = io.StringIO()
+    print_tuning(result, Console(file=out, width=200))
+    line = f"without hide, too few events ({events})"
+    assert (out.getvalue().count(line), said.getvalue().count(line)) == (1, 1)
+    assert f"# mean_skill is {line} in validation." in result.best_yaml.read_text()
+    assert json.loads((tmp_path / "search/tuning.json").read_text())["left_out"] == result.best.left_out
+    if result.best is not result.own:
+        assert result.half is not None  # hide alone would have made it unknown
+
+
 def test_the_test_split_is_not_looked_at_and_the_data_is_read_once(found):
     _, _, read, judged = found
     assert len(read) == 1
@@ -197,7 +229,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(data, found):
     said = io.StringIO()
     result = tuned(data, "killed", Console(file=said, width=200), trials=2)
     assert "going on in" in said.getvalue()
-    assert "1 trials are over" in said.getvalue()
+    assert "1 trial is over" in said.getvalue()
     assert "going on after step" in (result.folder / "logs/0001.txt").read_text()
     assert result.trials[0].state == "failed"
     assert numbers(result)[1] == numbers(whole)[1]
@@ -325,6 +357,15 @@ def test_memory_that_is_not_there_fails_a_trial(data, monkeypatch):
     monkeypatch.setattr(tuning_run._Search, "_train", too_large)
     with pytest.raises(ConfigError, match="no trial came to its end: out of memory"):
         tuned(data, "large", trials=2)
+
+
+def test_a_search_beside_its_yaml_is_gone_on_with_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _folder(tmp_path / "there/run.yaml", "shop-tuning") == Path("runs/shop-tuning")
+    (tmp_path / "there/runs/shop-tuning").mkdir(parents=True)
+    assert _folder(tmp_path / "there/run.yaml", "shop-tuning") == tmp_path / "there/runs/shop-tuning"
+    (tmp_path / "runs/shop-tuning").mkdir(parents=True)
+    assert _folder(tmp_path / "there/run.yaml", "shop-tuning") == Path("runs/shop-tuning")
 
 
 def test_the_command_shows_what_would_be_searched(data):

@@ -240,6 +240,23 @@ def test_mean_skill_is_one_scale_for_every_kind_of_task():
     assert math.isnan(objective.kept(nothing))
 
 
+def test_a_handful_of_events_does_not_count_in_the_mean():
+    epoch = {"click": {"auc": 0.8}, "buy": {"auc": 0.99}, "taste": {"ne": 0.9}, "stars": {"r2": 0.2}}
+    few = {"buy": "too few events (7)", "stars": "too few labels (5)"}
+    history = TrainingHistory(epochs=[epoch], best_epoch=1, unsure=few)
+    objective = Objective.named("mean_skill", RUN)
+    assert objective.left_out(history) == few
+    assert objective.kept(history) == pytest.approx((0.6 + 0.1) / 2)
+    # What is named counts, however few its events; and all do where none has enough.
+    assert Objective.named("auc:buy", RUN).kept(history) == 0.99
+    assert Objective.named("auc:buy", RUN).left_out(history) == {}
+    watching = Objective.named("mean_skill", parse_run(shop.RUN.replace("training: {", "training: {watch: [buy], ")))
+    assert (watching.kept(history), watching.left_out(history)) == (pytest.approx(0.98), {})
+    none = TrainingHistory(epochs=[epoch], best_epoch=1, unsure=dict.fromkeys(epoch, "a single user"))
+    assert objective.left_out(none) == {}
+    assert objective.kept(none) == pytest.approx((0.6 + 0.98 + 0.1 + 0.2) / 4)
+
+
 def test_skill_orders_binary_predictions_as_auc_and_regressions_as_squared_error_does():
     draw = np.random.default_rng(0)
     labels, values = draw.integers(0, 2, 200).astype(float), draw.normal(size=200)

@@ -7,6 +7,7 @@ are.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from mtcl_torchrec.baselines.popularity import item_means
 from mtcl_torchrec.baselines.rows import BaselineData, BaselineRows
 from mtcl_torchrec.baselines.search import Predictions, Settings
-from mtcl_torchrec.schema import ConfigError, Task
+from mtcl_torchrec.schema import Task
 
 KNN_USUAL: Settings = {"weighting": "bm25", "neighbours": 50, "per_event": False}
 KNN_SPACE = {
@@ -57,7 +58,7 @@ def fit_knn(data: BaselineData, task: Task, settings: Settings) -> Predictions:
         settings: ``weighting`` of the counts before items are compared, ``neighbours`` kept for each item, and
             ``per_event``, whether the sum is divided by the number of the user's events.
     """
-    library = _library("implicit.nearest_neighbours")
+    library = importlib.import_module("implicit.nearest_neighbours")
     counts, _ = events(data, task)
     kinds = {
         "cosine": library.CosineRecommender,
@@ -87,7 +88,7 @@ def fit_als(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0
             shown in nothing), ``iterations``.
         seed: of the first factors.
     """
-    library = _library("implicit.als")
+    library = importlib.import_module("implicit.als")
     happened, shown = events(data, task)
     liked = happened.sign()
     # A user or item without any event falls back on popularity: it needs no vector, and would cost time.
@@ -112,7 +113,7 @@ def fit_bpr(data: BaselineData, task: Task, settings: Settings, *, seed: int = 0
         settings: ``factors``, ``learning_rate``, ``regularization``, ``iterations``.
         seed: of the first factors and the pairs; on one thread, since several would race.
     """
-    library = _library("implicit.bpr")
+    library = importlib.import_module("implicit.bpr")
     happened, _ = events(data, task)
     model = library.BayesianPersonalizedRanking(
         factors=settings["factors"], learning_rate=settings["learning_rate"],
@@ -197,18 +198,14 @@ def _threads() -> int:
     return int(told) if told.isdigit() else 0
 
 
-def _library(module: str) -> Any:
-    """A module of `implicit`.
+def lacks(module: str) -> str:
+    """Why a model of `implicit` cannot be had here, and the extra that brings it; empty where it can.
 
-    Raises:
-        ConfigError: it is not installed.
+    Args:
+        module: of `implicit`, such as ``"als"``.
     """
-    import importlib
-
     try:
-        return importlib.import_module(module)
+        importlib.import_module(f"implicit.{module}")
     except ImportError as error:
-        raise ConfigError(
-            f"item_knn, als and bpr need implicit: pip install 'mtcl_torchrec[baselines]' ({error}), or take others "
-            "with --only"
-        ) from None
+        return f"needs implicit: pip install 'mtcl_torchrec[baselines]' ({error})"
+    return ""

@@ -87,8 +87,10 @@ def verdict(found: Mapping[str, Differences], shown: Mapping[tuple[str, str], st
         ['like: trees is ahead of this run (+0.0200 ± 0.0100)']
         >>> verdict({"als": {key: worse}}, {key: "like"})
         ['this run is ahead of als on like']
+        >>> verdict({"als": {}, "popularity": {key: worse}}, {key: "like"})
+        ['this run is ahead of popularity on like (nothing else here predicts it)']
     """
-    first, lines = list[str](), list[str]()
+    first, lines = dict[tuple[str, ...], list[str]](), list[str]()
     for key, called in shown.items():
         of = {name: by[key] for name, by in found.items() if key in by and not np.isnan(by[key].difference)}
         if not of:
@@ -103,14 +105,21 @@ def verdict(found: Mapping[str, Differences], shown: Mapping[tuple[str, str], st
             word = "is" if len(ahead) == 1 else "are"
             lines.append(f"{called}: {', '.join(ahead)} {word} ahead of this run ({', '.join(by)})")
         elif close:
-            rest = "" if len(close) == len(of) else "; it is ahead of the others"
+            behind = [name for name in of if name not in close]
+            rest = f"; it is ahead of {', '.join(behind)}" if behind else ""
             lines.append(f"{called}: no difference that counts between this run and {', '.join(close)}{rest}")
         else:
-            first.append(called)
-    if first:
-        rivals = next(iter(found)) if len(found) == 1 else "all that are here"
-        lines.insert(0, f"this run is ahead of {rivals} on {', '.join(first)}")
-    return lines
+            first.setdefault(tuple(of), []).append(called)
+    return [_first(rivals, called, len(found)) for rivals, called in first.items()] + lines
+
+
+def _first(rivals: Sequence[str], called: Sequence[str], count: int) -> str:
+    """What a run is ahead of all on, of as many baselines as there are."""
+    on = f"on {', '.join(called)}"
+    if len(rivals) == count > 2:
+        return f"this run is ahead of all {count} that are here {on}"
+    alone = f" (nothing else here predicts {'it' if len(called) == 1 else 'them'})" if len(rivals) < count else ""
+    return f"this run is ahead of {', '.join(rivals)} {on}{alone}"
 
 
 def half_of(difference: Difference) -> float:

@@ -98,4 +98,5 @@ class Judge:
             data.tasks, data.preprocessor, data.raw[split], data.encoded[split], data.catalogue,
             {**predictions, "score": score}, split=split, values=worth_of(self.run),
             fused=self.fused.tasks, numbers=self.numbers, rule=self.fused,  # type: ignore[arg-type]
+            popularity=None if data.catalogue is None else data.catalogue.rates,
         )  # fmt: skip

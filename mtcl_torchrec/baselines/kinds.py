@@ -65,6 +65,7 @@ class Baseline:
         whole: whether it predicts all tasks, whichever are asked for: it costs nothing, and its fused score is one that
             the run is held against.
         same_as: says of a run that it would be the same, and why; empty where it would not.
+        lacks: says which library is not installed, and the extra that has it; empty where nothing is lacking.
     """
 
     about: str
@@ -78,6 +79,7 @@ class Baseline:
     network: bool = False
     whole: bool = False
     same_as: Callable[[RunConfig], str] = lambda run: ""
+    lacks: Callable[[], str] = lambda: ""
 
     def settings_in(self, run: RunConfig) -> tuple[Settings, Mapping[str, Any]]:
         """The settings of the first trial beside a run, and what the others are drawn from."""
@@ -153,15 +155,15 @@ BASELINES: dict[str, Baseline] = {
     ),
     "item_knn": _collaborative(
         ABOUT["item_knn"], _alone(collaborative.fit_knn),
-        collaborative.KNN_USUAL, collaborative.KNN_SPACE,
+        collaborative.KNN_USUAL, collaborative.KNN_SPACE, lacks=partial(collaborative.lacks, "nearest_neighbours"),
     ),
     "als": _collaborative(
         ABOUT["als"], _alone(collaborative.fit_als, seeded=True),
-        collaborative.ALS_USUAL, collaborative.ALS_SPACE,
+        collaborative.ALS_USUAL, collaborative.ALS_SPACE, lacks=partial(collaborative.lacks, "als"),
     ),
     "bpr": _collaborative(
         ABOUT["bpr"], _alone(collaborative.fit_bpr, seeded=True),
-        collaborative.BPR_USUAL, collaborative.BPR_SPACE,
+        collaborative.BPR_USUAL, collaborative.BPR_SPACE, lacks=partial(collaborative.lacks, "bpr"),
     ),
     "logistic_regression": Baseline(
         ABOUT["logistic_regression"], _alone(linear.fit_linear), linear.USUAL, linear.SPACE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from mtcl_torchrec.data.source import Rows, read_splits
 from mtcl_torchrec.data.splits import Splits, load_splits
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import MemoryRows
+from mtcl_torchrec.evaluation.report import user_groups
+from mtcl_torchrec.evaluation.supports import unsure_tasks
 from mtcl_torchrec.schema import Schema, Task
 from mtcl_torchrec.training.run_data import RunData
 
@@ -112,6 +114,7 @@ class BaselineData:
         popularity: by number of the item, of the whole training split, where that is in memory, or else of the sample.
         total: rows of the whole training split.
         splits: as they were loaded, for networks.
+        unsure: of the validation split, see `mtcl_torchrec.evaluation.supports.unsure_tasks`.
         designs: matrices that several trials share, by whoever makes them.
     """
 
@@ -125,6 +128,7 @@ class BaselineData:
     popularity: Popularity
     total: int
     splits: Splits
+    unsure: Mapping[str, str] = field(default_factory=dict)
     designs: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -197,6 +201,7 @@ def load_data(run: RunConfig, *, max_rows: int, seed: int, say: Say, loaded: Run
         popularity,
         total,
         splits,
+        unsure_tasks(tasks, held_out["val"].labels, user_groups(run.data_schema, splits.raw["val"].frame)),
     )
 
 

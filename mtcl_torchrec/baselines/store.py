@@ -6,38 +6,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+from mtcl_torchrec.baselines.keys import named
 from mtcl_torchrec.baselines.search import Found, Predictions, Trial
 from mtcl_torchrec.config import RunConfig
-from mtcl_torchrec.data.files import without_paths
 from mtcl_torchrec.evaluation.predictions_file import read_predictions
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.judging import predictions_path, worth_of
 
 FOLDER = "baselines"
-_FORMAT = 4  # part of every key: what another version found is searched for again
-# Of a configuration, what no prediction of a baseline hangs on: networks are trained without it, too.
-_JUDGES = {"name", "evaluation", "fusion", "calibration", "balance"}
-
-
-def key_of(run: RunConfig, files: str, *, whole: bool, **options: Any) -> str:
-    """Equal for a baseline that would predict the same: by configuration, data and options.
-
-    Args:
-        files: their fingerprint.
-        whole: whether all that trains a network counts; otherwise what is said of data and labels.
-        options: whatever else counts.
-    """
-    counts = run.model_dump(mode="json", by_alias=True, exclude=_JUDGES)
-    for part in [] if whole else ["model", "optimizers", "training", "sharding"]:
-        counts.pop(part)
-    return _named([without_paths(counts), files, options])
 
 
 def judged_by(run: RunConfig, fitted: str, instead: str = "") -> str:
@@ -53,12 +35,7 @@ def judged_by(run: RunConfig, fitted: str, instead: str = "") -> str:
     numbers = None if run.fusion is None else run.fusion.numbers
     # Named only where there is any: what was judged without stays as it is.
     more = [what for what in (numbers, instead) if what]
-    return _named([fusion, worth_of(run), config.threshold, config.k, *more])
-
-
-def _named(what: Any) -> str:
-    said = json.dumps([_FORMAT, what], sort_keys=True, default=str)
-    return sha256(said.encode()).hexdigest()[:16]
+    return named([fusion, worth_of(run), config.threshold, config.k, *more])
 
 
 def save_part(path: Path, key: str, found: Found) -> None:

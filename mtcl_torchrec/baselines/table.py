@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from rich.console import Console
 from mtcl_torchrec.baselines.differences import Differences, half_of, verdict
 from mtcl_torchrec.baselines.entries import TUNED, read_entries, said_of_score
 from mtcl_torchrec.baselines.family import Key, against_run, lengths_of
+from mtcl_torchrec.baselines.keys import of_other_runs
 from mtcl_torchrec.baselines.store import FOLDER
+from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.compare import Difference
-from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, sign_of_better
-from mtcl_torchrec.evaluation.plain_table import plain_table
+from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, parts_of, sign_of_better
+from mtcl_torchrec.evaluation.plain_table import plain_table, print_columns
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.schema import DataError
@@ -26,7 +28,6 @@ from mtcl_torchrec.training.judging import predictions_path
 THIS_RUN = "this run"
 # Of a ranking; CTR and conversion of what is shown are rates.
 _TOLD = ("auc ", "gauc ", "value@", "rate@")
-_PER_TABLE = 5  # columns that a screen holds
 _MISSING = "–"
 
 
@@ -47,6 +48,7 @@ def print_baselines(
     split: str = "test",
     folder: Path | None = None,
     run_dir: Path | None = None,
+    run: RunConfig | None = None,
 ) -> None:
     """Print what baselines reached: each task, within users, the fused score, who is ahead, and what the search cost.
 
@@ -57,6 +59,7 @@ def print_baselines(
         split: of which; the validation split where no baseline has it.
         folder: where the baselines are.
         run_dir: the directory of the run they are compared with, where it is another; or None.
+        run: its configuration: baselines in the folder that are of another one do not count; None takes all.
     """
     run_dir = run_dir or folder
     split = split if any(split in entry["metrics"] for entry in entries.values()) else "val"
@@ -71,11 +74,16 @@ def print_baselines(
         for key in evaluation["ranking"].get("fused", {}):
             if key.startswith(_TOLD) and " half" not in key:
                 told[(RANKING, key)] = heading_of(key)
-    apart = _apart(entries, folder, run_dir, split, found, {*quality, *within, *told})
+    beside = {} if folder is None else read_entries(folder)
+    others = [] if run is None else of_other_runs(beside, run)
+    names = [name for name in {**beside, **entries} if name not in others]
+    apart = _apart(names, folder, run_dir, split, found, {*quality, *within, *told})
+    costs = {task for of in found.values() for task, value in (of.get("values") or {}).items() if value < 0}
     _print(console, f"{split} split: quality of each task", found, quality, apart)
     _print(console, f"{split} split: AUC within users", found, within, apart)
-    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart)
-    notes = [f"* is the best of its column (of {label_of('ne')} the lowest)"]
+    _print(console, f"{split} split: all rows ranked by the fused score", found, told, apart, costs)
+    lowest = [label_of("ne"), *(f"rankings of {task}" for task in kinds if task in costs)]
+    notes = [f"* is the best of its column (of {', '.join(lowest)} the lowest)"]
     if apart:
         notes.append("below each figure, its difference to this run's: ± is half of a 95 % interval, paired over users")
         notes += [f"none of {heading}: {why}" for heading, why in _unsure(apart, {**quality, **within, **told})]
@@ -93,7 +101,7 @@ def print_baselines(
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print()
     table = plain_table("What the search cost", ["baseline", "trials", "seconds", "training rows"])
-    table.add_column("settings")
+    table.add_column("settings", overflow="fold")
     for name, entry in entries.items():
         table.add_row(
             name, str(entry["trials"]), f"{entry['seconds']:,.1f}", f"{entry['rows']:,}", entry.get(TUNED, "")
@@ -102,7 +110,7 @@ def print_baselines(
 
 
 def _apart(
-    entries: Mapping[str, dict[str, Any]],
+    names: Sequence[str],
     folder: Path | None,
     run_dir: Path | None,
     split: str,
@@ -111,14 +119,15 @@ def _apart(
 ) -> dict[str, Differences]:
     """Baseline -> its differences to the run; nothing where there is no run with predictions.
 
-    Of all baselines in the folder, so that showing fewer of them does not make a difference more sure.
+    Args:
+        names: of all baselines in the folder, so that showing fewer of them does not make a difference more sure.
     """
     if folder is None or run_dir is None:
         return {}
     own = _predictions(run_dir, split)
     if own is None:
         return {}
-    theirs = {name: _predictions(folder / FOLDER / name, split) for name in {**read_entries(folder), **entries}}
+    theirs = {name: _predictions(folder / FOLDER / name, split) for name in names}
     there = {name: table for name, table in theirs.items() if table is not None}
     lengths = sorted({k for evaluation in found.values() for k in lengths_of(evaluation)})
     return against_run(own, there, lengths, also=keys)
@@ -147,21 +156,32 @@ def _reasons(entries: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _print(
-    console: Console, title: str, found: Mapping[str, Any], shown: Mapping[Key, str], apart: Mapping[str, Differences]
+    console: Console,
+    title: str,
+    found: Mapping[str, Any],
+    shown: Mapping[Key, str],
+    apart: Mapping[str, Differences],
+    costs: Collection[str] = (),
 ) -> None:
-    """A row for each baseline, a column for each metric that one of them has."""
+    """A row for each baseline, a column for each metric that one of them has.
+
+    Args:
+        costs: events that cost something: of a ranking, less of them is better.
+    """
     columns = {key: {name: _value(of, key) for name, of in found.items()} for key in shown}
     columns = {key: column for key, column in columns.items() if any(not math.isnan(v) for v in column.values())}
-    for start in range(0, len(columns), _PER_TABLE):
-        part = list(columns)[start : start + _PER_TABLE]
-        headings = [shown[key].replace(" ", "\n", 1) for key in part]
-        table = plain_table(title if start == 0 else "", ["baseline", *headings])
-        for name in found:
-            if all(math.isnan(columns[key][name]) for key in part):
-                continue
-            cells = [_cell(columns[key], name, key, apart.get(name, {}).get(key)) for key in part]
-            table.add_row(name, *cells)
-        console.print(table, "")
+    if not columns:
+        return
+    headings = [shown[key].replace(" ", "\n", 1) for key in columns]
+    rows = [
+        [
+            name,
+            *(_cell(column, name, _way(key, costs), apart.get(name, {}).get(key)) for key, column in columns.items()),
+        ]
+        for name in found
+        if not all(math.isnan(column[name]) for column in columns.values())
+    ]
+    print_columns(console, title, ["baseline", *headings], rows)
 
 
 def _value(evaluation: Mapping[str, Any], key: Key) -> float:
@@ -171,12 +191,18 @@ def _value(evaluation: Mapping[str, Any], key: Key) -> float:
     return math.nan if value is None else float(value)
 
 
-def _cell(column: Mapping[str, float], name: str, key: Key, apart: Difference | None) -> str:
+def _way(key: Key, costs: Collection[str]) -> int:
+    """1 where more is better, -1 where less is."""
+    turned = key[0] == RANKING and parts_of(key[1]).of in costs
+    return sign_of_better(key[1]) * (-1 if turned else 1)
+
+
+def _cell(column: Mapping[str, float], name: str, way: int, apart: Difference | None) -> str:
     value = column[name]
     if math.isnan(value):
         return f"{_MISSING} "
     known = [v for v in column.values() if not math.isnan(v)]
-    best = min(known) if sign_of_better(key[1]) < 0 else max(known)
+    best = min(known) if way < 0 else max(known)
     shown = f"{value:.4f}*" if value == best else f"{value:.4f} "
     if apart is None or math.isnan(apart.difference):
         return shown

@@ -75,7 +75,7 @@ def baselines(
     """
     console = screen()
     if list_ and run_yaml is None:
-        _list(out, console)
+        _list(out, None, console)
         return
     if run_yaml is None:
         raise ConfigError("which run is it to be compared with?  mtcl baselines run.yaml, or mtcl baselines RUN_DIR")
@@ -84,7 +84,7 @@ def baselines(
         check_run(run_yaml, "baselines")
     run = read_run_yaml(run_yaml / "run.yaml" if is_run else run_yaml, "baselines")
     if list_:
-        _list(out or (run_yaml if is_run else _alone(run)), console)
+        _list(out or (run_yaml if is_run else _alone(run)), run, console)
         return
     from mtcl_torchrec.baselines import Budget, print_baselines, run_baselines
 
@@ -96,14 +96,19 @@ def baselines(
     if_stopped(f"what is done is kept in {folder}, the same command goes on")
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
     run_trials = _run_trials(run, run_dir, network_trials, say) if not names or set(names) & set(NETWORKS) else 0
+    skipped: dict[str, list[str]] = {}  # reason -> baselines
     with _Bar() as bar:
         entries = run_baselines(
             run, folder, run_dir=run_dir, only=names, budget=Budget(trials, budget, network_trials), seed=seed,
             max_rows=max_rows, device=device, say=say, progress=bar.tell, run_trials=run_trials,
+            left_out=lambda name, reason: skipped.setdefault(reason, []).append(name),
         )  # fmt: skip
     console.print()
-    print_baselines(entries, console, folder=folder, run_dir=run_dir)
-    console.print(f"\nThe baselines are in {folder / FILE}.", highlight=False, soft_wrap=True)
+    print_baselines(entries, console, folder=folder, run_dir=run_dir, run=run)
+    console.print()
+    for reason, of in skipped.items():
+        say(f"Skipped: {', '.join(of)}: {reason}")
+    say(f"The baselines are in {folder / FILE}.")
 
 
 def _alone(run: RunConfig) -> Path:
@@ -172,16 +177,18 @@ class _Bar:
             typer.echo(f"mtcl: {doing.line}", err=True)
 
 
-def _list(folder: Path | None, console: Console) -> None:
-    """What there is, and what was done in a folder."""
+def _list(folder: Path | None, run: RunConfig | None, console: Console) -> None:
+    """What there is, and what was done in a folder; for another configuration than the run's is not done."""
+    from mtcl_torchrec.baselines.keys import of_other_runs
     from mtcl_torchrec.evaluation.plain_table import plain_table
 
     entries = {} if folder is None else read_entries(folder)
     done = "" if folder is None else f"; those done are in {folder / FILE}"
     table = plain_table(f"Baselines{done}", ["baseline", "trials", "seconds"])
-    table.add_column("what it is")
+    table.add_column("what it is", overflow="fold")
+    others = [] if run is None else of_other_runs(entries, run)
     for name, about in ABOUT.items():
-        entry = entries.get(name)
+        entry = entries.get(name) if name not in others else None
         cost = [str(entry["trials"]), f"{entry['seconds']:,.1f}"] if entry else ["–", "–"]
-        table.add_row(name, *cost, about)
+        table.add_row(name, *cost, about + "; done for another configuration" * (name in others))
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import typer
 
@@ -12,6 +13,7 @@ from mtcl_torchrec.cli import (  # noqa: F401  (each adds its commands)
     compare,
     demo,
     embed,
+    evaluate,
     export,
     fuse,
     init,
@@ -30,6 +32,7 @@ from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.directory import RunWarning
 
 _as_python_does = warnings.formatwarning
+_PACKAGE = Path(__file__).parents[1]
 
 
 def _quieten_libraries() -> None:
@@ -43,8 +46,9 @@ def _quieten_libraries() -> None:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """What concerns a run is said as the commands say it."""
-    if issubclass(category, RunWarning):
+    """What the package warns of concerns the run, and is said as the commands say it."""
+    ours = category is UserWarning and Path(filename).is_relative_to(_PACKAGE)
+    if ours or issubclass(category, RunWarning):
         return f"mtcl: {message}\n"
     return _as_python_does(message, category, filename, lineno, line)
 

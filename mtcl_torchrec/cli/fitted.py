@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from rich.console import Console
 
 from mtcl_torchrec.evaluation.naming import heading_of
 from mtcl_torchrec.evaluation.plain_table import plain_table
-from mtcl_torchrec.evaluation.worth import verdict_lines
+from mtcl_torchrec.evaluation.worth import Verdict, verdict_lines
 from mtcl_torchrec.fusing.fitted import FittedFusion, compare
 from mtcl_torchrec.fusing.held_out import HeldOut
-from mtcl_torchrec.fusing.rivals import verdict_on
+from mtcl_torchrec.fusing.rivals import verdict_in_target, verdict_on
 from mtcl_torchrec.fusing.targets import longest_with_choice, parse_target
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import FUSION, readable_folder
@@ -84,8 +84,7 @@ def print_fitted(fitted: FittedFusion, held_out: HeldOut, console: Console) -> N
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     _warn_of_short_requests(fitted, held_out, console)
-    for said in [] if fitted.pays is None else verdict_lines(fitted.pays, "on folds left out"):
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    _print_verdicts((fitted.pays, fitted.pays_in_target), "on folds left out", console)
     console.print()
     weight = "starts at" if fitted.combiner.learns else "weight"
     table = plain_table(f"Chosen: {fitted.chosen.name}", ["task", weight, "sd of folds", "of the ranking"])
@@ -155,9 +154,15 @@ def print_test(run: FinishedRun, held_out: HeldOut, values: dict[str, float], ta
         gain = "" if line["name"] == "fused" else _gain(float(line["better"]), float(line["better_half"]))
         table.add_row(str(line["name"]), _plus_minus(float(line["target"]), float(line["half"])), gain)
     console.print(table)
-    found = verdict_on(held_out, held_out.scores(fused), tasks, goal, values)
-    for said in verdict_lines(found, "on the test split"):
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    found = [say(held_out, held_out.scores(fused), tasks, goal, values) for say in (verdict_on, verdict_in_target)]
+    _print_verdicts(found, "on the test split", console)
+
+
+def _print_verdicts(found: Iterable[Verdict | None], of: str, console: Console) -> None:
+    """Whether fusing pays in what it is worth, and in what was targeted where that is something else."""
+    for verdict, asked in zip(found, ("Does fusing pay?", "And in what was targeted?"), strict=True):
+        for said in [] if verdict is None else verdict_lines(verdict, of, asked):
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_former(folder: Path, fitted: FittedFusion, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,7 @@ def recommend(
     user: Annotated[str, typer.Option(help="The user's id, as in the log.  An unknown one has no history.")],
     context: Annotated[
         list[str] | None,
-        typer.Option(help="column=value, such as hour=20; may be repeated.  The rest takes its usual value."),
+        typer.Option(help="column=value, such as hour=20,day=3; may be repeated.  The rest takes its usual value."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     seen: Annotated[bool, typer.Option(help="Offer items that the user has already met, too.")] = False,
@@ -55,12 +56,7 @@ def recommend(
 
     **New items:** --items new.csv --contents text=new_vectors.parquet ranks items that training never saw.
     """
-    given: dict[str, Any] = {}
-    for pair in context or []:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
-        given[name.strip()] = value.strip()
+    given = _context(context or [])
     check_model(run_dir, "recommend")
     from mtcl_torchrec.cli.titles import read_titles
     from mtcl_torchrec.serving.recommender import Recommender
@@ -77,6 +73,25 @@ def recommend(
         whole = f"{len(recommender.catalogue.items):,} items and {len(recommender.catalogue.users):,} users"
         said = f"The catalogue has {whole} of train and val; what only the test rows say is not in it."
         console.print(said, highlight=False, soft_wrap=True)
+
+
+def _context(texts: Sequence[str]) -> dict[str, str]:
+    """Column -> value.  A comma parts two of them where a further column=value follows, and else belongs to the value.
+
+    Raises:
+        ConfigError: one is no column=value.
+
+    Example:
+        >>> _context(["hour=20,weather=rain", "place=Paris, Texas"])
+        {'hour': '20', 'weather': 'rain', 'place': 'Paris, Texas'}
+    """
+    given = {}
+    for pair in (part for text in texts for part in re.split(r",(?=[^,=]+=)", text)):
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--context takes column=value, such as hour=20, not {pair!r}")
+        given[name.strip()] = value.strip()
+    return given
 
 
 def _has_test(data: DataConfig) -> bool:

@@ -58,7 +58,8 @@ def tune(
 
     Trials are ranked by **mean_skill** of the epoch that they keep: the mean over the tasks of 2·AUC - 1 (binary), 1 -
     NE (multiclass) or R² (regression), which are 1 for a perfect prediction and 0 for one that knows nothing of the
-    row.  `objective`, there or as an option, names another.
+    row.  Events that validation has too few of do not take part, unless `training.watch` names them: noise would
+    decide.  `objective`, there or as an option, names another.
 
     A trial whose loss is not finite, or that does not fit into memory, is recorded as failed, and the search goes on.
     Several processes: **torchrun --nproc_per_node 2 -m mtcl_torchrec tune run.yaml**.
@@ -74,7 +75,7 @@ def tune(
         found = ({"objective": named} if named else {}) | searched.as_json()
         typer.echo(yaml.safe_dump({"tuning": found}, sort_keys=False, default_flow_style=None, width=110), nl=False)
         return
-    console, folder = screen(), out or Path("runs") / f"{run.name}-tuning"
+    console, folder = screen(), out or _folder(run_yaml, f"{run.name}-tuning")
     from mtcl_torchrec.training.sharding import ranks
     from mtcl_torchrec.training.tuning import print_tuning, tune_run
 
@@ -86,3 +87,10 @@ def tune(
         )  # fmt: skip
     if where.first:
         print_tuning(result, console)
+
+
+def _folder(run_yaml: Path, name: str) -> Path:
+    """Where a search goes: under runs/ here, but on where it stands under runs/ beside the YAML, as the same command
+    given from another folder is to go on with it."""
+    here, there = (folder / "runs" / name for folder in (Path(), run_yaml.parent))
+    return there if there.is_dir() and not here.exists() else here

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
 
 from mtcl_torchrec.baselines import Budget, run_baselines
+from mtcl_torchrec.baselines.progress import Doing
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import Device
 from mtcl_torchrec.report import Answer, do_tasks_help_in
@@ -73,17 +73,16 @@ def train_twins(
         "(--no-twins leaves this out.)",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    began, done = time.monotonic(), list[str]()
-    with Status(f"0 of {len(tasks)} twins trained", console=console) as status:
+    with Status("popularity and logistic regression", console=console) as status:
 
-        def say(line: str) -> None:
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-            if line.startswith(TWINS):
-                done.append(line)
-            status.update(f"{len(done)} of {len(tasks)} twins trained, {time.monotonic() - began:.0f} s")
+        def tell(doing: Doing) -> None:
+            if doing.baseline == TWINS:  # the others take seconds, and are told of in the report
+                twin = f"twin {doing.done + 1} of {doing.total}: {doing.title} alone"
+                console.print(f"  {twin}", highlight=False, markup=False, soft_wrap=True)
+                status.update(f"training {twin}")
 
         run_baselines(
             run, folder, only=[*CHEAP, TWINS], tasks=tasks, budget=Budget(trials=1), seed=run.training.seed,
-            device=device, say=say, data=data,
+            device=device, say=lambda line: None, progress=tell, data=data,
         )  # fmt: skip
     return do_tasks_help_in(folder)

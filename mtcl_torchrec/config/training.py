@@ -88,12 +88,15 @@ class RegularisersConfig(Part):
 
     Args:
         l2_embedding: of the mean of ‖pooled embeddings‖² over rows; one number for all features, or feature -> λ.
+        l2_rows: feature -> λ of the mean of ‖row‖² over the rows of its table, of features of one id: a Gaussian prior,
+            which shrinks a rare id more than a frequent one.
         l2_dense: of the sum of squares of all dense weights.
         expert_orthogonality: of the mean squared cosine between the outputs of two experts.
         gate_balance: of CV² of the experts' importance.
     """
 
     l2_embedding: float | dict[str, float] = 0.0
+    l2_rows: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     l2_dense: NonNegativeFloat = 0.0
     expert_orthogonality: NonNegativeFloat = 0.0
     gate_balance: NonNegativeFloat = 0.0
@@ -107,7 +110,7 @@ class RegularisersConfig(Part):
         return {str(feature): _penalty(weight, f"of {feature!r} ") for feature, weight in value.items()}
 
     def check(self, schema: Schema) -> None:
-        """See that what l2_embedding names has embeddings.
+        """See that what l2_embedding and l2_rows name has embeddings, and that of the latter, one id a row.
 
         Raises:
             ValueError: naming the feature.
@@ -120,6 +123,10 @@ class RegularisersConfig(Part):
                         f"training.regularisers.l2_embedding: no feature {name!r} that has embeddings"
                         f"{nearest(name, embedded)}"
                     )
+        ids = [f.name for f in schema.sparse_features if f.kind == "id"]
+        for name in self.l2_rows:
+            if name not in ids:
+                raise ValueError(f"training.regularisers.l2_rows: no id feature {name!r}{nearest(name, ids)}")
 
 
 def _penalty(value: Any, of: str = "") -> float:
@@ -198,7 +205,8 @@ class TrainingConfig(Part):
             longer moves what the tasks share, while the others go on; 0 never does.  Training stops when all are
             frozen.  Which epoch is kept is still decided by the mean.
         watch: the tasks whose mean AUC decides which epoch is best; the default is every binary task with at
-            least 20 events, and 20 rows without, in the validation split.
+            least 20 events, and 20 rows without, of 10 users each and no handful who have most of them, in the
+            validation split.
         id_dropout: id feature -> share of the training rows in which it is unknown, so that the model learns to do
             without it, as it must for users and items that training never met: what else is known of them (text,
             semantic ids, attributes) then speaks.  Each epoch draws anew.

@@ -70,7 +70,8 @@ class TuningConfig(Part):
     """What is searched, path by path, and by what it is judged.
 
     Args:
-        objective: ``mean_skill`` (the default), or a metric and its task, such as ``auc:click``; see
+        objective: ``mean_skill`` (the default), of the tasks of ``training.watch`` or else all of which the validation
+            split tells enough, or a metric and its task, such as ``auc:click``; see
             `mtcl_torchrec.training.tuning.objective.Objective`.
         others: path -> its values.
 

@@ -19,9 +19,10 @@ from mtcl_torchrec.data.guesses import Guess, guess_column
 from mtcl_torchrec.data.leakage import ALMOST, above_median, auc_alone, codes_of_column, some_rows
 from mtcl_torchrec.data.roles import Roles, guess_roles, lengths_to_judge, request_sizes
 from mtcl_torchrec.data.source import Rows, column_names, find_files, read_rows
-from mtcl_torchrec.schema import DataError, nearest
+from mtcl_torchrec.schema import RESERVED, DataError, nearest
 
 SAMPLE_ROWS = 200_000
+_FEWEST = 20  # events that are not by chance all among those of another kind
 _MOST_KINDS = 50  # of items, that a user has met often enough to say what they think of one
 UNWANTED_WORDS = (
     "hate",
@@ -241,11 +242,20 @@ class _Draft:
         return [*lines, *self._tasks()]
 
     def _tasks(self) -> list[str]:
-        lines = ["  tasks:", "    # A mask makes a label count only where another event happened: mask: click"]
+        lines = [
+            "  tasks:",
+            "    # A mask makes a label count only where another event happened: mask: click.  What never comes",
+            "    # without another event may follow it in a chain, predicted for all rows: after: click, chain: esmm",
+        ]
         for event in self.events:
             rate = self.frame[event].mean()
             task = f"{{name: {plain(task_name(event))}, kind: binary, label: {plain(event)}}}"
-            lines.append(f"    - {task}   # {rate:.2%} of rows" + (" where known" * self.frame[event].hasnans))
+            before = self._always_with(event)
+            lines.append(
+                f"    - {task}   # {rate:.2%} of rows"
+                + (" where known" * self.frame[event].hasnans)
+                + (f", never without {before}" if before else "")
+            )
         active = "" if not self.events else "# "
         if self.outcomes and self.events:
             lines.append("    # Numbers that are known afterwards; each may be a task, too:")
@@ -260,6 +270,15 @@ class _Draft:
             task = f"{{name: {plain(task_name(name))}, kind: binary, label: {plain(name)}}}"
             lines.append(f"    # - {task}   # {self.frame[name].mean():.2%} of rows")
         return lines
+
+    def _always_with(self, event: str) -> str | None:
+        """The rarest event without which this one never comes, as no order is without a click."""
+        came = self.frame[event] == 1
+        if came.sum() < _FEWEST:
+            return None
+        wider = {o: (self.frame[o] == 1) for o in self.events if o != event}
+        found = {o: int(other.sum()) for o, other in wider.items() if other[came].all() and other.sum() > came.sum()}
+        return min(found, key=found.__getitem__, default=None)
 
     def _statistics(self) -> list[str]:
         keys = [plain(key) for key in (self.roles.user, self.roles.item) if key]
@@ -370,8 +389,14 @@ def plain(text: str) -> str:
 
 
 def task_name(column: str) -> str:
-    """What the task of a label column is called: is_click is click."""
-    return column.removeprefix("is_") or column
+    """What the task of a label column is called: is_click is click.
+
+    Example:
+        >>> task_name("is_click"), task_name("score")
+        ('click', 'score_label')
+    """
+    name = column.removeprefix("is_") or column
+    return f"{name}_label" if name in RESERVED else name
 
 
 def _weight(event: str, rate: float) -> float:

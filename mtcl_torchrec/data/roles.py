@@ -29,6 +29,7 @@ ITEM_WORDS = (
 REQUEST_WORDS = ("request", "impression", "slate", "search", "query", "page", "pageview", "visit", "session")
 TIME_NAMES = ("time", "timestamp", "ts", "time_ms", "event_time", "datetime", "date", "created_at", "unix_time")
 _VISIT = 0.02  # of the time of a log: what comes again within less, half of the times, belongs to a visit
+_FINER = 1.5  # times as many as there are items
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,10 @@ def guess_roles(
     free = [c for c in ids if c not in (user, item, request)]
     user = user or _first(free, USER_WORDS)
     free = [c for c in free if c != user]
-    item = item or _first(free, ITEM_WORDS)
+    if item is None:
+        item = _first(free, ITEM_WORDS)
+        if item is not None and (finer := _finer(values, [c for c in free if c != item], item, user)):
+            doubts["item"] = f"each {finer} is of one {item}: --item {finer}, if that is what was shown"
     free = [c for c in free if c != item]
     # Without telling names: ids by name that nothing was found for.  One who comes stays for some rows.
     unnamed = [c for c in free if words_of(c)[-1:] and words_of(c)[-1] in ID_WORDS and not names_an(c, REQUEST_WORDS)]
@@ -227,3 +231,16 @@ def _is_visit(column: pd.Series, user: pd.Series, time: pd.Series) -> bool:
     spans: pd.Series = by_value.max() - by_value.min()
     whole: Any = times.max() - times.min()
     return bool(spans.median() <= _VISIT * whole)
+
+
+def _finer(values: dict[str, pd.Series], free: Sequence[str], item: str, user: str | None) -> str | None:
+    """What is to the item as a dish is to its restaurant: an id of one item each, and of many users."""
+    found = [
+        c
+        for c in free
+        if not pd.api.types.is_float_dtype(values[c])  # a price
+        and values[c].nunique() >= _FINER * values[item].nunique()
+        and constant_within(values[item], values[c])
+        and not (user is not None and constant_within(values[user], values[c]))
+    ]
+    return max(found, key=lambda c: values[c].nunique(), default=None)

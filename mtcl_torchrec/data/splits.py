@@ -37,7 +37,8 @@ class Splits:
         train: the training split.
         raw: split (val, test) -> its rows as they were read.
         encoded: the same splits, encoded.
-        catalogue: what the log says of users and items, or None: of a stream, there is none.
+        catalogue: what the log says of users and items, or None: of a stream, there is none, and items are
+            counted while it goes by; see `mtcl_torchrec.training.counted_items`.
         base_rates: how often each event happens in the training split; see `mtcl_torchrec.data.base_rates`.
     """
 

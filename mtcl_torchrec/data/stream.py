@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.openmp import lone_workers
 
 T = TypeVar("T")
+# The parts of a window, and its rows with the order of those that are taken, where somebody wants to see them.
+Loaded = tuple[deque[EncodedRows], tuple[EncodedRows, torch.Tensor] | None]
 _THREADS = "mtcl-data"
 
 
@@ -97,6 +100,18 @@ class StreamRows:
         self.seed = seed
         self.workers = workers
         self.id_dropout = id_dropout or {}
+        self._see: Callable[[EncodedRows, torch.Tensor], None] | None = None
+
+    def shown_to(self, see: Callable[[EncodedRows, torch.Tensor], None]) -> StreamRows:
+        """The same stream, whose rows are shown to a function a window at a time, before the batches that they come in.
+
+        Args:
+            see: takes the rows of a window, no id dropped, and (n,) which of them this rank takes, in the
+                order of its batches.
+        """
+        shown = copy.copy(self)
+        shown._see = see
+        return shown
 
     @property
     def rows_per_epoch(self) -> int:
@@ -129,7 +144,7 @@ class StreamRows:
         steps = -(-largest // batch_size)
         loads, taken = self._loads(windows, shares[rank], position.epoch, batch_size), 0
         with closing(in_order(loads, self.workers)) as encoded:
-            for rows in in_batches(encoded, batch_size):
+            for rows in in_batches(map(self._shown, encoded), batch_size):
                 yield rows.batch().filled_up(min(batch_size, largest - taken * batch_size))
                 taken += 1
         if taken < steps:
@@ -145,27 +160,32 @@ class StreamRows:
 
     def _loads(
         self, windows: Sequence[Any], share: Sequence[Piece], epoch: int, batch_size: int
-    ) -> Iterator[Callable[[], deque[EncodedRows]]]:
+    ) -> Iterator[Callable[[], Loaded]]:
         taken = 0
         for number, group in groupby(share, key=lambda piece: piece[0]):
             pieces, begun = list(group), taken % batch_size
             yield partial(self._load, windows[number], (self.seed, epoch, number), pieces, begun, batch_size)
             taken += count(pieces)
 
-    def _load(
-        self, window: Any, seed: Sequence[int], pieces: Sequence[Piece], begun: int, batch_size: int
-    ) -> deque[EncodedRows]:
-        """The rows of a window as parts for `in_batches`.
+    def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece], begun: int, batch_size: int) -> Loaded:
+        """The rows of a window as parts for `in_batches`, and all of it with the order they are taken in.
 
         Args:
             begun: rows that the batch has before the first of these.
         """
         # Encoded in the order of the file, without a copy of its columns, and shuffled and cut in one go.
-        encoded = self.encode(self.source.read(window))
-        encoded = drop_ids(encoded, self.id_dropout, np.arange(len(encoded)), seed)
+        whole = self.encode(self.source.read(window))
+        encoded = drop_ids(whole, self.id_dropout, np.arange(len(whole)), seed)
         order = shuffled(window.rows, seed)
         order = torch.cat([order[start:stop] for _, start, stop in pieces])
-        return deque(encoded.parts(order.tensor_split(list(range(batch_size - begun, len(order), batch_size)))))
+        parts = encoded.parts(order.tensor_split(list(range(batch_size - begun, len(order), batch_size))))
+        return deque(parts), None if self._see is None else (whole, order)
+
+    def _shown(self, loaded: Loaded) -> deque[EncodedRows]:
+        parts, seen = loaded
+        if self._see is not None and seen is not None:
+            self._see(*seen)
+        return parts
 
 
 def in_batches(windows: Iterable[deque[EncodedRows]], batch_size: int) -> Iterator[EncodedRows]:

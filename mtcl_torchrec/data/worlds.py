@@ -186,7 +186,8 @@ def world_run(
     world = ready_world(name, **settings)
     schema = world.schema()
     few = defaults_for(rows) if rows < FEW else None  # of more, two passes know most of what can be known
-    epochs, batch_size, patience = (few.epochs, few.batch_size, few.patience) if few else (2, 1024, 1)
+    epochs, batch_size, patience = (few.epochs, few.batch_size, few.patience) if few else (2, 2048, 1)
+    tasks = [_with_head(_declared(task), world) for task in schema.tasks]
     lines = [
         *(_from_rows(name, rows, val_rows, test_rows, dials) if log is None else _from_log(name, log)),
         "",
@@ -197,10 +198,12 @@ def world_run(
         "  features:",
         "    # encoding: index takes ids as rows of their table, so no vocabulary has to be learnt.  The tables of",
         "    # users and items must hold all ids: num_users + 1 and num_items + 1 rows, row 0 being 'unknown'.",
-        *(f"    - {_flow(_declared(feature))}" for feature in schema.features),
+        *(f"    - {_flow(_as_factor(_declared(feature), world))}" for feature in schema.features),
         "  tasks:",
-        "    # A masked label counts only where the event before it in the chain happened.",
-        *(f"    - {_flow(_declared(task))}" for task in schema.tasks),
+        "    # A masked label counts only where the event before it in the chain happened.  A task weighs as much as",
+        "    # the share of rows that have its label, so that all labels count alike.  Behaviour is a network's logit",
+        "    # plus a product of vectors that all tasks share (tower_dot), by a matrix of each task's own (bilinear).",
+        *(f"    - {_flow(task)}" for task in tasks),
         "",
         "model:",
         "  # or kind: shared_bottom, ple, single_task",
@@ -209,19 +212,54 @@ def world_run(
         "  cross_layers: 1",
         "",
         "optimizers:",
-        "  tables: {kind: rowwise_adagrad, lr: 0.02}",
-        "  dense: {kind: adamw, lr: 0.001, weight_decay: 0.01}",
+        "  tables: {kind: adagrad, lr: 0.3, init_scale: 0.15}",
+        "  dense: {kind: adamw, lr: 0.01, weight_decay: 0.01}",
         "",
         "training:",
         f"  epochs: {epochs}",
         f"  batch_size: {batch_size}   # rows per step and rank",
         f"  patience: {patience}        # stop after so many epochs without a better mean validation AUC",
+        "  decay: linear      # of all learning rates, to 0",
+        "  # A Gaussian prior of the vectors of users and items, felt most by those with few rows: 6 · ids / rows.",
+        f"  regularisers: {{l2_rows: {_flow(_prior(world, rows))}}}",
         "",
         "# The score that ranks: a weighted mean of the predictions, in [0, 1].  A negative weight lowers it.",
         "fusion:",
         f"  weights: {_flow(world.fusion_weights())}",
     ]
     return "\n".join(lines) + "\n"
+
+
+_FACTOR_DIM = 16
+
+
+def _factors(world: World) -> list[str]:
+    """The features whose embeddings add up to the user's vector and the item's."""
+    return [world.user, "segment", world.item, world.category, world.tags, *([world.title] if world.text else [])]
+
+
+def _as_factor(feature: dict[str, Any], world: World) -> dict[str, Any]:
+    return feature | ({"embedding_dim": _FACTOR_DIM} if feature["name"] in _factors(world) else {})
+
+
+def _with_head(task: dict[str, Any], world: World) -> dict[str, Any]:
+    """A task as declared, with what else a run says of it."""
+    outcomes = {o.name: o for o in world.outcomes}
+    share, parent = 1.0, outcomes[task["name"]].after
+    while parent is not None:
+        share, parent = share * outcomes[parent].mean, outcomes[parent].after
+    if outcomes[task["name"]].kind == "content":  # every row has one; it tells most of the user's vector
+        return {key: value for key, value in task.items() if key != "weight"}
+    if share < 1:
+        task = task | {"weight": round(task.get("weight", 1.0) * share, 4)}
+    if outcomes[task["name"]].moment:
+        return task
+    return task | {"head": {"kind": "tower_dot", "dim": _FACTOR_DIM, "factors": _factors(world), "bilinear": True}}
+
+
+def _prior(world: World, rows: int) -> dict[str, float]:
+    """λ of `l2_rows`: half of a precision of 12 for each row of a table, over the rows that the loss averages."""
+    return {world.user: round(6 * world.num_users / rows, 6), world.item: round(6 * world.num_items / rows, 6)}
 
 
 def _from_rows(name: str, rows: int, val_rows: int, test_rows: int, dials: Mapping[str, Any]) -> list[str]:

@@ -17,8 +17,11 @@ from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.evaluation.confidence import Support, clipped
 from mtcl_torchrec.evaluation.naming import bounds_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.progress import Progress, quiet
 
+DRAWING = "making draws of users"
 _NUMBERS_AT_ONCE = 10**7  # of weights
+_DRAWS_AT_ONCE = 20  # more are no faster, and take their memory
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,28 @@ def clusters_of(table: PredictionsTable) -> tuple[np.ndarray, int]:
 def weights(users: int, draws: int, seed: int) -> Iterator[np.ndarray]:
     """Chunks (b, U) float64 of how often each user was drawn; the same for the same seed."""
     random = np.random.default_rng(seed)
-    at_once = max(1, _NUMBERS_AT_ONCE // max(users, 1))
+    at_once = min(_DRAWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // max(users, 1)))
     for start in range(0, draws, at_once):
         count = min(at_once, draws - start)
         drawn = [np.bincount(random.integers(0, users, users), minlength=users) for _ in range(count)]
         yield np.stack(drawn).astype(np.float64)
 
 
-def draw(parts: Sequence[Resampled], users: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def draw(
+    parts: Sequence[Resampled], users: int, *, draws: int = DRAWS, seed: int = 0, progress: Progress = quiet
+) -> np.ndarray:
     """(draws, M) float64: the metrics of all parts, one after the other, in each draw.
 
     Args:
         users: U.
+        progress: told of the draws.
     """
-    found = [np.concatenate([part.of(chunk) for part in parts], axis=1) for chunk in weights(users, draws, seed)]
+    found, done = list[np.ndarray](), 0
+    progress(DRAWING, 0, draws)
+    for chunk in weights(users, draws, seed):
+        found.append(np.concatenate([part.of(chunk) for part in parts], axis=1))
+        done += len(chunk)
+        progress(DRAWING, done, draws)
     return np.concatenate(found)
 
 
@@ -122,6 +133,7 @@ def intervals(
     draws: int = DRAWS,
     seed: int = 0,
     support: Callable[[str, str], Support] | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, dict[str, Interval]]:
     """Task or ``"ranking"`` -> metric -> its interval.
 
@@ -132,6 +144,7 @@ def intervals(
         seed: the same seed draws the same users.
         support: (task or ``"ranking"``, metric) -> what it rests on; see `mtcl_torchrec.evaluation.supports`.  By
             default all users, alike.
+        progress: told of the draws.
 
     Example:
         >>> heights = np.array([1.0, 2.0, 3.0, 4.0])
@@ -140,7 +153,7 @@ def intervals(
         >>> found.value, 0.6 < found.error < 0.7
         (2.5, True)
     """
-    spreads = spread(draw(parts, users, draws=draws, seed=seed))
+    spreads = spread(draw(parts, users, draws=draws, seed=seed, progress=progress))
     values = np.concatenate([part.estimate(users) for part in parts])
     names = [name for part in parts for name in part.names]
     found: dict[str, dict[str, Interval]] = {}

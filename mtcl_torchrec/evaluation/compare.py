@@ -38,6 +38,7 @@ class Difference:
             1979); NaN where there was nothing to test: `unsure`, or no draw in which the two differ.
         unsure: why no difference could be sure, in a few words, such as too few events; the interval and p are NaN
             then.
+        unwanted: of a ranking, it is measured by an event that costs something: less of it is better.
     """
 
     of: str
@@ -50,6 +51,7 @@ class Difference:
     p: float
     p_holm: float = float("nan")
     unsure: str = ""
+    unwanted: bool = False
 
     @property
     def equal(self) -> bool:
@@ -64,8 +66,10 @@ class Difference:
         Example:
             >>> Difference("click", "ne", 0.9, 0.8, -0.1, -0.2, -0.01, 0.001, 0.01).better
             'b'
+            >>> Difference("ranking", "rate@5 hide", 0.1, 0.3, 0.2, 0.1, 0.3, 0.001, 0.01, unwanted=True).better
+            'a'
         """
-        way = sign_of_better(self.metric)
+        way = sign_of_better(self.metric) * (-1 if self.unwanted else 1)
         if not self.p_holm < LEVEL or not way:
             return None
         return "b" if self.difference * way > 0 else "a"
@@ -162,11 +166,12 @@ def compare_tables(
     values_of, draws_of = zip(*(_measured(of, shared, users, draws, seed) for of in parts), strict=True)
     spreads = spread(draws_of[1] - draws_of[0])
     support = supports_of(a, clusters, values=values, paired=True)
+    costs = {task for task, value in values.items() if value < 0}
     found = [
         difference_of(of, metric, float(x), float(y), float(over_draws), support(of, metric))
         for (of, metric), x, y, over_draws in zip(shared, values_of[0], values_of[1], spreads, strict=True)
     ]
-    return corrected(found)
+    return corrected([replace(d, unwanted=d.of == RANKING and parts_of(d.metric).of in costs) for d in found])
 
 
 def difference_of(of: str, metric: str, a: float, b: float, over_draws: float, support: Support) -> Difference:

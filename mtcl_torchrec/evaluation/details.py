@@ -11,11 +11,11 @@ from rich.text import Text
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.naming import bounds_of, label_of
+from mtcl_torchrec.evaluation.naming import bounds_of, label_of, parts_of
 from mtcl_torchrec.evaluation.plain_table import print_columns
 from mtcl_torchrec.evaluation.report import Evaluation, cell, ranked_events, told
 from mtcl_torchrec.evaluation.resampled import RANKING
-from mtcl_torchrec.evaluation.segments import QUALITY
+from mtcl_torchrec.evaluation.segments import BESIDE, QUALITY
 
 _PROBABILITIES = ("pr_auc", "base_rate", "brier", "ece")
 _DECISIONS = ("threshold", "accuracy", "majority", "precision", "recall", "f1", "f1_all_yes")
@@ -104,7 +104,8 @@ def _print_places(evaluation: Evaluation, console: Console) -> None:
 
 
 def print_segments(evaluation: Evaluation, console: Console) -> None:
-    """Print, by segment, the quality of each task with half of its interval, and of how many events that is."""
+    """Print, by segment, the quality of each task with half of its interval, and of how many events that is; of classes
+    and numbers also what `mtcl_torchrec.evaluation.segments.BESIDE` says."""
     if not evaluation.segments:
         return
     keys = [QUALITY[kind] for kind in dict.fromkeys(evaluation.kinds.values())]
@@ -112,11 +113,14 @@ def print_segments(evaluation: Evaluation, console: Console) -> None:
     for name, values in evaluation.segments.items():
         short = len(values) > _LONG
         tasks = list(dict.fromkeys(task for of in values.values() for task in of["quality"]))
+        columns = [
+            (t, metric) for t in tasks for metric in ("", BESIDE.get(evaluation.kinds.get(t, ""))) if metric is not None
+        ]
         rows: list[list[str | Text]] = []
         for value, of in values.items():
-            cells = [_of_segment(of["quality"].get(t), evaluation.kinds.get(t, ""), short) for t in tasks]
+            cells = [_of_segment(of["quality"].get(t), evaluation.kinds[t], metric, short) for t, metric in columns]
             rows.append([value, f"{of['rows']:,}", *cells])
-        heads = tasks if short else [f"{task} (events)" for task in tasks]
+        heads = [f"{t} {label_of(metric)}" if metric else t if short else f"{t} (events)" for t, metric in columns]
         print_columns(console, f"By {name}: {what}", [name, "rows", *heads], rows)
     console.print(
         f"{PLUS_MINUS}; in brackets events (of classes and numbers: labels); ?: too few of them to be sure.\n",
@@ -124,13 +128,20 @@ def print_segments(evaluation: Evaluation, console: Console) -> None:
     )  # fmt: skip
 
 
-def _of_segment(of: Mapping[str, Any] | None, kind: str, short: bool) -> str | Text:
-    """A cell; of a table of many rows, as narrow as can be."""
+def _of_segment(of: Mapping[str, Any] | None, kind: str, beside: str, short: bool) -> str | Text:
+    """A cell; of a table of many rows, as narrow as can be.
+
+    Args:
+        beside: the metric beside the first that is told; empty for that one.
+    """
     if of is None:
         return "–"
-    digits, metric = (2, "") if short else (3, QUALITY.get(kind, ""))
-    said = plus_minus(of["value"], of["half"], digits, bounds_of(metric))
-    said = said.replace(" ± ", "±") if short else f"{said} ({of['events']:,})"
+    told, metric = of["beside"][beside] if beside else of, beside or QUALITY[kind]
+    said = plus_minus(told["value"], told["half"], 2 if short else 3, bounds_of(metric))
+    if short:
+        said = said.replace(" ± ", "±")
+    elif not beside:
+        said = f"{said} ({of['events']:,})"
     return Text(f"{said} ?", style="dim") if of["unsure"] else said
 
 
@@ -150,6 +161,12 @@ def print_differences(differences: Sequence[Difference], names: tuple[str, str],
             few.setdefault(d.unsure, []).append(_name(d))
     for why, of in few.items():
         console.print(f"unsure: {why}, of {', '.join(of)}", highlight=False, markup=False, soft_wrap=True)
+    costs = dict.fromkeys(parts_of(d.metric).of for d in differences if d.unwanted)
+    if costs:
+        console.print(
+            f"{', '.join(costs)}: worth less than nothing; of a ranking, less of it is better.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     known = sum(d.p == d.p and not d.equal for d in differences)
     if not known and any(d.equal for d in differences):
         console.print(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.evaluation.metrics import as_float64, log_losses
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import auc_by_request
 
@@ -160,33 +161,32 @@ def task_estimates(
         clusters, count: as of `auc_estimate`, for the rows of the table.
 
     Returns:
-        binary: auc, gauc (where users are known), ne, calibration.  multiclass: ne, top1.  regression: r2, calibration.
-            Nothing without labels.
+        binary: auc, gauc (where users are known), ne, calibration.  multiclass: ne, top1.  regression: r2, mae,
+            calibration.  Nothing without labels.
     """
     kind, y, p = table.task(name).kind, table.labels(name), table.predicted(name)
     known = ~np.isnan(y)
     if not known.any():
         return {}
     count = int(clusters.max(initial=-1)) + 1 if count is None else count
-    y, p, c = y[known], p[known].astype(np.float64), clusters[known]
+    y, p, c = y[known], as_float64(p[known]), clusters[known]
     if kind == "regression":
         r2 = ratio_estimate((p - y) ** 2, (y - y.mean()) ** 2, c, count, less_than_one=True)
-        return {"r2": r2, "calibration": ratio_estimate(p, y, c, count)}
-    tiny = np.finfo(np.float64).eps
+        mae = ratio_estimate(np.abs(p - y), np.ones(len(y)), c, count)
+        return {"r2": r2, "mae": mae, "calibration": ratio_estimate(p, y, c, count)}
     if kind == "multiclass":
         classes = y.astype(np.int64)
         own = p[np.arange(len(p)), classes]
-        loss = -np.log(np.clip(own / p.sum(1), tiny, 1))
         shares = np.bincount(classes, minlength=p.shape[1]) / len(y)
         hits = ((p >= own[:, None]).sum(1) <= 1).astype(np.float64)
-        return {"ne": ratio_estimate(loss, -np.log(shares[classes]), c, count),
+        return {"ne": ratio_estimate(log_losses(y, p), -np.log(shares[classes]), c, count),
                 "top1": ratio_estimate(hits, np.ones(len(y)), c, count)}  # fmt: skip
+    tiny = np.finfo(np.float64).eps
     base = float(np.clip(y.mean(), tiny, 1 - tiny))
-    right = np.clip(np.where(y > 0, p, 1 - p), tiny, 1)
     found = {
         "auc": auc_estimate(y, p, c, count),
         # The entropy of the base rate is the mean of -log of what it gives to what happened.
-        "ne": ratio_estimate(-np.log(right), -np.log(np.where(y > 0, base, 1 - base)), c, count),
+        "ne": ratio_estimate(log_losses(y, p), -np.log(np.where(y > 0, base, 1 - base)), c, count),
         "calibration": ratio_estimate(p, y, c, count),
     }
     if table.users is not None and not np.isnan(table.users).all():

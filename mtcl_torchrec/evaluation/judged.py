@@ -10,6 +10,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
 from mtcl_torchrec.evaluation.metrics import Metrics
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
@@ -27,6 +28,7 @@ def evaluate_table(
     bootstrap: int = 0,
     seed: int = 0,
     popular: bool = True,
+    progress: Progress = quiet,
 ) -> Evaluation:
     """Everything there is to know of the predictions of a run, or of a baseline.
 
@@ -39,6 +41,7 @@ def evaluate_table(
         seed: of the draws.
         popular: whether the rows are ranked by popularity, too, and the fused score is held against that: by the
             popularity for an event in what is measured of that event, and as a whole by the fused popularity.
+        progress: told of the segments, and of the draws.
 
     Raises:
         DataError: a segment, or a task of `table.values`, that is not there.
@@ -52,6 +55,7 @@ def evaluate_table(
         >>> found.ranking["fused"]["value@1"], list(found.segments["user"])
         (1.0, ['1', '2'])
     """
+    progress("judging rows", 0, 0)
     predictions = {name: table.predicted(name) for name in table.predicted_names}
     if table.score is not None:
         predictions["score"] = table.score
@@ -77,11 +81,17 @@ def evaluate_table(
             found.ranking["fused"] |= ranked(table.score)
         if popular and table.popular is not None:
             found.ranking["popular"] = found.ranking.get("popular", {}) | ranked(table.popular, popularity)
-    apart = {name: {value: _of_segment(rows, k) for value, rows in split_by_segment(table, name)} for name in segments}
+    apart: dict[str, dict[str, dict]] = {}
+    for name in segments:
+        apart[name], done = {}, 0
+        for value, rows in split_by_segment(table, name):
+            progress(f"judging rows by {name}", done, len(table))
+            apart[name][value] = _of_segment(rows, k)
+            done += len(rows)
     sure = {}
     if bootstrap:
         parts = resampled_metrics(table, clusters, k=k, values=table.values)
-        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, support=support)
+        sure = intervals(parts, clusters[1], draws=bootstrap, seed=seed, support=support, progress=progress)
     held_against = {}
     if popularity:
         judged = [key.removeprefix("auc ") for key in found.ranking.get("fused", {}) if key.startswith("auc ")]

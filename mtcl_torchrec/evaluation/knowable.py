@@ -142,28 +142,39 @@ def _log(p: np.ndarray) -> np.ndarray:
 
 
 def knowable_score(
-    request: np.ndarray, score: np.ndarray, true: np.ndarray, users: np.ndarray | None = None
+    request: np.ndarray,
+    score: np.ndarray,
+    true: np.ndarray,
+    users: np.ndarray | None = None,
+    *,
+    worth: np.ndarray | None = None,
 ) -> Metrics:
-    """What ranking by a fused score brings beside ranking by the same score of the true probabilities.
+    """What ranking by a fused score brings beside what the truth could.
 
-    A row brings its true fused score, which is what its events are worth on average where the score is a weighted mean.
+    Over all rows, the score is held against the same score of the true probabilities.  Of the first k rows of a
+    request it is value@k that counts, what their events are worth: the oracle ranks by what a row is worth on average.
+    That is another order than that of the true fused score, where a weight is not that of an event: as of an event
+    that may only follow another, whose head says how probable it is once the first has happened.
 
     Args:
         request: (N,) whose rows are ranked against each other, NaN where not known.
         score: (N,) of the model.
-        true: (N,) of the oracle's probabilities.
+        true: (N,) the score of the oracle's probabilities.
         users: (N,) rows of one may depend on each other: for the standard error.  None: requests do not.
+        worth: (N,) expected value of what happens to each row; None where it is not known.
 
     Returns:
         ``share``: of the gain of ranking all rows: the mean, over all lengths k of a list, of what its first k rows
-        bring above average, over the same of the oracle.  For k of 1, 5 and 10, over the requests of more than k rows:
-        ``requests@k``, and where there are any, ``value@k`` and ``oracle@k`` (what the first k bring),
-        ``random@k`` (in random order), ``regret@k`` (the oracle's less the score's), and ``share@k``, of what its
-        order brings beyond a random one; both with half of its 95 % interval, as ``share@k half``.
+            bring above average of the true score, over the same of the oracle.  For k of 1, 5 and 10, over the requests
+            of more than k rows: ``requests@k``, and where there are any and `worth` is known, the expected ``value@k``,
+            ``oracle@k`` (the most that can be), ``rule@k`` (ranked by the true score), ``random@k`` (in random order),
+            ``regret@k`` (the oracle's less the score's), and ``share@k``, of what the oracle's order brings beyond a
+            random one; both with half of its 95 % interval, as ``share@k half``; and ``rule_share@k``, the share that
+            the true score has.
 
     Example:
         >>> request, true = np.zeros(4), np.array([0.1, 0.2, 0.4, 0.9])
-        >>> found = knowable_score(request, np.array([0.1, 0.2, 0.9, 0.4]), true)
+        >>> found = knowable_score(request, np.array([0.1, 0.2, 0.9, 0.4]), true, worth=true)
         >>> round(found["regret@1"], 4), round(found["share@1"], 4), found["requests@5"]
         (0.5, 0.0, 0.0)
     """
@@ -171,24 +182,22 @@ def knowable_score(
     everything = np.zeros(len(true), np.int64)
     found: Metrics = {"share": _share(_gain(everything, score, true), _gain(everything, true, true))}
     numbers = np.unique(request[known], return_inverse=True)[1]
-    s, t = score[known], true[known].astype(np.float64)
     rows = np.bincount(numbers)
-    rankings = {
-        "value": Ranking(numbers, s),
-        "oracle": Ranking(numbers, t),
-        "random": Ranking(numbers, np.zeros(len(t))),
-    }
     clusters = None
     if users is not None:
         of_request = np.full(len(rows), np.nan)
         of_request[numbers] = users[known]
         clusters = np.where(np.isnan(of_request), -1 - np.arange(len(rows)), of_request)
+    of_row = None if worth is None else worth[known].astype(np.float64)
+    orders = {} if of_row is None else {"value": score[known], "oracle": of_row, "rule": true[known]}
+    rankings = {name: Ranking(numbers, by) for name, by in orders.items()}
+    rankings["random"] = Ranking(numbers, np.zeros(len(numbers)))
     for k in KS:
         choice = rows > k
         found[f"requests@{k}"] = float(choice.sum())
-        if not choice.any():
+        if of_row is None or not choice.any():
             continue
-        of = {name: ranking.value_at_k(t, k)[choice] for name, ranking in rankings.items()}
+        of = {name: ranking.value_at_k(of_row, k)[choice] for name, ranking in rankings.items()}
         cluster = None if clusters is None else clusters[choice]
         found |= {f"{name}@{k}": float(values.mean()) for name, values in of.items()}
         regret, error = mean_and_error(of["oracle"] - of["value"], cluster)
@@ -199,6 +208,7 @@ def knowable_score(
         found |= {
             f"regret@{k}": regret, f"regret@{k} half": sure * error,
             f"share@{k}": share, f"share@{k} half": sure * spread / float(there.mean()) if share == share else math.nan,
+            f"rule_share@{k}": _share(float((of["rule"] - of["random"]).mean()), float(there.mean())),
         }  # fmt: skip
     return found
 
@@ -258,12 +268,32 @@ def print_knowable(found: Mapping[str, Metrics] | None, console: Console | None 
             share = f"{_percent(score[f'share@{k}'])} ± {100 * score[f'share@{k} half']:.1f}"
             table.add_row(f"score, first {k}", share, f"value@{k}", *(f"{x:.4f}" for x in numbers))
     console.print("", table)
-    lines = [PLUS_MINUS] if any(f"share@{k}" in score for k in KS) else []
+    shown = [k for k in KS if f"share@{k}" in score]
+    lines = []
+    if shown:
+        rule = score[f"rule_share@{shown[0]}"]
+        lines = ["value@k: expected, of what happens" + f"; {of_rule(rule)}" * (rule == rule), PLUS_MINUS]
     if any("auc" in known for known in found.values()):
         lines.insert(0, "expected AUC: over all labels that these rows might have had, by their true probabilities; "
                      "the AUC above is of the labels that they got")  # fmt: skip
     if lines:
         console.print(f"{'; '.join(lines)}.", highlight=False, soft_wrap=True)
+
+
+def of_rule(share: float) -> str:
+    """How far the rule of the fused score itself goes, in words.
+
+    Args:
+        share: ``rule_share@k`` of `knowable_score`.
+
+    Example:
+        >>> of_rule(0.83)
+        'the same fused score of the true probabilities gets 83.0 %; the rest is for another rule to gain'
+        >>> of_rule(1.0)
+        'the same fused score of the true probabilities gets 100.0 %'
+    """
+    lacking = "; the rest is for another rule to gain" * (share < 0.995)
+    return f"the same fused score of the true probabilities gets {_percent(share)}{lacking}"
 
 
 def _percent(share: float) -> str:

@@ -3,13 +3,12 @@ XAUC here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.ranking import auc_by_request, auc_of
 from mtcl_torchrec.schema import Task
@@ -108,6 +107,31 @@ def mass_edges(predicted: np.ndarray) -> np.ndarray:
     return np.quantile(predicted, np.arange(1, BINS) / BINS)
 
 
+def as_float64(predicted: np.ndarray) -> np.ndarray:
+    """(N,) in float64; (N, C) class probabilities stay what they are, which are most of what an evaluation holds."""
+    return predicted.astype(np.float64) if predicted.ndim == 1 else predicted
+
+
+def log_losses(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """(N,) float64: -log of the probability given to what happened, cut as by `sklearn.metrics.log_loss`, of which they
+    are the terms: that makes several matrices of rows times classes.
+
+    Args:
+        labels: (N,) 0 or 1, or classes.
+        predicted: (N,) probability of a 1, or (N, C) of each class.
+
+    Example:
+        >>> log_losses(np.array([1.0, 0.0]), np.array([[0.25, 0.75], [0.5, 0.5]])).round(3)
+        array([0.288, 0.693])
+    """
+    if predicted.ndim == 1:
+        own = np.where(labels == 1, predicted, 1 - predicted)
+    else:
+        own = predicted[np.arange(len(labels)), labels.astype(np.int64)] / predicted.sum(1, dtype=np.float64)
+    tiny = np.finfo(np.float64).eps
+    return -np.log(np.clip(own, tiny, 1 - tiny))
+
+
 def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None = None) -> Metrics:
     """Metrics of one task over the rows whose label is present.
 
@@ -123,13 +147,13 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
         regression: mse, mae, base_rate (mean label), r2.  Always: count.
     """
     present = ~np.isnan(labels)
-    y, p = labels[present], predicted[present].astype(np.float64)
+    y, p = labels[present], as_float64(predicted[present])
     metrics: Metrics = {"count": float(len(y))}
     if len(y) == 0:
         return metrics
     if task.kind == "binary":
         base = float(y.mean())
-        loss = float(log_loss(y, p, labels=[0, 1]))
+        loss = float(log_losses(y, p).mean())
         metrics |= {
             "auc": auc(y, p),
             "gauc": float("nan") if groups is None else gauc(y, p, groups[present]),
@@ -141,7 +165,7 @@ def task_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, groups: 
     elif task.kind == "multiclass":
         classes = y.astype(np.int64)
         shares = np.bincount(classes, minlength=p.shape[1]) / len(y)
-        loss = float(log_loss(classes, p / p.sum(1, keepdims=True), labels=np.arange(p.shape[1])))
+        loss = float(log_losses(y, p).mean())
         own = p[np.arange(len(p)), classes]
         # Ties rank behind: a constant prediction is no hit.
         rank = (p >= own[:, None]).sum(1)
@@ -185,14 +209,14 @@ def whole_task_metrics(
     """
     metrics = task_metrics(task, labels, predicted, groups)
     present = ~np.isnan(labels)
-    y, p = labels[present], predicted[present].astype(np.float64)
+    y, p = labels[present], as_float64(predicted[present])
     if len(y) == 0:
         return metrics
     if task.kind == "regression":
         ratio = float(p.sum() / y.sum()) if y.sum() else float("nan")
         return metrics | {"xauc": xauc(y, p), "calibration": ratio}
     if task.kind == "multiclass":
-        y, p = (p.argmax(1) == y).astype(np.float64), p.max(1)
+        y, p = (p.argmax(1) == y).astype(np.float64), p.max(1).astype(np.float64)
         return metrics | {"ece": expected_calibration_error(y, p, np.ones(len(y)), mass_edges(p))}
     metrics |= {
         "pr_auc": float(average_precision_score(y, p)) if y.any() else float("nan"),
@@ -221,7 +245,7 @@ def weighted_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, weig
         (1.1, 0.25)
     """
     counts = ~np.isnan(labels) & (weights > 0)
-    y, p, w = labels[counts], predicted[counts].astype(np.float64), weights[counts].astype(np.float64)
+    y, p, w = labels[counts], as_float64(predicted[counts]), weights[counts].astype(np.float64)
     if len(y) == 0:
         return {}
     if task.kind == "regression":
@@ -236,8 +260,7 @@ def weighted_metrics(task: Task, labels: np.ndarray, predicted: np.ndarray, weig
     else:
         classes = np.arange(p.shape[1] if p.ndim == 2 else 2)
         shares = np.bincount(y.astype(np.int64), w, len(classes)) / w.sum()
-        p = p / p.sum(1, keepdims=True) if p.ndim == 2 else p
-        loss, entropy = float(log_loss(y, p, labels=classes, sample_weight=w)), _entropy(shares)
+        loss, entropy = float(np.average(log_losses(y, p), weights=w)), _entropy(shares)
         found = {"log_loss": loss, "ne": loss / entropy if entropy > 0 else float("nan")}
         if task.kind == "binary":
             base = float(shares[1])
@@ -301,22 +324,33 @@ def mean_auc(tasks: Sequence[Task], metrics: Mapping[str, Metrics]) -> float:
 
     Tasks whose metric is not defined on this data are left out.
     """
-    watched = _watched(tasks)
-    values = [task_quality(t, metrics[t.name]) for t in watched]
+    values = [task_quality(t, metrics[t.name]) for t in _watched(tasks)]
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
 
 
-def deciding(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float | None]]) -> list[Task]:
-    """The tasks of `mean_auc` that have enough events on this data to decide anything; all where none has.
+def deciding(tasks: Sequence[Task], unsure: Mapping[str, str]) -> list[Task]:
+    """The tasks of which enough is known to decide anything; all where that is so of none.
+
+    Args:
+        unsure: task -> why not, see `mtcl_torchrec.evaluation.supports.unsure_tasks`.
 
     Example:
-        >>> few, many = {"auc": 0.9, "count": 900.0, "base_rate": 0.01}, {"auc": 0.6, "count": 900.0, "base_rate": 0.4}
-        >>> [task.name for task in deciding([Task.binary("like"), Task.binary("click")], {"like": few, "click": many})]
+        >>> tasks = [Task.binary("like"), Task.binary("click")]
+        >>> [task.name for task in deciding(tasks, {"like": "too few events (3)"})]
         ['click']
     """
-    watched = _watched(tasks)
-    return [task for task in watched if not too_few_to_judge(metrics[task.name])] or watched
+    return [task for task in tasks if task.name not in unsure] or list(tasks)
+
+
+def stopping_tasks(tasks: Sequence[Task], watch: Collection[str], unsure: Mapping[str, str]) -> list[Task]:
+    """The tasks whose `mean_auc` early stopping goes by.
+
+    Args:
+        watch: ``training.watch``; what it names decides however few its events.
+        unsure: where it names nothing, those tasks are left out; see `deciding`.
+    """
+    return [task for task in tasks if task.name in watch] or deciding(_watched(tasks), unsure)
 
 
 def _watched(tasks: Sequence[Task]) -> list[Task]:

@@ -43,6 +43,7 @@ def print_columns(
     No figure is ever cut: where even one of them does not fit beside the names, these are told in several lines.
 
     Args:
+        columns, rows: cells may have several lines.
         last: no empty line follows.
 
     Example:
@@ -80,4 +81,4 @@ def print_columns(
 
 
 def _width(cell: str | Text) -> int:
-    return (cell if isinstance(cell, Text) else Text(str(cell))).cell_len
+    return max((line.cell_len for line in (cell if isinstance(cell, Text) else Text(str(cell))).split()), default=0)

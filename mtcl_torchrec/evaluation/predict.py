@@ -10,12 +10,22 @@ import torch
 import torch.distributed as dist
 
 from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate
+from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.models import MTCL
+
+PREDICTING = "predicting rows"
+_BEFORE = "uncalibrated "
 
 
 @torch.no_grad()
 def predict(
-    model: MTCL, rows: EncodedRows, *, batch_size: int = 8192, device: torch.device | None = None
+    model: MTCL,
+    rows: EncodedRows,
+    *,
+    batch_size: int = 8192,
+    device: torch.device | None = None,
+    before: dict[str, np.ndarray] | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, np.ndarray]:
     """Predictions and scores for all rows, in their order.
 
@@ -27,6 +37,9 @@ def predict(
         rows: N rows.
         batch_size: rows a step and rank.
         device: where the model is; the default is the CPU.
+        before: is given the tasks' predictions before calibration, in the form of what is returned; nothing where the
+            model has none.  Not of an ensemble, whose members are calibrated one by one.
+        progress: told of the rows of this rank.
 
     Returns:
         task name -> (N,) or (N, C) float32; the conditional predictions of chains; and ``"score"`` (N,).
@@ -42,18 +55,30 @@ def predict(
     was_training = model.training
     model.eval()
     parts: dict[str, list[np.ndarray]] = {}
+    calibration = None if before is None or hasattr(model, "members") else model.output.calibration
+    given: list[dict[str, torch.Tensor]] = []
+    seen = None if calibration is None else calibration.register_forward_pre_hook(lambda _, of: given.append(of[0]))
+    done, total = 0, sum(map(len, indices))
     try:
+        progress(PREDICTING, 0, total)
         for batch, index in zip(iterate(rows, indices), indices, strict=True):
             batch = batch.to(device)
             out = model(batch.dense_features, batch.sparse_features, batch.requests if compares else None)
-            for name, value in out.items():
+            uncalibrated = {_BEFORE + name: value for name, value in given.pop().items()} if given else {}
+            for name, value in (out | uncalibrated).items():
                 parts.setdefault(name, []).append(value[: len(index)].float().cpu().numpy())
+            done += len(index)
+            progress(PREDICTING, done, total)
     finally:
         model.train(was_training)
-    local = {name: np.concatenate(values) for name, values in parts.items()}
-    if world_size == 1 and not compares:
-        return local
-    return _in_order(local, indices, len(rows), world_size)
+        if seen is not None:
+            seen.remove()
+    found = {name: np.concatenate(values) for name, values in parts.items()}
+    if world_size > 1 or compares:
+        found = _in_order(found, indices, len(rows), world_size)
+    if before is not None:
+        before |= {name.removeprefix(_BEFORE): of for name, of in found.items() if name.startswith(_BEFORE)}
+    return {name: of for name, of in found.items() if not name.startswith(_BEFORE)}
 
 
 def compares_candidates(model: MTCL) -> bool:

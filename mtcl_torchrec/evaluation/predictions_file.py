@@ -24,7 +24,7 @@ METADATA = b"mtcl_torchrec"  # key of what stands beside the columns
 ROWS_AT_ONCE = 262_144  # of a row group
 KEYS = ("user", "item", "request")
 AMOUNT, POPULAR = "amount.", "popular."  # before a task: its column
-_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError)
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class PredictionsTable:
             self._check_labels(task)
         for name in self.predicted_names:
             self._check_predicted(name)
-        if self.score is not None:
-            _refuse("score", np.isnan(self.score), "NaN ranks nowhere")
+        for column in ("score", "popular", *(POPULAR + task.name for task in self.tasks)):
+            if (ranks := self._numbers(column)) is not None:
+                _refuse(column, np.isnan(ranks), "NaN ranks nowhere")
 
     def _check_labels(self, task: Task) -> None:
         labels = self.frame[f"label.{task.name}"].to_numpy(np.float64)
@@ -401,12 +402,16 @@ def read_predictions(path: str | Path, *, columns: Sequence[str] | None = None) 
         }
         frame = arrow.drop_columns(lists).to_pandas(ignore_metadata=True)
         tasks = tuple(Task(**task) for task in about["tasks"])
+        thresholds, values = (
+            {str(name): float(number) for name, number in about[of].items()} for of in ("thresholds", "values")
+        )
         fused = tuple(about.get("fused", ()))
-        return PredictionsTable(frame, tasks, about["split"], classes, about["thresholds"], about["values"], fused)
+        return PredictionsTable(frame, tasks, about["split"], classes, thresholds, values, fused)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (*_UNREADABLE, ValidationError) as error:
-        raise DataError(f"{path}: no file of predictions, or a damaged one ({error})") from None
+        why = " ".join(str(error).split())
+        raise DataError(f"{path}: no file of predictions, or a damaged one ({why})") from None
 
 
 def _about(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import scipy.sparse
 
 from mtcl_torchrec.evaluation.bootstrap import Resampled
-from mtcl_torchrec.evaluation.metrics import BINS, mass_edges
+from mtcl_torchrec.evaluation.metrics import BINS, as_float64, log_losses, mass_edges
 from mtcl_torchrec.evaluation.naming import WEIGHTED
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
@@ -29,7 +30,6 @@ _BY_WEIGHT = {  # what `mtcl_torchrec.evaluation.metrics.weighted_metrics` tells
     "multiclass": ("log_loss", "ne", "top1"),
     "regression": ("mse", "mae", "r2"),
 }
-_TINY = np.finfo(np.float64).eps  # at which scikit-learn cuts a probability before taking its logarithm
 
 
 def resampled_metrics(
@@ -54,7 +54,7 @@ def resampled_metrics(
         present = ~np.isnan(labels)
         if not present.any():
             continue
-        y, p = labels[present], predicted[present].astype(np.float64)
+        y, p = labels[present], as_float64(predicted[present])
         own = (clusters[0][present], clusters[1])
         parts += _of_kind(kind, name, y, p, own, threshold=table.thresholds.get(name))
         if kind == "binary":
@@ -132,11 +132,10 @@ def _probabilities(
     name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, threshold: float | None,
     weights: np.ndarray | None = None,
 ) -> Resampled:  # fmt: skip
-    clipped = np.clip(p, _TINY, 1 - _TINY)
     yes = p >= (2.0 if threshold is None else threshold)
     rows = {
         "n": np.ones(len(y)), "y": y, "p": p, "squares": (p - y) ** 2,
-        "loss": -np.where(y == 1, np.log(clipped), np.log1p(-clipped)),
+        "loss": log_losses(y, p),
         "said": yes.astype(np.float64), "hits": y * yes, **_gaps(y, p),
     }  # fmt: skip
 
@@ -175,30 +174,36 @@ def _order(name: str, y: np.ndarray, p: np.ndarray, clusters: Clusters, weights:
     """AUC and average precision: the rows are sorted once, by falling prediction."""
     order = np.argsort(-p, kind="stable")
     of_row, y, p = clusters[0][order], y[order], p[order]
-    by = np.ones(len(y)) if weights is None else weights[order]
+    by = None if weights is None else weights[order]
     ends = np.flatnonzero(np.r_[p[1:] != p[:-1], True]) + 1  # of rows predicted alike
     starts = np.r_[0, ends[:-1]]
     positives = np.r_[0, np.cumsum(y).astype(np.int64)]
     having = positives[ends] > positives[starts]  # others add nothing to either
     starts, ends = starts[having], ends[having]
-    of_positive, by_positive = of_row[y == 1], by[y == 1]
+    of_positive, by_positive = of_row[y == 1], None if by is None else by[y == 1]
     first, last = positives[starts], positives[ends]
 
     def measured(w: np.ndarray) -> tuple[float, float]:
-        above = np.r_[0.0, np.cumsum(w[of_row] * by)]
-        hits = np.r_[0.0, np.cumsum(w[of_positive] * by_positive)]
+        above, hits = _sums_before(w[of_row], by), _sums_before(w[of_positive], by_positive)
         found, missed = hits[-1], above[-1] - hits[-1]
         if found == 0:
             return np.nan, np.nan
-        mine = hits[last] - hits[first]
-        down_to = above[ends]
-        precision = float((mine * hits[last] / np.where(down_to > 0, down_to, 1)).sum() / found)
+        before, until = hits[first], hits[last]
+        mine, down_to = until - before, above[ends]
+        precision = float((mine * until / np.where(down_to > 0, down_to, 1)).sum() / found)
         if missed == 0:
             return np.nan, precision
-        wrong = above[starts] - hits[first] + (down_to - hits[last])  # twice: those above, and half of the equal ones
-        return float((mine * (missed - wrong / 2)).sum() / (found * missed)), precision
+        wrong = above[starts] - before + (down_to - until)  # twice: those above, and half of the equal ones
+        return float((found * missed - mine @ wrong / 2) / (found * missed)), precision
 
     return Resampled(((name, "auc"), (name, "pr_auc")), lambda weights: np.array([measured(w) for w in weights]))
+
+
+def _sums_before(drawn: np.ndarray, by: np.ndarray | None) -> np.ndarray:
+    """(N + 1,) what the rows before each weigh, and all."""
+    sums = np.zeros(len(drawn) + 1)
+    np.cumsum(drawn if by is None else drawn * by, out=sums[1:])
+    return sums
 
 
 def _grouped(
@@ -226,8 +231,8 @@ def _classes(
     rank = (p >= own[:, None]).sum(1)
     right = (p.argmax(1) == y).astype(np.float64)
     sums = {
-        "n": rows, "loss": -np.log(np.clip(own / p.sum(1), _TINY, 1)), "top1": (rank <= 1) * 1.0,
-        "top5": (rank <= 5) * 1.0, **_gaps(right, p.max(1)),
+        "n": rows, "loss": log_losses(y, p), "top1": (rank <= 1) * 1.0,
+        "top5": (rank <= 5) * 1.0, **_gaps(right, p.max(1).astype(np.float64)),
     }  # fmt: skip
     plain = _of_sums(
         name, sums, clusters,
@@ -236,9 +241,11 @@ def _classes(
         weights,
     )  # fmt: skip
 
+    of_users = scipy.sparse.csr_array((by, (y, cluster)), shape=(p.shape[1], clusters[1]))
+
     def of(drawn: np.ndarray) -> np.ndarray:
         found = plain.of(drawn)
-        sums = np.stack([np.bincount(y, w[cluster] * by, p.shape[1]) for w in drawn]).astype(np.float64)
+        sums = (of_users @ drawn.T).T
         total = sums.sum(1, keepdims=True)
         share = sums / np.where(total > 0, total, 1)
         entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from mtcl_torchrec.data.columns import as_text, canonical
 from mtcl_torchrec.evaluation.bootstrap import clusters_of
-from mtcl_torchrec.evaluation.estimates import task_estimates
+from mtcl_torchrec.evaluation.estimates import Estimate, task_estimates
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.schema import DataError, nearest
@@ -109,6 +109,7 @@ def split_by_segment(table: PredictionsTable, name: str) -> Iterator[tuple[str, 
 
 
 QUALITY = {"binary": "auc", "multiclass": "ne", "regression": "r2"}  # what a segment is told by
+BESIDE = {"multiclass": "top1", "regression": "mae"}  # and what it is told by as well, in the labels' own terms
 
 
 def of_segment(rows: PredictionsTable) -> dict[str, dict[str, Any]]:
@@ -116,7 +117,8 @@ def of_segment(rows: PredictionsTable) -> dict[str, dict[str, Any]]:
 
     Returns:
         ``value`` of `QUALITY` of its kind, ``half`` of its 95 % interval over users, ``events`` (of a binary task; else
-        labels), and ``unsure``, why nothing can be sure here; ``""`` where it can.
+        labels), and ``unsure``, why nothing can be sure here; ``""`` where it can.  Of classes and numbers, also
+        ``beside``: a value and half of `BESIDE`, under the metric's name.
 
     Example:
         >>> from mtcl_torchrec.schema import Task
@@ -127,14 +129,18 @@ def of_segment(rows: PredictionsTable) -> dict[str, dict[str, Any]]:
     clusters = clusters_of(rows)
     support, found = supports_of(rows, clusters), {}
     for name in rows.predicted_names:
-        metric, labels = QUALITY[rows.task(name).kind], rows.labels(name)
-        estimate = task_estimates(rows, name, *clusters).get(metric)
-        rests = support(name, metric)
-        half = np.nan if estimate is None else rests.quantile * estimate.error
-        known = ~np.isnan(labels)
-        events = int((labels[known] > 0).sum()) if metric == "auc" else int(known.sum())
-        value = np.nan if estimate is None else estimate.value
-        found[name] = {"value": value, "half": half, "events": events, "unsure": rests.unsure}
+        kind, labels = rows.task(name).kind, rows.labels(name)
+        estimates, known = task_estimates(rows, name, *clusters), ~np.isnan(labels)
+
+        def told(metric: str, of: str = name, estimates: Mapping[str, Estimate] = estimates) -> dict[str, Any]:
+            if (estimate := estimates.get(metric)) is None:
+                return {"value": np.nan, "half": np.nan}
+            return {"value": estimate.value, "half": support(of, metric).quantile * estimate.error}
+
+        events = int((labels[known] > 0).sum()) if kind == "binary" else int(known.sum())
+        found[name] = {**told(QUALITY[kind]), "events": events, "unsure": support(name, QUALITY[kind]).unsure}
+        if kind in BESIDE:
+            found[name]["beside"] = {BESIDE[kind]: told(BESIDE[kind])}
     return found
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
 
 from mtcl_torchrec.evaluation.confidence import Support, rests_on, support_of, weakest
+from mtcl_torchrec.evaluation.estimates import clusters_of
 from mtcl_torchrec.evaluation.naming import parts_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import RankedRows, reward_of
 from mtcl_torchrec.evaluation.resampled import RANKING
+from mtcl_torchrec.schema import Task
 
 Supports = Callable[[str, str], Support]  # (task or "ranking", metric) -> what it rests on
 _CHOSEN = ("rate", "recall", "hit", "value", "novelty")  # which are the same in any order where all rows are shown
@@ -89,3 +91,29 @@ def supports_of(
         return of_users(name) if parts.measure == "gauc" else of_task(name, parts.weighted)
 
     return support
+
+
+def unsure_tasks(tasks: Sequence[Task], labels: np.ndarray, users: np.ndarray | None) -> dict[str, str]:
+    """Task -> why nothing can be sure of it on some rows, in a few words; of those tasks of which that is so.
+
+    What is chosen by a mean over tasks (an epoch, a trial) leaves them out: noise would decide.
+
+    Args:
+        tasks: T of them.
+        labels: (N, T), NaN where missing.
+        users: (N,) keys, NaN or None where not known; None where no user is.
+
+    Example:
+        >>> labels = np.stack([np.arange(300) % 2, np.arange(300) % 100 == 0], axis=1).astype(float)
+        >>> unsure_tasks([Task.binary("click"), Task.binary("like")], labels, np.arange(300) // 10)
+        {'like': 'too few events (3)'}
+    """
+    clusters = clusters_of(users, len(labels))
+    found = dict[str, str]()
+    for task, of in zip(tasks, labels.T, strict=True):
+        known = ~np.isnan(of)
+        rest = support_of(of, clusters) if task.kind == "binary" else rests_on(known, clusters, "label")
+        one = "" if task.kind == "binary" or len(np.unique(of[known])) > 1 else "one label throughout"
+        if why := rest.unsure or one:
+            found[task.name] = why
+    return found

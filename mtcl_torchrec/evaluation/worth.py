@@ -214,11 +214,12 @@ def verdict_of(table: PredictionsTable, lengths: Sequence[int]) -> Verdict | Non
     )
 
 
-def verdict_lines(verdict: Verdict, of: str) -> list[str]:
+def verdict_lines(verdict: Verdict, of: str, asked: str = "Does fusing pay?") -> list[str]:
     """Whether fusing pays, in a line for the answer and what is said of it, and one for what ± is.
 
     Args:
         of: what rows, such as ``"on folds left out"``.
+        asked: the question that they answer.
 
     Example:
         >>> found = Verdict("value@5", 2.312, (Rival("head click", 2.293, 0.019, 0.012),), "users")
@@ -238,7 +239,7 @@ def verdict_lines(verdict: Verdict, of: str) -> list[str]:
         unsure = f", {verdict.unsure or 'how sure is not known'}" if math.isnan(rival.half) else NO_DIFFERENCE
         parts.append(f"{lead_of(rival)} on {other} ({rival.worth:.4f})" + unsure * (rival.sign == 0))
     word = {"yes": "Yes", "no": "No", "not shown": "Not shown"}[verdict.word]
-    lines = [f"Does fusing pay?  {word}: {verdict.measure} {verdict.worth:.4f} {of}, {'; '.join(parts)}"]
+    lines = [f"{asked}  {word}: {verdict.measure} {verdict.worth:.4f} {of}, {'; '.join(parts)}"]
     known = any(not math.isnan(rival.half) for rival in verdict.rivals)
     return [*lines, f"± is half of a 95 % interval, paired over {verdict.paired}"] if known else lines
 

@@ -23,7 +23,7 @@ from mtcl_torchrec.fusing.fitted import FittedFusion, Tried
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.learned import train_setting
 from mtcl_torchrec.fusing.pareto import pareto_front
-from mtcl_torchrec.fusing.rivals import verdict_on
+from mtcl_torchrec.fusing.rivals import verdict_in_target, verdict_on
 from mtcl_torchrec.fusing.search import Problem, Search, search_weights, unit
 from mtcl_torchrec.fusing.targets import Constraint, OfRows, check_choice, parse_constraints, parse_target
 from mtcl_torchrec.fusing.weights import (
@@ -163,6 +163,7 @@ def fit_fusion(
         folds=folds,
         left_for_values=left_for_values,
         pays=verdict_on(held_out, best.scores, entering, goal, values or {}, fold=fold),
+        pays_in_target=verdict_in_target(held_out, best.scores, entering, goal, values or {}, fold=fold),
         about={
             "rows": len(held_out), "requests": held_out.requests, "requests_are": held_out.requests_are,
             "users": None if held_out.user is None else len(np.unique(held_out.user)),

@@ -91,6 +91,7 @@ class FittedFusion:
         left_for_values: what was better on the folds left out, but not by more than chance, so that the values stay the
             weights: its name, its lead, half of the 95 % interval of that; None where nothing was.
         pays: the fused score on the folds left out against the best single head and popularity.
+        pays_in_target: the same in what was fitted for, where `pays` is of the realised value instead.
     """
 
     combiner: Combiner
@@ -108,6 +109,7 @@ class FittedFusion:
     front: pd.DataFrame | None = None
     left_for_values: tuple[str, float, float] | None = None
     pays: Verdict | None = None
+    pays_in_target: Verdict | None = None
 
     @property
     def chosen(self) -> Tried:
@@ -175,6 +177,7 @@ class FittedFusion:
                 "tried": self.table().to_dict("records"),
                 "constraints_kept": self.chosen.kept,
                 "pays": None if self.pays is None else self.pays.to_json(),
+                "pays_in_target": None if self.pays_in_target is None else self.pays_in_target.to_json(),
                 "front": None if self.front is None else self.front.to_dict("records"),
             }
         )  # fmt: skip

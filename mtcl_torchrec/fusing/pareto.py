@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mtcl_torchrec.drawing import plain_text
 from mtcl_torchrec.fusing.combiners import Setting, combiner_of
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import ranking_auc
@@ -97,11 +98,17 @@ def draw_front(fitted: FittedFusion, path: str | Path) -> None:
     if fitted.front is None:
         raise ConfigError("no Pareto front was computed: front_points was 0")
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError("a picture needs matplotlib: pip install 'mtcl_torchrec[plots]'") from None
-    frame = fitted.front
+    with plain_text():
+        _draw(fitted, fitted.front, path)
+
+
+def _draw(fitted: FittedFusion, frame: pd.DataFrame, path: str | Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     tasks = [column.removeprefix("loss ") for column in frame.columns if column.startswith("loss ")]
     columns = 2 if len(tasks) in (2, 4) else min(len(tasks), 3) or 1
     rows = math.ceil(len(tasks) / columns) or 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from mtcl_torchrec.evaluation.ranking import auc_by_request
 from mtcl_torchrec.evaluation.worth import POPULARITY, Verdict, does_fusing_pay
 from mtcl_torchrec.fusing.held_out import HeldOut
 from mtcl_torchrec.fusing.targets import Target, parse_target
@@ -44,7 +46,38 @@ def verdict_on(
         >>> found.worth, found.rivals[0].name, found.rivals[0].ahead, found.unsure
         (8.0, 'head click', 7.0, 'too few events (4)')
     """
-    measure = _measure(held_out, target, values)
+    return _verdict(held_out, scores, tasks, _measure(held_out, target, values), values, fold)
+
+
+def verdict_in_target(
+    held_out: HeldOut,
+    scores: np.ndarray,
+    tasks: Sequence[str],
+    target: Target,
+    values: Mapping[str, float],
+    *,
+    fold: np.ndarray | None = None,
+) -> Verdict | None:
+    """The same comparison in what was fitted for, such as ``gauc:like``; None where `verdict_on` is of that already.
+
+    Without folds, the differences of a GAUC are paired over users, as those of a ratio of sums over requests.
+
+    Args:
+        held_out, scores, tasks, target, values, fold: as of `verdict_on`.
+    """
+    if _measure(held_out, target, values).name == target.name:
+        return None
+    return _verdict(held_out, scores, tasks, target if fold is not None else _by_request(target), values, fold)
+
+
+def _verdict(
+    held_out: HeldOut,
+    scores: np.ndarray,
+    tasks: Sequence[str],
+    measure: Target,
+    values: Mapping[str, float],
+    fold: np.ndarray | None,
+) -> Verdict:
     by_request = np.ndim(measure.of(held_out, scores)) > 0
     folds = None if fold is None or by_request else [held_out.take(fold == n) for n in range(int(fold.max()) + 1)]
 
@@ -73,3 +106,21 @@ def _measure(held_out: HeldOut, target: Target, values: Mapping[str, float]) -> 
         return target
     asked = re.fullmatch(r"ndcg@(\d+)", target.name)
     return parse_target(f"value@{asked[1] if asked else 5}", values, held_out.labels)
+
+
+def _by_request(target: Target) -> Target:
+    """A GAUC as numbers of requests (R,) whose mean it is: v + n (a - v) / n̄ of a request of n rows and AUC a, where v
+    is the GAUC and n̄ the mean of n.  Their spread is that of a ratio of sums (delta method)."""
+    labels = target.labels
+    if labels is None or not target.name.startswith("gauc:"):
+        return target
+
+    def of(held_out: HeldOut, ranked_by: np.ndarray) -> np.ndarray:
+        areas, rows = auc_by_request(held_out.numbers, ranked_by, labels(held_out))
+        both = ~np.isnan(areas)
+        if not both.any():
+            return areas
+        gauc = np.average(areas[both], weights=rows[both])
+        return gauc + rows * (areas - gauc) / rows[both].mean()
+
+    return replace(target, of=of)

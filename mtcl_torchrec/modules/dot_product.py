@@ -11,10 +11,18 @@ item and context together are of neither side and left out: the item's vector mu
 head reads the input as the embeddings give it, before any gate or interaction, which would mix the sides; it has no
 part in trunk or towers.  In a task restricted by `Task.inputs` it reads what the task may see.
 
+A ``tower_dot`` head adds the logit of the task's tower.  The product says at once what a network learns slowly (Rendle
+et al., *Neural Collaborative Filtering vs. Matrix Factorization Revisited*, RecSys 2020), the tower what is no product:
+so DeepFM (Guo et al., IJCAI 2017) adds a factorisation machine and a network over the same embeddings.
+
 With `Head.factors`, u = d^¼ Σ p + W_U x_U and v = d^¼ Σ q + W_I x_I, where p and q are the embeddings of the features
 that it names, and the maps read the other columns (the biases read all).  Of a user's and an item's id, p and q are the
 factors of matrix factorisation, and their part of the logit is ⟨p, q⟩.  Their L2 is ``l2_embedding``
 (`mtcl_torchrec.modules.regularisers`): of embeddings that go through a map, it would only make the map larger.
+With `Head.bilinear`, u = d^¼ W Σ p + W_U x_U with a (d, d) matrix W of the task, and the part of the factors is qᵀ W p:
+one matrix for each kind of event over vectors that all of them share, as in RESCAL (Nickel, Tresp and Kriegel, *A
+Three-Way Model for Collective Learning on Multi-Relational Data*, ICML 2011).  W starts near the identity, at random:
+from equal matrices, the tasks would part slowly.
 """
 
 from __future__ import annotations
@@ -81,6 +89,8 @@ class DotHead(nn.Module):
         factors = factor_columns(task, blocks, users, items)
         self.register_buffer("user_factors", torch.tensor(factors[0], dtype=torch.int64), persistent=False)
         self.register_buffer("item_factors", torch.tensor(factors[1], dtype=torch.int64), persistent=False)
+        near_identity = torch.eye(self.dim) + 0.2 * torch.randn(self.dim, self.dim)
+        self.bilinear = nn.Parameter(near_identity) if task.head.bilinear else None
         self.user = nn.Linear(len(users), self.dim + 1, bias=False)
         self.item = nn.Linear(len(items), self.dim + 1, bias=False)
         for side, columns, of in (("user", users, factors[0]), ("item", items, factors[1])):
@@ -103,20 +113,27 @@ class DotHead(nn.Module):
             of_row, first: see `mtcl_torchrec.modules.towers.Alike`: a user's vector is computed once.
         """
         asking = x if first is None else x.index_select(0, first)
-        user = self._vector(self.user, asking, self.user_columns, self.user_factors, self.user_mapped)
+        user = self._vector(self.user, asking, self.user_columns, self.user_factors, self.user_mapped, self.bilinear)
         user = user if of_row is None else user.index_select(0, of_row)
         item = self._vector(self.item, x, self.item_columns, self.item_factors, self.item_mapped)
         product = (user[:, : self.dim] * item[:, : self.dim]).sum(1) / math.sqrt(self.dim)
         return DotProduct(product + user[:, self.dim] + item[:, self.dim] + self.bias, user, item)
 
     def _vector(
-        self, linear: nn.Linear, x: torch.Tensor, columns: torch.Tensor, factors: torch.Tensor, mapped: torch.Tensor
+        self,
+        linear: nn.Linear,
+        x: torch.Tensor,
+        columns: torch.Tensor,
+        factors: torch.Tensor,
+        mapped: torch.Tensor,
+        bilinear: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, d + 1) of a side."""
         seen = x.index_select(1, columns)
         if not len(factors):
             return linear(seen).float()
         own = x.index_select(1, factors).float().unflatten(1, (len(factors) // self.dim, self.dim)).sum(1)
+        own = own if bilinear is None else F.linear(own, bilinear)
         return F.linear(seen, linear.weight * mapped).float() + F.pad(self.dim**0.25 * own, (0, 1))
 
 
@@ -137,7 +154,7 @@ def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], l
         if not block.groups:
             named = f"feature_groups must name the group of {block.feature!r}"
             raise ConfigError(
-                f"task {task.name!r}: head dot tells columns of the user from those of the item: "
+                f"task {task.name!r}: head {task.head.kind} tells columns of the user from those of the item: "
                 + (named if block.feature else "dense_groups must name the groups of each dense column")
             )
         if block.task not in (None, task.name) or not set(block.groups) <= set(task.inputs):
@@ -147,7 +164,7 @@ def side_columns(task: Task, blocks: Sequence[InputBlock]) -> tuple[list[int], l
             sides[side] += range(start, start + block.width)
     for side, columns in sides.items():
         if not columns:
-            raise ConfigError(f"task {task.name!r}: head dot sees no column of the {side}")
+            raise ConfigError(f"task {task.name!r}: head {task.head.kind} sees no column of the {side}")
     return sides["user"], sides["item"]
 
 

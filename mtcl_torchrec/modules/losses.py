@@ -18,7 +18,7 @@ from mtcl_torchrec.modules.fusion.joint import FusedLoss
 from mtcl_torchrec.modules.guard import LARGEST, Skipped, SkippedSteps, stop_gradient_if
 from mtcl_torchrec.modules.heads import loss_per_row
 from mtcl_torchrec.modules.rare import NegativeSampling, PairwiseLoss
-from mtcl_torchrec.modules.regularisers import REGULARISERS, Regularisers
+from mtcl_torchrec.modules.regularisers import Regularisers
 from mtcl_torchrec.modules.sampled_softmax import DotLosses
 from mtcl_torchrec.schema import Task, check_weights
 
@@ -99,7 +99,8 @@ class MultiTaskLoss(nn.Module):
         self.register_buffer("task_weights", torch.tensor([t.weight for t in self.tasks]), persistent=False)
         self.chains = ChainLoss(self.tasks)
         score = [] if fused_loss is None else ["the score"]
-        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *self.chains.names, *REGULARISERS, *score])
+        watched = self.regularisers.watched
+        self.skipped_steps = SkippedSteps([*(t.name for t in self.tasks), *self.chains.names, *watched, *score])
 
     @property
     def found_inf(self) -> torch.Tensor:
@@ -168,15 +169,17 @@ class MultiTaskLoss(nn.Module):
         labelled, known = present.any(1).float(), torch.where(present, labels, 0.0)
         safe = {name: stop_gradient_if(value, skip) for name, value in logits.items()}
         sums, counts, bad = self._parts(safe, known, weights, batch)
-        penalised = self.regularisers.sums(pooled, labelled, skip)
+        penalised = self.regularisers.sums(pooled, labelled, skip, batch.sparse_features)
         of_score, scored = self._score_sums(score, labels, present, batch, skip)
         beside = torch.cat([sums.new_zeros(0), *(s.flatten() for s in penalised.values()), of_score])
         totals, of_all, any_bad = self._over_ranks(
             torch.cat([counts, scored, labelled.sum().reshape(1)]),
             beside.detach() if self.weighting is None else torch.cat([beside, sums]).detach(),
-            torch.cat([bad, _bad_regularisers(penalised, skip), _of_no_use(of_score)]),
+            torch.cat([bad, _bad_regularisers(penalised, self.regularisers.watched, skip), _of_no_use(of_score)]),
             skip,
         )
+        if self.regularisers.row_penalty is not None:
+            self.regularisers.row_penalty.take_back(skip)
         _, ranks = self._place()
         counts, scored = totals[: len(counts)], totals[len(counts) : -1]
         per_task = self._per_task(_average(ranks * sums, counts))
@@ -320,7 +323,7 @@ def _of_no_use(sums: torch.Tensor) -> torch.Tensor:
     return ~(sums.detach().abs() <= LARGEST)  # NaN too
 
 
-def _bad_regularisers(sums: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """(regularisers,) bool: it is of no use."""
+def _bad_regularisers(sums: Mapping[str, torch.Tensor], names: Sequence[str], like: torch.Tensor) -> torch.Tensor:
+    """(names,) bool: the regulariser is of no use."""
     none = torch.zeros((), dtype=torch.bool, device=like.device)
-    return torch.stack([_of_no_use(sums[name]).any() if name in sums else none for name in REGULARISERS])
+    return torch.stack([_of_no_use(sums[name]).any() if name in sums else none for name in names])

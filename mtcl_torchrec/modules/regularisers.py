@@ -20,11 +20,13 @@ from torch.nn import functional as F
 from mtcl_torchrec.modules.embeddings import Pooled, inputs_as_one, pooled_by_key
 from mtcl_torchrec.modules.guard import stop_gradient_if
 from mtcl_torchrec.modules.lookups import Lookups
+from mtcl_torchrec.modules.row_penalty import RowPenalty
 from mtcl_torchrec.schema import ConfigError, nearest
 
-REGULARISERS = ("l2_embedding", "l2_dense", "expert_orthogonality", "gate_balance")
+REGULARISERS = ("l2_embedding", "l2_rows", "l2_dense", "expert_orthogonality", "gate_balance")
 _OF_EXPERTS = ("expert_orthogonality", "gate_balance")
-_NO_WEIGHTS = {"bias", "biases", "scales", "shifts", "missing"}  # parts of names
+# Parts of names; of a dot head's bilinear form, decay would only make the factors large.
+_NO_WEIGHTS = {"bias", "biases", "scales", "shifts", "missing", "bilinear"}
 
 
 class _Mixing(Protocol):
@@ -51,6 +53,8 @@ class Regularisers(nn.Module):
     - ``l2_embedding``: mean of ‖pooled embeddings‖² over rows, which pulls at the table rows that the batch looked up,
       as often as they were: what matrix factorisation adds to each rating (Koren, Bell and Volinsky, Computer 2009,
       eq. 5).  λ is one number for all inputs, or feature -> λ; a feature that is left out has 0.
+    - ``l2_rows``: feature -> λ of the mean of ‖row‖² over the rows of its table, for features of one id: a Gaussian
+      prior, see `mtcl_torchrec.modules.row_penalty`.  Where all ids are equally frequent, it is ``l2_embedding``.
     - ``l2_dense``: Σ W² over all dense weights, biases and scales of norms left out.  Under Adam this is not AdamW's
       decay, which the dense optimizer has as `weight_decay`.
     - ``expert_orthogonality``: mean of cos² between the outputs of two experts, over rows and pairs of a level: 0 where
@@ -62,11 +66,14 @@ class Regularisers(nn.Module):
       over Σₑ evenₑ, which is CV² where all gates see all experts.
 
     Args:
-        weights: name -> λ; a name that is left out has 0.  That of ``l2_embedding`` may be feature -> λ.
+        weights: name -> λ; a name that is left out has 0.  That of ``l2_embedding`` may be feature -> λ, that of
+            ``l2_rows`` is.
         tower: holds the dense parameters and tells its levels of experts; needed for all but ``l2_embedding``.  It
             does not become a part of this module.
         lookups: the inputs beside the tables; their weights are dense weights, too.  Needed for a λ by feature.  It
             does not become a part either.
+        rows: feature -> rows of its table, for ``l2_rows``.
+        process_group: the ranks that share a global batch; None is the default group.
 
     Raises:
         ValueError: an unknown name, a negative λ, or (a ConfigError) a penalty on experts where there are none, or an
@@ -82,20 +89,28 @@ class Regularisers(nn.Module):
         weights: Mapping[str, float | Mapping[str, float]] | None = None,
         tower: _Mixing | None = None,
         lookups: Lookups | None = None,
+        rows: Mapping[str, int] | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.weights: dict[str, float] = {}
         self._of_inputs: dict[str, float] = {}  # key of an input -> λ, where `l2_embedding` tells them apart
+        self._of_rows: dict[str, float] = {}  # the same of `l2_rows`
+        self.row_penalty: RowPenalty | None = None
         given = dict(weights or {})
         for name in given:
             if name not in REGULARISERS:
                 raise ValueError(f"no regulariser {name!r}{nearest(name, REGULARISERS)}")
         for name in (name for name in REGULARISERS if name in given):
             weight = given[name]
-            if isinstance(weight, Mapping):
+            if name == "l2_rows":
+                weight = self._with_rows(weight, lookups, rows or {}, process_group)
+            elif isinstance(weight, Mapping):
                 if name != "l2_embedding":
-                    raise ValueError(f"regulariser {name!r}: a weight is one number; l2_embedding alone is by feature")
-                self._of_inputs = _by_key(weight, lookups)
+                    raise ValueError(
+                        f"regulariser {name!r}: a weight is one number; l2_embedding and l2_rows are by feature"
+                    )
+                self._of_inputs = _by_key(name, weight, lookups)
                 weight = 1.0 if self._of_inputs else 0.0
             check_weight(name, weight)
             if weight > 0:
@@ -110,12 +125,34 @@ class Regularisers(nn.Module):
         for level in tower.expert_levels() if tower is not None else ():
             level.balanced = "gate_balance" in self.weights
 
+    def _with_rows(self, weight: Any, lookups: Lookups | None, rows: Mapping[str, int], process_group: Any) -> float:
+        """Make what `l2_rows` needs; 1 where there is something to penalise, else 0."""
+        if not isinstance(weight, Mapping):
+            raise ValueError("regulariser 'l2_rows': weights are by feature, such as {user_id: 0.05}")
+        self._of_rows = _by_key("l2_rows", weight, lookups)
+        of_features = {feature: float(of) for feature, of in weight.items() if of > 0}
+        if not of_features:
+            return 0.0
+        for feature in of_features:
+            if feature not in rows:
+                raise ConfigError(f"regulariser 'l2_rows': {feature!r} has no table whose rows it looks up")
+        self.row_penalty = RowPenalty(of_features, rows, process_group)
+        return 1.0
+
     @property
     def active(self) -> tuple[str, ...]:
         """The regularisers with a weight above 0."""
         return tuple(self.weights)
 
-    def sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> dict[str, torch.Tensor]:
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The regularisers whose failures are counted by name: a checkpoint from before ``l2_rows`` has no place for
+        it."""
+        return tuple(name for name in REGULARISERS if name != "l2_rows" or name in self.weights)
+
+    def sums(
+        self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor, sparse_features: Any = None
+    ) -> dict[str, torch.Tensor]:
         """What each active regulariser needs to know of this rank's rows, summed over them: (Q,), Q its own.
 
         In evaluation mode those of experts have nothing: levels keep what they mixed in training only.
@@ -124,12 +161,18 @@ class Regularisers(nn.Module):
             pooled: the embedding-bag collection's output.
             labelled: (B,) float, 1 where a row has a label.
             skip: () bool: gradients are exactly zero where this is True by the time of the backward pass.
+            sparse_features: the batch's KeyedJaggedTensor, for ``l2_rows``.
 
         Raises:
             ValueError: a penalty on experts, and in this batch none were mixed.
         """
         asked = [name for name in self.active if self.training or name not in _OF_EXPERTS]
-        return {name: getattr(self, f"_{name}_sums")(pooled, labelled, skip) for name in asked}
+        return {
+            name: self._l2_rows_sums(pooled, labelled, skip, sparse_features)
+            if name == "l2_rows"
+            else getattr(self, f"_{name}_sums")(pooled, labelled, skip)
+            for name in asked
+        }
 
     def penalty(self, averages: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """() Σ λₖ Rₖ from the averages over the global batch of what `sums` added up."""
@@ -157,6 +200,19 @@ class Regularisers(nn.Module):
             pooled = inputs_as_one(pooled, lookups.penalised)
         values = stop_gradient_if(_values(pooled), skip)
         return (labelled * values.float().square().sum(1)).sum().reshape(1)
+
+    def _l2_rows_sums(
+        self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor, sparse_features: Any
+    ) -> torch.Tensor:
+        lookups, row_penalty = self._lookups[0], self.row_penalty
+        assert lookups is not None
+        assert row_penalty is not None
+        inputs, of_ids = pooled_by_key(pooled, lookups.dims), row_penalty(sparse_features)
+        of_rows = [
+            of_ids[key.partition("@")[0]] * stop_gradient_if(inputs[key], skip).float().square().sum(1)
+            for key in self._of_rows
+        ]
+        return (labelled * torch.stack(of_rows).sum(0)).sum().reshape(1)
 
     def _l2_dense_sums(self, pooled: Pooled, labelled: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         tower = self._tower[0]
@@ -227,17 +283,17 @@ def check_weight(name: str, weight: float) -> None:
         raise ValueError(f"regulariser {name!r}: a weight is a number of at least 0, not {weight}")
 
 
-def _by_key(of_features: Mapping[str, float], lookups: Lookups | None) -> dict[str, float]:
+def _by_key(name: str, of_features: Mapping[str, float], lookups: Lookups | None) -> dict[str, float]:
     """Key of an input -> λ of its feature, where that is above 0: a feature may be looked up in several tables."""
     if lookups is None:
-        raise ValueError("regulariser 'l2_embedding' by feature needs the model's lookups")
+        raise ValueError(f"regulariser {name!r} by feature needs the model's lookups")
     keys: dict[str, list[str]] = {}
     for key in lookups.penalised:
         keys.setdefault(key.partition("@")[0], []).append(key)
     for feature, weight in of_features.items():
-        check_weight(f"l2_embedding.{feature}", weight)
+        check_weight(f"{name}.{feature}", weight)
         if feature not in keys:
-            raise ConfigError(f"regulariser 'l2_embedding': no embedded feature {feature!r}{nearest(feature, keys)}")
+            raise ConfigError(f"regulariser {name!r}: no embedded feature {feature!r}{nearest(feature, keys)}")
     return {key: float(weight) for feature, weight in of_features.items() if weight > 0 for key in keys[feature]}
 
 

@@ -195,6 +195,13 @@ class Popularity(nn.Module):
             self.total += known.sum()
         return torch.where(known, self.counts[place], 0).float()
 
+    @torch.no_grad()
+    def take_back(self, items: torch.Tensor, when: torch.Tensor) -> None:
+        """As if the items (N,), counted before, had not been, where `when`, () bool, is True; nobody waits for it."""
+        known = (items >= 0) & when
+        self.counts.index_add_(0, items.remainder(len(self.counts)), -known.to(torch.int64))
+        self.total -= known.sum()
+
 
 class _SoftmaxSums(torch.autograd.Function):
     """Σ w_b ℓ_b and Σ w_b over this rank's rows, of those that have an item and a negative.

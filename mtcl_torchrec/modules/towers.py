@@ -43,8 +43,9 @@ class MultiTaskTower(nn.Module):
 
     It holds no embedding table, so TorchRec's pipelines treat it as one leaf and it may branch as it likes.
 
-    Tasks with a dot head read the concatenated embeddings themselves: trunk and towers are built for the others alone,
-    and not at all where there are none.
+    Dot heads read the concatenated embeddings themselves: trunk and towers are built for the tasks that have a tower,
+    and not at all where there are none.  A task with both has the sum of the two logits, which start at the base rate
+    together.
 
     Args:
         dims: key of each pooled embedding -> its width.
@@ -152,9 +153,9 @@ class MultiTaskTower(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.dot_heads = nn.ModuleDict(
             {
-                str(number): DotHead(task, blocks, starts.get(task.name))
+                str(number): DotHead(task, blocks, torch.zeros(1) if task.in_trunk else starts.get(task.name))
                 for number, task in enumerate(self.tasks)
-                if not task.in_trunk
+                if task.has_dot
             }
         )
 
@@ -240,7 +241,11 @@ class MultiTaskTower(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 logits = self._of_heads(h.float())
         for number, read in zip(of_dots, reads, strict=True):
-            logits |= self._of_dot(number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike)
+            of_dot = self._of_dot(number, read if frozen is None else stop_gradient_if(read, frozen[number]), alike)
+            name = self.tasks[number].name
+            if name in logits:
+                of_dot[name] = logits[name] + of_dot[name]
+            logits |= of_dot
         return logits
 
     def _of_heads(self, h: torch.Tensor) -> Logits:

@@ -23,7 +23,7 @@ from mtcl_torchrec.report.layout import Section
 from mtcl_torchrec.report.page import render
 from mtcl_torchrec.report.studio import DASHES, MARKERS, Colours, Picture, Studio, ticks
 from mtcl_torchrec.report.tables import Table, cost_tables, number
-from mtcl_torchrec.report.verdict import Answer
+from mtcl_torchrec.report.verdict import Answer, in_doubt
 from mtcl_torchrec.report.words import listed
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.directory import replace_file
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COUNTS = ("count", "base_rate")
-_NAMED = 6  # metrics in a sentence
 _CURVES = 4  # runs that are told apart in one picture
 
 
@@ -88,10 +87,11 @@ def from_differences(by_run: Sequence[Sequence[Difference]]) -> list[Compared]:
     for key in dict.fromkeys(key for of in tables for key in of):
         met = [of.get(key) for of in tables]
         first = next(m.a for m in met if m is not None)
+        costs = any(m is not None and m.unwanted for m in met)
         compared.append(
             Compared(
                 key[0],
-                label_of(key[1]),
+                label_of(key[1]) + ", less is better" * costs,
                 [first, *(math.nan if m is None else m.b for m in met)],
                 [None if m is None else (m.difference, m.low, m.high) for m in met],
                 signs=[0 if m is None or m.better is None else 1 if m.better == "b" else -1 for m in met],
@@ -156,8 +156,9 @@ def compare_html(
     contents = [read_contents(folder) for folder in runs]
     names = run_names([run.folder for run in contents])
     found = compared_aucs(contents) if statistics is None else list(statistics)
+    answers = _in_doubt(names, contents, _answers(names, found))
     page = render(
-        "compare.html", names=names, answers=_answers(names, found), split=contents[0].split,
+        "compare.html", names=names, answers=answers, split=contents[0].split,
         sections=_sections(contents, names, found, studio),
         notes=list(dict.fromkeys(f"{n}: {m}" for n, run in zip(names, contents, strict=True) for m in _lacks(run))),
     )  # fmt: skip
@@ -199,9 +200,9 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
             continue
         signs = {1: "better", -1: "worse", 0: "too close to call"}
         groups = {s: [f"{c.name} ({c.metric})" for c in judged if c.sign(r) == s and not c.unsure] for s in signs}
-        lines = [f"{word.capitalize()}: {_some(groups[s])}." for s, word in signs.items() if groups[s]]
-        if rare := list(dict.fromkeys(f"{c.name}: {c.unsure}" for c in judged if c.unsure)):
-            lines.append(f"Cannot be sure: {_some(rare)}.")
+        lines = [f"{word.capitalize()}: {listed(groups[s])}." for s, word in signs.items() if groups[s]]
+        if rare := list(dict.fromkeys(f"{c.name} ({c.metric}), {c.unsure}" for c in judged if c.unsure)):
+            lines.append(f"Cannot be sure: {listed(rare)}.")
         judged = [c for c in judged if not c.unsure]
         better, worse = len(groups[1]), len(groups[-1])
         if better and not worse:
@@ -217,9 +218,10 @@ def _answers(names: Sequence[str], found: Sequence[Compared]) -> list[Answer]:
     return answers
 
 
-def _some(names: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
-    return listed(names) if len(names) <= _NAMED + 2 else f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
+def _in_doubt(names: Sequence[str], runs: Sequence[RunContents], answers: Sequence[Answer]) -> list[Answer]:
+    """The answers, after what puts the figures of the first run or of the one in question in doubt."""
+    doubts = [[f"{name}: {line}" for line in run.doubts] for name, run in zip(names, runs, strict=True)]
+    return [in_doubt(answer, [*doubts[0], *of]) for answer, of in zip(answers, doubts[1:], strict=True)]
 
 
 def _sections(
@@ -276,7 +278,8 @@ def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
                 tones[r, 1 + len(names) + run] = "good" if sign > 0 else "bad"
         rows.append([c.name, c.metric, *cells])
     gains = [f"{name} less {names[0]}" for name in names[1:]]
-    note = "With 95% intervals. ▲ is better than the first run, ▼ worse; the rest is too close to call."
+    tested = ", all of a run tested together (Holm)" * any(c.signs is not None for c in found)
+    note = f"With 95% intervals. ▲ is better than the first run, ▼ worse{tested}; the rest is too close to call."
     if any(c.unsure for c in found):
         note += " Grey: too few events to be sure."
     return Table("Compared", ["of", "metric", *names, *gains], rows, note, tones)

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from mtcl_torchrec.baselines.keys import of_other_runs
+from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.evaluation.estimates import clusters_of
 from mtcl_torchrec.evaluation.naming import parts_of
 from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
 from mtcl_torchrec.evaluation.report import same_events
-from mtcl_torchrec.schema import DataError
+from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about
 from mtcl_torchrec.training.directory import CHECKPOINTS, FUSION, METRICS, PREDICTIONS, readable_folder
 from mtcl_torchrec.training.fitted import REPORT
@@ -79,6 +81,11 @@ class RunContents:
         """Names, in the order of the schema."""
         declared = (self.config.get("schema") or {}).get("tasks") or []
         return [str(task["name"]) for task in declared if isinstance(task, dict) and "name" in task]
+
+    @property
+    def doubts(self) -> list[str]:
+        """What training found that puts its figures in doubt, as sentences."""
+        return [f"{line}." if line[-1:] not in (".", "?") else line for line in self.metrics.get("doubts") or []]
 
     @property
     def split(self) -> str:
@@ -188,7 +195,9 @@ def read_contents(folder: str | Path, *, baselines: Path | None = None) -> RunCo
 def _leave_out_former_popularity(found: RunContents) -> None:
     """What metrics.json of an older run calls popularity is that of the first event, whatever the event."""
     table, ranking = found.table, found.evaluation.get("ranking") or {}
-    if table is not None and not table.popular_for and ranking.pop("popular", None):
+    if table is None or table.popular_for or all(task.kind == "multiclass" for task in table.tasks):
+        return
+    if ranking.pop("popular", None):
         found.missing.append(
             "The run was judged before it knew how popular items are for each event, so it is held against no "
             "popularity: train it again for that."
@@ -241,14 +250,30 @@ def _read_baselines(found: RunContents, elsewhere: Path | None) -> None:
             if there:
                 found.of_baselines[name] = there
                 break
+    others = _of_other_runs(found)
     old = [name for name, of in found.of_baselines.items() if any(_other_rows(found.predictions, of, s) for s in of)]
-    for name in old:
-        del found.baselines[name], found.of_baselines[name]
-    if old:
-        found.missing.append(
-            f"Left out, since they were judged by other rows than this run: {', '.join(old)}. "
-            "`mtcl baselines RUN.yaml` trains them anew."
-        )
+    old = [name for name in old if name not in others]
+    for names, why in (
+        (old, "were judged by other rows than this run"),
+        (others, "are not of this run's configuration and training rows, as far as known"),
+    ):
+        for name in names:
+            found.baselines.pop(name)
+            found.of_baselines.pop(name, None)
+        if names:
+            found.missing.append(
+                f"Left out, since they {why}: {', '.join(names)}. `mtcl baselines RUN_DIR` trains them anew."
+            )
+
+
+def _of_other_runs(found: RunContents) -> list[str]:
+    """Baselines of a run that stood here before, or of a YAML that has changed since."""
+    entries = {name: entry for name, entry in found.baselines.items() if isinstance(entry, dict)}
+    try:
+        run = parse_run(found.run_yaml, name="run.yaml", folder=found.folder)
+    except (ConfigError, DataError):
+        return []  # of a YAML that this version does not read, nothing can be said
+    return of_other_runs(entries, run, train_rows=str(found.about.get("rows") or ""))
 
 
 def _other_rows(run: Mapping[str, PredictionsTable], baseline: Mapping[str, PredictionsTable], split: str) -> bool:

@@ -9,7 +9,7 @@ from mtcl_torchrec.evaluation.rivals import Gap, sign_of
 from mtcl_torchrec.evaluation.worth import Verdict, lead_of
 from mtcl_torchrec.report.facts import Event
 from mtcl_torchrec.report.verdict import Answer, Tone, against_popularity
-from mtcl_torchrec.report.words import first_rows, listed, rows_in_words, signed
+from mtcl_torchrec.report.words import first_rows, listed, rows_in_words, shortened, signed
 
 AHEAD = 1.5  # times the share of the next task: from there on, a task of half the ranking decides it mostly
 HEARD = 0.05  # share of the ranking from which on a task is said to decide it
@@ -57,7 +57,7 @@ def worth_explained(
         'That is value@5: what happened to these rows, worth click 1, like 8; 25%'
     """
     by = {task: f" · {feature}" for task, feature in (numbers or {}).items()}
-    counted = ", ".join(f"{task} {value:g}{by.get(task, '')}" for task, value in values.items())
+    counted = ", ".join(shortened([f"{task} {value:g}{by.get(task, '')}" for task, value in values.items()]))
     line = f"That is value@{k}: what happened to {'that row' if k == 1 else 'these rows'}, worth {counted}; "
     if choice is not None:
         line += (
@@ -93,11 +93,15 @@ def what_does_fusion(
     tasks = sorted((t for t in shares if t != "the rest"), key=lambda t: -abs(shares[t]))
     short = "Ranks by all heads together"
     if tasks:
-        lead = [f"{t} ({shares[t]:.0%})".replace("-", "−") for t in tasks[:3] if abs(shares[t]) >= HEARD]
+        said = [f"{t} ({shares[t]:.0%})".replace("-", "−") for t in tasks[:3] if abs(shares[t]) >= HEARD]
+        overruled = [of for of in said if "(−" in of]
+        lead = [of for of in said if of not in overruled]
         first, second = [*(abs(shares[t]) for t in tasks[:2]), 0.0][:2]
         alone = first >= 0.5 and first >= AHEAD * second
-        short = f"Ranks mostly by {tasks[0]}" if alone else f"Led by {listed(tasks[:2])}"
-        sentences.append(f"The order within a request is decided by {listed(lead or tasks[:1])}.")
+        leaders = [task for task in tasks if shares[task] > 0] or tasks
+        short = f"Ranks mostly by {tasks[0]}" if alone else f"Led by {listed(leaders[:2])}"
+        against = f", against {listed(overruled)}, whose part in the score is overruled" if overruled and lead else ""
+        sentences.append(f"The order within a request is decided by {listed(lead or tasks[:1])}{against}.")
     blind = [task for task in tasks if task in not_learnt and abs(shares[task]) >= HEARD]
     if blind:
         sentences.append(
@@ -122,7 +126,7 @@ def what_does_fusion(
         found = f"{words[sign_of(gap)]} {other} on rows left out ({signed(gap.difference)})"
         sentences.append(f"Fitted for {target}, it is {found}.")
     if unsure := [f"{e.task}, {why}" for e in events if (why := next((g.unsure for g in e.gaps if g.unsure), ""))]:
-        sentences.append(f"Cannot be judged: {'; '.join(unsure)}.")
+        sentences.append(f"Cannot be judged: {'; '.join(shortened(unsure))}.")
     signs = [sign_of(g) for e in events for g in e.gaps if g.against == "popularity" and not g.unsure]
     signs += [sign_of(gap) for gap in tried]
     if not signs:

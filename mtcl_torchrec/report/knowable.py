@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtcl_torchrec.evaluation.knowable import KS
+from mtcl_torchrec.evaluation.knowable import KS, of_rule
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.fusion_pictures import bars, share
 from mtcl_torchrec.report.studio import Picture, Studio
@@ -16,8 +16,8 @@ SCORE = "score"
 RULE = (
     "In a synthetic world the true probabilities are known, and nobody can predict better than they do: a task knows "
     "the share that its AUC − 0.5 is of the truth's own; of a multiclass task it is the share of the information (what "
-    "log-loss falls below the base rates'), of a regression that of R²; of the fused score, what the first rows of a "
-    "request bring beyond a random order, over what the truth's order brings."
+    "log-loss falls below the base rates'), of a regression that of R²; of the fused score, what the events of a "
+    "request's first rows are worth on average beyond a random order, over what they are in the best order there is."
 )
 _MEASURES = {"auc": ("expected AUC", 4), "r2": ("R²", 4), "nats": ("information, nats", 4)}
 
@@ -99,6 +99,9 @@ def knowable_table(run: RunContents) -> Table | None:
         "labels they got. Regret is what is left: mean KL divergence in nats, of a regression the mean squared error, "
         "of the ranking the value missed."
     )
+    rule = next((score[key] for k in KS if score.get(key := f"rule_share@{k}") is not None), None)
+    if rule is not None:
+        note += f" The truth ranks by what a row's events are worth; {of_rule(rule)}."
     return Table("Beside the truth", ["of", "known", "measure", "this run", "the truth", "regret"], rows, note)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mtcl_torchrec.evaluation.naming import MAIN, glossary, label_of
+from mtcl_torchrec.evaluation.segments import QUALITY
 from mtcl_torchrec.evaluation.worth import verdict_of
 from mtcl_torchrec.report import heat, pictures
 from mtcl_torchrec.report.baseline_tables import Qualities, baseline_tables, twins_table
@@ -28,7 +29,9 @@ from mtcl_torchrec.report.tables import (
     task_tables,
     tried_table,
 )
-from mtcl_torchrec.report.verdict import Answer, is_it_good, orders
+from mtcl_torchrec.report.verdict import Answer, in_doubt, is_it_good, orders
+from mtcl_torchrec.report.words import listed
+from mtcl_torchrec.training.rising import in_words, still_rising
 
 MOST_TASKS = 24  # whose curves are drawn: those that the fused score reads come first
 MEASURE = "balance: {surgery: {kind: measure}}"
@@ -49,8 +52,9 @@ def build_report(run: RunContents, studio: Studio, say: Callable[[str], None] = 
     shares, whence = influence(run)
     has_fusion = bool(run.fusion) or bool(of_events)
     ranked = [] if run.fused_anew else of_events  # by the score that counts
+    good = is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))
     answers = [
-        _doubted(run, is_it_good(facts, compared, ranked, untuned=untuned(run), knowable=knowable_sentence(run))),
+        in_doubt(_still_rising(run, good), run.doubts),
         sharing_answer(run, compared),
         what_does_fusion(
             shares,
@@ -113,15 +117,17 @@ def sharing_answer(run: RunContents, compared: Sequence[Comparison] | None = Non
     gates, gradients = _balance(run)
     tasks = run.tasks or list(run.of_tasks)
     found = comparisons(run) if compared is None else compared
-    return do_tasks_help(found, gradients, gates, tasks, untuned(run))
+    return _still_rising(run, do_tasks_help(found, gradients, gates, tasks, untuned(run)))
 
 
-def _doubted(run: RunContents, answer: Answer) -> Answer:
-    """The answer, after what training has found that puts it in doubt."""
-    doubts = [f"{line}." if line[-1] not in ".?" else line for line in map(str, run.metrics.get("doubts") or [])]
-    if not doubts:
+def _still_rising(run: RunContents, answer: Answer) -> Answer:
+    """The answer, after what is not settled yet: where training ended too early, all comparisons are of that moment."""
+    rising = still_rising(run.history.get("epochs") or [], run.history.get("best_epoch") or 0)
+    if not rising or answer.tone == "unknown":
         return answer
-    return replace(answer, short="In doubt: too good to be true", tone="bad", sentences=[*doubts, *answer.sentences])
+    line = in_words(rising)
+    said = f"{line[0].upper()}{line[1:]}: more epochs may change this."
+    return replace(answer, sentences=[said, *answer.sentences])
 
 
 def _balance(run: RunContents) -> tuple[list[dict], list[dict]]:
@@ -145,6 +151,12 @@ def _diagnosis(run: RunContents) -> list[str]:
 def _drawn(run: RunContents) -> list[str]:
     first = [task for task in run.fused_tasks if task in run.kinds]
     return [*first, *(task for task in run.kinds if task not in first)][:MOST_TASKS]
+
+
+def _not_drawn(run: RunContents) -> list[str]:
+    """Which tasks have no pictures, where there are too many; their numbers are in the tables."""
+    rest = [task for task in run.kinds if task not in _drawn(run)]
+    return [f"Drawn are {MOST_TASKS} tasks; {listed(rest)} {'is' if len(rest) == 1 else 'are'} not."] if rest else []
 
 
 def _tasks(run: RunContents, facts: Sequence[TaskFact]) -> Section:
@@ -185,6 +197,7 @@ def _learning(run: RunContents, studio: Studio) -> Section:
         section.pictures = pictures.learning_curves(studio, run.history, _drawn(run))
     if section.pictures:
         section.text.append("Each task on the validation split after each epoch; the ring is the epoch that is kept.")
+        section.missing += _not_drawn(run)
     if not epochs:
         section.missing.append("No epoch was evaluated on validation: there are no learning curves.")
     elif len(epochs) == 1:
@@ -220,6 +233,7 @@ def _ranking(run: RunContents, studio: Studio) -> Section:
             "Above the diagonal is better than guessing; of precision and recall, above the line of the base rate."
             + (" The dot is the threshold that was chosen on validation." if table.thresholds else "")
         )
+        section.missing += _not_drawn(run)
     if without:
         section.missing.append(f"{', '.join(without)}: no event that happens or not, so no such curves.")
     return section
@@ -249,6 +263,7 @@ def _calibration(run: RunContents, studio: Studio) -> Section:
             "Rows sorted by prediction, in bins of equally many: on the diagonal, what was predicted is what happened. "
             "Bars are 95% intervals."
         )
+        section.missing += _not_drawn(run)
     if not changed:
         section.missing.append(
             "Nothing was calibrated after training, so there is no before and after: `calibration` in the run's YAML "
@@ -328,9 +343,9 @@ def _add_weights(section: Section, run: RunContents, studio: Studio, shares: dic
 
 def _segments(run: RunContents) -> Section:
     section = Section("segments", "For whom, and for what")
-    first = [t for t in _drawn(run) if run.kinds[t] == "binary"]
-    tasks = [t for t in first if run.table is not None and t in run.table.predicted_names][:6]
-    section.tables = segment_tables(run, tasks)
+    there = [t for t in _drawn(run) if run.table is None or t in run.table.predicted_names]
+    of_kind = {kind: [t for t in there if run.kinds[t] == kind][:6] for kind in QUALITY}
+    section.tables = segment_tables(run, {kind: tasks for kind, tasks in of_kind.items() if tasks})
     if not section.tables:
         section.missing.append("There are no columns by which rows could be told apart, or no file of predictions.")
     elif run.table is not None and not any(str(column).startswith("segment.") for column in run.table.frame):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
-from mtcl_torchrec.evaluation.naming import bounds_of
+from mtcl_torchrec.evaluation.naming import bounds_of, label_of
 from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
-from mtcl_torchrec.evaluation.segments import of_segment, rows_of
+from mtcl_torchrec.evaluation.segments import BESIDE, QUALITY, of_segment, rows_of
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.tables import Table
+
+Parts = Mapping[str, tuple[int, Mapping[str, Mapping[str, Any]]]]
+"""Value of a segment -> its rows, and task -> what `of_segment` says of it."""
 
 FEWEST = 50  # rows of a segment that is shown by itself
 REST = "(the rest)"  # segments of fewer rows, together
@@ -79,45 +82,59 @@ def _said(value: object) -> str:
     return str(value)
 
 
-def segment_tables(run: RunContents, tasks: list[str]) -> list[Table]:
-    """Quality of tasks on parts of the rows, a table for each way to part them: those of metrics.json, and what else
-    the predictions tell.
+def segment_tables(run: RunContents, tasks: Mapping[str, Sequence[str]]) -> list[Table]:
+    """Quality of tasks on parts of the rows, a table for each way to part them and each kind of task: those of
+    metrics.json, and what else the predictions tell.
 
     Args:
-        tasks: binary ones, in the order of the columns.
+        tasks: kind -> those that are shown, in the order of the columns.
     """
     judged: Mapping[str, Any] = run.evaluation.get("segments") or {}
-    tables = []
+    parted: dict[str, Parts] = {}
     for heading, parts in judged.items():
-        rows = {str(value): (int(of.get("rows") or 0), _quality(of)) for value, of in parts.items()}
-        tables.append(_table(heading, rows, tasks))
-    if run.table is None or not tasks:
+        parted[heading] = {str(value): (int(of.get("rows") or 0), _quality(of)) for value, of in parts.items()}
+    tables = [_table(heading, parts, kind, of) for heading, parts in parted.items() for kind, of in tasks.items()]
+    if run.table is None or not any(tasks.values()):
         return tables
     for heading, masks in segment_masks(run.table, judged).items():
         found = {v: (int(mask.sum()), of_segment(rows_of(run.table, mask))) for v, mask in masks.items()}
-        tables.append(_table(heading, found, tasks))
+        tables += [_table(heading, found, kind, of) for kind, of in tasks.items()]
     return tables
 
 
 def _quality(of: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """As metrics.json has it; of a run that kept no intervals, the AUC alone."""
-    return of.get("quality") or {task: {"value": m.get("auc"), "unsure": ""} for task, m in of["tasks"].items()}
+    """As metrics.json has it; of a run that kept no intervals, the metrics alone."""
+    if "quality" in of:
+        return of["quality"]
+    first = {
+        task: next((m[metric] for metric in QUALITY.values() if metric in m), None) for task, m in of["tasks"].items()
+    }
+    return {task: {"value": value, "unsure": ""} for task, value in first.items()}
 
 
-def _table(heading: str, parts: Mapping[str, tuple[int, Mapping[str, Any]]], tasks: list[str]) -> Table:
+def _table(heading: str, parts: Parts, kind: str, tasks: Sequence[str]) -> Table:
+    """Of the tasks of one kind: a column each for what the kind is told by, and for what it is told by as well."""
+    metrics = [QUALITY[kind], *([BESIDE[kind]] if kind in BESIDE else [])]
+    columns = [(task, metric) for task in tasks for metric in metrics]
     rows: list[list[str]] = []
     tones: dict[tuple[int, int], str] = {}
     for value, (count, quality) in parts.items():
         cells = []
-        for c, task in enumerate(tasks, 2):
+        for c, (task, metric) in enumerate(columns, 2):
             of = quality.get(task) or {}
-            said, unsure = plus_minus(of.get("value"), of.get("half"), 3, bounds_of("auc")), bool(of.get("unsure"))
-            events = f"{int(of['events']):,}" if of.get("events") is not None else ""
+            unsure = bool(of.get("unsure"))
+            told = of if metric == metrics[0] else (of.get("beside") or {}).get(metric) or {}
+            said = plus_minus(told.get("value"), told.get("half"), 3, bounds_of(metric))
+            counted = metric == metrics[0] and of.get("events") is not None
+            events = f"{int(of['events']):,}" if counted else ""
             more = ": ".join(part for part in (events, "unsure" * (unsure and said != "–")) if part)
             cells.append(f"{said} ({more})" if more else said)
             if unsure:
                 tones[len(rows), c] = "few"
         rows.append([value, f"{count:,}", *cells])
-    few = "; unsure (grey): too few events, or too few rows without one" if tones else ""
-    note = f"AUC; {PLUS_MINUS}; in brackets, how many events{few}."
-    return Table(f"AUC by {heading}", [heading, "rows", *tasks], rows, note, tones)
+    what = "events" if kind == "binary" else "labels"
+    few = f"; unsure (grey): too few {what}{', or too few rows without one' * (kind == 'binary')}" if tones else ""
+    named = " and ".join(label_of(metric) for metric in metrics)
+    heads = list(tasks) if len(metrics) == 1 else [f"{task} {label_of(metric)}" for task, metric in columns]
+    note = f"{named}; {PLUS_MINUS}; in brackets, how many {what}{few}."
+    return Table(f"{named} by {heading}", [heading, "rows", *heads], rows, note, tones)

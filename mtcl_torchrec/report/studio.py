@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtcl_torchrec.drawing import plain_text
 from mtcl_torchrec.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9.5,
     "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.8, "lines.linewidth": 1.7, "legend.frameon": False,
-    "axes.unicode_minus": True, "text.parse_math": False,
+    "axes.unicode_minus": True,
     "axes.formatter.useoffset": False,
 }  # fmt: skip
 
@@ -132,7 +133,7 @@ class Studio:
             number += 1
             name = f"{base}-{number}"
         self.names.add(name)
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        with plain_text(), matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
             out = io.StringIO()
             _figure(size, margins, paint, _STAND_INS).savefig(
                 out, format="svg", transparent=True, metadata={"Date": None}

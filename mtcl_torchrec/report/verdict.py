@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, plus_minus
@@ -13,7 +13,7 @@ from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.evaluation.rivals import POPULARITY, sign_of
 from mtcl_torchrec.report.comparisons import Comparison, is_single_task, of_tasks
 from mtcl_torchrec.report.facts import Event, TaskFact
-from mtcl_torchrec.report.words import listed
+from mtcl_torchrec.report.words import listed, shortened
 
 # Of an AUC.
 BANDS = ((0.8, "well"), (0.7, "fairly well"), (0.6, "poorly"), (0.0, "hardly better than by chance"))
@@ -63,6 +63,18 @@ class Answer:
     short: str
     tone: Tone
     sentences: list[str] = field(default_factory=list)
+
+
+def in_doubt(answer: Answer, doubts: Sequence[str]) -> Answer:
+    """An answer after what puts it in doubt; the answer itself where nothing does.
+
+    Example:
+        >>> in_doubt(Answer("Is it good?", "Yes", "good", ["Better than guessing."]), ["It saw the label."]).sentences
+        ['It saw the label.', 'Better than guessing.']
+    """
+    if not doubts:
+        return answer
+    return replace(answer, short="In doubt: too good to be true", tone="bad", sentences=[*doubts, *answer.sentences])
 
 
 def learnt(fact: TaskFact) -> bool | None:
@@ -122,14 +134,14 @@ def is_it_good(
     known = {f.task: better for f in facts if (better := learnt(f)) is not None}
     unknown = [fact for fact in facts if fact.task not in known]
     if not known:
-        why = [f"No task can be judged: {'; '.join(map(_why_not, unknown))}."] if unknown else []
+        why = [f"No task can be judged: {'; '.join(shortened([*map(_why_not, unknown)]))}."] if unknown else []
         return Answer(question, "Not known", "unknown", why or ["No task has labels by which it could be judged."])
     good = [task for task, better in known.items() if better]
     sentences = [f"{_of(good, known)} predicted better than guessing."]
     if weak := [_weak(f) for f in facts if known.get(f.task) is False]:
         sentences[0] = f"{sentences[0][:-1]}; not clearly so {listed(weak)}."
     if unknown:
-        sentences.append(f"Cannot be judged, and left out below: {'; '.join(map(_why_not, unknown))}.")
+        sentences.append(f"Cannot be judged, and left out below: {'; '.join(shortened([*map(_why_not, unknown)]))}.")
     sentences += [knowable] if knowable else []
     judged = [fact for fact in facts if fact.task in known]
     sentences += _separation(judged) + against_popularity([e for e in events if e.task in known])
@@ -194,7 +206,7 @@ def against_popularity(events: Sequence[Event]) -> list[str]:
     signs = {task: sign_of(gap) for task, gap in gaps.items()}
     better = [t for t, s in signs.items() if s > 0]
     line = f"Ranked by the fused score, {len(better)} of {len(signs)} events come out better than by popularity"
-    line += f" ({', '.join(better)})" if better else ""
+    line += f" ({', '.join(shortened(better))})" if better else ""
     if worse := [t for t, s in signs.items() if s < 0]:
         line += f", {listed(worse)} worse"
     if close := [t for t, s in signs.items() if s == 0]:
@@ -218,8 +230,9 @@ def _against_baselines(
     names = list(dict.fromkeys(c.against for c in sure))
     rivals = listed(names) if len(names) < 3 else f"{len(names)} baselines"
     rivals += " (the twins not counted)" if with_twins else ""
-    best = f" ({', '.join(won)})" if won else ""
+    best = f" ({', '.join(shortened(won))})" if won else ""
     lines = [f"Against {rivals}, it is clearly the best on {len(won)} of {len(tasks)} tasks{best}."]
+    lines += _few_rivals(sure, won, len(names))
     ahead = {task: _ahead([c for c in sure if c.of == task]) for task in tasks}
     lost = [task for task in tasks if ahead[task]]
     lines += [f"On {task}, {ahead[task]}." for task in lost]
@@ -235,6 +248,18 @@ def _against_baselines(
             "RUN_DIR` tunes baselines, and networks with `--network-trials`."
         )
     return len(lost), len(tasks), lines
+
+
+def _few_rivals(compared: Sequence[Comparison], won: Sequence[str], count: int) -> list[str]:
+    """What the run was best on, but not of as many baselines as there are: who predicts that."""
+    tasks_of: dict[tuple[str, ...], list[str]] = {}
+    for task in won:
+        tasks_of.setdefault(tuple(c.against for c in compared if c.of == task), []).append(task)
+    return [
+        f"Of these baselines, only {listed(rivals)} predict{'s' * (len(rivals) == 1)} {listed(tasks)}."
+        for rivals, tasks in tasks_of.items()
+        if len(rivals) < count
+    ]
 
 
 def _ahead(compared: Sequence[Comparison]) -> str:

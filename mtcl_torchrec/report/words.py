@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST = 8  # parts that a sentence lists: of more, it is not read
+_OF_MORE = 6  # that are named then
 
-def listed(parts: Sequence[str]) -> str:
-    """Parts as a sentence lists them.
+
+def shortened(parts: Sequence[str]) -> list[str]:
+    """Parts as a sentence can hold them: the first few, and how many more there are.
 
     Example:
-        >>> listed(["a", "b", "c"])
-        'a, b and c'
+        >>> shortened(["a", "b"]), shortened(list("abcdefghi"))[5:]
+        (['a', 'b'], ['f', '3 more'])
     """
-    *front, last = parts
+    return list(parts) if len(parts) <= MOST else [*parts[:_OF_MORE], f"{len(parts) - _OF_MORE} more"]
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Parts as a sentence lists them, the first few of many.
+
+    Example:
+        >>> listed(["a", "b", "c"]), listed(list("abcdefghi"))
+        ('a, b and c', 'a, b, c, d, e, f and 3 more')
+    """
+    *front, last = shortened(parts)
     return f"{', '.join(front)} and {last}" if front else last
 
 

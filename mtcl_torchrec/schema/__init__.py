@@ -7,11 +7,12 @@ data or tensors; every other room of the package is told by these objects what t
 from mtcl_torchrec.schema.declared import GROUPS, ConfigError, DataError, Group, GroupSet, check_unique, nearest
 from mtcl_torchrec.schema.features import Feature, own_table
 from mtcl_torchrec.schema.heads import Head, SampledSoftmax
-from mtcl_torchrec.schema.tasks import Chain, Task, chain_links, check_groups, check_weights
+from mtcl_torchrec.schema.tasks import RESERVED, Chain, Task, chain_links, check_groups, check_weights
 from mtcl_torchrec.schema.whole import Schema
 
 __all__ = [
     "GROUPS",
+    "RESERVED",
     "Chain",
     "ConfigError",
     "DataError",

@@ -1,4 +1,4 @@
-"""What makes a task's logit: a tower on top of the trunk, or the product of a user's and an item's vector."""
+"""What makes a task's logit: a tower on top of the trunk, the product of a user's and an item's vector, or both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from mtcl_torchrec.schema.declared import Declared
 
-HeadKind = Literal["tower", "dot"]
+HeadKind = Literal["tower", "dot", "tower_dot"]
 HEADS: tuple[HeadKind, ...] = get_args(HeadKind)
 
 
@@ -37,11 +37,13 @@ class Head(Declared):
     """Where a task's logit comes from.
 
     Args:
-        kind: ``"tower"`` (trunk, tower, linear head) or ``"dot"``, matrix factorisation over the shared embeddings, see
-            `mtcl_torchrec.modules.dot_product`.
+        kind: ``"tower"`` (trunk, tower, linear head); ``"dot"``, matrix factorisation over the shared embeddings, see
+            `mtcl_torchrec.modules.dot_product`; or ``"tower_dot"``, the sum of both logits.
         dim: width of the vectors of a dot head.
         factors: features of a dot head whose embeddings, of width `dim`, enter the product as they are: p_u and q_i of
             matrix factorisation, beside what linear maps make of the other columns.
+        bilinear: the product of `factors` is pᵀ W q, with a matrix W (`dim`, `dim`) that the task learns: tasks that
+            share the embeddings then each see their own sides of them.
         l2: λ of λ(‖u‖² + ‖v‖² + b_u² + b_v²), averaged over the task's rows, in a dot head's loss.
         sampled_softmax: what else trains a dot head's vectors.
 
@@ -57,6 +59,7 @@ class Head(Declared):
     kind: HeadKind = "tower"
     dim: PositiveInt = 32
     factors: tuple[str, ...] = ()
+    bilinear: bool = False
     l2: Annotated[NonNegativeFloat, Field(le=1e6)] = 0.0
     sampled_softmax: SampledSoftmax | None = None
 
@@ -64,4 +67,6 @@ class Head(Declared):
     def _fitting(self) -> Head:
         if self.kind == "tower" and (given := sorted(self.model_fields_set - {"kind"})):
             raise ValueError(f"{given[0]} belongs to head dot, not to tower")
+        if self.bilinear and not self.factors:
+            raise ValueError("bilinear needs factors, the features whose embeddings are multiplied")
         return self

@@ -11,6 +11,12 @@ from pydantic import Field, NonNegativeFloat, ValidationInfo, field_validator, m
 from mtcl_torchrec.schema.declared import GROUPS, Declared, GroupSet, nearest
 from mtcl_torchrec.schema.heads import HEADS, Head
 
+# What names of tasks stand beside in predictions and metrics, and would be taken for.
+RESERVED = {
+    "score": "the fused score",
+    "score_std": "the spread of an ensemble's scores",
+    "ranking": "the metrics of rankings",
+}
 _FOR_BINARY = ("negative_rate", "pos_weight", "focal_gamma", "pairwise")  # fields of a task
 
 ChainKind = Literal["esmm", "escm2_ips", "escm2_dr", "aitm"]
@@ -77,6 +83,7 @@ class Task(Declared):
         head: what makes the logit: the name of a kind, or a mapping with the options of `Head`; the default is
             ``"tower"``.  ``"dot"``, of a binary or regression task that sees user and item, is the product of the
             user's and the item's vector: collaborative filtering over the embeddings that all tasks share.
+            ``"tower_dot"`` is the sum of both logits, a network beside matrix factorisation.
         loss: of a regression task.
         huber_delta: where Huber's loss turns from square to linear, in standard deviations of the label.
         mean, std: of a regression task's label: the head predicts the standardised label.  Training
@@ -168,8 +175,11 @@ class Task(Declared):
             raise ValueError(f"task {self.name!r}: loss, huber_delta, mean and std belong to regression tasks")
         if self.kind != "binary" and (given := [f for f in _FOR_BINARY if f in self.model_fields_set]):
             raise ValueError(f"task {self.name!r}: {given[0]} belongs to binary tasks")
-        if self.name == "score":
-            raise ValueError("'score' is the key of the fused score and cannot name a task")
+        if self.name in RESERVED:
+            raise ValueError(
+                f"{self.name!r} is the key of {RESERVED[self.name]} and cannot name a task; name it otherwise, and "
+                f"give its column as label: {self.name}"
+            )
         if not self.name:
             raise ValueError("a task needs a name")
         self._check_head()
@@ -181,10 +191,14 @@ class Task(Declared):
         if self.head.kind == "tower":
             return
         if self.kind == "multiclass":
-            raise ValueError(f"task {self.name!r}: head dot gives one logit, and a multiclass task needs several")
+            raise ValueError(
+                f"task {self.name!r}: head {self.head.kind} gives one logit, and a multiclass task needs several"
+            )
         for group in ("user", "item"):
             if group not in self.inputs:
-                raise ValueError(f"task {self.name!r}: head dot needs inputs of the {group}, and sees {self.inputs}")
+                raise ValueError(
+                    f"task {self.name!r}: head {self.head.kind} needs inputs of the {group}, and sees {self.inputs}"
+                )
         if self.kind != "binary" and self.head.sampled_softmax is not None:
             raise ValueError(f"task {self.name!r}: head.sampled_softmax belongs to binary tasks")
 
@@ -250,8 +264,13 @@ class Task(Declared):
 
     @property
     def in_trunk(self) -> bool:
-        """Whether the trunk and a tower make the task's logit."""
-        return self.head.kind == "tower"
+        """Whether the trunk and a tower make the task's logit, alone or with a product of vectors."""
+        return self.head.kind != "dot"
+
+    @property
+    def has_dot(self) -> bool:
+        """Whether the product of a user's and an item's vector makes the task's logit, alone or with a tower."""
+        return self.head.kind != "tower"
 
     @property
     def conditional_name(self) -> str | None:

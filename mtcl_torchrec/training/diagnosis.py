@@ -15,6 +15,8 @@ from mtcl_torchrec.evaluation.confidence import too_few_to_judge
 from mtcl_torchrec.evaluation.naming import label_of, main_metric, sign_of_better
 from mtcl_torchrec.evaluation.rivals import WORDS
 from mtcl_torchrec.training.balance import Balance, GateUse, GradientAgreement, LossWeights
+from mtcl_torchrec.training.rising import LEARNT as _LEARNT
+from mtcl_torchrec.training.rising import chance_of_auc, in_words, still_rising
 
 MOST_LINES = 8
 
@@ -28,7 +30,7 @@ UNUSED = 0.1  # of an equal share: what no gate gives more than is idle
 LEANS = 0.9  # weight of a task's own experts, or of one expert
 UNEVEN = 2.0  # ratio of two tasks' weights
 EVEN = 0.97  # entropy of gates, on average, that do not choose
-LEARNT = 0.51  # AUC from which on a task has learnt something
+LEARNT = _LEARNT["auc"]  # from which on a task has learnt something
 FAR = 1.25  # predicted events for each that came, or the other way round, that chance does not explain
 STEADY, STEADY_FOR = {"auc": 0.004, "r2": 0.004, "ne": 0.003}, 2  # a loss that grew in so many epochs, one by one
 MENDS = "`calibration:` mends levels"
@@ -83,6 +85,8 @@ def diagnose(
         found += _about_metrics(judged, best_epoch)
         found += _about_levels({t: m for t, m in judged[best_epoch - 1].items() if t not in calibrated})
         found += _about_popularity(popular or {})
+        if rising := still_rising(defined, best_epoch):
+            found.append(_Finding(1.6, f"{in_words(rising)}: more epochs may pay"))
     found.sort(key=lambda finding: -finding.weight)
     lines = [finding.sentence for finding in found]
     if len(lines) > MOST_LINES:
@@ -198,7 +202,7 @@ def _about_metrics(epochs: Sequence[Mapping[str, Metrics]], best_epoch: int) -> 
         learnt = {"auc": value >= LEARNT, "r2": value > 0, "ne": value < 1}[name]
         if learnt:
             values = [of.get(task, {}).get(name) for of in epochs]
-            yield from _fallen(task, name, values, best_epoch, _chance(kept))
+            yield from _fallen(task, name, values, best_epoch, chance_of_auc(kept))
         else:
             weak[name].append((task, value))
     for name, tasks in weak.items():
@@ -279,13 +283,6 @@ def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: in
         1.5 + min(drop, 0.4),
         f"{task} was better in epoch {top} ({label} {then:.3f}) than in the kept epoch {best_epoch} ({now:.3f}): {why}",
     )
-
-
-def _chance(metrics: Metrics) -> float:
-    """Standard error of an AUC of 0.5 on as many positive and negative rows (Mann and Whitney, 1947)."""
-    count, rate = metrics.get("count") or 0.0, metrics.get("base_rate") or 0.0
-    positive, negative = count * rate, count * (1 - rate)
-    return math.sqrt((count + 1) / (12 * positive * negative)) if positive > 0 and negative > 0 else 0.0
 
 
 def _shares(of: Mapping[str, float]) -> str:

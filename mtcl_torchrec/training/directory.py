@@ -21,6 +21,7 @@ WEIGHTS_PREFIX = "model."  # of MTCL inside MTCLTrain
 
 PREPROCESSING = "preprocessing"
 CATALOGUE = "catalogue"
+POPULARITY = "popularity"  # of a stream or a world; of rows in memory, the catalogue has it
 CALIBRATION = "calibration"  # what training ends with, on the validation split
 METRICS = "metrics.json"  # written last
 PREDICTIONS = "predictions"  # for the rows of val and test

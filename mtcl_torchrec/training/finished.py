@@ -12,6 +12,7 @@ import pandas as pd
 from mtcl_torchrec.config import FusionConfig, RunConfig, parse_run
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
+from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import NoColumnError, Rows, read_rows
 from mtcl_torchrec.evaluation.predict import compares_candidates
@@ -21,6 +22,7 @@ from mtcl_torchrec.training.build import build_model, zero_tables
 from mtcl_torchrec.training.calibration import build_calibration
 from mtcl_torchrec.training.checkpoint.reader import load_unsharded
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, read_about
+from mtcl_torchrec.training.counted_items import counted_popularity
 from mtcl_torchrec.training.directory import (
     CALIBRATION,
     CATALOGUE,
@@ -80,6 +82,8 @@ class FinishedRun:
         model: in eval mode, on the CPU.
         catalogue: what it knows of users and items; None where the schema names no user or item.
         finished: False where training was interrupted; the model is that of its best epoch so far.
+        popularity: how popular items are for each event; None where the schema names no item, or the run is from before
+            that was kept.
         fusion: what it ranks by: fitted after training (``mtcl fuse``), or else as declared; None where neither is.
     """
 
@@ -89,6 +93,7 @@ class FinishedRun:
     catalogue: Catalogue | None
     finished: bool = True
     fusion: FusionConfig | None = None
+    popularity: Popularity | None = None
 
     @classmethod
     def load(
@@ -134,6 +139,7 @@ class FinishedRun:
             )
             known = readable_folder(folder / CATALOGUE)
             catalogue = Catalogue.load(known) if known.is_dir() else None
+            popularity = counted_popularity(folder) if catalogue is None else catalogue.rates
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{folder}: the run directory is damaged ({error})") from None
         if contents:
@@ -172,7 +178,7 @@ class FinishedRun:
             warnings.warn(note, RunWarning, stacklevel=2)
         if compares_candidates(model):
             preprocessor.compare_rows()
-        return cls(config, preprocessor, model.eval(), catalogue, finished, fitted or config.fusion)
+        return cls(config, preprocessor, model.eval(), catalogue, finished, fitted or config.fusion, popularity)
 
     def encode(self, frame: pd.DataFrame) -> EncodedRows:
         """Encode rows to be scored."""

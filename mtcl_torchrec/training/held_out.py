@@ -24,7 +24,7 @@ from mtcl_torchrec.modules.fusion import DenseNumber, RowContext
 from mtcl_torchrec.schema import ConfigError, DataError, Schema, Task, nearest
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import item_numbers, read_by_gate
-from mtcl_torchrec.training.popularity import popularity_of_rows, rule_of
+from mtcl_torchrec.training.popularity import popularity_of, popularity_of_rows, rule_of
 
 
 def rows_of_split(config: RunConfig, columns: Sequence[str], split: str = "val") -> Rows:
@@ -72,7 +72,7 @@ def held_out_of(
 
     A request is what `Schema.request` names; else a session of a user, if the schema names a time; else the user.  Rows
     of which that is not known are left out.  `HeldOut.rankings` holds the run's own fused score (``"as it was"``), and
-    popularity, by the same fusion, where the run has a catalogue.  What comes after what (`HeldOut.given`) and what is
+    popularity, by the same fusion, where the run knows it.  What comes after what (`HeldOut.given`) and what is
     worth its price (`HeldOut.item_numbers`) is what the run's expected value says, or else the tasks' masks.
 
     Args:
@@ -99,7 +99,7 @@ def held_out_of(
     needs_context = context or getattr(now, "needs_context", False)
     given, numbers = _chains(run)
     parts, found = _parts(run.model, encoded, needs_context or bool(numbers), batch_size)
-    _, popular = popularity_of_rows(run.catalogue, run.model.tasks, rows, encoded, schema)
+    _, popular = popularity_of_rows(popularity_of(run), run.model.tasks, rows, encoded, schema)
     held_out = HeldOut(
         parts=parts,
         labels=_labels(run.model, encoded),
@@ -196,7 +196,7 @@ def _per_second(times: np.ndarray, column: str, is_number: bool) -> float:
             return per_second
     raise ConfigError(
         f"time column {column!r} holds numbers too small to be seconds since 1970, so that sessions cannot be told "
-        "apart; give schema.request, or times as timestamps"
+        "apart; give schema.request, or times as timestamps, or rank all rows of a user together: --session-minutes 0"
     )
 
 

@@ -25,6 +25,8 @@ class TrainingHistory:
         stopped_early: whether patience ran out, or every task is frozen.
         frozen: task -> the first epoch in which it was frozen.
         skipped_steps: batches that trained nothing because their loss was not finite.
+        unsure: task -> why the validation split is too small to be sure of it, so that it decides nothing; see
+            `mtcl_torchrec.evaluation.supports.unsure_tasks`.
         balance: how the tasks get along, after the newest reading.
     """
 
@@ -39,6 +41,7 @@ class TrainingHistory:
     stopped_early: bool = False
     frozen: dict[str, NonNegativeInt] = field(default_factory=dict)
     skipped_steps: NonNegativeInt = 0
+    unsure: dict[str, str] = field(default_factory=dict)
     balance: Balance = field(default_factory=Balance)
 
     def to_json(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import as_text, canonical
+from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import Splits
@@ -28,6 +29,7 @@ from mtcl_torchrec.evaluation.predictions_file import (
     predictions_table,
     write_predictions,
 )
+from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
@@ -36,12 +38,20 @@ from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion.value import DenseNumber, amounts_of
 from mtcl_torchrec.schema import DataError, Task, nearest
 from mtcl_torchrec.training.calibration import CalibrationResult
+from mtcl_torchrec.training.counted_items import counted_popularity
 from mtcl_torchrec.training.directory import METRICS, PREDICTIONS
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import item_numbers
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.oracle import knowable_of
-from mtcl_torchrec.training.popularity import applied_rule, fuse_parts, part_of, popularity_of_rows, rule_of
+from mtcl_torchrec.training.popularity import (
+    applied_rule,
+    fuse_parts,
+    part_of,
+    popularity_of,
+    popularity_of_rows,
+    rule_of,
+)
 from mtcl_torchrec.training.sharding import Ranks
 
 
@@ -70,13 +80,14 @@ def judge(
     config, evaluations = run.evaluation, {}
     thresholds: dict[str, float] = {}
     rule, _ = applied_rule(run.fusion, model.tasks, encoder=preprocessor.encoder)
+    popularity = counted_popularity(folder) if splits.catalogue is None else splits.catalogue.rates
     for name, encoded in splits.encoded.items():
         predictions = predict(model, encoded, batch_size=run.training.eval_batch_size, device=where.device)
         table = rows_predicted(
             model.tasks, preprocessor, splits.raw[name], encoded, splits.catalogue, predictions,
             uncalibrated=None if calibration is None else calibration.before[name], split=name,
             segments=config.columns(), values=worth_of(run), fused=fused_tasks(model),
-            numbers=item_numbers(run.fusion, None, preprocessor.encoder), rule=rule,
+            numbers=item_numbers(run.fusion, None, preprocessor.encoder), rule=rule, popularity=popularity,
         )  # fmt: skip
         if name == "val":
             thresholds = chosen_thresholds(table, config.threshold)
@@ -129,26 +140,29 @@ def thresholds_of(folder: Path) -> dict[str, float]:
 
 
 def rows_predicted_by(
-    run: FinishedRun, raw: Rows, *, batch_size: int = 8192, split: str = "test", segments: Sequence[str] = ()
+    run: FinishedRun,
+    raw: Rows,
+    *,
+    batch_size: int = 8192,
+    split: str = "test",
+    segments: Sequence[str] = (),
+    progress: Progress = quiet,
 ) -> PredictionsTable:
     """What a finished run predicts for rows with labels; see `rows_predicted`.
 
     Args:
         raw: rows as they conform to the training split.
+        progress: told of the rows.
     """
+    progress("encoding rows", 0, 0)
     rows, model = run.preprocessor.encode(raw), run.model
-    predictions = predict(model, rows, batch_size=batch_size)
-    before, calibration = None, model.output.calibration
-    if calibration is not None:
-        model.output.calibration = None
-        try:
-            before = predict(model, rows, batch_size=batch_size)
-        finally:
-            model.output.calibration = calibration
+    before = dict[str, np.ndarray]()
+    predictions = predict(model, rows, batch_size=batch_size, before=before, progress=progress)
     return rows_predicted(
-        model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before, split=split,
+        model.tasks, run.preprocessor, raw, rows, run.catalogue, predictions, uncalibrated=before or None, split=split,
         segments=segments, values=worth_of(run.config), fused=fused_tasks(model),
         numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder), rule=rule_of(run),
+        popularity=popularity_of(run),
     )  # fmt: skip
 
 
@@ -168,6 +182,7 @@ def rows_predicted(
     fused: Sequence[str] = (),
     numbers: Mapping[str, DenseNumber] | None = None,
     rule: nn.Module | None = None,
+    popularity: Popularity | None = None,
 ) -> PredictionsTable:
     """Predictions beside the labels, the keys and whatever else of the rows they are judged by.
 
@@ -180,13 +195,14 @@ def rows_predicted(
         thresholds, values, fused: see `PredictionsTable`.
         numbers: see `mtcl_torchrec.training.fused.item_numbers`.
         rule: fuses the popularities of the events; of `mtcl_torchrec.training.popularity.applied_rule`.
+        popularity: of the training rows' items.
 
     Raises:
         DataError: the rows have no column that is asked for as a segment.
     """
     keys = _keys(preprocessor, raw, encoded, catalogue)
     declared = preprocessor.declared
-    by_event, parts = popularity_of_rows(catalogue, tasks, raw, encoded, declared)
+    by_event, parts = popularity_of_rows(popularity, tasks, raw, encoded, declared)
     keys |= {POPULAR + name: of for name, of in by_event.items()}
     if rule is not None and parts:
         keys["popular"] = fuse_parts(rule, parts, raw, encoded, declared)
@@ -225,6 +241,27 @@ def check_segments(run: RunConfig, splits: Splits) -> None:
             _segment_column(rows, column)
         if "hour_of_day" in run.evaluation.segments:
             hours_of_day(rows.frame[run.data_schema.time])
+
+
+def shared_requests(run: RunConfig, splits: Splits) -> str:
+    """What to say, before a run trains, of requests that are of several users, whose rows would be ranked against each
+    other; empty where there are none.
+    """
+    request, user = run.data_schema.request, run.data_schema.user
+    if request is None or user is None or request == user:
+        return ""
+    for name, rows in splits.raw.items():
+        if not {request, user} <= set(rows.frame):
+            continue
+        pairs = pd.DataFrame({"request": canonical(rows.frame[request]), "user": canonical(rows.frame[user])}).dropna()
+        users = pairs.drop_duplicates().groupby("request").size()
+        if (users > 1).any():
+            return (
+                f"schema.request: {int((users > 1).sum()):,} of {len(users):,} values of {request!r} in {name} are of "
+                f"several users, whose rows would be ranked against each other; if it is numbered anew for each user, "
+                f"make it one per user, such as {user} and {request} joined"
+            )
+    return ""
 
 
 def _segment_column(raw: Rows, column: str) -> pd.Series:

@@ -15,13 +15,14 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mtcl_torchrec.config import CheckpointConfig, OptimizersConfig, ShardingConfig, TrainingConfig
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
+from mtcl_torchrec.data.item_totals import ItemTotals
 from mtcl_torchrec.data.stream import StreamRows
 from mtcl_torchrec.data.training_rows import TrainingRows
-from mtcl_torchrec.evaluation.confidence import too_few_to_judge
-from mtcl_torchrec.evaluation.metrics import Metrics, deciding, mean_auc, task_metrics
+from mtcl_torchrec.evaluation.metrics import Metrics, mean_auc, stopping_tasks, task_metrics
 from mtcl_torchrec.evaluation.naming import label_of, main_metric
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.evaluation.report import cell
+from mtcl_torchrec.evaluation.supports import unsure_tasks
 from mtcl_torchrec.models import MTCL, MTCLTrain
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.balance import read_step
@@ -96,6 +97,7 @@ class SaveState(Protocol):
         """Write it; on the way through an epoch, where training may go on if that fails, or at its end."""
 
 
+KeepItems = Callable[[ItemTotals], None]
 AfterEpoch = Callable[[TrainingHistory], None]
 
 
@@ -139,6 +141,7 @@ def fit(
     save: SaveState,
     progress: TrainingProgress,
     metrics: TrainingMetrics | None = None,
+    keep_items: KeepItems | None = None,
     after_epoch: AfterEpoch | None = None,
 ) -> TrainingHistory:
     """Train from where `state` stands to the last epoch, or until no epoch has been better for a while or all tasks
@@ -150,6 +153,8 @@ def fit(
         save: called after each epoch, before training goes on, and on the way as `TrainingConfig.checkpoint` says.
         progress: reports, and knows the number of steps of the whole schedule.
         metrics: of the predictions of the training steps; begun anew in each epoch.
+        keep_items: called, on every rank, with what `TrainingState.items` has counted in an epoch, before the epoch's
+            checkpoint; from then on nothing is counted.
         after_epoch: called with the history after each epoch, when its checkpoint is written; what it raises ends the
             training.  It must do the same on every rank.
 
@@ -158,6 +163,7 @@ def fit(
         FloatingPointError: the loss was not finite in too many batches.
     """
     plain = plain_model(state.model)
+    state.history.unsure = unsure_tasks(plain.tasks, validation.rows.labels.numpy(), validation.users)
     with compiled(plain, config.compile, where):
         pipeline = build_pipeline(state.model, state.optimizer, where.device, config.pipeline)
         clock = _Clock(config.checkpoint)
@@ -174,11 +180,14 @@ def fit(
             state.history.seconds.append(time.perf_counter() - started)
             state.history.waiting.append(share_waited(waited, state.history.seconds[-1], where))
             _let_go(pipeline)
+            if state.items is not None and keep_items is not None:
+                keep_items(state.items)
+            state.items = None
             line, scalars = _judge_epoch(state, validation, config, where)
             said = freeze_stalled(train_module_of(state.model).loss, state.history, config.task_patience)
             said += waiting_lines(state.history.waiting[-1], streams=isinstance(rows, StreamRows))
             if len(state.history.epochs) == 1 and not config.watch:
-                said += _undecided(plain.tasks, state.history.epochs[0])
+                said += _undecided(plain.tasks, state.history.unsure)
             state.position = state.position.next_epoch()
             save(state, on_the_way=False)
             clock.saved_at = time.monotonic()
@@ -220,6 +229,8 @@ def _train_epoch(
         stretch = state.step << 40 if state.position.taken else 0
         torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank + stretch)
     state.random_restored = False
+    if state.items is not None and isinstance(rows, StreamRows):
+        rows = rows.shown_to(state.items.see)
     timed = TimedBatches(rows.batches(state.position, rank=where.rank, **cut))
     batches: Iterator[MTBatch] = timed
     if metrics is not None:
@@ -231,6 +242,8 @@ def _train_epoch(
         loss, logits, labels = pipeline.progress(batches)
         state.step += 1
         state.position = state.position.after(1, **cut)
+        if state.items is not None:
+            state.items.take(config.batch_size)
         state.schedule.step()
         if state.average is not None:
             state.average.update()
@@ -267,7 +280,7 @@ def _judge_epoch(
         metrics = _validate(plain, validation, config.eval_batch_size, where)
     if state.average is not None:
         state.average.swap()
-    value = mean_auc([t for t in plain.tasks if t.name in config.watch] or deciding(plain.tasks, metrics), metrics)
+    value = mean_auc(stopping_tasks(plain.tasks, config.watch, history.unsure), metrics)
     history.epochs.append({name: {**of} for name, of in metrics.items()})
     # Where the metric is not defined (one class only), the newest epoch is kept and nothing stops early.
     best = history.best_auc is None or not value <= history.best_auc
@@ -278,15 +291,15 @@ def _judge_epoch(
     return _epoch_line(epoch, config.epochs, metrics, value, best, history), scalars
 
 
-def _undecided(tasks: Sequence[Task], metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """A line about the tasks that have too few events to decide which epoch is kept."""
-    decide = {task.name for task in deciding(tasks, metrics)}
+def _undecided(tasks: Sequence[Task], unsure: Mapping[str, str]) -> list[str]:
+    """A line about the tasks that the validation split tells too little of to decide which epoch is kept."""
+    decide = {task.name for task in stopping_tasks(tasks, (), unsure)}
     binary = [task.name for task in tasks if task.kind == "binary"]
-    out = {name: too_few_to_judge(metrics[name]) for name in binary if name not in decide} if decide & {*binary} else {}
+    out = [f"{name}, {unsure[name]}" for name in binary if name not in decide] if decide & {*binary} else []
     if not out:
         return []
-    few = ", ".join(f"{name} ({why})" for name, why in out.items())
-    return [f"too few to decide which epoch is kept: {few} in validation; the other events do (or training.watch)"]
+    said = f"too little is known of {'; '.join(out)}, in validation: the other events decide which epoch is kept"
+    return [f"{said} (or training.watch)"]
 
 
 def _patience_is_over(history: TrainingHistory, config: TrainingConfig) -> bool:

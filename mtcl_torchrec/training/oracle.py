@@ -50,7 +50,8 @@ def knowable_of(
     found = of_tasks(table, true)
     score = true_score(model, encoded, true)
     if score is not None and table.score is not None and table.requests is not None:
-        found["score"] = knowable_score(table.requests, table.score, score, table.users)
+        worth = true_worth(world, table, raw.frame)
+        found["score"] = knowable_score(table.requests, table.score, score, table.users, worth=worth)
     return found
 
 
@@ -103,6 +104,43 @@ def _predicts(task: Task, outcome: Outcome, world: World, schema: Schema) -> boo
     classes = {feature.name: feature for feature in schema.sparse_features}.get(task.item_class or "")
     numbered = task.item_class is None or (classes is not None and classes.encoding == "index")
     return numbered and task.num_classes == world.categories + 1
+
+
+def true_worth(world: World, table: PredictionsTable, frame: pd.DataFrame) -> np.ndarray | None:
+    """(N,) float64: what the events of each row are worth on average, as value@k counts them: Σ valueᵢ · E[labelᵢ],
+    where nothing that follows an event happens without it.  None where the table has no values, or one of a label that
+    the world does not draw so.
+
+    Labels that a world hides (`World.missing`), or has not recorded yet, count here: the event happens all the same.
+
+    Args:
+        table: predictions for the rows of `frame`.
+    """
+    outcomes = {outcome.name: outcome for outcome in world.outcomes}
+    labels = {task.name: task.label_column for task in table.tasks}
+    joint, given = world.oracle_of(frame, joint=True), world.oracle_of(frame)
+    worth = np.zeros(len(frame))
+    for name, value in table.values.items():
+        task, outcome = table.task(name), outcomes.get(labels[name])
+        if outcome is None or task.kind == "multiclass" or task.kind != _KINDS[outcome.kind]:
+            return None
+        before = _before(outcome, outcomes)
+        if task.mask is not None and labels.get(task.mask, task.mask) not in before:
+            return None
+        expected = joint[outcome.name] if outcome.kind == "event" or outcome.after is None else (
+            given[outcome.name] * joint[outcome.after]
+        )  # fmt: skip
+        worth += value * table.amounts(name) * expected
+    return worth if any(table.values.values()) else None
+
+
+def _before(outcome: Outcome, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """The events without which an outcome does not come about, the nearest first."""
+    found = []
+    while outcome.after is not None:
+        found.append(outcome.after)
+        outcome = outcomes[outcome.after]
+    return found
 
 
 @torch.no_grad()

@@ -14,13 +14,14 @@ from torch import nn
 
 from mtcl_torchrec.config import FusionConfig
 from mtcl_torchrec.data.batch import EncodedRows
-from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.labels import requests_of
+from mtcl_torchrec.data.popularity import Popularity
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.modules.fusion import RowContext, WeightedMean, fuse
 from mtcl_torchrec.modules.heads import in_unit_interval
 from mtcl_torchrec.schema import Schema, Task
+from mtcl_torchrec.training.counted_items import counted_feature
 from mtcl_torchrec.training.directory import RunWarning
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.fused import build_fused_score, is_learned
@@ -101,21 +102,28 @@ def part_of(task: Task, predicted: np.ndarray | torch.Tensor, encoded: EncodedRo
     return in_unit_interval(task, given.float(), own).clamp(0, 1).numpy()
 
 
+def popularity_of(run: FinishedRun) -> Popularity | None:
+    """How popular items are in a finished run's training rows; None where it does not know, with a warning where runs
+    from before did not keep it."""
+    streamed = run.config.data.stream or run.config.data.synthetic is not None
+    if run.popularity is None and (
+        run.catalogue is not None or (streamed and counted_feature(run.config.data_schema) is not None)
+    ):
+        said = "the run is from before it kept how popular items are for each event: it is held against no popularity "
+        warnings.warn(f"{said}(train it again for that)", RunWarning, stacklevel=2)
+    return run.popularity
+
+
 def popularity_of_rows(
-    catalogue: Catalogue | None, tasks: Sequence[Task], raw: Rows, encoded: EncodedRows, schema: Schema
+    popularity: Popularity | None, tasks: Sequence[Task], raw: Rows, encoded: EncodedRows, schema: Schema
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Of N rows, task -> (N,) float32, twice: how popular the item is for the event, of binary and regression tasks;
     and what the popularity of each task gives the fused score, of a multiclass task the share of the item's own class.
     Both are empty where the run knows of no popularity.
     """
-    if catalogue is None or schema.item is None:
+    if popularity is None or schema.item is None:
         return {}, {}
-    popularity = catalogue.rates
-    if popularity is None:
-        said = "the run is from before it kept how popular items are for each event: it is held against no popularity "
-        warnings.warn(f"{said}(train it again for that)", RunWarning, stacklevel=2)
-        return {}, {}
-    by_event, parts = popularity.of(raw.frame[schema.item]), dict[str, np.ndarray]()
+    by_event, parts = popularity.of_rows(raw.frame[schema.item], encoded), dict[str, np.ndarray]()
     for task in tasks:
         if task.kind != "multiclass":
             parts[task.name] = part_of(task, by_event[task.name], encoded)

@@ -41,7 +41,7 @@ from mtcl_torchrec.training.judging import (
     worth_of,
 )
 from mtcl_torchrec.training.oracle import knowable_of
-from mtcl_torchrec.training.popularity import rule_of
+from mtcl_torchrec.training.popularity import popularity_of, rule_of
 
 JUDGED_BY = "fusion"  # in metrics.json: the fingerprint of the fused score that its rankings are of
 ROUNDED = 0.05  # of a prediction's spread: by so much may it differ on average, and not be another model's
@@ -116,6 +116,7 @@ def _with_score(
         run.model.tasks, run.preprocessor, raw, encoded, run.catalogue, predictions, split=split, segments=segments,
         thresholds=thresholds_of(folder), values=worth_of(run.config), fused=fused_tasks(run.model),
         numbers=item_numbers(run.config.fusion, run.fusion, run.preprocessor.encoder), rule=rule_of(run),
+        popularity=popularity_of(run),
     )  # fmt: skip
     path = predictions_path(folder, split)
     if not path.is_file():

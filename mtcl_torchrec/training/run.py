@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mtcl_torchrec.training.checkpoint.store import (
     best_checkpoint,
 )
 from mtcl_torchrec.training.cost import cost_of, dense_parameters
+from mtcl_torchrec.training.counted_items import keep_popularity, totals_of
 from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
     CALIBRATION,
@@ -38,6 +40,7 @@ from mtcl_torchrec.training.directory import (
     CHECKPOINTS,
     FUSION,
     MARKER,
+    POPULARITY,
     PREDICTIONS,
     PREPROCESSING,
     Existing,
@@ -50,7 +53,7 @@ from mtcl_torchrec.training.doubts import too_good
 from mtcl_torchrec.training.fitted_fusion import DECLARED, FORMER, reset_fusion
 from mtcl_torchrec.training.fused import build_fused_loss, is_learned
 from mtcl_torchrec.training.history import TrainingHistory
-from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, judge
+from mtcl_torchrec.training.judging import check_segments, evaluation_as_json, judge, shared_requests
 from mtcl_torchrec.training.loop import AfterEpoch, Validation, fit, parallelise, plain_model, train_module_of
 from mtcl_torchrec.training.memory import keep_freed_memory
 from mtcl_torchrec.training.optimizers import build_schedule
@@ -97,8 +100,8 @@ def train_run(
     """Train what a configuration describes and write the run directory.
 
     Called by one process, or by every process of ``torchrun``.  The directory holds ``run.yaml``, ``preprocessing/``,
-    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/``, ``metrics.json`` and ``tensorboard/``, and
-    ``calibration/`` where predictions are calibrated.
+    ``checkpoints/`` (the newest few and the best epoch's), ``catalogue/`` (of rows in memory) or ``popularity/`` (of
+    rows that go by), ``metrics.json`` and ``tensorboard/``, and ``calibration/`` where predictions are calibrated.
 
     Args:
         run: the configuration; its paths are taken as they are.
@@ -145,12 +148,15 @@ def _train(
         data = load_data(run, where, grown_from=earlier_encoder(folder) if resume else None, say=say)
     preprocessor, splits = data.preprocessor, data.splits
     check_segments(run, splits)
+    if said := shared_requests(run, splits):
+        say(f"WARNING: {said}")
     tasks = [task.name for task in run.data_schema.tasks]  # of a network alone, fewer than were counted
     base_rates = {name: rate for name, rate in splits.base_rates.items() if name in tasks}
     model = build_model(run.model, preprocessor.encoder, run.fusion, seed=run.training.seed, base_rates=base_rates)
     start = start_of(folder, splits, say) if resume else Start()
     run = _with_precision(run, model, start, where)
     state = _state_at(start, run, model, splits, where)
+    state.items = totals_of(folder, splits, preprocessor.encoder, model.tasks, start, resume=resume, say=say)
     say(_describe(run, model, preprocessor, where))
     calibrated = {} if run.calibration is None else run.calibration.pieces(model.tasks)
     for line in uncalibrated_lines([task for task in model.tasks if task.name not in calibrated]):
@@ -254,7 +260,7 @@ def _open_directory(
 ) -> None:
     """Write what is known before training.  Only now, with data and model found right, does an earlier run go."""
     if where.first:
-        for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE):
+        for part in () if keep else (CHECKPOINTS, "tensorboard", CATALOGUE, POPULARITY):
             shutil.rmtree(folder / part, ignore_errors=True)
         (folder / "metrics.json").unlink(missing_ok=True)
         shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
@@ -315,6 +321,7 @@ def _fit(
                 save=save,
                 progress=progress,
                 metrics=metrics,
+                keep_items=partial(keep_popularity, folder=folder, fingerprint=splits.train.fingerprint, where=where),
                 after_epoch=after_epoch,
             )
         complain(store.failure(wait=True))

@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.shards_wrapper import LocalShardsWrapper
 from torchrec.optim.keyed import CombinedOptimizer
 
+from mtcl_torchrec.data.item_totals import ItemTotals
 from mtcl_torchrec.data.position import Position
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.checkpoint.reader import AVERAGE, WEIGHTS, read_tensors, saved_tensors
@@ -23,6 +24,7 @@ from mtcl_torchrec.training.sharding import Ranks, local_shards, tables_of
 OPTIMIZER = "optimizer."
 DENSE = "dense."  # what the dense optimizer's names begin with after it
 RANDOM = "random."
+ITEMS = "items."  # what each rank has counted of items
 # What may begin anew in a run that goes on -> how its tensors in an MTCLTrain begin.
 _BALANCE = {"weighting": "loss.weighting.", "surgery": "surgery."}
 # FBGEMM's names of optimizer states, by the number of states the optimizer has.
@@ -44,6 +46,7 @@ class TrainingState:
             size had changed.
         averaged: steps that the average knows.
         history: of the epochs that are over.
+        items: what items get, while this rank counts it.
         random_restored: whether the random generators go on where a checkpoint left them.
     """
 
@@ -56,10 +59,11 @@ class TrainingState:
     scheduled: int = 0
     averaged: int = 0
     history: TrainingHistory = field(default_factory=TrainingHistory)
+    items: ItemTotals | None = None
     random_restored: bool = False
 
     def tensors(self, where: Ranks, *, copy: bool = False) -> dict[str, Any]:
-        """Weights, their averages, optimizer states and this rank's random generators.
+        """Weights, their averages, optimizer states, this rank's random generators and what it has counted of items.
 
         Args:
             copy: True for tensors of their own, to be written while training goes on; else those of the model.
@@ -67,6 +71,8 @@ class TrainingState:
         tensors = {WEIGHTS + n: v for n, v in self.model.state_dict().items()}
         tensors |= {OPTIMIZER + n: v for n, v in optimizer_tensors(self.model, self.optimizer).items()}
         tensors |= _random_states(where)
+        if self.items is not None:
+            tensors |= _items_of(self.items, where.rank)
         if copy:
             tensors = {n: _copied(v) for n, v in tensors.items()}
         if self.average is not None:
@@ -116,12 +122,25 @@ class TrainingState:
                 self.average.steps = self.averaged
             else:
                 self.average.restart()
+        if self.items is not None and self.position.taken:
+            self._load_items(folder, _ranks_of(saved), where)
         _restore_random(random, where)
         self.random_restored = bool(random)
         self._set_learning_rates()
         for module in self.model.modules():  # FBGEMM's own count, for the bias correction of its fused Adam
             if hasattr(module, "set_optimizer_step"):
                 module.set_optimizer_step(self.step)
+
+    def _load_items(self, folder: Path, ranks: int, where: Ranks) -> None:
+        """This rank's counts; where there were other ranks, rank 0 goes on with the counts of all of them."""
+        assert self.items is not None
+        mine, same = self.items.tensors(), ranks == where.world_size
+        for rank in range(ranks):
+            counted = {name: torch.zeros_like(tensor) for name, tensor in mine.items()}
+            read_tensors({f"{ITEMS}{rank}.{name}": tensor for name, tensor in counted.items()}, folder)
+            if rank == where.rank if same else where.first:
+                for name, tensor in mine.items():
+                    tensor += counted[name]
 
     def _materialise_optimizer(self) -> None:
         """Ordinary optimizers make their states in their first step; without them a load would restart them."""
@@ -203,6 +222,15 @@ def _random_states(where: Ranks) -> dict[str, torch.Tensor]:
     if where.device.type == "cuda":
         states[f"{RANDOM}{where.rank}.cuda"] = torch.cuda.get_rng_state(where.device)
     return states
+
+
+def _items_of(items: ItemTotals, rank: int) -> dict[str, torch.Tensor]:
+    return {f"{ITEMS}{rank}.{name}": tensor for name, tensor in items.tensors().items()}
+
+
+def counts_items(folder: Path) -> bool:
+    """Whether a checkpoint holds what its ranks had counted of items."""
+    return any(name.startswith(ITEMS) for name in saved_tensors(folder))
 
 
 def _ranks_of(saved: Any) -> int:

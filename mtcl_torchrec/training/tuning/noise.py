@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ DRAWS = 200
 _OF_SKILL = {"auc": 2.0, "ne": -1.0, "r2": 1.0}  # by how much the skill changes with the metric
 
 
-def half_of_lead(own: Path, best: Path, objective: Objective, seed: int = 0) -> float | None:
+def half_of_lead(
+    own: Path, best: Path, objective: Objective, seed: int = 0, *, without: Collection[str] = ()
+) -> float | None:
     """Half of the 95 % interval of the difference between two trials in the objective, over the users of the
     validation split, the same ones drawn for both; None where that is not known.
 
@@ -29,13 +32,14 @@ def half_of_lead(own: Path, best: Path, objective: Objective, seed: int = 0) -> 
 
     Args:
         own, best: run directories of the two trials, with predictions.
+        without: tasks that do not count in the objective.
     """
     try:
         a, b = (read_predictions(predictions_path(folder, "val")) for folder in (own, best))
         check_same_rows(a, b)
     except (DataError, OSError):
         return None
-    of = {(t.name, objective.metric or MAIN[t.kind]): t for t in objective.tasks}
+    of = {(t.name, objective.metric or MAIN[t.kind]): t for t in objective.tasks if t.name not in without}
     clusters = clusters_of(a)
     drawn = []
     for table in (a, b):

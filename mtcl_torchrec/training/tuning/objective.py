@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from mtcl_torchrec.config import RunConfig
-from mtcl_torchrec.evaluation.metrics import Metrics, task_quality
+from mtcl_torchrec.evaluation.metrics import Metrics, deciding, task_quality
 from mtcl_torchrec.evaluation.naming import sign_of_better
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.history import TrainingHistory
@@ -41,10 +42,11 @@ class Objective:
     """A validation metric of the epoch that a run keeps.
 
     Args:
-        name: ``"mean_skill"``, the mean of `skill` over the tasks of ``training.watch`` (or all), or a metric and its
-            task, such as ``"ne:like"``.
+        name: ``"mean_skill"``, the mean of `skill` over the tasks of ``training.watch`` (or all of which the validation
+            split tells enough), or a metric and its task, such as ``"ne:like"``.
         tasks: those that decide.
         metric: of the one task; None of the mean.
+        watched: whether the tasks of the mean are named, and so decide however few their events.
 
     Example:
         >>> history = TrainingHistory(epochs=[{"like": {"auc": 0.6}}, {"like": {"auc": 0.7}}], best_epoch=2)
@@ -56,6 +58,7 @@ class Objective:
     name: str
     tasks: tuple[Task, ...]
     metric: str | None = None
+    watched: bool = False
 
     @classmethod
     def named(cls, name: str, run: RunConfig) -> Objective:
@@ -66,7 +69,8 @@ class Objective:
         """
         tasks = run.data_schema.tasks
         if name == MEAN:
-            return cls(name, tuple(t for t in tasks if t.name in run.training.watch) or tasks)
+            watched = tuple(t for t in tasks if t.name in run.training.watch)
+            return cls(name, watched or tasks, watched=bool(watched))
         metric, _, task = name.partition(":")
         found = next((t for t in tasks if t.name == task), None)
         if found is None:
@@ -88,6 +92,19 @@ class Objective:
         """What is done to the number."""
         return "minimize" if self.metric is not None and sign_of_better(self.metric) < 0 else "maximize"
 
+    def left_out(self, history: TrainingHistory) -> dict[str, str]:
+        """Tasks that do not count in the mean, as noise would decide -> why; as of early stopping.
+
+        Example:
+            >>> mean = Objective("mean_skill", (Task.binary("like"), Task.binary("click")))
+            >>> mean.left_out(TrainingHistory(unsure={"like": "too few events (3)"}))
+            {'like': 'too few events (3)'}
+        """
+        if self.metric is not None or self.watched:
+            return {}
+        count = {task.name for task in deciding(self.tasks, history.unsure)}
+        return {t.name: history.unsure[t.name] for t in self.tasks if t.name not in count}
+
     def of_epoch(self, history: TrainingHistory, epoch: int) -> float:
         """The number of an epoch, counted from 1; NaN where it is not defined."""
         of = {
@@ -95,10 +112,22 @@ class Objective:
             for task, metrics in history.epochs[epoch - 1].items()
         }
         if self.metric is None:
-            known = [value for t in self.tasks if not math.isnan(value := skill(t, of[t.name]))]
+            out = self.left_out(history)
+            there = [t for t in self.tasks if t.name not in out]
+            known = [value for t in there if not math.isnan(value := skill(t, of[t.name]))]
             return sum(known) / len(known) if known else math.nan
         return of[self.tasks[0].name].get(self.metric, math.nan)
 
     def kept(self, history: TrainingHistory) -> float:
         """The number of the epoch that the run keeps."""
         return self.of_epoch(history, history.best_epoch)
+
+
+def said_of(left_out: Mapping[str, str]) -> str:
+    """Tasks that do not count, and why.
+
+    Example:
+        >>> said_of({"like": "too few events (3)", "hide": "a single user"})
+        'like, too few events (3); hide, a single user'
+    """
+    return "; ".join(f"{task}, {why}" for task, why in left_out.items())

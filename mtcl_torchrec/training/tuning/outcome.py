@@ -19,7 +19,7 @@ from mtcl_torchrec.training.directory import replace_file
 from mtcl_torchrec.training.history import finite
 from mtcl_torchrec.training.tuning.hints import enough, hints
 from mtcl_torchrec.training.tuning.noise import half_of_lead
-from mtcl_torchrec.training.tuning.objective import Objective
+from mtcl_torchrec.training.tuning.objective import Objective, said_of
 from mtcl_torchrec.training.tuning.picture import draw_parallel
 from mtcl_torchrec.training.tuning.space import Parameter, Space, Value, plain, shown
 
@@ -98,7 +98,8 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
     told = sum(t.state == "complete" for t in trials) >= enough(len(space.parameters))
     half = None
     if own is not None and best is not own:
-        half = half_of_lead(folder / TRIALS / f"{own.number:04d}", folder / TRIALS / f"{best.number:04d}", objective)
+        one, other = (folder / TRIALS / f"{trial.number:04d}" for trial in (own, best))
+        half = half_of_lead(one, other, objective, without=best.left_out)
     result = TuningResult(
         folder=folder,
         objective=objective.name,
@@ -118,6 +119,7 @@ def outcome(folder: Path, space: Space, objective: Objective, study: Study, say:
         "own": space.own(),
         "best": best.number,
         "half_of_lead": half,
+        "left_out": best.left_out,
         "importances": result.importances,
         "hints": result.hints,
         "trials": [asdict(trial) for trial in trials],
@@ -146,6 +148,8 @@ def write_best(folder: Path, space: Space, objective: Objective, trials: Sequenc
         f"Train it: mtcl train {BEST}",
     ]
     changes = _changes(space, best)
+    if best.left_out:
+        lines.append(f"{objective.name} is without {said_of(best.left_out)} in validation.")
     lines += ["What is other than it was:", *(f"  {path}: {change}" for path, change in changes.items())] * bool(
         changes
     )
@@ -206,6 +210,11 @@ def print_tuning(result: TuningResult, console: Console) -> None:
             if before is not None and after is not None:
                 table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
         console.print(table, "")
+        if best.left_out:
+            console.print(
+                f"{result.objective} is without {said_of(best.left_out)}: on so little in validation, noise would "
+                "decide (training.watch names what counts).", highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
         if best is not own:
             console.print(_lead(result, own), highlight=False, markup=False, soft_wrap=True)
     if result.changes or result.importances:

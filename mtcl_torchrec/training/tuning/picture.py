@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtcl_torchrec.drawing import plain_text
 from mtcl_torchrec.training.tuning.objective import Objective
 from mtcl_torchrec.training.tuning.space import Parameter, Space, Value, shown
 
@@ -34,6 +35,18 @@ def draw_parallel(
     Raises:
         ImportError: matplotlib is not installed.
     """
+    with plain_text():
+        _draw(path, space, objective, trials, best, important)
+
+
+def _draw(
+    path: Path,
+    space: Space,
+    objective: Objective,
+    trials: Sequence[Finished],
+    best: Finished,
+    important: Sequence[str],
+) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

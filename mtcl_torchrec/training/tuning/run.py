@@ -19,12 +19,12 @@ from rich.status import Status
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.tuning import SpaceConfig, TuningConfig
 from mtcl_torchrec.schema import ConfigError, DataError
-from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, PREPROCESSING
+from mtcl_torchrec.training.directory import CATALOGUE, CHECKPOINTS, POPULARITY, PREPROCESSING
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.run import train_run
 from mtcl_torchrec.training.run_data import RunData, load_data
 from mtcl_torchrec.training.sharding import Device, Ranks, ranks
-from mtcl_torchrec.training.tuning.objective import MEAN, Objective
+from mtcl_torchrec.training.tuning.objective import MEAN, Objective, said_of
 from mtcl_torchrec.training.tuning.outcome import TRIALS, TuningResult, best_of, outcome, short, write_best
 from mtcl_torchrec.training.tuning.space import Space, Value, complete, default_space, shown
 from mtcl_torchrec.training.tuning.study import STUDY, Proposal, Pruner, Study, about, open_folder
@@ -152,7 +152,7 @@ class _Search:
 
         over = self.of_first(begin)
         if over:
-            self.say(f"going on in {self.folder}: {over} trials are over")
+            self.say(f"going on in {self.folder}: {over} {'trial is' if over == 1 else 'trials are'} over")
         else:
             count = len(self.space.parameters)
             self.say(f"searching {count} settings for the best {self.objective.name}; trial 0 is the run as it is")
@@ -224,11 +224,13 @@ class _Search:
                 return f"given up after epoch {len(reached)} at {reached[-1]:.5f}, {seconds:.0f} s"
             kept = history.epochs[history.best_epoch - 1]
             value = self.objective.kept(history)
-            self.study.complete(value, kept, seconds)
+            left_out = self.objective.left_out(history)
+            self.study.complete(value, kept, seconds, left_out)
             best = best_of(self.study.finished(), self.objective)
             if best is not None and best.number == number:
                 write_best(self.folder, self.space, self.objective, self.study.finished())
-            return f"{self.objective.name} {value:.5f}, {seconds:.0f} s"
+            without = f", without {said_of(left_out)}" if left_out and not number else ""
+            return f"{self.objective.name} {value:.5f}, {seconds:.0f} s{without}"
 
         self.say(f"  {self.of_first(enter)}")
         if self.where.first:
@@ -288,7 +290,7 @@ class _Search:
 
     def _tidy(self, number: int) -> None:
         """Of a trial that is over, metrics and YAML stay."""
-        for part in (CHECKPOINTS, PREPROCESSING, CATALOGUE):
+        for part in (CHECKPOINTS, PREPROCESSING, CATALOGUE, POPULARITY):
             shutil.rmtree(self.folder / TRIALS / f"{number:04d}" / part, ignore_errors=True)
 
     def end(self) -> TuningResult:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -42,6 +42,7 @@ class Finished:
         metrics: task -> validation metrics of the kept epoch.
         error: why it failed.
         seconds: what it took, without interruptions.
+        left_out: tasks that did not count in the value -> why.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Finished:
     metrics: dict[str, dict[str, float | None]]
     error: str
     seconds: float
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class Study:
@@ -171,13 +173,20 @@ class Study:
             self._trial.report(value, epoch)
         return self._trial.number > 0 and bool(self._trial.should_prune())
 
-    def complete(self, value: float, metrics: dict[str, dict[str, float | None]], seconds: float) -> None:
+    def complete(
+        self,
+        value: float,
+        metrics: dict[str, dict[str, float | None]],
+        seconds: float,
+        left_out: dict[str, str],
+    ) -> None:
         """The trial came to its end."""
         if not math.isfinite(value):
             self.fail("the objective is not defined on the validation split")
             return
         self._trial.set_user_attr("seconds", self._trial.user_attrs.get("seconds", 0.0) + seconds)
         self._trial.set_user_attr("metrics", metrics)
+        self._trial.set_user_attr("left_out", left_out)
         self._study.tell(self._trial, value)
 
     def prune(self, seconds: float) -> None:
@@ -202,6 +211,7 @@ class Study:
                 metrics=trial.user_attrs.get("metrics", {}),
                 error=trial.user_attrs.get("error", ""),
                 seconds=trial.user_attrs.get("seconds", 0.0),
+                left_out=trial.user_attrs.get("left_out", {}),
             )
             for trial in self._study.get_trials(deepcopy=False)
             if trial.state.is_finished()
@@ -251,6 +261,8 @@ def about(space: Space, objective: Objective) -> str:
             "files": files_fingerprint(space.run),
             "space": space.as_json(),
             "objective": objective.name,
+            # Trials of before, when the mean was of all tasks, cannot be compared with others.
+            "mean_of": "sure tasks" if objective.metric is None and not objective.watched else "named tasks",
         },
         sort_keys=True,
     )
