@@ -85,7 +85,9 @@ training:
   warmup_steps: 2
   decay: cosine
   averaging: 0.5
-  regularisers: {l2_embedding: {user_id: 1.0e-3}, l2_dense: 1.0e-4, expert_orthogonality: 0.1, gate_balance: 0.1}
+  regularisers:
+    {l2_embedding: {user_id: 1.0e-3}, l2_rows: {product_id: 1.0e-3}, l2_dense: 1.0e-4, expert_orthogonality: 0.1,
+     gate_balance: 0.1}
   seed: 3
   pipeline: base
   precision: bf16

@@ -29,7 +29,22 @@ class Binned:
     weight: np.ndarray
 
 
-class Histogram:
+class _RowSums:
+    """Sums over rows, for each segment, that ranks add up; float64, in which sums of ones are exact in any order."""
+
+    def __init__(self, kinds: int, segments: int, cells: int, device: torch.device | str) -> None:
+        self.segments = segments
+        self.sums = torch.zeros(kinds, segments, cells, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(segments, dtype=torch.float64, device=device)
+        self.broken = torch.zeros(1, dtype=torch.float64, device=device)  # rows that count nowhere, and should
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is summed over ranks."""
+        return [self.sums, self.counts, self.broken]
+
+
+class Histogram(_RowSums):
     """Sums over the rows whose predicted value falls into a bin, for each segment.
 
     A bin keeps the sum of the values themselves, so a fit on the bins' means differs from one on the rows by the square
@@ -48,17 +63,9 @@ class Histogram:
     """
 
     def __init__(self, low: float, high: float, segments: int = 1, device: torch.device | str = "cpu") -> None:
-        self.low, self.high, self.segments = low, high, segments
+        self.low, self.high = low, high
         self.bins = min(max(2 ** ((_CELLS // segments).bit_length() - 1), MIN_BINS), MAX_BINS)
-        # weight, weighted label, weighted value; float64, in which sums of ones are exact in any order
-        self.sums = torch.zeros(3, segments, self.bins, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(segments, dtype=torch.float64, device=device)
-        self.broken = torch.zeros(1, dtype=torch.float64, device=device)  # rows that count nowhere, and should
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What is summed over ranks."""
-        return [self.sums, self.counts, self.broken]
+        super().__init__(3, segments, self.bins, device)  # weight, weighted label, weighted value
 
     def add(
         self,
@@ -93,7 +100,7 @@ class Histogram:
         return Binned(np.maximum.accumulate(x) if len(x) else x, label[full] / weight[full], weight[full])
 
 
-class TemperatureSums:
+class TemperatureSums(_RowSums):
     """Derivatives of a multiclass task's loss by the slope a of softmax(a log p), at `TEMPERATURES`, for each segment.
 
     The loss is convex in a.  Its first and second derivatives at the ends of the interval in which the first one is 0
@@ -112,15 +119,7 @@ class TemperatureSums:
     """
 
     def __init__(self, segments: int = 1, device: torch.device | str = "cpu") -> None:
-        self.segments = segments
-        self.sums = torch.zeros(2, segments, len(TEMPERATURES), dtype=torch.float64, device=device)
-        self.counts = torch.zeros(segments, dtype=torch.float64, device=device)
-        self.broken = torch.zeros(1, dtype=torch.float64, device=device)  # rows that count nowhere, and should
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What is summed over ranks."""
-        return [self.sums, self.counts, self.broken]
+        super().__init__(2, segments, len(TEMPERATURES), device)  # first and second derivative
 
     def add(
         self,
