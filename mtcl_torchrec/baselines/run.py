@@ -27,10 +27,12 @@ from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
 from mtcl_torchrec.evaluation.metrics import deciding, mean_auc, task_metrics
 from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
+from mtcl_torchrec.evaluation.predictions_file import is_predictions
 from mtcl_torchrec.schema import ConfigError, Task, nearest
 from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
 from mtcl_torchrec.training.history import finite
+from mtcl_torchrec.training.judging import predictions_path
 from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
 
@@ -104,7 +106,9 @@ def run_baselines(
         keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **counts)
     by = _judged_by(run, run_dir or folder)
     entries = read_entries(folder)
-    done = [name for name in names if entries.get(name, {}).get("key") == keys[name]]
+    done = [
+        name for name in names if entries.get(name, {}).get("key") == keys[name] and _is_kept(folder, name, entries)
+    ]
     for name in done:
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
     left = [name for name in names if name not in done]
@@ -149,6 +153,11 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
                 say(said)
             judge = Judge(run, rows, fused, by, said, numbers_of(run, folder, rows.encoder))
             _judge_anew(judge, folder, stale, say)
+
+
+def _is_kept(folder: Path, name: str, entries: dict[str, dict[str, Any]]) -> bool:
+    """Whether the predictions that an entry is of are there, and whole."""
+    return all(is_predictions(predictions_path(folder / FOLDER / name, split)) for split in entries[name]["metrics"])
 
 
 def _judged_by(run: RunConfig, run_dir: Path) -> str:
