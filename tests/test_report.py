@@ -403,6 +403,25 @@ def test_a_damaged_file_is_named(made, tmp_path, fast):
         write_report(folder)
 
 
+def test_a_damaged_baseline_is_left_out_and_the_rest_is_shown(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    path = next((folder / "baselines").glob("*/predictions/test.parquet"))
+    name = path.parts[-3]
+    path.write_bytes(path.read_bytes()[:100])
+    found = read(folder)
+    assert f"Of {name}, nothing is compared: {path}: no file of predictions, or a damaged one (" in found.text
+    assert "makes it anew." in found.text
+    assert name not in {row[0] for row in found.tables["Each task on the test split"]}
+    assert len(found.tables["Each task on the test split"]) > 2
+    # Of the run itself there is nothing to show: an error, which names the file once, and whole.
+    path = folder / "predictions" / "test.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError) as refused:
+        read(folder)
+    assert str(refused.value).count(str(path)) == 1
+    assert str(refused.value).endswith(")")
+
+
 def test_the_command(made, tmp_path, fast):
     done = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path / "new/page.html")])
     assert done.exit_code == 0, done.output

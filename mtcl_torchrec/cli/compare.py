@@ -107,7 +107,12 @@ def compare(
 def _doubts(run: Path) -> list[str]:
     """What training has found that puts a run's figures in doubt."""
     path = run / METRICS
-    return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", [])) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", []))
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error})") from None
 
 
 def _lengths(run: Path) -> list[int]:
