@@ -630,7 +630,7 @@ def test_runs_side_by_side(made, tmp_path, fast):
     found = Page(compare_html([made, other], from_differences([pair]), tmp_path / "compare.html"))
     assert "Better: click (NE). Too close to call: ranking (novelty)." in found.text.replace(".Too", ". Too")
     assert found.tables["Compared"][1] == ["click", "NE", "0.5000", "0.4000", "−0.1000 (−0.2000 to −0.0100) ▲"]
-    assert "▼ worse, all of a run tested together (Holm); the rest" in found.text
+    assert "▼ worse, all tested together (Holm); the rest" in found.text
     costly = Difference("ranking", "rate@5 hide", 0.5, 0.4, -0.1, -0.2, -0.01, 0.01, 0.02, unwanted=True)
     few = Difference("ranking", "rate@5 buy", 0.5, 0.4, -0.1, np.nan, np.nan, np.nan, unsure="too few events (3)")
     found = Page(compare_html([made, other], from_differences([[costly, few]]), tmp_path / "compare.html"))
