@@ -298,6 +298,23 @@ def test_a_label_that_changes_in_the_middle_of_a_file_is_seen(tmp_path):
     assert files_fingerprint(run) != before
 
 
+def test_a_baseline_whose_predictions_are_damaged_or_gone_is_made_anew(folder):
+    run = parse_run(SMALL, folder=folder)
+
+    def go():
+        lines = list[str]()
+        entries = run_baselines(run, folder / "out", only=["popularity"], budget=Budget(1), say=lines.append)
+        return entries["popularity"]["metrics"], any("done before" in line for line in lines)
+
+    first, path = go(), folder / "out/baselines/popularity/predictions/test.parquet"
+    whole = path.read_bytes()
+    assert go() == (first[0], True)
+    for damage in (lambda: path.write_bytes(whole[:100]), path.unlink):
+        damage()
+        assert go() == (first[0], False)
+        assert read_predictions(path).predicted_names
+
+
 def test_damaged_parts_are_made_anew_and_two_processes_do_not_mix(folder):
     run = parse_run(SMALL, folder=folder)
     part = folder / "out/baselines/popularity/parts/0.npz"

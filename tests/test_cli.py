@@ -15,7 +15,8 @@ import mtcl_torchrec
 from mtcl_torchrec.cli import commands, twins
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
-from mtcl_torchrec.schema import ConfigError
+from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
+from mtcl_torchrec.schema import ConfigError, Task
 from mtcl_torchrec.training import held_out
 
 
@@ -447,3 +448,17 @@ def test_what_the_package_warns_of_is_one_line_and_others_keep_their_place():
 def test_times_that_tell_no_sessions_can_be_done_without():
     with pytest.raises(ConfigError, match=r"too small to be seconds since 1970.*--session-minutes 0"):
         held_out._per_second(np.array([60.0, 120.0]), "time", True)
+
+
+@pytest.mark.parametrize("content", ['{"doubts": [', "[]"])
+def test_a_damaged_file_of_metrics_is_named_by_compare(mtcl, tmp_path, content):
+    for name in "ab":
+        (tmp_path / name / "predictions").mkdir(parents=True)
+        frame = pd.DataFrame({"label.click": [1.0, 0.0], "p.click": [0.5, 0.2]})
+        write_predictions(
+            tmp_path / name / "predictions/test.parquet", PredictionsTable(frame, (Task.binary("click"),))
+        )
+    (tmp_path / "b" / "metrics.json").write_text(content)
+    status, _, error = mtcl("compare", "a", "b")
+    assert status == 2
+    assert "b/metrics.json: damaged (" in one_line(error)

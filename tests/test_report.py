@@ -435,6 +435,25 @@ def test_a_damaged_file_is_named(made, tmp_path, fast):
         write_report(folder)
 
 
+def test_a_damaged_baseline_is_left_out_and_the_rest_is_shown(made, tmp_path, fast):
+    folder = copied(made, tmp_path / "run")
+    path = next((folder / "baselines").glob("*/predictions/test.parquet"))
+    name = path.parts[-3]
+    path.write_bytes(path.read_bytes()[:100])
+    found = read(folder)
+    assert f"Of {name}, nothing is compared: {path}: no file of predictions, or a damaged one (" in found.text
+    assert "makes it anew." in found.text
+    assert name not in {row[0] for row in found.tables["Each task on the test split"]}
+    assert len(found.tables["Each task on the test split"]) > 2
+    # Of the run itself there is nothing to show: an error, which names the file once, and whole.
+    path = folder / "predictions" / "test.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError) as refused:
+        read(folder)
+    assert str(refused.value).count(str(path)) == 1
+    assert str(refused.value).endswith(")")
+
+
 def test_the_command(made, tmp_path, fast):
     done = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path / "new/page.html")])
     assert done.exit_code == 0, done.output
@@ -643,7 +662,7 @@ def test_runs_side_by_side(made, tmp_path, fast):
     found = Page(compare_html([made, other], from_differences([pair]), tmp_path / "compare.html"))
     assert "Better: click (NE). Too close to call: ranking (novelty)." in found.text.replace(".Too", ". Too")
     assert found.tables["Compared"][1] == ["click", "NE", "0.5000", "0.4000", "−0.1000 (−0.2000 to −0.0100) ▲"]
-    assert "▼ worse, all of a run tested together (Holm); the rest" in found.text
+    assert "▼ worse, all tested together (Holm); the rest" in found.text
     costly = Difference("ranking", "rate@5 hide", 0.5, 0.4, -0.1, -0.2, -0.01, 0.01, 0.02, unwanted=True)
     few = Difference("ranking", "rate@5 buy", 0.5, 0.4, -0.1, np.nan, np.nan, np.nan, unsure="too few events (3)")
     found = Page(compare_html([made, other], from_differences([[costly, few]]), tmp_path / "compare.html"))

@@ -373,6 +373,29 @@ def test_a_comparison_is_told_whole_on_any_screen(mtcl, tmp_path, monkeypatch, c
     assert "worth buy 2, for all runs: as --value says" in shown
 
 
+def test_several_runs_are_one_family_of_comparisons(mtcl, tmp_path):  # noqa: F811
+    """Of many runs that are no better than the first, seldom is one called so."""
+    for name, skill in (("a", 1.0), ("b", 1.1), ("c", 2.0), ("d", 1.0)):
+        write_predictions(tmp_path / f"{name}.parquet", made(users=60, skill=skill))
+    asked = ("--draws", 40, "--json", "found.json")
+    status, shown, _ = mtcl("compare", *(f"{name}.parquet" for name in "abcd"), *asked)
+    assert status == 0
+    assert "allows for all comparisons of these 4 runs together" in shown
+    of = json.loads((tmp_path / "found.json").read_text())["against"]
+    every = [d for found in of.values() for d in found]
+    equal = [d["difference"] == d["low"] == d["high"] == 0 for d in every]
+    p = [np.nan if d["p"] is None or same else d["p"] for d, same in zip(every, equal, strict=True)]
+    given = [np.nan if d["p_holm"] is None else d["p_holm"] for d in every]
+    np.testing.assert_allclose(given, holm(p))
+    assert sum(not np.isnan(value) for value in p) > len(of["b.parquet"])  # of more than one run
+    status, shown, _ = mtcl("compare", "a.parquet", "c.parquet", *asked)
+    assert "together" not in shown
+    alone = json.loads((tmp_path / "found.json").read_text())["against"]["c.parquet"]
+    both = [(a["p_holm"], b["p_holm"]) for a, b in zip(alone, of["c.parquet"], strict=True) if a["p_holm"] is not None]
+    assert all(one <= many + 1e-12 for one, many in both)
+    assert any(one < many for one, many in both)
+
+
 def test_names_wrap_where_figures_need_the_room(capsys):
     rows = [["a task with a very long name", "0.1234", "+0.1234 ± 0.0123", "equal"]]
     for width in (80, 40, 30, 20, 10):

@@ -23,9 +23,11 @@ from mtcl_torchrec.baselines.store import FOLDER, judged_by
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.config.commands import BASELINE_ROWS as MAX_ROWS
 from mtcl_torchrec.data.files import files_fingerprint
+from mtcl_torchrec.evaluation.predictions_file import is_predictions
 from mtcl_torchrec.schema import ConfigError, nearest
 from mtcl_torchrec.training.directory import locked
 from mtcl_torchrec.training.fitted_fusion import fusion_fingerprint
+from mtcl_torchrec.training.judging import predictions_path
 from mtcl_torchrec.training.run_data import RunData
 from mtcl_torchrec.training.sharding import Device
 
@@ -111,7 +113,7 @@ def run_baselines(
         keys[name] = key_of(run, files, whole=network, name=name, trials=budget.trials_of(network), **counts)
     by = _judged_by(run, run_dir or folder)
     entries = read_entries(folder)
-    done = [name for name in names if entries.get(name, {}).get(KEY) == keys[name]]
+    done = [n for n in names if entries.get(n, {}).get(KEY) == keys[n] and _is_kept(folder, n, entries)]
     for name in done:
         say(f"{name}: done before, {entries[name]['seconds']:.0f} s")
         if CONFIGURATION not in entries[name]:  # of an older version, but the same by all that it says
@@ -164,6 +166,11 @@ def rank_anew(run: RunConfig, folder: Path, *, say: Say = print) -> None:
                 say(said)
             judge = Judge(run, rows, fused, by, said, numbers_of(run, folder, rows.encoder))
             _judge_anew(judge, folder, stale, say)
+
+
+def _is_kept(folder: Path, name: str, entries: dict[str, dict[str, Any]]) -> bool:
+    """Whether the predictions that an entry is of are there, and whole."""
+    return all(is_predictions(predictions_path(folder / FOLDER / name, split)) for split in entries[name]["metrics"])
 
 
 def _judged_by(run: RunConfig, run_dir: Path) -> str:

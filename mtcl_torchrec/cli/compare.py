@@ -60,7 +60,7 @@ def compare(
     check_target(write, "--json", holds_json_with("a", "against"))
     if page is not None and (file := next((run for run in runs if not run.is_dir()), None)):
         raise ConfigError(f"--html shows run directories, and {file} is none")
-    from mtcl_torchrec.evaluation.compare import compare_tables, is_headline
+    from mtcl_torchrec.evaluation.compare import compare_tables, corrected, is_headline
     from mtcl_torchrec.evaluation.details import print_differences
     from mtcl_torchrec.report import compare_html, from_differences
     from mtcl_torchrec.training.history import finite
@@ -85,8 +85,14 @@ def compare(
             first, _read(run, split), k=lengths, values=values, draws=draws, seed=seed,
             names=names, only=(lambda of, metric: True) if every else is_headline,
         )  # fmt: skip
-        print_differences(found[str(run)], names, console)
+    together = iter(corrected([difference for of in found.values() for difference in of]))  # one family
+    found = {run: [next(together) for _ in of] for run, of in found.items()}
+    for run_b, of in found.items():
+        print_differences(of, (str(there[0]), run_b), console)
         console.print()
+    if len(found) > 1:
+        said = f"p (Holm) allows for all comparisons of these {len(there)} runs together."
+        console.print(said, highlight=False, soft_wrap=True)
     if any(d.metric.startswith("value@") for of in found.values() for d in of):
         whose = "as --value says" if values else f"as {there[0]} (A) says; --value TASK=NUMBER for others"
         shown = ", ".join(f"{task} {number:g}" for task, number in (values or first.values).items())
@@ -106,7 +112,12 @@ def compare(
 def _doubts(run: Path) -> list[str]:
     """What training has found that puts a run's figures in doubt."""
     path = run / METRICS
-    return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", [])) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", []))
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error})") from None
 
 
 def _lengths(run: Path) -> list[int]:

@@ -355,7 +355,7 @@ def _model(suits: Defaults) -> list[str]:
         "",
         "optimizers:",
         "  tables: {kind: rowwise_adagrad, lr: 0.02}",
-        "  dense: {kind: adamw, lr: 0.001, weight_decay: 0.01}",
+        "  dense: {kind: adamw, lr: 0.003, weight_decay: 0.01}",
     ]
 
 

@@ -278,7 +278,7 @@ def _compared_table(names: Sequence[str], found: Sequence[Compared]) -> Table:
                 tones[r, 1 + len(names) + run] = "good" if sign > 0 else "bad"
         rows.append([c.name, c.metric, *cells])
     gains = [f"{name} less {names[0]}" for name in names[1:]]
-    tested = ", all of a run tested together (Holm)" * any(c.signs is not None for c in found)
+    tested = ", all tested together (Holm)" * any(c.signs is not None for c in found)
     note = f"With 95% intervals. ▲ is better than the first run, ▼ worse{tested}; the rest is too close to call."
     if any(c.unsure for c in found):
         note += " Grey: too few events to be sure."

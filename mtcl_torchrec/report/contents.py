@@ -246,7 +246,13 @@ def _read_baselines(found: RunContents, elsewhere: Path | None) -> None:
     for name in found.baselines:
         for folder in (where / BASELINES / name, where / name):
             paths = {split: folder / PREDICTIONS / f"{split}.parquet" for split in ("val", "test")}
-            there = {split: _whole(path, read_predictions) for split, path in paths.items() if path.is_file()}
+            try:
+                there = {split: _whole(path, read_predictions) for split, path in paths.items() if path.is_file()}
+            except DataError as error:
+                found.missing.append(
+                    f"Of {name}, nothing is compared: {error}. `mtcl baselines RUN_DIR` makes it anew."
+                )
+                break
             if there:
                 found.of_baselines[name] = there
                 break
@@ -293,6 +299,8 @@ def _other_rows(run: Mapping[str, PredictionsTable], baseline: Mapping[str, Pred
 def _whole(path: Path, read: Callable[[Path], _Read]) -> _Read:
     try:
         return read(path)
+    except DataError:
+        raise  # it names the file
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:150]})") from None
 
