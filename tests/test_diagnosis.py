@@ -150,7 +150,8 @@ METRICS = [
     (
         [{"like": auc(0.75)}, {"like": auc(0.7)}],
         2,
-        "like was better in epoch 1 (AUC 0.750) than in the kept epoch 2 (0.700): it overfits since",
+        "like was better in epoch 1 (AUC 0.750) than in the kept epoch 2 (0.700): it overfits since; "
+        "training.task_patience stops such a task",
     ),
     (
         [{"like": {"ne": 0.9}}, {"like": {"ne": 0.8}}],

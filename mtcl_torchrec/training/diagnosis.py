@@ -278,7 +278,8 @@ def _fallen(task: str, name: str, values: Sequence[float | None], best_epoch: in
                 said = f"{task} has become worse in every epoch since epoch {top}"
                 yield _Finding(1.3, f"{said} (validation {label} {then:.3f}, now {now:.3f})")
         return
-    why = "it overfits since" if top < best_epoch else "it still learns when the rest is done"
+    overfits = "it overfits since; training.task_patience stops such a task"
+    why = overfits if top < best_epoch else "it still learns when the rest is done"
     yield _Finding(
         1.5 + min(drop, 0.4),
         f"{task} was better in epoch {top} ({label} {then:.3f}) than in the kept epoch {best_epoch} ({now:.3f}): {why}",

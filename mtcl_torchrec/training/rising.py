@@ -45,8 +45,9 @@ def still_rising(epochs: Sequence[Mapping[str, Mapping[str, Any]]], best_epoch: 
         name = main_metric(kept)
         if name not in ENOUGH or too_few_to_judge(kept):
             continue
-        values = [epoch.get(task, {}).get(name) for epoch in epochs[since - 1 :]]
-        if any(value is None or not math.isfinite(value) for value in values):
+        known = [epoch.get(task, {}).get(name) for epoch in epochs[since - 1 :]]
+        values = [float(value) for value in known if value is not None and math.isfinite(value)]
+        if len(values) < len(known):
             continue
         sign = sign_of_better(name)
         if sign * values[-1] <= sign * LEARNT[name] or any(sign * b <= sign * a for a, b in pairwise(values)):
