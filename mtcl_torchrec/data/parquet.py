@@ -67,6 +67,9 @@ class TableRows(Rows):
         (array([5, 6]), None, 'x.parquet, row 11')
     """
 
+    _table: pa.Table
+    _groups: tuple[RowGroup, ...]
+
     def __init__(self, table: pa.Table, groups: Sequence[RowGroup], files: tuple[str, ...], starts: tuple[int, ...]):
         self.__dict__.update(files=files, starts=starts, earlier={}, _table=table, _groups=tuple(groups))
 
@@ -74,7 +77,7 @@ class TableRows(Rows):
         return int(self._table.num_rows)
 
     @cached_property
-    def frame(self) -> pd.DataFrame:  # type: ignore[override]
+    def frame(self) -> pd.DataFrame:
         """All columns."""
         return to_pandas(self._table, shared=True).set_axis(self._index)
 
