@@ -3,18 +3,21 @@
 from itertools import groupby
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mtcl_torchrec.data.batch import EncodedRows
+from mtcl_torchrec.data.batch import Bag, EncodedRows
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.id_dropout import drop_ids
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.position import Position, count, cut, pieces_left, shuffled
 from mtcl_torchrec.data.stream import StreamRows
-from mtcl_torchrec.schema import Feature, Schema, Task
+from mtcl_torchrec.schema import DataError, Feature, Schema, Task
 
 SIZE, SEED = 1000, 5
 IDS = Schema(
@@ -159,8 +162,8 @@ def test_so_they_are_after_a_resume_with_other_ranks_and_with_ids_left_out(tmp_p
         assert_same(list(rows.batches(position, **of)), list(by_the_book(rows, position, **of)))
 
 
-def test_more_ranks_than_rows_and_windows_of_one_row(tmp_path):
-    rows = stream_of(tmp_path, EVERYTHING, rows=280, row_group=1, window_rows=1)
+def test_more_ranks_than_rows_are_left_and_small_windows(tmp_path):
+    rows = stream_of(tmp_path, EVERYTHING, rows=280, row_group=7, window_rows=1)
     position = Position().after(276, world_size=1, batch_size=1)
     for rank in range(6):
         of = {"rank": rank, "world_size": 6, "batch_size": 2}
@@ -181,3 +184,62 @@ def test_ids_of_any_size_come_through(tmp_path, largest):
     found = torch.cat([batch.sparse_features.values() for batch in got])
     assert found.dtype == torch.int64
     assert sorted(found.tolist()) == sorted(ids.tolist())
+
+
+# ---------------------------------------------------------------- what batches are made of
+
+
+@pytest.mark.parametrize("window_rows", [20, 150, 700])
+def test_a_column_taken_alone_is_that_of_the_frame(tmp_path, window_rows):
+    rows = stream_of(tmp_path, EVERYTHING, window_rows=window_rows).source
+    for window in (*rows.windows(), *rows.windows((1,))):
+        frame, alone = rows.read(window).frame, rows.read(window)
+        assert len(alone) == len(frame)
+        for name in rows.schema.names:
+            pd.testing.assert_series_equal(alone.column(name), frame[name])
+            plain, dtype = alone.plain(name), frame[name].dtype
+            assert (plain is not None) == (isinstance(dtype, np.dtype) and dtype.kind in "iufb"), name
+            if plain is not None:
+                assert plain.dtype == dtype
+                np.testing.assert_array_equal(plain, frame[name].to_numpy())
+    with pytest.raises(KeyError):
+        alone.column("absent")
+
+
+def test_a_negative_index_and_one_too_large_are_refused_with_file_and_row(tmp_path):
+    rows = stream_of(tmp_path, IDS)
+    for bad in (-1, SIZE):
+        table = table_of(430)
+        ids = table["u"].to_numpy().copy()
+        ids[7] = bad
+        pq.write_table(table.set_column(0, "u", pa.array(ids)), tmp_path / "c.parquet", row_group_size=64)
+        rows.source = ParquetFiles.open([str(tmp_path)], window_rows=150).only(rows.source.schema.names)
+        with pytest.raises(DataError, match=rf"c\.parquet, row 7: u = {bad} lies outside its table of 1,000 rows"):
+            list(rows.batches(Position(), rank=0, world_size=1, batch_size=50))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_parts_are_the_rows_of_their_indices(data):
+    n, width = data.draw(st.integers(1, 30)), data.draw(st.integers(0, 4))
+    largest = data.draw(st.sampled_from([9, 2**31 - 1, 2**31, 2**62]))
+    draw = np.random.default_rng(data.draw(st.integers(0, 9)))
+    index = [torch.tensor(of, dtype=torch.int64) for of in data.draw(st.lists(st.lists(st.integers(0, n - 1))))]
+    ids = torch.from_numpy(draw.integers(0, largest + 1, (n, width)))
+    lengths = torch.from_numpy(draw.integers(0, 3, n))
+    bag = Bag.of(torch.arange(int(lengths.sum())), lengths)
+    keys = (*(f"id{i}" for i in range(width)), "bag")
+    dense = torch.from_numpy(draw.random((n, 2), np.float32))
+    rows = EncodedRows(dense=dense, keys=keys, ids=ids, labels=dense + 1, bags={"bag": bag}, requests=torch.arange(n))
+    parts = rows.parts(index) if index else []
+    assert len(parts) == len(index)
+    for part, of in zip(parts, index, strict=True):
+        assert torch.equal(part.ids, ids[of])
+        assert part.ids.T.is_contiguous()
+        assert torch.equal(part.dense, dense[of])
+        assert torch.equal(part.labels, dense[of] + 1)
+        assert torch.equal(part.requests, of)
+        values, sizes = part.bags["bag"].all()
+        assert [v.tolist() for v in values.split(sizes.tolist())] == [
+            bag.values[bag.offsets[i] : bag.offsets[i + 1]].tolist() for i in of.tolist()
+        ]
