@@ -50,6 +50,7 @@ class RowPenalty(nn.Module):
         """
         self.gather.agree(sparse_features.stride())
         self._counted, found = [], {}
+        popularity: Any  # of modules in a list, nothing more is known
         for (feature, weight), popularity in zip(self.weights.items(), self.popularity, strict=True):
             ids = first_values(sparse_features, feature)
             everywhere = self.gather(ids)
@@ -61,6 +62,7 @@ class RowPenalty(nn.Module):
 
     def take_back(self, skipped: torch.Tensor) -> None:
         """Uncount the newest batch where `skipped`, () bool, is True: what is skipped changes nothing."""
+        popularity: Any
         for popularity, ids in zip(self.popularity, self._counted, strict=False):
             popularity.take_back(ids, skipped)
         self._counted = []
