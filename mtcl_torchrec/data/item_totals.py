@@ -19,6 +19,7 @@ from mtcl_torchrec.schema import Task
 MOST_ITEMS = 1 << 20  # that are counted apart
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Of N rows: as which item each is counted (N,), labels (N, T), and weights (N, T) or None where all are 1."""
 
 
 class ItemTotals:
@@ -38,8 +39,8 @@ class ItemTotals:
     Example:
         >>> totals = ItemTotals([Task.binary("click")], "item", rows=4)
         >>> labels = torch.tensor([[1.0], [0.0], [float("nan")], [1.0]])
-        >>> rows = EncodedRows(torch.empty(4, 0), ("item",), torch.tensor([[3], [3], [1], [0]]), labels)
-        >>> totals.see(rows, torch.arange(4))
+        >>> rows = EncodedRows(torch.empty(4, 0), ("item",), torch.tensor([[0], [1], [3], [3]]), labels.flip(0))
+        >>> totals.see(totals.part_of(rows, torch.tensor([3, 2, 1, 0])))
         >>> totals.take(2)
         >>> totals.popularity(smoothing=1).rates
            click
@@ -59,17 +60,19 @@ class ItemTotals:
         self._ahead = deque[Part]()
         self._taken = 0  # rows of those that are ahead
 
-    def see(self, rows: EncodedRows, order: torch.Tensor) -> None:
-        """Rows that are going to be trained on, after those that were shown before.
+    def part_of(self, rows: EncodedRows, order: torch.Tensor) -> Part:
+        """What is counted of rows, copied, so that they themselves do not stay in memory for it; on any thread.
 
         Args:
-            order: (n,) int64, which of the rows, in the order in which they will be taken.
+            order: (N,) int64, which of the rows, one after the other.
         """
-        if len(order):
-            # Copies: the windows themselves do not stay in memory for this.
-            codes = counted_as(rows.first_values(self.feature).index_select(0, order), self.counts)
-            weights = None if rows.weights is None else rows.weights.index_select(0, order)
-            self._ahead.append((codes, rows.labels.index_select(0, order), weights))
+        codes = counted_as(rows.first_values(self.feature)[order], self.counts)
+        return codes, rows.labels[order], None if rows.weights is None else rows.weights[order]
+
+    def see(self, part: Part) -> None:
+        """Rows that are going to be trained on, after those that were shown before."""
+        if len(part[0]):
+            self._ahead.append(part)
 
     def take(self, rows: int) -> None:
         """So many more of the rows that were shown have been trained on; blank ones at the end may be among them."""

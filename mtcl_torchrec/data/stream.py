@@ -17,13 +17,12 @@ import torch
 
 from mtcl_torchrec.data.batch import EncodedRows, MTBatch
 from mtcl_torchrec.data.id_dropout import drop_ids
+from mtcl_torchrec.data.item_totals import ItemTotals, Part
 from mtcl_torchrec.data.position import Piece, Position, count, cut, pieces_left, shuffled
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.openmp import lone_workers
 
 T = TypeVar("T")
-# The parts of a window, and its rows with the order of those that are taken, where somebody wants to see them.
-Loaded = tuple[deque[EncodedRows], tuple[EncodedRows, torch.Tensor] | None]
 _THREADS = "mtcl-data"
 
 
@@ -100,18 +99,14 @@ class StreamRows:
         self.seed = seed
         self.workers = workers
         self.id_dropout = id_dropout or {}
-        self._see: Callable[[EncodedRows, torch.Tensor], None] | None = None
+        self._totals: ItemTotals | None = None
 
-    def shown_to(self, see: Callable[[EncodedRows, torch.Tensor], None]) -> StreamRows:
-        """The same stream, whose rows are shown to a function a window at a time, before the batches that they come in.
-
-        Args:
-            see: takes the rows of a window, no id dropped, and (n,) which of them this rank takes, in the
-                order of its batches.
-        """
-        shown = copy.copy(self)
-        shown._see = see
-        return shown
+    def counted_by(self, totals: ItemTotals) -> StreamRows:
+        """The same stream, whose rows are shown to `totals` with all their ids, in the order of the batches that they
+        come in and before them."""
+        counted = copy.copy(self)
+        counted._totals = totals
+        return counted
 
     @property
     def rows_per_epoch(self) -> int:
@@ -158,34 +153,36 @@ class StreamRows:
     def _left(self, windows: Sequence[Any], position: Position) -> list[Piece]:
         return pieces_left([(i, 0, window.rows) for i, window in enumerate(windows)], position.taken)
 
+    def _shown(self, loaded: tuple[Part | None, deque[EncodedRows]]) -> deque[EncodedRows]:
+        part, rows = loaded
+        if self._totals is not None and part is not None:
+            self._totals.see(part)
+        return rows
+
     def _loads(
         self, windows: Sequence[Any], share: Sequence[Piece], epoch: int, batch_size: int
-    ) -> Iterator[Callable[[], Loaded]]:
+    ) -> Iterator[Callable[[], tuple[Part | None, deque[EncodedRows]]]]:
         taken = 0
         for number, group in groupby(share, key=lambda piece: piece[0]):
             pieces, begun = list(group), taken % batch_size
             yield partial(self._load, windows[number], (self.seed, epoch, number), pieces, begun, batch_size)
             taken += count(pieces)
 
-    def _load(self, window: Any, seed: Sequence[int], pieces: Sequence[Piece], begun: int, batch_size: int) -> Loaded:
-        """The rows of a window as parts for `in_batches`, and all of it with the order they are taken in.
+    def _load(
+        self, window: Any, seed: Sequence[int], pieces: Sequence[Piece], begun: int, batch_size: int
+    ) -> tuple[Part | None, deque[EncodedRows]]:
+        """What is counted of a window, with all ids, and its rows as parts for `in_batches`.
 
         Args:
             begun: rows that the batch has before the first of these.
         """
         # Encoded in the order of the file, without a copy of its columns, and shuffled and cut in one go.
-        whole = self.encode(self.source.read(window))
-        encoded = drop_ids(whole, self.id_dropout, np.arange(len(whole)), seed)
+        encoded = self.encode(self.source.read(window))
         order = shuffled(window.rows, seed)
         order = torch.cat([order[start:stop] for _, start, stop in pieces])
-        parts = encoded.parts(order.tensor_split(list(range(batch_size - begun, len(order), batch_size))))
-        return deque(parts), None if self._see is None else (whole, order)
-
-    def _shown(self, loaded: Loaded) -> deque[EncodedRows]:
-        parts, seen = loaded
-        if self._see is not None and seen is not None:
-            self._see(*seen)
-        return parts
+        part = None if self._totals is None else self._totals.part_of(encoded, order)
+        encoded = drop_ids(encoded, self.id_dropout, np.arange(len(encoded)), seed)
+        return part, deque(encoded.parts(order.tensor_split(list(range(batch_size - begun, len(order), batch_size)))))
 
 
 def in_batches(windows: Iterable[deque[EncodedRows]], batch_size: int) -> Iterator[EncodedRows]:

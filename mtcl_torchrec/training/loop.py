@@ -230,7 +230,7 @@ def _train_epoch(
         torch.manual_seed((config.seed * 1000 + epoch) * 1000 + where.rank + stretch)
     state.random_restored = False
     if state.items is not None and isinstance(rows, StreamRows):
-        rows = rows.shown_to(state.items.see)
+        rows = rows.counted_by(state.items)
     timed = TimedBatches(rows.batches(state.position, rank=where.rank, **cut))
     batches: Iterator[MTBatch] = timed
     if metrics is not None:
