@@ -163,7 +163,8 @@ def world_run(opposed: bool, small: bool) -> dict[str, Any]:
     size = 10 if small else 1
     text = ready_run(
         "social", rows=200_000 // size, val_rows=50_000 // size, test_rows=100_000 // size, num_users=3000,
-        num_items=3000, correlation=0.9, conflict=float(opposed), rates={"like": 0.25, "share": 0.15, "hide": 0.1},
+        num_items=3000, factors=False, correlation=0.9, conflict=float(opposed),
+        rates={"like": 0.25, "share": 0.15, "hide": 0.1},
     )  # fmt: skip
     raw = yaml.safe_load(text)
     raw["training"]["epochs"] = 2

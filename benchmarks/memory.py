@@ -46,7 +46,7 @@ CASES = ("stream", "training")
 def configured(what: Line) -> RunConfig:
     """The run that `mtcl init --world shop` would write, in this size."""
     size = {"num_users": what["vocabulary"], "num_items": what["vocabulary"]}
-    raw = yaml.safe_load(world_run("shop", rows=what["rows"], val_rows=1, test_rows=0, **size))
+    raw = yaml.safe_load(world_run("shop", rows=what["rows"], val_rows=1, test_rows=0, factors=False, **size))
     raw["data"] |= {"window": what["window"], "workers": what["workers"]}
     raw["model"]["trunk"] = {"kind": "mmoe", "num_experts": 4, "expert_layers": [128, 64]}
     raw["training"] |= {"batch_size": what["batch_size"]}

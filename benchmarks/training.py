@@ -102,7 +102,8 @@ def configured(setting: Setting, world_size: int, files: Path) -> RunConfig:
         files: folder of the Parquet files, for that input.
     """
     size = {"num_users": setting.vocabulary, "num_items": setting.vocabulary}
-    raw = yaml.safe_load(world_run(setting.world, rows=setting.rows_for(world_size), val_rows=1, test_rows=0, **size))
+    raw = yaml.safe_load(world_run(setting.world, rows=setting.rows_for(world_size), val_rows=1, test_rows=0,
+                                   factors=False, **size))  # fmt: skip
     if setting.input == "parquet":
         raw["data"] = {"train": [str(files / "train.parquet")], "val": [str(files / "val.parquet")], "stream": True}
     raw["data"] |= {"window": setting.window, "workers": setting.workers}

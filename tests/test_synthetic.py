@@ -440,6 +440,8 @@ def test_the_yaml_says_what_the_world_has(name):
     assert [f.model_copy(update=alike) for f in declared.features] == [f.model_copy(update=alike) for f in own.features]
     alike = {"head": "tower", "weight": 1.0}
     assert [t.model_copy(update=alike) for t in declared.tasks] == [t.model_copy(update=alike) for t in own.tasks]
+    alone = yaml.safe_load(world_run(name, rows=900, seed=3, rates={"return": 0.2}, num_items=77, factors=False))
+    assert Schema.model_validate(alone["schema"]) == own
     assert (declared.user, declared.item, declared.time) == (own.user, own.item, own.time)
     for task, outcome in zip(declared.tasks, world.outcomes, strict=True):  # a label weighs the same wherever it is
         parents, after = 1.0, outcome.after

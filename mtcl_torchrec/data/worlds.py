@@ -157,6 +157,7 @@ def world_run(
     val_rows: int | None = None,
     test_rows: int | None = None,
     log: str | None = None,
+    factors: bool = True,
     **dials: Any,
 ) -> str:
     """A commented run on a ready world: YAML for `mtcl train`.
@@ -166,6 +167,8 @@ def world_run(
             50,000, validate and test.
         log: a file that holds the world's rows: train on it.  `rows` is their number, and tenths of it validate and
             test.
+        factors: False leaves out the vectors that tasks share and their prior: the network alone, whose steps the
+            benchmarks of speed and memory measure.
         dials: as for `ready_world`; those given stand in the YAML.
 
     Raises:
@@ -186,8 +189,23 @@ def world_run(
     world = ready_world(name, **settings)
     schema = world.schema()
     few = defaults_for(rows) if rows < FEW else None  # of more, two passes know most of what can be known
-    epochs, batch_size, patience = (few.epochs, few.batch_size, few.patience) if few else (2, 2048, 1)
-    tasks = [_with_head(_declared(task), world) for task in schema.tasks]
+    epochs, batch_size, patience = (few.epochs, few.batch_size, few.patience) if few else (2, 1024, 1)
+    tasks, features = [_declared(task) for task in schema.tasks], [_declared(of) for of in schema.features]
+    tables, dense_lr = "{kind: rowwise_adagrad, lr: 0.02}", 0.001
+    if factors:
+        tasks = [_with_head(task, world) for task in tasks]
+        features = [_as_factor(feature, world) for feature in features]
+        tables, dense_lr = "{kind: adagrad, lr: 0.3, init_scale: 0.15}", 0.01
+    about_factors = [
+        "    # A task weighs as much as the share of rows that have its label, so that all labels count alike.",
+        "    # Behaviour is a network's logit plus a product of vectors that all tasks share (tower_dot), by a matrix",
+        "    # of each task's own (bilinear).",
+    ]
+    prior = [
+        "  decay: linear      # of all learning rates, to 0",
+        "  # A Gaussian prior of the vectors of users and items, felt most by those with few rows: 6 · ids / rows.",
+        f"  regularisers: {{l2_rows: {_flow(_prior(world, rows))}}}",
+    ]
     lines = [
         *(_from_rows(name, rows, val_rows, test_rows, dials) if log is None else _from_log(name, log)),
         "",
@@ -198,11 +216,10 @@ def world_run(
         "  features:",
         "    # encoding: index takes ids as rows of their table, so no vocabulary has to be learnt.  The tables of",
         "    # users and items must hold all ids: num_users + 1 and num_items + 1 rows, row 0 being 'unknown'.",
-        *(f"    - {_flow(_as_factor(_declared(feature), world))}" for feature in schema.features),
+        *(f"    - {_flow(feature)}" for feature in features),
         "  tasks:",
-        "    # A masked label counts only where the event before it in the chain happened.  A task weighs as much as",
-        "    # the share of rows that have its label, so that all labels count alike.  Behaviour is a network's logit",
-        "    # plus a product of vectors that all tasks share (tower_dot), by a matrix of each task's own (bilinear).",
+        "    # A masked label counts only where the event before it in the chain happened.",
+        *(about_factors if factors else []),
         *(f"    - {_flow(task)}" for task in tasks),
         "",
         "model:",
@@ -212,16 +229,14 @@ def world_run(
         "  cross_layers: 1",
         "",
         "optimizers:",
-        "  tables: {kind: adagrad, lr: 0.3, init_scale: 0.15}",
-        "  dense: {kind: adamw, lr: 0.01, weight_decay: 0.01}",
+        f"  tables: {tables}",
+        f"  dense: {{kind: adamw, lr: {dense_lr}, weight_decay: 0.01}}",
         "",
         "training:",
         f"  epochs: {epochs}",
         f"  batch_size: {batch_size}   # rows per step and rank",
         f"  patience: {patience}        # stop after so many epochs without a better mean validation AUC",
-        "  decay: linear      # of all learning rates, to 0",
-        "  # A Gaussian prior of the vectors of users and items, felt most by those with few rows: 6 · ids / rows.",
-        f"  regularisers: {{l2_rows: {_flow(_prior(world, rows))}}}",
+        *(prior if factors else []),
         "",
         "# The score that ranks: a weighted mean of the predictions, in [0, 1].  A negative weight lowers it.",
         "fusion:",
