@@ -438,13 +438,15 @@ def test_the_yaml_says_what_the_world_has(name):
     declared, own = Schema.model_validate(raw["schema"]), world.schema()  # but for how it is learnt
     alike = {"embedding_dim": 16}
     assert [f.model_copy(update=alike) for f in declared.features] == [f.model_copy(update=alike) for f in own.features]
-    alike = {"head": "tower", "weight": 1.0}
+    alike = {"head": "tower", "weight": 1.0, "mask": None, "after": None}
     assert [t.model_copy(update=alike) for t in declared.tasks] == [t.model_copy(update=alike) for t in own.tasks]
     alone = yaml.safe_load(world_run(name, rows=900, seed=3, rates={"return": 0.2}, num_items=77, factors=False))
     assert Schema.model_validate(alone["schema"]) == own
     assert (declared.user, declared.item, declared.time) == (own.user, own.item, own.time)
     for task, outcome in zip(declared.tasks, world.outcomes, strict=True):  # a label weighs the same wherever it is
-        parents, after = 1.0, outcome.after
+        chained = outcome.kind == "event"
+        assert (task.after, task.mask) == ((outcome.after, None) if chained else (None, outcome.after))
+        parents, after = 1.0, None if chained else outcome.after
         while after:
             parent = next(o for o in world.outcomes if o.name == after)
             parents, after = parents * parent.mean, parent.after

@@ -197,9 +197,9 @@ def world_run(
         features = [_as_factor(feature, world) for feature in features]
         tables, dense_lr = "{kind: adagrad, lr: 0.3, init_scale: 0.15}", 0.01
     about_factors = [
-        "    # A task weighs as much as the share of rows that have its label, so that all labels count alike.",
-        "    # Behaviour is a network's logit plus a product of vectors that all tasks share (tower_dot), by a matrix",
-        "    # of each task's own (bilinear).",
+        "    # An event after another is a chain: what is predicted, and ranks, is that both happen.  A masked task",
+        "    # weighs as much as the share of rows that have its label.  Behaviour is a network's logit plus a product",
+        "    # of vectors that all tasks share (tower_dot), by a matrix of each task's own (bilinear).",
     ]
     prior = [
         "  decay: linear      # of all learning rates, to 0",
@@ -218,8 +218,7 @@ def world_run(
         "    # users and items must hold all ids: num_users + 1 and num_items + 1 rows, row 0 being 'unknown'.",
         *(f"    - {_flow(feature)}" for feature in features),
         "  tasks:",
-        "    # A masked label counts only where the event before it in the chain happened.",
-        *(about_factors if factors else []),
+        *(about_factors if factors else ["    # A masked label counts only where the event before it happened."]),
         *(f"    - {_flow(task)}" for task in tasks),
         "",
         "model:",
@@ -258,9 +257,14 @@ def _as_factor(feature: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def _with_head(task: dict[str, Any], world: World) -> dict[str, Any]:
-    """A task as declared, with what else a run says of it."""
+    """A task as declared, with what else a run says of it.
+
+    An event that may only follow another is a chain: predicted is that both happen, which a fused score can rank by.
+    """
     outcomes = {o.name: o for o in world.outcomes}
-    share, parent = 1.0, outcomes[task["name"]].after
+    if "mask" in task and outcomes[task["name"]].kind == "event":
+        task = {("after" if key == "mask" else key): value for key, value in task.items()}
+    share, parent = 1.0, outcomes[task["name"]].after if "mask" in task else None
     while parent is not None:
         share, parent = share * outcomes[parent].mean, outcomes[parent].after
     if outcomes[task["name"]].kind == "content":  # every row has one; it tells most of the user's vector
