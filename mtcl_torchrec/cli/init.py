@@ -53,8 +53,8 @@ def init(
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists already; nothing was written")
     if world is not None:
-        sizes = {"num_users": users or WORLD_SIZE, "num_items": items or WORLD_SIZE}
-        text = world_run(world, rows=rows or 1_000_000, log=None, **sizes)
+        num_users, num_items = users or WORLD_SIZE, items or WORLD_SIZE
+        text = world_run(world, rows=rows or 1_000_000, log=None, num_users=num_users, num_items=num_items)
     else:
         assert files is not None
         # Paths in a YAML start at its own folder.
