@@ -207,7 +207,7 @@ DIALS = {"num_users": 40, "num_items": 50, "seed": 2, "signal": 2.5, "rates": {"
 
 def run_of(name="shop", *, hard=True, tasks=None, **dials):
     dials = DIALS | (HARD | {"delay": 0.3} if hard else {}) | dials
-    raw = yaml.safe_load(world_run(name, rows=4_000, val_rows=600, test_rows=600, **dials))
+    raw = yaml.safe_load(world_run(name, rows=4_000, val_rows=600, test_rows=600, factors=False, **dials))
     raw["model"] = {"trunk": {"kind": "shared_bottom", "expert_layers": [16]}, "tower_layers": [8]}
     raw["optimizers"] = {"tables": {"lr": 0.1}, "dense": {"lr": 0.01}}
     raw["training"] = {"epochs": 1, "batch_size": 100, "warmup_steps": 5}
@@ -327,7 +327,7 @@ def test_the_observers_logits_are_linear_in_what_is_not_known():
         vectors = [v.copy() for v in (rows.draw.users if name == "user" else rows.draw.items)]
         vectors[3] = vectors[3] + np.float32(0.25 * bench.HALF)
         moved = rows.draw._replace(**{"users" if name == "user" else "items": vectors})
-        moved_z = np.stack(bench.rules._logits(world, moved)) - np.stack(bench.rules._logits(world, rows.draw))
+        moved_z = np.stack(bench.rules.logits(world, moved)) - np.stack(bench.rules.logits(world, rows.draw))
         events = [t for t, o in enumerate(bench.scored(world)) if o.kind == "event"]
         np.testing.assert_allclose((x * off).sum(2)[events], moved_z[events], atol=1e-5)
 
@@ -346,7 +346,7 @@ def test_the_benchmark_trains_and_shows(tmp_path, capsys):
     ]
     benchmark.main([*small, *sets, "--device", "cpu", "--out", str(out)])
     line = json.loads(out.read_text())
-    assert set(line["share"]) == {"click", "cart", "buy", "next_category", "return", "score"}
+    assert set(line["share"]) == {"click", "cart", "cart|click", "buy", "buy|cart", "next_category", "return", "score"}
     capsys.readouterr()
     benchmark.main(["--show", str(out)])
     assert "1: shop, 600 rows, 30 × 30 position_bias=1 dim=8" in capsys.readouterr().out
