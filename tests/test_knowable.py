@@ -327,7 +327,7 @@ def test_the_observers_logits_are_linear_in_what_is_not_known():
         vectors = [v.copy() for v in (rows.draw.users if name == "user" else rows.draw.items)]
         vectors[3] = vectors[3] + np.float32(0.25 * bench.HALF)
         moved = rows.draw._replace(**{"users" if name == "user" else "items": vectors})
-        moved_z = np.stack(bench.rules.logits(world, moved)) - np.stack(bench.rules.logits(world, rows.draw))
+        moved_z = np.stack(bench.rules.logits_of(world, moved)) - np.stack(bench.rules.logits_of(world, rows.draw))
         events = [t for t, o in enumerate(bench.scored(world)) if o.kind == "event"]
         np.testing.assert_allclose((x * off).sum(2)[events], moved_z[events], atol=1e-5)
 
