@@ -15,7 +15,6 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from mtcl_torchrec import MTCL, PLE, MTBatch, MTCLTrain, Task
 from mtcl_torchrec.config import dump_run, parse_run
-from mtcl_torchrec.modules.regularisers import REGULARISERS
 from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_about
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.run import train_run
@@ -54,6 +53,7 @@ TASKS = [
     Task.regression("stars", inputs=("user",)),
 ]
 ROWS = 24
+PENALTIES = {"l2_embedding": 0.1, "l2_dense": 0.01, "expert_orthogonality": 0.5, "gate_balance": 0.3}
 
 
 def one_step(rank=0, world_size=1):
@@ -70,7 +70,7 @@ def one_step(rank=0, world_size=1):
     groups = {"u": ["user"], "i": ["item"]}
     ebc = EmbeddingBagCollection(tables=tables)
     model = MTCL(ebc, 0, PLE(2, 1, [8], levels=2), TASKS, tower_layers=[4], feature_groups=groups)
-    train = MTCLTrain(model, regularisers=dict(zip(REGULARISERS, (0.1, 0.01, 0.5, 0.3), strict=True)), seed=3)
+    train = MTCLTrain(model, regularisers=PENALTIES, seed=3)
     train.loss.freeze("click")
     part = ids[:, mine]
     features = KeyedJaggedTensor(["u", "i"], part.flatten(), lengths=torch.ones(part.numel(), dtype=torch.int64))

@@ -38,7 +38,6 @@ from mtcl_torchrec.modules.balance.weighting import (
     UncertaintyWeighting,
 )
 from mtcl_torchrec.modules.losses import MultiTaskLoss
-from mtcl_torchrec.modules.regularisers import Regularisers
 from mtcl_torchrec.schema import ConfigError
 from mtcl_torchrec.training.build import build_loss_weighting
 from mtcl_torchrec.training.checkpoint.store import newest_checkpoint, read_about
@@ -268,8 +267,7 @@ def a_batch(number=0):
 
 
 def test_by_default_the_loss_and_its_gradients_are_those_of_the_weighted_sum():
-    module = train_module("cpu")
-    module.loss.regularisers = Regularisers()
+    module = MTCLTrain(train_module("cpu").model)
     loss, gradients = loss_and_gradients(module, a_batch())
     parts = module.loss.last_task_losses
     assert torch.equal(loss, (torch.tensor([1.0, 3.0, 1.0]) * parts).sum())

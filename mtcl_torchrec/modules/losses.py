@@ -169,7 +169,7 @@ class MultiTaskLoss(nn.Module):
         labelled, known = present.any(1).float(), torch.where(present, labels, 0.0)
         safe = {name: stop_gradient_if(value, skip) for name, value in logits.items()}
         sums, counts, bad = self._parts(safe, known, weights, batch)
-        penalised = self.regularisers.sums(pooled, labelled, skip, batch.sparse_features)
+        penalised = self.regularisers.sums(pooled, labelled, skip, getattr(batch, "sparse_features", None))
         of_score, scored = self._score_sums(score, labels, present, batch, skip)
         beside = torch.cat([sums.new_zeros(0), *(s.flatten() for s in penalised.values()), of_score])
         totals, of_all, any_bad = self._over_ranks(

@@ -46,6 +46,15 @@ def write_archive(path: Path, folder: Path, about: Mapping[str, Any]) -> str:
     return digest
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest alone; nothing else of the file is looked at.
+
+    Raises:
+        DataError: no such file, or none of this kind.
+    """
+    return _opened(path, lambda archive: _manifest(path, archive))
+
+
 def extract(path: Path, target: Path, *, sha256: str | None = None) -> dict[str, Any]:
     """Unpack a file into an empty folder after comparing all its members with its manifest.
 
