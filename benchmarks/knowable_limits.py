@@ -9,7 +9,9 @@ posteriors, which no learner can have together, and is nearer to what can be rea
 
     python benchmarks/knowable_limits.py --world shop --rows 1000000
 
-Shares are those of `mtcl_torchrec.evaluation.knowable`, over a sample of the test rows, with events only.
+Shares are those of `mtcl_torchrec.evaluation.knowable`, over a sample of the test rows, with events only.  Of an event
+that may only follow another, a row predicts that both happen, with the product of what the observer predicts of each,
+and ``buy|cart`` the event given the other, over rows where that happened.
 """
 
 from __future__ import annotations
@@ -74,6 +76,23 @@ def side_of(world: World, name: str, ids: np.ndarray) -> Side:
 def scored(world: World) -> list:
     """The outcomes with a logit of their own: all but content."""
     return [o for o in world.outcomes if o.kind != "content"]
+
+
+def predicted(world: World) -> dict[str, list[str]]:
+    """What a run may predict -> the events whose probabilities, each given those before it, are multiplied: the event of
+    a row, and of one that may only follow another also that given the other.
+
+    Example:
+        >>> predicted(ready_world("shop"))["buy"], predicted(ready_world("shop"))["buy|cart"]
+        (['click', 'cart', 'buy'], ['buy'])
+    """
+    events, found = {o.name: o for o in world.outcomes if o.kind == "event"}, dict[str, list[str]]()
+    for name, outcome in events.items():
+        if outcome.after is None:
+            found[name] = [name]
+        else:
+            found |= {name: [*found[outcome.after], name], f"{name}|{outcome.after}": [name]}
+    return found
 
 
 def slopes(world: World, draw: Draw, name: str) -> np.ndarray:
@@ -171,13 +190,12 @@ def own_rows(world: World, rows: int, users: np.ndarray, items: np.ndarray) -> d
 
 def limits(world: World, rows: int, test: np.ndarray, sample: int = 1000) -> dict[str, dict[str, float]]:
     """Task -> the share of what is knowable by who learns ``user`` only, ``item`` only, and ``both``."""
-    events = [o for o in scored(world) if o.kind == "event"]
     columns = world.columns(test)
     draw = np.random.default_rng(0)
     picked = {}
-    for outcome in events:
-        there = test[~np.isnan(columns[outcome.name])]
-        picked[outcome.name] = np.sort(draw.permutation(there)[:sample])
+    for name, chain in predicted(world).items():
+        there = test[~np.isnan(columns[chain[-1]])] if len(chain) == 1 else test
+        picked[name] = np.sort(draw.permutation(there)[:sample])
     index = np.unique(np.concatenate(list(picked.values())))
     users, items = who_meets_what(world, index, index)
     sides = {"user": side_of(world, "user", np.unique(users)), "item": side_of(world, "item", np.unique(items))}
@@ -201,15 +219,16 @@ def limits(world: World, rows: int, test: np.ndarray, sample: int = 1000) -> dic
         spread[name] = np.stack([[v @ known[i][1] @ v for v in x[:, n]] for n, i in enumerate(ids.tolist())], 1)
     shares: dict[str, dict[str, float]] = {}
     number = {o.name: t for t, o in enumerate(scored(world))}
-    for outcome in events:
-        at, t = np.searchsorted(index, picked[outcome.name]), number[outcome.name]
-        true = 1 / (1 + np.exp(-judged.z[t, at]))
+    for task, chain in predicted(world).items():
+        at, ts = np.searchsorted(index, picked[task]), [number[name] for name in chain]
+        true = np.prod(1 / (1 + np.exp(-judged.z[ts][:, at])), 0)
         best = expected_auc(true, true) - 0.5
-        shares[outcome.name] = {}
+        shares[task] = {}
         for who, of in {"user": ["user"], "item": ["item"], "both": ["user", "item"]}.items():
-            z = judged.z[t, at] + sum(error[name][t, at] for name in of)
-            v = sum(spread[name][t, at] for name in of)
-            shares[outcome.name][who] = (expected_auc(true, z / np.sqrt(1 + math.pi * v / 8)) - 0.5) / best
+            z = judged.z[ts][:, at] + sum(error[name][ts][:, at] for name in of)
+            v = sum(spread[name][ts][:, at] for name in of)
+            mean = np.prod(1 / (1 + np.exp(-z / np.sqrt(1 + math.pi * v / 8))), 0)
+            shares[task][who] = (expected_auc(true, mean) - 0.5) / best
     return shares
 
 

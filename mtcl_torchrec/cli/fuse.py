@@ -109,7 +109,8 @@ def fuse(
         float,
         typer.Option(
             min=0,
-            help="Without schema.request, a user's rows up to so many minutes apart are one request; 0: all of them.",
+            help="Without schema.request, a user's rows up to so many minutes apart are one request; 0: all of them, "
+            "as in `mtcl evaluate` and the report.",
         ),
     ] = SESSION_MINUTES,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,

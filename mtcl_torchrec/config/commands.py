@@ -13,7 +13,7 @@ TablePrecision = Literal["fp32", "fp16", "int8"]  # of mtcl export
 Compile = Literal["auto", "yes", "no"]
 
 USUAL_COMBINERS = ("weighted_mean", "weighted_geometric_mean", "stacking")  # that mtcl fuse tries
-SESSION_MINUTES = 30.0  # between rows of a user that are still one request, where the schema names none
+SESSION_MINUTES = 0.0  # between rows of a user that are one request, where none is named; 0: all, as reports have it
 DRAWS = 400  # of users; the standard error of a standard error is then 1 / √(2 · 400), 3.5 %
 BASELINE_ROWS = 2_000_000  # that baselines other than networks learn from
 MOVIELENS = "https://grouplens.org/datasets/movielens/1m/"  # whence a person has what mtcl demo --text reads
