@@ -80,7 +80,11 @@ def test_requests_are_sessions_users_or_a_declared_column(trained):
     assert "60 min" in rows.requests_are
     small = raw.frame.assign(time=np.arange(len(raw.frame)))
     with pytest.raises(ConfigError, match="too small to be seconds since 1970"):
-        held_out_of(run, Rows(small))
+        held_out_of(run, Rows(small), session_minutes=30)
+    # Without either, all rows of a user are ranked together, as in reports.
+    together = held_out_of(run, raw)
+    assert together.requests_are == "user"
+    assert (together.request == together.user).all()
     nobody = raw.frame.assign(user_id=None)
     with pytest.raises(DataError, match="no row has a known user_id"):
         held_out_of(run, Rows(nobody))
@@ -295,7 +299,7 @@ def test_a_dry_run_writes_nothing_and_the_seed_decides(trained, fuse):
     assert first == again
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
     assert "requests have more than" not in first
-    status, _, error = fuse(trained, "--dry-run")
+    status, _, error = fuse(trained, "--dry-run", "--session-minutes", 30)
     assert status == 2  # 30-minute sessions of this shop are short
     usable = re.search(r"no request has more than 5 rows, .*: take (value@\d)", error)[1]
     shown = fuse(trained, "--trials", 2, "--folds", 2, "--dry-run", "--target", usable)[1]
