@@ -89,8 +89,9 @@ class DotHead(nn.Module):
         factors = factor_columns(task, blocks, users, items)
         self.register_buffer("user_factors", torch.tensor(factors[0], dtype=torch.int64), persistent=False)
         self.register_buffer("item_factors", torch.tensor(factors[1], dtype=torch.int64), persistent=False)
-        near_identity = torch.eye(self.dim) + 0.2 * torch.randn(self.dim, self.dim)
-        self.bilinear = nn.Parameter(near_identity) if task.head.bilinear else None
+        self.bilinear: nn.Parameter | None = None
+        if task.head.bilinear:
+            self.bilinear = nn.Parameter(torch.eye(self.dim) + 0.2 * torch.randn(self.dim, self.dim))
         self.user = nn.Linear(len(users), self.dim + 1, bias=False)
         self.item = nn.Linear(len(items), self.dim + 1, bias=False)
         for side, columns, of in (("user", users, factors[0]), ("item", items, factors[1])):
