@@ -79,8 +79,9 @@ def scored(world: World) -> list:
 
 
 def predicted(world: World) -> dict[str, list[str]]:
-    """What a run may predict -> the events whose probabilities, each given those before it, are multiplied: the event of
-    a row, and of one that may only follow another also that given the other.
+    """What a run may predict -> the events whose probabilities, each given those before it, are multiplied.
+
+    An event that may only follow another is there twice: that both happen, and given that the other did.
 
     Example:
         >>> predicted(ready_world("shop"))["buy"], predicted(ready_world("shop"))["buy|cart"]

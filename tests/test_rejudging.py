@@ -208,7 +208,7 @@ def test_what_stood_there_is_said_with_what_it_was_worth(trained, fuse):
     status, shown, _ = fuse(trained, *options)
     assert status == 0
     assert "in its place stood weighted_mean, " in shown
-    assert "value@5 " in shown.split("in its place stood")[1]
+    assert "value@3 " in shown.split("in its place stood")[1]  # of the lengths of evaluation.k, the least
     assert ", no better" in shown
     assert 'the line "as it was"' in shown
     assert "of other rows, requests or another target" in fuse(trained, *options, "--target", "auc:click")[1]

@@ -70,9 +70,9 @@ def held_out_of(
 ) -> HeldOut:
     """Predictions of a run for rows with labels, as a fusion is fitted on them.
 
-    A request is what `Schema.request` names; else all rows of a user, or a session of theirs, by `session_minutes`.  Rows
-    of which that is not known are left out.  `HeldOut.rankings` holds the run's own fused score (``"as it was"``), and
-    popularity, by the same fusion, where the run knows it.  What comes after what (`HeldOut.given`) and what is
+    A request is what `Schema.request` names; else all rows of a user, or a session of theirs, by `session_minutes`.
+    Rows of which that is not known are left out.  `HeldOut.rankings` holds the run's own fused score (``"as it was"``),
+    and popularity, by the same fusion, where the run knows it.  What comes after what (`HeldOut.given`) and what is
     worth its price (`HeldOut.item_numbers`) is what the run's expected value says, or else the tasks' masks.
 
     Args:

@@ -37,7 +37,7 @@ def trained_on(config: RunConfig, rows: Rows, *, most: int = MOST) -> np.ndarray
     train = _training_rows(config, columns, most)
     if train is None:
         return None
-    return np.isin(_hashes(rows.frame, columns), _hashes(train.frame, columns))
+    return np.isin(*_hashes(rows.frame, train.frame, columns))
 
 
 def known_line(config: RunConfig, split: str, rows: Rows) -> str:
@@ -59,8 +59,8 @@ def known_line(config: RunConfig, split: str, rows: Rows) -> str:
         train = _training_rows(config, columns, most)
         if train is None:
             return ""
-        known = _hashes(train.frame, columns)
-        seen, many = np.isin(_hashes(rows.frame, columns), known), MANY_BY_CHANCE
+        mine, known = _hashes(rows.frame, train.frame, columns)
+        seen, many = np.isin(mine, known), MANY_BY_CHANCE
         by_chance = float(pd.Series(known).duplicated(keep=False).mean())
     if seen.mean() - by_chance < many:
         return ""
@@ -100,7 +100,22 @@ def _plain_columns(config: RunConfig) -> list[str]:
     return [c for c in dict.fromkeys([*roles, *features, *schema.label_columns()]) if c not in built]
 
 
-def _hashes(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
-    """(N,) uint64 of some columns, the same for 5, 5.0 and "5", as files of several kinds hold one key."""
-    texts = pd.DataFrame({column: as_text(canonical(frame[column])) for column in columns})
-    return pd.util.hash_pandas_object(texts, index=False).to_numpy()
+def _hashes(one: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (M,) uint64 of some columns of two tables: equal where all values are, 5, 5.0 and "5" being the same, as
+    files of several kinds hold one key."""
+    pairs = {column: _comparable(one[column], other[column]) for column in columns}
+    hashed = [
+        pd.util.hash_pandas_object(pd.DataFrame({column: pair[side] for column, pair in pairs.items()}), index=False)
+        for side in (0, 1)
+    ]
+    return hashed[0].to_numpy(), hashed[1].to_numpy()
+
+
+def _comparable(one: pd.Series, other: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Two columns as numbers where both are, which takes a tenth of the time, else as text."""
+    kinds = {column.dtype.kind if isinstance(column.dtype, np.dtype) else "O" for column in (one, other)}
+    if kinds <= set("iub"):
+        return one.astype(np.int64), other.astype(np.int64)
+    if kinds <= set("iubf"):
+        return one.astype(np.float64) + 0.0, other.astype(np.float64) + 0.0  # -0.0 becomes 0.0
+    return as_text(canonical(one)), as_text(canonical(other))
