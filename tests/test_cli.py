@@ -316,6 +316,7 @@ def test_a_world_is_drafted_and_written(mtcl, tmp_path):
     assert "either files" in one_line(mtcl("init")[2])
 
 
+@pytest.mark.full
 def test_a_world_has_the_sizes_that_are_asked_for_and_trains_from_a_file_as_it_does_without(mtcl, tmp_path):
     sizes = ["--rows", 600, "--users", 20, "--items", 12]
     assert mtcl("init", "--world", "video", *sizes, "--out", "small.yaml")[0] == 0

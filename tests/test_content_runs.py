@@ -68,6 +68,7 @@ def by_content(data, tmp_path_factory):
     return trained(data, folder, *features, model__embedding_dropout=0.2)
 
 
+@pytest.mark.full
 def test_content_ranks_items_that_training_never_saw(data, tmp_path, by_content):
     alone = {
         name: cold(trained(data, tmp_path / name, feature)[0])

@@ -5,6 +5,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 import shop
 from test_startup import RUN, begun, stopped
 
@@ -41,6 +42,7 @@ def whole(command, folder):
     return out
 
 
+@pytest.mark.full
 def test_ctrl_c_while_baselines_are_tuned_and_the_same_command_goes_on(tmp_path):
     shop.log(4000).to_parquet(tmp_path / "log.parquet", index=False)
     (tmp_path / "run.yaml").write_text(shop.RUN)
@@ -61,6 +63,7 @@ def test_ctrl_c_while_baselines_are_tuned_and_the_same_command_goes_on(tmp_path)
     assert {task: searched[task][: len(before)] for task, before in kept.items()} == kept  # seconds and all
 
 
+@pytest.mark.full
 def test_ctrl_c_while_settings_are_searched_and_the_same_command_goes_on(tmp_path):
     shop.log(500).to_parquet(tmp_path / "log.parquet", index=False)
     (tmp_path / "run.yaml").write_text(TUNED)

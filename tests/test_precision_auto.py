@@ -91,6 +91,7 @@ def test_a_run_tells_what_auto_was_and_goes_on_with_it_on_another_machine(monkey
     assert run.config.training.precision == run.model.tower.precision == "bf16"
 
 
+@pytest.mark.full
 def test_both_precisions_validate_alike(data, tmp_path):
     """Within the spread of two seeds, which is what a difference of rounding may be worth."""
     auc = {}

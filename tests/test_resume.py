@@ -430,6 +430,7 @@ def test_statistics_cannot_be_counted_in_a_stream_and_prepared_ones_can(data, tm
     )  # price, its mark, count, rate
 
 
+@pytest.mark.full
 def test_a_run_on_a_world_stops_and_goes_on(tmp_path):
     run = world_run("video", rows=3000, val_rows=500, test_rows=300, num_users=200, num_items=100)
 
