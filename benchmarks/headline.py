@@ -27,7 +27,7 @@ def speed(results: Path) -> str:
     """The table and the sentences; what was not measured is left out."""
     peers = _read(results / "peers.json")
     parts = [_beside_others(peers)] if peers else []
-    sentences = [_growing(peers) if peers else "", _ranks(results), _memory(results)]
+    sentences = [_small(peers) if peers else "", _growing(peers) if peers else "", _ranks(results), _memory(results)]
     return "\n\n".join([*parts, " ".join(filter(None, sentences))]).strip() or "Not measured yet."
 
 
@@ -77,6 +77,23 @@ def _beside_others(peers: dict[str, Any]) -> str:
     if others and "ours" in found:
         lines[-1] += "."
     return "\n".join(lines)
+
+
+def _small(peers: dict[str, Any]) -> str:
+    """The case in which little is computed, so that what is done beside computing shows."""
+    found = {
+        result["what"]["contender"]: {name: of["median"] for name, of in result["figures"].items()}
+        for result in peers["results"]
+        if result["what"]["case"] == "small"
+    }
+    if not {"ours", "torchrec"} <= found.keys():
+        return ""
+    case, ours, by_hand = CASES["small"], found["ours"], found["torchrec"]
+    return (
+        f"With {case.features} features and tables of {case.table_rows:,} rows, {_hundreds(ours['samples_per_s'])} "
+        f"samples/s in fp32 while training and {_hundreds(ours['from_file_per_s'])} from file, by hand on TorchRec "
+        f"{_hundreds(by_hand['samples_per_s'])} and {_hundreds(by_hand['from_file_per_s'])}."
+    )
 
 
 def _growing(peers: dict[str, Any]) -> str:
