@@ -6,6 +6,7 @@ All train an MMoE of the same sizes, by Adagrad on tables and Adam on everything
 - ``torchrec``: the same model by hand on TorchRec: an EmbeddingBagCollection under DistributedModelParallel with the
   optimizer fused into backward, `TrainPipelineSparseDist`, row groups read one ahead on a thread;
 - ``pytorch``: the same model by hand on ``nn.Embedding(sparse=True)``, row groups read alike;
+- ``torchrec_bf16``: the loop by hand under bf16 autocast;
 - ``ours_bf16``: ours with `training.precision: bf16`, which is the default on machines that are fast in it;
 - ``ours_bf16_compiled``: the same with `training.compile: dense`;
 - ``rechub``, ``deepctr``: the MMoE of torch-rechub and of deepctr-torch, each with its own trainer and loader, fed as
@@ -213,18 +214,18 @@ def pytorch(case: Case, train: Path, val: Path, seed: int) -> Ran:
     return Ran(_predicted(forward, val, case), optimizer.tables, optimizer.dense, ready_s, 0.0, optimizer.stamps)
 
 
-def torchrec(case: Case, train: Path, val: Path, seed: int) -> Ran:
-    """Plain TorchRec."""
+def torchrec(case: Case, train: Path, val: Path, seed: int, *, bf16: bool = False) -> Ran:
+    """Plain TorchRec; with `bf16` under autocast, as one would add it by hand."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    ran = _trained_by_torchrec(case, train, val, seed)
+    ran = _trained_by_torchrec(case, train, val, seed, bf16)
     gc.collect()  # gloo's threads may abort the interpreter where tensors outlive the group
     dist.destroy_process_group()
     return ran
 
 
-def _trained_by_torchrec(case: Case, train: Path, val: Path, seed: int) -> Ran:
+def _trained_by_torchrec(case: Case, train: Path, val: Path, seed: int, bf16: bool) -> Ran:
     import torchrec.optim
     from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -261,7 +262,8 @@ def _trained_by_torchrec(case: Case, train: Path, val: Path, seed: int) -> Ran:
             self.mmoe = MMoE(case)
 
         def forward(self, pooled: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self.mmoe(torch.cat([pooled[c] for c in case.columns], 1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = self.mmoe(torch.cat([pooled[c] for c in case.columns], 1)).float()
             return _loss(logits, labels), logits.detach()
 
     def batch(ids: torch.Tensor, labels: torch.Tensor) -> Batch:
@@ -305,6 +307,7 @@ CONTENDERS: dict[str, Callable[[Case, Path, Path, int], Ran]] = {
     "pytorch": pytorch,
     "rechub": rechub,
     "deepctr": deepctr,
+    "torchrec_bf16": partial(torchrec, bf16=True),
     "ours_bf16": partial(ours, precision="bf16"),
     "ours_bf16_compiled": partial(ours, precision="bf16", part="dense"),
 }

@@ -16,6 +16,7 @@ WHO = {
     "ours_bf16_compiled": "this package, bf16, `compile: dense`",
     "ours_bf16": "this package, bf16 (the default where it is fast)",
     "ours": "this package, fp32",
+    "torchrec_bf16": "the same model by hand on TorchRec, bf16 autocast",
     "torchrec": "the same model by hand on TorchRec, fp32",
     "pytorch": "the same by hand on `nn.Embedding(sparse=True)`, fp32",
     "rechub": "torch-rechub, MMoE, fp32",

@@ -6,8 +6,8 @@
     python benchmarks/peers.py --case middle --rows 100_000 --contenders ours torchrec --repeats 1 --out try.jsonl
 
 One pass over a Parquet file, each contender in a process of its own, in turn (see `contenders.py` for who they are;
-`rechub` and `deepctr` are of the extra "bench").  Where the processor is fast in bf16, ours is measured in it, too, and
-compiled where there is a C++ compiler.  The first steps do not count.
+`rechub` and `deepctr` are of the extra "bench").  Where the processor is fast in bf16, ours and the TorchRec loop are
+measured in it, too, and ours compiled where there is a C++ compiler.  The first steps do not count.
 
 "ours is … times as fast" comes first: the median of the repeats' ratios (least–most), each of two processes that ran
 one after the other, reading included.  `log-loss` of held-out rows shows that a contender has learnt, `parameters` that
@@ -42,7 +42,7 @@ from mtcl_torchrec.openmp import SPINS
 from mtcl_torchrec.training.precision import has_fast_bf16
 
 DEFAULT = ("ours", "torchrec", "pytorch", "rechub", "deepctr")
-FASTER = ("ours_bf16", "ours_bf16_compiled")
+FASTER = ("torchrec_bf16", "ours_bf16", "ours_bf16_compiled")
 PEERS = ("torch-rechub", "deepctr-torch")
 PACKAGES = {"rechub": ("torch_rechub",), "deepctr": ("deepctr_torch", "requests")}  # that a contender imports
 COLOURS = {"ours": "#1f77b4", "ours_bf16": "#17becf", "ours_bf16_compiled": "#0b7285"}
@@ -112,7 +112,7 @@ def faster() -> tuple[str, ...]:
     """Ours in forms that this machine gains from."""
     if not has_fast_bf16(torch.device("cpu")):
         return ()
-    return FASTER if shutil.which(os.environ.get("CXX", "g++")) else FASTER[:1]
+    return FASTER if shutil.which(os.environ.get("CXX", "g++")) else FASTER[:-1]
 
 
 def missing(contenders: Iterable[str]) -> str:
