@@ -54,7 +54,7 @@ SUITE = (
           "--repeats 1", 1.0, 20),
     Entry("scaling_paper", "--world-size 8 64 1024 --planning-s 20", "--planning-s 60",
           "--world-size 8 --planning-s 1", 0.8, 10),
-    Entry("input", "--rows 300_000 --training --repeats 1", "--training --repeats 3",
+    Entry("input", "--rows 1_000_000 --training --repeats 1", "--training --repeats 3",
           "--rows 3000 --files 2x1 --ways pyarrow batches --batch-size 256 --repeats 1", 1.7, 15),
     Entry("serving", "--tables int8 --times 60 --repeats 1", "--repeats 3",
           "--train-rows 3000 --tables fp32 --compiled no --candidates 20 --times 5 --repeats 1", 2.2, 12),
