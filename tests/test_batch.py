@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows, MTBatch, global_batches, iterate
+from mtcl_torchrec.data.batch import EncodedRows, MTBatch, global_batches, iterate
+from mtcl_torchrec.data.jagged import Bag
 
 
 def steps(n, batch_size, world_size, seed=None):

@@ -257,8 +257,10 @@ def test_peers_that_are_not_installed_are_named_with_their_extra(tmp_path, monke
 
 def test_peers_measure_ours_in_the_forms_that_the_machine_is_fit_for(monkeypatch):
     peers = script("peers")
-    for bf16, compiler, forms in ((False, "/usr/bin/g++", ()), (True, None, ("torchrec_bf16", "ours_bf16")),
-                                  (True, "/usr/bin/g++", ("torchrec_bf16", "ours_bf16", "ours_bf16_compiled"))):  # fmt: skip
+    eager, compiled = ("torchrec_bf16", "ours_bf16"), ("torchrec_bf16", "ours_bf16", "ours_bf16_compiled")
+    for bf16, compiler, forms in (
+        (False, "/usr/bin/g++", ()), (True, None, eager), (True, "/usr/bin/g++", compiled),
+    ):  # fmt: skip
         monkeypatch.setattr(peers, "has_fast_bf16", lambda device, bf16=bf16: bf16)
         monkeypatch.setattr(peers.shutil, "which", lambda name, compiler=compiler: compiler)
         assert peers.faster() == forms

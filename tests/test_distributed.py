@@ -18,7 +18,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from mtcl_torchrec import MTCL, PLE, MMoE, MTCLTrain, SharedBottom, SingleTask, Task, WeightedMean
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, ShardingConfig, TableOptimizerConfig
 from mtcl_torchrec.config.sharding import CommunicationConfig
-from mtcl_torchrec.data.batch import Bag, EncodedRows, global_batches, iterate, last_batch
+from mtcl_torchrec.data.batch import EncodedRows, global_batches, iterate, last_batch
+from mtcl_torchrec.data.jagged import Bag
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.training.averaging import WeightAverage
 from mtcl_torchrec.training.loop import build_pipeline, parallelise, plain_model

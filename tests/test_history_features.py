@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows
+from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.encoding import FeatureEncoder
+from mtcl_torchrec.data.jagged import Bag
 from mtcl_torchrec.data.list_histories import log_buckets
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.schema import DataError, Feature, Schema, Task

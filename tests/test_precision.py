@@ -14,7 +14,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mtcl_torchrec import ConfigError
 from mtcl_torchrec.config import DenseOptimizerConfig, OptimizersConfig, TableOptimizerConfig, parse_run
-from mtcl_torchrec.data.batch import Bag, global_batches, iterate
+from mtcl_torchrec.data.batch import global_batches, iterate
+from mtcl_torchrec.data.jagged import Bag
 from mtcl_torchrec.evaluation.predict import predict
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.loop import build_pipeline, parallelise

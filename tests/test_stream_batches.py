@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows
+from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.encoding import FeatureEncoder
 from mtcl_torchrec.data.id_dropout import drop_ids
+from mtcl_torchrec.data.jagged import Bag
 from mtcl_torchrec.data.parquet import ParquetFiles
 from mtcl_torchrec.data.position import Position, count, cut, pieces_left, shuffled
 from mtcl_torchrec.data.stream import StreamRows

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows, Jagged
+from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.columns import (
     as_integers,
     column_of,
@@ -20,6 +20,7 @@ from mtcl_torchrec.data.columns import (
 )
 from mtcl_torchrec.data.contents import VectorRows
 from mtcl_torchrec.data.earlier import Earlier
+from mtcl_torchrec.data.jagged import Bag, Jagged
 from mtcl_torchrec.data.labels import labels_of, requests_of, rewards_of, unmasked
 from mtcl_torchrec.data.learning import Learnt
 from mtcl_torchrec.data.list_histories import Listed, age_rows, listed_histories

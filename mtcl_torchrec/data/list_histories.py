@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mtcl_torchrec.data.batch import members
 from mtcl_torchrec.data.columns import column_of, shown, split_bag
 from mtcl_torchrec.data.earlier import Earlier, log_buckets
+from mtcl_torchrec.data.jagged import members
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.schema import DataError, Feature, Schema
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mtcl_torchrec.data.batch import Bag, members
 from mtcl_torchrec.data.earlier import Ages, Earlier, log_buckets
+from mtcl_torchrec.data.jagged import Bag, members
 
 
 @dataclass(frozen=True)

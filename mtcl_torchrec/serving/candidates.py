@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mtcl_torchrec.data.batch import Bag, EncodedRows
+from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.catalogue import Catalogue
 from mtcl_torchrec.data.columns import split_bag
 from mtcl_torchrec.data.earlier import log_buckets
 from mtcl_torchrec.data.histories import History
+from mtcl_torchrec.data.jagged import Bag
 from mtcl_torchrec.data.key_index import KeyIndex
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows
