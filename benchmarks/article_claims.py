@@ -57,7 +57,8 @@ from mtcl_torchrec.baselines.run import run_baselines
 from mtcl_torchrec.baselines.search import Budget
 from mtcl_torchrec.config import RunConfig, dump_run, load_run, parse_run
 from mtcl_torchrec.evaluation.metrics import auc, decision_metrics, gauc
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import RankedRows
 from mtcl_torchrec.evaluation.thresholds import best_threshold
 from mtcl_torchrec.fusing import HeldOut, fit_fusion

@@ -8,7 +8,8 @@ import pandas as pd
 import yaml
 
 from mtcl_torchrec.evaluation.metrics import task_metrics
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.report import evaluate_predictions
 from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.history import finite

@@ -10,7 +10,7 @@ from mtcl_torchrec.baselines.differences import differences, half_of, verdict
 from mtcl_torchrec.evaluation.compare import compare_tables, is_headline
 from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.evaluation.estimates import auc_estimate, clusters_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 
 KEYS = {("click", "auc"): "click", ("like", "auc"): "like", ("minutes", "r2"): "minutes"}
 

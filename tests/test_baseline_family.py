@@ -15,7 +15,8 @@ from mtcl_torchrec.baselines import print_baselines
 from mtcl_torchrec.baselines.differences import half_of
 from mtcl_torchrec.baselines.entries import read_entries
 from mtcl_torchrec.baselines.family import against_run
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.report.comparisons import comparisons, qualities
 from mtcl_torchrec.report.contents import read_contents
 from mtcl_torchrec.report.sections import sharing_answer

@@ -15,7 +15,8 @@ import mtcl_torchrec
 from mtcl_torchrec.cli import commands, twins
 from mtcl_torchrec.data import kuairand
 from mtcl_torchrec.data.draft import draft_run
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.schema import ConfigError, Task
 from mtcl_torchrec.training import held_out
 

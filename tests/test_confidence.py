@@ -24,7 +24,7 @@ from mtcl_torchrec.evaluation.estimates import ratio_estimate, task_estimates
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.metrics import weighted_metrics
 from mtcl_torchrec.evaluation.naming import MEASURES, bounds_of, parts_of, sign_of_better
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.rivals import ranked_events, sign_of, word_of

@@ -10,7 +10,7 @@ from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.confidence import SURE
 from mtcl_torchrec.evaluation.estimates import task_estimates
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.supports import supports_of
 

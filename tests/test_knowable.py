@@ -25,7 +25,7 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.world_windows import world_of
 from mtcl_torchrec.data.worlds import ready_world, world_run
 from mtcl_torchrec.evaluation.knowable import expected_auc, knowable, knowable_score, print_knowable
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, predictions_table
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable, predictions_table
 from mtcl_torchrec.evaluation.ranking import value_at_k
 from mtcl_torchrec.schema import Schema, Task
 from mtcl_torchrec.training.finished import FinishedRun

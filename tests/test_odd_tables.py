@@ -11,7 +11,7 @@ from rich.console import Console
 from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.details import print_details, print_differences, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking
 from mtcl_torchrec.evaluation.report import evaluate_predictions, print_evaluation
 from mtcl_torchrec.evaluation.segments import hours_of_day, segment_values

@@ -15,9 +15,11 @@ from mtcl_torchrec.data.source import read_splits
 from mtcl_torchrec.evaluation import predictions_file
 from mtcl_torchrec.evaluation.metrics import auc, gauc
 from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import RankedRows, reward_of
 from mtcl_torchrec.report.contents import read_contents
 from mtcl_torchrec.report.facts import events
+from mtcl_torchrec.schema import Task
 from mtcl_torchrec.training.directory import RunWarning
 from mtcl_torchrec.training.finished import FinishedRun
 from mtcl_torchrec.training.held_out import columns_needed, held_out_of, rows_of_split
@@ -159,7 +161,7 @@ def test_a_file_from_before_each_event_had_its_own_is_read_without_popularity(tm
     frame = pd.DataFrame(
         {"label.click": [1.0, 0.0], "p.click": [0.5, 0.5], "popular": [0.1, 0.2], "popularity": [1.0, 2]}
     )
-    now = predictions_file.PredictionsTable(frame, (predictions_file.Task.binary("click"),))
+    now = PredictionsTable(frame, (Task.binary("click"),))
     with monkeypatch.context() as patched:
         patched.setattr(predictions_file, "FORMAT", 1)
         write_predictions(tmp_path / "old.parquet", now)

@@ -17,13 +17,8 @@ from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.data.source import read_rows, split_by_time
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import (
-    METADATA,
-    PredictionsTable,
-    predictions_table,
-    read_predictions,
-    write_predictions,
-)
+from mtcl_torchrec.evaluation.predictions_file import METADATA, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable, predictions_table
 from mtcl_torchrec.evaluation.report import print_evaluation
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.schema import ConfigError, DataError

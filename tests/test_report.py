@@ -24,7 +24,8 @@ from mtcl_torchrec.cli.commands import app
 from mtcl_torchrec.config import dump_run, parse_run
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import TASK_MEASURES, label_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.report import Compared, compare_html, from_differences, write_report
 from mtcl_torchrec.report import studio as studio_module
 from mtcl_torchrec.report.fusion_verdict import what_does_fusion

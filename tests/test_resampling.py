@@ -21,7 +21,8 @@ from mtcl_torchrec.evaluation.compare import compare_tables
 from mtcl_torchrec.evaluation.details import print_details, print_differences, print_segments
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.plain_table import print_columns
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.segments import rows_of, segment_values

@@ -8,7 +8,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, draw, spread
 from mtcl_torchrec.evaluation.compare import Difference, corrected, difference_of, distinct_metrics, with_amounts_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import resampled_metrics
 from mtcl_torchrec.evaluation.supports import supports_of
 

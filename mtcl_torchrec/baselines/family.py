@@ -16,7 +16,7 @@ import numpy as np
 from mtcl_torchrec.baselines.differences import Differences, differences
 from mtcl_torchrec.evaluation.compare import corrected
 from mtcl_torchrec.evaluation.naming import MAIN, parts_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import RANKING
 
 # What is compared: (task or "ranking", metric).

@@ -19,7 +19,8 @@ from mtcl_torchrec.baselines.rows import BaselineData
 from mtcl_torchrec.baselines.search import Predictions
 from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.judged import evaluate_table
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.thresholds import chosen_thresholds
 from mtcl_torchrec.modules.fusion import DenseNumber
 from mtcl_torchrec.schema import DataError

@@ -19,7 +19,8 @@ from mtcl_torchrec.config import RunConfig
 from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.naming import MAIN, heading_of, label_of, parts_of, sign_of_better
 from mtcl_torchrec.evaluation.plain_table import plain_table, print_columns
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import METRICS

@@ -19,7 +19,7 @@ from mtcl_torchrec.training.unfinished import is_begun, unfinished_line
 
 if TYPE_CHECKING:
     from mtcl_torchrec.evaluation.compare import Difference
-    from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+    from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 
 
 @app.command()

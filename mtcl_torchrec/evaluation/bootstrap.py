@@ -16,7 +16,7 @@ import numpy as np
 from mtcl_torchrec.config.commands import DRAWS
 from mtcl_torchrec.evaluation.confidence import Support, clipped
 from mtcl_torchrec.evaluation.naming import bounds_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.progress import Progress, quiet
 
 DRAWING = "making draws of users"

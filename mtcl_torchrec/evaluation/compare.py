@@ -13,7 +13,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.bootstrap import DRAWS, Resampled, clusters_of, draw, spread
 from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.naming import parts_of, sign_of_better
-from mtcl_torchrec.evaluation.predictions_file import AMOUNT, KEYS, POPULAR, PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import AMOUNT, KEYS, POPULAR, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.evaluation.resampled import RANKING, resampled_metrics
 from mtcl_torchrec.evaluation.significance import LEVEL, holm, two_sided

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mtcl_torchrec.evaluation.metrics import as_float64, log_losses
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import auc_by_request
 
 

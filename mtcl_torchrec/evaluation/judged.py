@@ -9,7 +9,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import clusters_of, intervals
 from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.evaluation.ranked import ranking_metrics
 from mtcl_torchrec.evaluation.report import Evaluation, evaluate_predictions

@@ -24,7 +24,7 @@ from rich.console import Console
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS
 from mtcl_torchrec.evaluation.metrics import Metrics, auc
 from mtcl_torchrec.evaluation.plain_table import plain_table
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
 from mtcl_torchrec.evaluation.significance import t_quantile
 from mtcl_torchrec.schema import Task

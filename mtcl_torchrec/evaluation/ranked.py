@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranking import Ranking, mean_and_error
 from mtcl_torchrec.schema import DataError, nearest
 

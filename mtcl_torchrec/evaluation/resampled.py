@@ -18,7 +18,7 @@ from mtcl_torchrec.evaluation.bootstrap import Resampled
 from mtcl_torchrec.evaluation.metrics import BINS, as_float64, log_losses, mass_edges
 from mtcl_torchrec.evaluation.naming import WEIGHTED
 from mtcl_torchrec.evaluation.pairs import pairs_in_order
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import PER_REQUEST, RankedRows, ranked_tasks, reward_of
 from mtcl_torchrec.evaluation.ranking import auc_by_request
 

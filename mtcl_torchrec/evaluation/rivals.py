@@ -14,7 +14,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.confidence import Support
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, gauc_estimate
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.significance import t_quantile
 from mtcl_torchrec.evaluation.supports import RANKING, supports_of
 

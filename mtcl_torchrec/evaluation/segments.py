@@ -12,7 +12,7 @@ import pandas as pd
 from mtcl_torchrec.data.columns import as_text, canonical
 from mtcl_torchrec.evaluation.bootstrap import clusters_of
 from mtcl_torchrec.evaluation.estimates import Estimate, task_estimates
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.schema import DataError, nearest
 

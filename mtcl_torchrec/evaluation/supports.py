@@ -10,7 +10,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.confidence import Support, rests_on, support_of, weakest
 from mtcl_torchrec.evaluation.estimates import clusters_of
 from mtcl_torchrec.evaluation.naming import parts_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import RankedRows, reward_of
 from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.schema import Task

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 
 ThresholdRule = Literal["f1", "accuracy", "youden"]
 NEVER = 2.0  # no probability reaches it

@@ -14,7 +14,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.bootstrap import clusters_of
 from mtcl_torchrec.evaluation.confidence import Support
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.ranked import RankedRows, reward_of
 from mtcl_torchrec.evaluation.ranking import mean_and_error
 from mtcl_torchrec.evaluation.supports import RANKING, supports_of

@@ -14,7 +14,7 @@ from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import SURE, support_of
 from mtcl_torchrec.evaluation.estimates import Estimate, auc_estimate, clusters_of
 from mtcl_torchrec.evaluation.naming import label_of, main_metric
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.report.contents import RunContents, read_contents
 from mtcl_torchrec.report.facts import same_rows
 from mtcl_torchrec.report.fusion_pictures import dots

@@ -19,7 +19,7 @@ from mtcl_torchrec.evaluation.compare import Difference
 from mtcl_torchrec.evaluation.confidence import plain_number, plus_minus
 from mtcl_torchrec.evaluation.estimates import clusters_of, task_estimates
 from mtcl_torchrec.evaluation.naming import MAIN, label_of, sign_of_better
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.resampled import RANKING
 from mtcl_torchrec.evaluation.rivals import WORDS
 from mtcl_torchrec.evaluation.supports import supports_of

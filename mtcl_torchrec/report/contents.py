@@ -16,7 +16,8 @@ from mtcl_torchrec.baselines.keys import of_other_runs
 from mtcl_torchrec.config import parse_run
 from mtcl_torchrec.evaluation.estimates import clusters_of
 from mtcl_torchrec.evaluation.naming import parts_of
-from mtcl_torchrec.evaluation.predictions_file import KEYS, PredictionsTable, read_predictions
+from mtcl_torchrec.evaluation.predictions_file import read_predictions
+from mtcl_torchrec.evaluation.predictions_table import KEYS, PredictionsTable
 from mtcl_torchrec.evaluation.report import same_events
 from mtcl_torchrec.schema import ConfigError, DataError
 from mtcl_torchrec.training.checkpoint.store import best_checkpoint, newest_checkpoint, read_about

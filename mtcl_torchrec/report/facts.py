@@ -12,7 +12,7 @@ import numpy as np
 from mtcl_torchrec.evaluation.confidence import FEWEST, SURE, TOO_FEW, Support
 from mtcl_torchrec.evaluation.estimates import Estimate, chance_error, task_estimates
 from mtcl_torchrec.evaluation.naming import MAIN, label_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.rivals import FUSED, HEAD, POPULARITY, Gap, Ranked, ranked_events
 from mtcl_torchrec.evaluation.supports import supports_of
 from mtcl_torchrec.report.contents import RunContents

@@ -9,7 +9,7 @@ import numpy as np
 
 from mtcl_torchrec.evaluation.confidence import PLUS_MINUS, plus_minus
 from mtcl_torchrec.evaluation.naming import bounds_of, label_of
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.evaluation.segments import BESIDE, QUALITY, of_segment, rows_of
 from mtcl_torchrec.report.contents import RunContents
 from mtcl_torchrec.report.tables import Table

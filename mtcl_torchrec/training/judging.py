@@ -22,13 +22,8 @@ from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.data.splits import Splits
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import (
-    AMOUNT,
-    POPULAR,
-    PredictionsTable,
-    predictions_table,
-    write_predictions,
-)
+from mtcl_torchrec.evaluation.predictions_file import write_predictions
+from mtcl_torchrec.evaluation.predictions_table import AMOUNT, POPULAR, PredictionsTable, predictions_table
 from mtcl_torchrec.evaluation.progress import Progress, quiet
 from mtcl_torchrec.evaluation.report import Evaluation, user_groups
 from mtcl_torchrec.evaluation.segments import hours_of_day

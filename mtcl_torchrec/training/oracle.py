@@ -17,7 +17,7 @@ from mtcl_torchrec.data.synthetic import World
 from mtcl_torchrec.data.world_windows import world_of
 from mtcl_torchrec.evaluation.knowable import knowable_score, of_tasks
 from mtcl_torchrec.evaluation.metrics import Metrics
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.modules.fusion import ExpectedValue, RowContext, fuse
 from mtcl_torchrec.schema import Schema, Task

@@ -12,7 +12,7 @@ import pandas as pd
 from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.preprocessing import Preprocessor
 from mtcl_torchrec.data.source import Rows, read_rows
-from mtcl_torchrec.evaluation.predictions_file import PredictionsTable
+from mtcl_torchrec.evaluation.predictions_table import PredictionsTable
 from mtcl_torchrec.schema import DataError, Feature, Task
 
 _LOOKED_AT = 2000  # rows, spread over all

@@ -19,13 +19,8 @@ from mtcl_torchrec.data.batch import EncodedRows
 from mtcl_torchrec.data.source import Rows
 from mtcl_torchrec.evaluation.judged import evaluate_table
 from mtcl_torchrec.evaluation.predict import predict
-from mtcl_torchrec.evaluation.predictions_file import (
-    AMOUNT,
-    POPULAR,
-    PredictionsTable,
-    read_predictions,
-    write_predictions,
-)
+from mtcl_torchrec.evaluation.predictions_file import read_predictions, write_predictions
+from mtcl_torchrec.evaluation.predictions_table import AMOUNT, POPULAR, PredictionsTable
 from mtcl_torchrec.schema import DataError
 from mtcl_torchrec.training.directory import METRICS, replace_file
 from mtcl_torchrec.training.finished import FinishedRun
