@@ -132,6 +132,14 @@ class _MixtureGradient:
         scaled = (self.weights * weights.to(self.weights.dtype).view(-1, 1, 1)).unsqueeze(-1)
         return torch.stack([(self.d * one).sum(0) for one in scaled.unbind(2)])
 
+    def sum(self) -> torch.Tensor:
+        """(E, B, H)."""
+        each = self.weights.transpose(1, 2).contiguous().unsqueeze(-1)
+        total = each[0] * self.d[0]
+        for weights, d in zip(each[1:], self.d[1:], strict=True):
+            total.addcmul_(weights, d)
+        return total
+
     def dense(self) -> torch.Tensor:
         """(n, E, B, H)."""
         # Contiguous weights, or the product would be laid out as they are.
@@ -156,8 +164,7 @@ class _Mixture(torch.autograd.Function):
         of_weights = torch.stack([(grad * one).sum(-1) for one in outputs.unbind(-3)], dim=-1)
         gradient = _MixtureGradient(grad, weights)
         if outputs.dim() == 3:
-            each = weights.unsqueeze(-1).unbind(2)
-            of_outputs: torch.Tensor | None = torch.stack([(grad * one).sum(0) for one in each])
+            of_outputs: torch.Tensor | None = gradient.sum()
         else:
             of_outputs = hand_over(ctx, 1, gradient, outputs)
         if of_outputs is None:
