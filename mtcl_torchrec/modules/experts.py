@@ -148,10 +148,14 @@ class BatchedExperts(nn.Module):
             x: (B, D), or (len(chosen), B, D).
         """
 
-        def apart(parameters: nn.ParameterList) -> list[tuple[torch.Tensor, ...]]:
-            return [parameter.unbind(0) for parameter in parameters]  # at once: each would leave a gradient of all
+        def apart(parameters: nn.ParameterList, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+            # At once: each expert's would leave a gradient of all, and a cast of its own under autocast.
+            return [parameter.to(dtype).unbind(0) for parameter in parameters]
 
-        weights, biases, scales, shifts = map(apart, (self.weights, self.biases, self.scales, self.shifts))
+        own, device = self.weights[0].dtype, x.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
+        weights, biases = apart(self.weights, low), apart(self.biases, low)
+        scales, shifts = apart(self.scales, own), apart(self.shifts, own)
         outputs = []
         for place, e in enumerate(range(self.num_experts) if chosen is None else chosen):
             h = x if x.dim() == 2 else x[place]
