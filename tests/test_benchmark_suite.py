@@ -185,15 +185,44 @@ def test_what_was_measured_is_not_replaced_by_nothing(tmp_path, capsys):
     assert (tmp_path / "b.json").read_text() == before
     # Whether something is missing of what is only looked at is not known, and all commands are told.
     with out.open("a") as file:
-        other = json.loads(before)["about"] | {"command": "python benchmarks/other.py"}
+        command = json.loads(before)["about"]["command"]
+        other = json.loads(before)["about"] | {"command": f"{command.split(' --')[0]} --other"}
         file.write(json.dumps({"what": {"n": 9}, "repeat": 0, "ms": 1.0, "about": other}))
     assert asked(measure, out, "--show", out) == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["complete"] is None
-    assert found["commands"] == [json.loads(before)["about"]["command"], "python benchmarks/other.py"]
+    assert found["commands"] == [command, other["command"]]
     section = script("tables").section(tmp_path / "b.json")
-    assert "`, `python benchmarks/other.py`: " in section
+    assert f"`, `{other['command']}`: " in section
     assert "Incomplete" not in section
+
+
+def test_measurements_of_two_scripts_or_of_two_runs_at_once_do_not_share_a_file(tmp_path, capsys, monkeypatch):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+
+    def refused(*options, path=out):
+        with pytest.raises(SystemExit) as ended:
+            asked(measure, path, *options, one=lambda what: pytest.fail("measured for nothing"))
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    def at_once(what):
+        assert f"{out}: another process measures into this file" in refused()
+        return {"ms": 1.0}
+
+    assert asked(measure, out, one=at_once) == 0
+    document = (tmp_path / "b.json").read_text()
+    assert f"--out {tmp_path / 'b.json'} is the name of the document beside" in refused(path=tmp_path / "b.json")
+    assert "would replace the measurements" in refused("--picture", out)
+    (tmp_path / "notes").write_text("speed: good")
+    assert "holds no measurements (JSON lines)" in refused("--show", tmp_path / "notes")
+    assert "is the name of the document" in refused("--show", tmp_path / "b.json")
+    mine = Path(json.loads(document)["about"]["command"].split()[1]).name
+    monkeypatch.setattr(sys, "argv", ["/here/sequences.py"])
+    for options in ((), ("--show", out)):
+        assert f"{out} holds what {mine} has measured, and this is sequences.py" in refused(*options)
+    assert len(measure.read(out)) == 3
+    assert (tmp_path / "b.json").read_text() == document
 
 
 def test_where_nothing_can_be_written_is_said_before_it_is_measured(tmp_path, capsys):
