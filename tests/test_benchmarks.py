@@ -282,6 +282,27 @@ def test_contenders_train_the_same(who, tiny_case):
     assert script("peers").log_loss(labels, ran.predictions) < (0.68 if who in ("rechub", "deepctr") else 0.58)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_optimizer_of_the_peers_is_adagrad_and_adam_in_their_fastest_form(sparse):
+    runs = script("peer_runs")
+    modules = [torch.nn.Sequential(torch.nn.Embedding(7, 3, sparse=sparse), torch.nn.Linear(3, 1)) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    ours = runs.Adagrads(modules[0], 7, sparse=sparse)
+    plain = [torch.optim.Adagrad(modules[1][0].parameters(), lr=runs.TABLE_LR, eps=runs.EPS),
+             torch.optim.Adam(modules[1][1].parameters(), lr=runs.DENSE_LR)]  # fmt: skip
+    assert (ours.tables, ours.dense) == (21, 4)
+    assert [bool(part.defaults["fused"]) for part in ours.parts] == [not sparse, True]
+    for _ in range(3):
+        for module, optimizers in zip(modules, ([ours], plain), strict=True):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            module(torch.tensor([1, 4, 4])).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for got, wanted in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def trained(who, case, files):
     return script("contenders").CONTENDERS[who](case, *files, 0)
 
