@@ -366,6 +366,27 @@ def test_a_suite_that_is_broken_off_says_what_is_left(tmp_path, monkeypatch, cap
         script("tables").section(tmp_path / "peers.json")
 
 
+def test_a_suite_refuses_folders_before_it_measures(tmp_path, monkeypatch, capsys):
+    suite = script("suite")
+    monkeypatch.setattr(suite, "carried_out", lambda *_, **__: pytest.fail("measured for nothing"))
+    monkeypatch.chdir(suite.HERE.parent)
+    (tmp_path / "file").touch()
+    for options, why in (
+        ("--tiny --results benchmarks/results", "--tiny needs --results FOLDER"),
+        (f"--results {tmp_path}/file", "File exists"),
+        (f"--results {tmp_path}/file/x", "Not a dir"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["suite.py", *options.split()])
+        with pytest.raises(SystemExit) as ended:
+            suite.main()
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err.splitlines()[-1]
+    for other in ("[]", "{}", '{"about": null}'):
+        (tmp_path / "memory.json").write_text(other)
+        [entry] = [entry for entry in suite.SUITE if entry.script == "memory"]
+        assert not suite.measured(entry, "quick", tmp_path)
+
+
 def test_what_was_started_ends_with_who_started_it(tmp_path):
     log = tmp_path / "log"
     handler = signal.getsignal(signal.SIGTERM)

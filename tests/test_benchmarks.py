@@ -433,6 +433,46 @@ def test_the_check_fails_outside_of_its_band_and_stores_nothing_half(tmp_path, c
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_what_the_marks_do_not_guard_is_named(tmp_path, capsys, checked):
+    now = {f"ratio {i}": 1.0 for i in range(3)}
+    assert checked(now, "--store") == 0
+    assert checked(now | {"ratio 1": 1.3, "ratio 2": 1.4, "ratio 9": 2.0}) == 0
+    said = capsys.readouterr().out
+    assert "NOT GUARDED: ratio 2: 1.00 before, 1.40 now; --store it" in said
+    assert "NOT GUARDED: ratio 9: no mark, 2.00 now; --store it" in said
+    assert "NOT GUARDED: ratio 1" not in said  # 25 % below 1.3 is still below the mark
+
+
+def test_what_cannot_be_stored_is_said_and_costs_no_mark(tmp_path, capsys, checked, monkeypatch):
+    kept, check = tmp_path / "ratios.json", script("check")
+    assert checked({"ratio 0": 1.0}, "--store") == 0
+    before = kept.read_text()
+
+    def refused(ratios, *options):
+        with pytest.raises(SystemExit) as ended:
+            checked(ratios, *options)
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "nothing is stored: ratio 0 is nan, no ratio" in refused({"ratio 0": float("nan")}, "--store")
+    assert "nothing is stored: ratio 0 is 0.0, no ratio" in refused({"ratio 0": 0.0}, "--store")
+    assert kept.read_text() == before
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file" / "r.json", "File exists"), (tmp_path, "Is a directory")):
+        monkeypatch.setattr(check, "measured", lambda *_: pytest.fail("measured for nothing"))
+        monkeypatch.setattr(sys, "argv", ["check.py", "--store", "--ratios", str(path)])
+        with pytest.raises(SystemExit):
+            check.main()
+        assert why in capsys.readouterr().err.splitlines()[-1]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "measured", interrupted)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--ratios", str(kept)])
+    assert check.main() == 130
+
+
 def test_a_stored_file_that_was_tampered_with_or_is_of_elsewhere_is_told(tmp_path, capsys, checked, monkeypatch):
     check, now, kept = script("check"), {"ratio 0": 1.0}, tmp_path / "ratios.json"
     for text, why in (
