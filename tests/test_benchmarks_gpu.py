@@ -1,6 +1,7 @@
 """The benchmark for a GPU, on a CPU: that it runs, and that its figures fit together."""
 
 import json
+import subprocess
 import sys
 import warnings
 from itertools import pairwise
@@ -74,6 +75,18 @@ def test_bytes_are_those_counted_by_hand():
     assert gpu._distinct(batch) == sum(len({*ids[start : start + 4]}) for start in (0, 4, 8))
 
 
+def test_what_the_profiler_does_after_the_steps_is_not_of_the_steps():
+    gpu = script("gpu")
+    with gpu.profile(activities=[gpu.ProfilerActivity.CPU]) as watched:
+        with gpu.record_function(gpu.WATCHED):
+            for _ in range(3):
+                torch.ones(4).cumsum(0)
+        torch.ones(4).cumsum(0)  # as its own wait for the device
+        torch.ones(4).sort()
+    assert {event.key: event.count for event in watched.key_averages()}["aten::cumsum"] == 4
+    assert gpu.counted_within(watched, ("aten::cumsum", "aten::sort")) == {"aten::cumsum": 3, "aten::sort": 0}
+
+
 def test_places_where_the_host_waits_are_told_by_their_line(monkeypatch):
     gpu, modes = script("gpu"), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -102,6 +115,19 @@ def test_a_form_that_cannot_be_compiled_costs_no_other_figure(dry, tmp_path, cap
     assert list(found["step_ms"]) == ["eager"]
     [table] = gpu.tables([{"what": what, "repeat": 0, **found, "about": {"gpu": None}}])
     assert "middle, 32: graphs failed: RuntimeError: no compiler." in table.note
+
+
+def test_it_needs_nothing_that_the_torchrec_of_an_older_torch_lacks(tmp_path):
+    """TorchRec 1.6, of torch 2.11, which GPU machines have: without these modules the script has to run, too."""
+    old = "import sys, runpy; sys.modules |= dict.fromkeys(sys.argv[1].split(',')); sys.argv = sys.argv[2:]; "
+    lacking = "torchrec.metrics.num_positive_samples,torchrec.metrics.sum_weights"
+    path = Path(script("gpu").__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{old}sys.path.insert(0, {str(path.parent)!r}); runpy.run_path({str(path)!r}, "
+         "run_name='__main__')", lacking, "gpu.py", "--help"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--cpu-dry-run" in done.stdout
 
 
 def test_without_a_gpu_it_says_so_in_a_line(monkeypatch, tmp_path):
