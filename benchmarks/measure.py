@@ -34,7 +34,8 @@ from mtcl_torchrec.training.memory import peak_memory as peak_rss
 
 __all__ = [
     "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "commit", "counted", "counts", "figure",
-    "in_process", "latest", "median", "options", "peak_rss", "read", "run", "said", "save", "shown", "sweep",
+    "from_zero", "in_process", "latest", "median", "options", "peak_rss", "read", "run", "said", "save", "shown",
+    "sweep",
 ]  # fmt: skip
 PATIENCE_S = 10.0  # with what was interrupted
 
@@ -188,6 +189,11 @@ def counted(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return number
+
+
+def from_zero(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text.strip() == "0" else counted(text)
 
 
 def counts(text: str) -> list[int]:

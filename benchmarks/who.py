@@ -95,7 +95,9 @@ def commit() -> str | None:
 
     try:
         last = git("log", "-1", "--format=%h", "--abbrev=12").decode().strip()
-        changed = git("diff", "HEAD") + git("ls-files", "--others", "--exclude-standard")
+        changed = git("diff", "HEAD")
+        for name in git("ls-files", "--others", "--exclude-standard", "-z", "--full-name").split(b"\0")[:-1]:
+            changed += name + (root / os.fsdecode(name)).read_bytes()
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{last}-dirty-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else last
