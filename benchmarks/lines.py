@@ -83,7 +83,9 @@ def wrong_file(path: Path, script: str) -> str:
     """Why a script must not measure into this file or show it; empty where it may."""
     if path.suffix in BESIDE:
         return f"is the name of {BESIDE[path.suffix]} beside the measurements; they are in {path.with_suffix('.jsonl')}"
-    with suppress(OSError):  # a folder, or nothing that may be read: who opens it says so
+    if path.exists() and not path.is_file():
+        return "is no file"  # and may be read without end
+    with suppress(OSError):  # nothing that may be read: who opens it says so
         others = {of for line in read(path) if (of := script_of(line))} - {script}
         if others:
             return f"holds what {', '.join(sorted(others))} has measured, and this is {script}; name another file"

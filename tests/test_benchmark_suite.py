@@ -215,6 +215,8 @@ def test_measurements_of_two_scripts_or_of_two_runs_at_once_do_not_share_a_file(
     document = (tmp_path / "b.json").read_text()
     assert f"--out {tmp_path / 'b.json'} is the name of the document beside" in refused(path=tmp_path / "b.json")
     assert "would replace the measurements" in refused("--picture", out)
+    assert "--out /dev/zero is no file" in refused(path="/dev/zero")
+    assert f"--out {tmp_path} is no file" in refused(path=tmp_path)
     (tmp_path / "notes").write_text("speed: good")
     assert "holds no measurements (JSON lines)" in refused("--show", tmp_path / "notes")
     assert "is the name of the document" in refused("--show", tmp_path / "b.json")
