@@ -14,6 +14,7 @@ from mtcl_torchrec.schema import DataError
 MOST = 20_000_000  # training rows of a stream that are looked through
 MOST_AT_START = 5_000_000  # the same before training, of which this is a small part
 MOST_OF_A_STREAM = 500_000  # the same of a stream, which is read because its rows shall not all be in memory
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 MANY, MANY_BY_CHANCE = 0.01, 0.1  # share of rows: that user, item and time tell apart, or all columns together
 
 
@@ -103,12 +104,12 @@ def _plain_columns(config: RunConfig) -> list[str]:
 def _hashes(one: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(N,) and (M,) uint64 of some columns of two tables: equal where all values are, 5, 5.0 and "5" being the same, as
     files of several kinds hold one key."""
-    pairs = {column: _comparable(one[column], other[column]) for column in columns}
-    hashed = [
-        pd.util.hash_pandas_object(pd.DataFrame({column: pair[side] for column, pair in pairs.items()}), index=False)
-        for side in (0, 1)
-    ]
-    return hashed[0].to_numpy(), hashed[1].to_numpy()
+    found = np.zeros(len(one), np.uint64), np.zeros(len(other), np.uint64)
+    for column in columns:
+        for hashes, values in zip(found, _comparable(one[column], other[column]), strict=True):
+            hashes *= _ODD  # the order of columns counts
+            hashes ^= pd.util.hash_pandas_object(values, index=False).to_numpy()
+    return found
 
 
 def _comparable(one: pd.Series, other: pd.Series) -> tuple[pd.Series, pd.Series]:
