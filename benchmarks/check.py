@@ -3,13 +3,14 @@
     python benchmarks/check.py --store                      # after a change that is meant, on an idle machine
     python benchmarks/check.py                              # 1 where a ratio has become worse by more than the band
 
-`make bench-check` runs it, ``make bench-check BENCH=--store`` stores.  The ratios, larger is better: of training, ours
+`make bench-check` runs it, ``make bench-check BENCH=--store`` stores. The ratios, larger is better: of training, ours
 over a hand-written TorchRec loop and over plain PyTorch, both of the middle case's model, and ours in bf16 over the
 TorchRec loop where the processor is fast in it (`peers.py`); of experts, the other form over the one that the module
 picks (`experts.py`); of reading, our batches over pyarrow alone (`input.py`); of memory, the peak of few rows over that
 of many (`memory.py`); of ranks, two over one (`scaling.py`); of serving, the int8 export over the model as it is
-(`serving.py`).  All take turns, in three repeats.  A script that fails loses its own ratios alone, and these count as
-worse.  Ratios are of a processor, too: on another one than they were stored on, store them first.
+(`serving.py`). All take turns, in three repeats. A script that fails loses its own ratios alone, and these count as
+worse. What has become better by more than the band, or has no mark, is named: its mark holds nothing until it is
+stored. Ratios are of a processor, too: on another one than they were stored on, store them first.
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ def measured(folder: Path, scripts: dict[str, str], repeats: int) -> tuple[dict[
     for name, ratios_of in OF.items():
         found |= ratios_of(read(folder / f"{name}.jsonl"))
     return found, failed
+
+
+def better(now: dict[str, float], before: dict[str, float], band: float) -> list[str]:
+    """What the stored marks no longer hold: ratios that are better by more than the band, or that have no mark."""
+    return [
+        f"{name}: {f'{before[name]:.2f} before' if name in before else 'no mark'}, {ratio:.2f} now"
+        for name, ratio in now.items() if name not in before or ratio * (1 - band) > before[name]
+    ]  # fmt: skip
 
 
 def _of_peers(lines: list[Line]) -> dict[str, float]:
@@ -161,10 +170,14 @@ def stored(path: Path) -> tuple[dict[str, float], dict[str, object]]:
         raise ValueError(
             f"{path} holds no ratios ({type(error).__name__}: {error}); make it anew with --store"
         ) from None
-    wrong = [name for name, ratio in before.items() if not (math.isfinite(ratio) and ratio > 0)]
+    wrong = [name for name, ratio in before.items() if not _sound(ratio)]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]!r} is {before[wrong[0]]}, no ratio; make it anew with --store")
     return before, about
+
+
+def _sound(ratio: float) -> bool:
+    return math.isfinite(ratio) and ratio > 0
 
 
 def _band(text: str) -> float:
@@ -185,9 +198,17 @@ def main() -> int:
     parser.add_argument("--repeats", type=counted, default=3)
     given = parser.parse_args()
     before: dict[str, float] = {}
+    if given.store:
+        try:  # before minutes are spent
+            given.ratios.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=given.ratios.parent).close()
+        except OSError as error:
+            parser.error(f"--ratios {error.filename or given.ratios}: {error.strerror or error}")
     if given.ratios.exists():
         try:
             before, who = stored(given.ratios)
+        except OSError as error:
+            parser.error(f"--ratios {given.ratios}: {error.strerror or error}")
         except ValueError as error:
             if not given.store:
                 parser.error(str(error))
@@ -198,13 +219,18 @@ def main() -> int:
     if "ours_bf16" not in peers.faster() and BF16 in before:
         del before[BF16]
         CONSOLE.print(f"left out, as this processor is not fast in bf16: {BF16}")
-    with tempfile.TemporaryDirectory() as folder:
-        now, failed = measured(Path(folder), fit(), given.repeats)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            now, failed = measured(Path(folder), fit(), given.repeats)
+    except KeyboardInterrupt:
+        CONSOLE.print("broken off; nothing is compared or stored")
+        return 130
     worse = compare(now, before, given.band)
     if given.store:
         if failed or not now:
             parser.error(f"nothing is stored: {', '.join(failed) or 'everything'} failed")
-        given.ratios.parent.mkdir(parents=True, exist_ok=True)
+        if wrong := [name for name, ratio in now.items() if not _sound(ratio)]:
+            parser.error(f"nothing is stored: {wrong[0]} is {now[wrong[0]]}, no ratio")
         unfinished = given.ratios.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"about": about(), "ratios": now}, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(given.ratios)
@@ -212,6 +238,8 @@ def main() -> int:
         return 0
     for line in worse:
         CONSOLE.print(f"WORSE: {line}", markup=False)
+    for line in better(now, before, given.band):
+        CONSOLE.print(f"NOT GUARDED: {line}; --store it, or it may fall by as much unnoticed", markup=False)
     if not worse:
         CONSOLE.print(f"nothing is worse by more than {given.band:.0%}")
     return int(bool(worse))

@@ -201,7 +201,7 @@ def pytorch(case: Case, train: Path, val: Path, seed: int) -> Ran:
     for table in tables:
         nn.init.uniform_(table.weight, -(case.table_rows**-0.5), case.table_rows**-0.5)
     dense = MMoE(case)
-    optimizer = Adagrads(nn.ModuleList([tables, dense]), case.table_rows)
+    optimizer = Adagrads(nn.ModuleList([tables, dense]), case.table_rows, sparse=True)
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         return dense(torch.cat([table(of) for table, of in zip(tables, ids, strict=True)], 1))

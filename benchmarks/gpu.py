@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,8 @@ import torch
 from gpu_tables import FORMS, WAITS, draw, tables
 from measure import Line, benchmark, counted, options
 from step_parts import take_apart
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 
@@ -51,6 +52,7 @@ from mtcl_torchrec.training.optimizers import build_schedule
 from mtcl_torchrec.training.sharding import Ranks, ranks
 
 WAITED = "called a synchronizing CUDA operation"  # says torch
+WATCHED = "the steps that are watched"
 BATCHES = 8  # that take turns, so that no step finds its rows in the device's cache
 
 
@@ -189,11 +191,11 @@ class Training:
         with self._pipeline() as progress:
             for _ in range(3):
                 progress()
-            with profile(activities=activities) as watched:
+            with profile(activities=activities) as watched, record_function(WATCHED):
                 for _ in range(steps):
                     progress()
-        counts = {event.key: event.count for event in watched.key_averages()}
-        return {name: counts.get(name, 0) / steps for name in WAITS}
+        counts = counted_within(watched, WAITS)
+        return {name: times / steps for name, times in counts.items()}
 
     def waits_at(self, steps: int) -> dict[str, float]:
         """Where in the code the host waits for the device, times a step, by torch's own warnings."""
@@ -233,6 +235,17 @@ def _distinct(batch: MTBatch) -> int:
     """Rows of all tables that a batch looks up."""
     features = batch.sparse_features.values().view(len(batch.sparse_features.keys()), -1)
     return sum(len(ids.unique()) for ids in features)
+
+
+def counted_within(watched: profile, names: Sequence[str]) -> dict[str, int]:
+    """How often each of these events began within the block that is marked as WATCHED.
+
+    The profiler itself waits for the device when it ends, which is not of the steps.
+    """
+    events = watched.events() or []
+    end = max(of.time_range.end for of in events if of.name == WATCHED and of.device_type == DeviceType.CPU)
+    counts = Counter(of.name for of in events if of.time_range.start < end)
+    return {name: counts[name] for name in names}
 
 
 @contextmanager

@@ -33,7 +33,12 @@ def speed(results: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{path} is no JSON ({error}); make it anew with --show {path.stem}.jsonl") from None
 
 
 def _beside_others(peers: dict[str, Any]) -> str:

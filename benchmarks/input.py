@@ -18,6 +18,7 @@ spent waiting for the next batch: our loop on the same file, MMoE with 4 experts
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from document import Table, median, ranged, ratios
-from measure import Line, benchmark, figure, options, peak_rss, save
+from measure import Line, benchmark, counted, figure, options, peak_rss, save
 
 from mtcl_torchrec.config import RunConfig, parse_run
 from mtcl_torchrec.data.batch import MTBatch
@@ -55,20 +56,23 @@ def write(path: Path, rows: int, ids: int, numbers: int) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw, unfinished = np.random.default_rng(0), path.with_suffix(".unfinished")
+    draw, unfinished = np.random.default_rng(0), path.with_suffix(f".{os.getpid()}.unfinished")
     names = [f"id_{i}" for i in range(ids)] + [f"number_{i}" for i in range(numbers)]
     kinds = [pa.int64()] * ids + [pa.float32()] * numbers
     schema = pa.schema(list(zip(names, kinds, strict=True)) + [(f"task_{t}", pa.int8()) for t in range(TASKS)])
-    with pq.ParquetWriter(unfinished, schema) as writer:
-        for start in range(0, rows, ROW_GROUP):
-            n = min(ROW_GROUP, rows - start)
-            columns = [pa.array(draw.integers(0, TABLE_ROWS, n)) for _ in range(ids)]
-            columns += [
-                pa.array(draw.normal(size=n).astype(np.float32), mask=draw.random(n) < 0.02) for _ in range(numbers)
-            ]
-            columns += [pa.array((draw.random(n) < 0.2).astype(np.int8)) for _ in range(TASKS)]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-    unfinished.rename(path)
+    try:
+        with pq.ParquetWriter(unfinished, schema) as writer:
+            for start in range(0, rows, ROW_GROUP):
+                n = min(ROW_GROUP, rows - start)
+                columns = [pa.array(draw.integers(0, TABLE_ROWS, n)) for _ in range(ids)]
+                columns += [
+                    pa.array(draw.normal(size=n).astype(np.float32), mask=draw.random(n) < 0.02) for _ in range(numbers)
+                ]
+                columns += [pa.array((draw.random(n) < 0.2).astype(np.int8)) for _ in range(TASKS)]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        unfinished.rename(path)
+    finally:  # on a full disk, what there is of it is in the way
+        unfinished.unlink(missing_ok=True)
 
 
 def configured(path: Path, what: Line) -> RunConfig:
@@ -155,7 +159,7 @@ def waiting(what: Line, run: RunConfig, preprocessor: Preprocessor, files: Parqu
             pipeline.progress(fed)
         seconds, waited = time.perf_counter() - started, waits[0] - before
         pipeline.detach()
-    return {"waiting_share": waited / seconds, "rows_per_s": what["batch_size"] * (steps - warm) / seconds}
+    return {"waiting_share": waited / seconds, "rows_per_s": (what["rows"] - warm * what["batch_size"]) / seconds}
 
 
 def tables(lines: list[Line]) -> list[Table]:
@@ -207,11 +211,13 @@ def draw(lines: list[Line], path: Path) -> None:
 def main() -> int:
     """Measure what is missing, print the table, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2_000_000)
-    parser.add_argument("--files", nargs="+", default=["5x0", "26x13"], metavar="IDSxNUMBERS", help="(%(default)s)")
+    parser.add_argument("--rows", type=counted, default=2_000_000)
+    parser.add_argument(
+        "--files", nargs="+", type=_columns, default=["5x0", "26x13"], metavar="IDSxNUMBERS", help="(%(default)s)"
+    )
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "training"], default=list(WAYS))
     parser.add_argument("--training", action="store_true", help="the share of a step that is spent waiting, too")
-    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--batch-size", type=counted, default=4096)
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "mtcl-input",
                         help="folder of the files, which are written where they are missing (%(default)s)")  # fmt: skip
     options(parser, repeats=3, timeout_s=900)
@@ -219,13 +225,23 @@ def main() -> int:
     if given.worker and given.worker["threads"]:
         torch.set_num_threads(given.worker["threads"])
     return benchmark(
-        parser, given, work=lambda what: work(what, given.data), todo=lambda: _todo(given), tables=tables, draw=draw,
-        flags=["--data", str(given.data)],
+        parser, given, work=lambda what: work(what, given.data), todo=lambda: _todo(parser, given), tables=tables,
+        draw=draw, flags=["--data", str(given.data)],
     )  # fmt: skip
 
 
-def _todo(given: argparse.Namespace) -> list[Line]:
+def _columns(text: str) -> str:
+    """``IDSxNUMBERS``, one column at least."""
+    ids, by, numbers = text.partition("x")
+    if not (by and ids.isdecimal() and numbers.isdecimal() and int(ids) + int(numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not IDSxNUMBERS with a column at least, such as 5x0")
+    return f"{int(ids)}x{int(numbers)}"
+
+
+def _todo(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[Line]:
     ways = [*given.ways, *(["training"] if given.training and "training" not in given.ways else [])]
+    if "training" in ways and given.rows <= given.batch_size:
+        parser.error(f"--rows {given.rows}: training needs two steps of {given.batch_size:,} rows at least")
     todo = []
     for kind in given.files:
         ids, numbers = map(int, kind.split("x"))

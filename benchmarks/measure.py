@@ -26,54 +26,21 @@ from typing import Any
 
 import torch
 from document import CONSOLE, Line, Table, median, said, written
+from lines import appended, kept_alone, key, latest, read, wrong_file
 from pictures import figure, save
-from who import about, commit, peak_rss
+from who import about, commit
+
+from mtcl_torchrec.training.memory import peak_memory as peak_rss
 
 __all__ = [
     "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "commit", "counted", "counts", "figure",
-    "in_process", "median", "options", "peak_rss", "read", "run", "said", "save", "shown", "sweep",
+    "from_zero", "in_process", "latest", "median", "options", "peak_rss", "read", "run", "said", "save", "shown",
+    "sweep",
 ]  # fmt: skip
 PATIENCE_S = 10.0  # with what was interrupted
 
 
 # ---------------------------------------------------------------------- in which order, and what is kept
-
-
-def read(path: Path) -> list[Line]:
-    """The lines of a results file; one that was cut off while it was written is left out."""
-    found = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            of = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(of, dict):
-            found.append(of)
-    return found
-
-
-def appended(path: Path, line: Line) -> None:
-    """Write a line to the end of a results file, on a line of its own even where the last one was cut off.
-
-    Raises:
-        SystemExit: it cannot be written; the message says what is lost.
-    """
-    try:
-        with path.open("ab+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                cut_off = file.read(1) != b"\n"
-            else:
-                cut_off = False
-            file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
-    except OSError as error:
-        lost = line.get("what", "the last result")
-        raise SystemExit(f"{path}: {error.strerror or error}; lost, to be measured again: {lost}") from None
-
-
-def latest(lines: Iterable[Line]) -> list[Line]:
-    """Of each repeat of each measurement the newest line."""
-    return list({_key(line["what"], line["repeat"]): line for line in lines}.values())
 
 
 def sweep(
@@ -99,11 +66,11 @@ def sweep(
     """
     started = datetime.now().astimezone().isoformat(timespec="seconds")
 
-    done = {_key(line["what"], line["repeat"]) for line in kept(out, todo, repeats, since=started if again else "")}
+    done = {key(line["what"], line["repeat"]) for line in kept(out, todo, repeats, since=started if again else "")}
     out.parent.mkdir(parents=True, exist_ok=True)
     for repeat in range(repeats):
         for what in todo:
-            if _key(what, repeat) in done:
+            if key(what, repeat) in done:
                 continue
             who, begun = about(*versions), time.perf_counter()
             result = measure(what)
@@ -121,16 +88,12 @@ def kept(out: Path, todo: Sequence[Line], repeats: int, *, since: str = "") -> l
     Args:
         since: older ones are left out.
     """
-    wanted = {_key(what, repeat) for what in todo for repeat in range(repeats)}
+    wanted = {key(what, repeat) for what in todo for repeat in range(repeats)}
     return latest(
         line for line in read(out)
-        if {"what", "repeat", "about"} <= line.keys() and _key(line["what"], line["repeat"]) in wanted
+        if {"what", "repeat", "about"} <= line.keys() and key(line["what"], line["repeat"]) in wanted
         and line["about"]["commit"] == commit() and line["about"]["date"] >= since
     )  # fmt: skip
-
-
-def _key(what: Line, repeat: int) -> str:
-    return json.dumps([what, repeat], sort_keys=True)
 
 
 def in_process(
@@ -228,6 +191,11 @@ def counted(text: str) -> int:
     return number
 
 
+def from_zero(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text.strip() == "0" else counted(text)
+
+
 def counts(text: str) -> list[int]:
     """Such numbers, with commas between them."""
     return [counted(part) for part in text.split(",")]
@@ -294,6 +262,13 @@ def benchmark(
     def started(what: Line) -> Line | None:
         return in_process(script, what, timeout_s=given.timeout, threads=given.threads, flags=flags)
 
+    for option, path in (("--out", given.out), ("--show", given.show)):
+        if path and (why := wrong_file(path, Path(sys.argv[0]).name)):
+            parser.error(f"{option} {path} {why}")
+    picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
+    document = given.out.with_suffix(".json") if given.out else None
+    if given.picture and given.picture in (given.out, given.show, document):
+        parser.error(f"--picture {given.picture} would replace the measurements")
     complete: bool | None = None  # of lines that are only looked at nobody knows whether some are missing
     if given.show:
         if not given.show.is_file():
@@ -302,21 +277,18 @@ def benchmark(
     else:
         try:
             wanted = todo()
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.open("ab").close()  # before hours are spent
+            with kept_alone(given.out):  # tried before hours are spent
+                lines, broken_off = _swept(given, wanted, one or started, versions)
         except OSError as error:
             parser.error(f"{error.filename or given.out}: {error.strerror or error}")
         except KeyboardInterrupt:
             CONSOLE.print("broken off before anything was measured")
             return 130
-        lines, broken_off = _swept(given, wanted, one or started, versions)
         complete = len(lines) == given.repeats * len(wanted)
         status = 130 if broken_off else int(not complete)
         if broken_off:
             CONSOLE.print(f"broken off: {len(lines)} of {given.repeats * len(wanted)} measurements are in {given.out}; "
                           "the same command goes on there", markup=False)  # fmt: skip
-    picture = given.picture or (given.out.with_suffix(".png") if given.out else None)
-    document = given.out.with_suffix(".json") if given.out else None
     try:
         shown(lines, tables, draw, picture=picture, document=document, complete=complete)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def files_of(case: Case, folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for path, rows, seed in ((train, case.rows, 1), (val, VAL_ROWS, 2)):
         if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
+            unfinished = path.with_suffix(f".{os.getpid()}.unfinished")  # two runs may write it at once
             try:
                 with pq.ParquetWriter(unfinished, _schema(case)) as writer:
                     for table in _tables(case, rows, seed):

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,11 +88,11 @@ def measured(entry: Entry, size: str, results: Path) -> bool:
         return False
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:  # cut off
+        of, complete = document["about"] or {}, document["complete"]
+    except (json.JSONDecodeError, KeyError, TypeError):  # cut off, or another file
         return False
-    of = document["about"] or {}
     wanted = " ".join(getattr(entry, size).split())
-    return document["complete"] and of.get("commit") == commit() and f" {wanted} " in f" {of.get('command', '')} "
+    return complete and of.get("commit") == commit() and f" {wanted} " in f" {of.get('command', '')} "
 
 
 def carried_out(entry: Entry, size: str, results: Path, *, again: bool, data: Path | None, limit: float = 4.0) -> bool:
@@ -135,7 +136,8 @@ def main() -> int:
         "--tiny", action="store_true", help="sizes that only prove that the scripts run; needs --results"
     )
     given = parser.parse_args()
-    if given.tiny and given.results == HERE / "results":
+    given.results, own = given.results.resolve(), (HERE / "results").resolve()  # the same folder by another name, too
+    if given.tiny and given.results == own:
         parser.error("--tiny needs --results FOLDER: its figures say nothing, and are not to be kept with the others")
     size = "tiny" if given.tiny else "full" if given.full else "quick"
     wanted = [entry for entry in SUITE if not given.only or entry.script in given.only]
@@ -146,7 +148,11 @@ def main() -> int:
     CONSOLE.print(f"about {sum(minutes(entry, size) for entry in todo):.0f} min on two idle cores")
     if given.list:
         return 0
-    given.results.mkdir(parents=True, exist_ok=True)
+    try:
+        given.results.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=given.results).close()  # before hours are spent
+    except OSError as error:
+        parser.error(f"--results {given.results}: {error.strerror or error}")
     failed, started, planned, status = [], time.monotonic(), 0.0, 0
     for i, entry in enumerate(todo):
         took = (time.monotonic() - started) / 60
@@ -156,6 +162,9 @@ def main() -> int:
                       markup=False)  # fmt: skip
         try:
             done = carried_out(entry, size, given.results, again=given.again, data=given.data)
+        except OSError as error:  # no space left, say
+            CONSOLE.print(f"{error.filename or given.results}: {error.strerror or error}", markup=False)
+            done = False
         except KeyboardInterrupt:
             failed += [of.script for of in todo[i:]]
             CONSOLE.print("broken off; what was measured is kept")
@@ -165,7 +174,7 @@ def main() -> int:
             failed.append(entry.script)
             CONSOLE.print(f"FAILED: {entry.script}; see {given.results / entry.script}.log", markup=False)
         planned += minutes(entry, size)
-    if given.results == HERE / "results":
+    if given.results == own:
         subprocess.run([sys.executable, str(HERE / "tables.py")], check=False)
     CONSOLE.print(f"{len(todo) - len(failed)} of {len(todo)} done in {(time.monotonic() - started) / 60:.0f} min"
                   + (f"; {'not done' if status else 'failed'}: {', '.join(failed)}; run it again to go on"

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from document import CONSOLE
-from measure import Line, about, benchmark, counted, counts, in_process, options, peak_rss
+from measure import Line, about, benchmark, counted, counts, from_zero, in_process, options, peak_rss
 from step_parts import PARTS, take_apart
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -299,6 +299,10 @@ def started(what: Line, *, timeout_s: float, threads: int | None) -> Line | None
     return result
 
 
+def _widths(text: str) -> str:
+    return ",".join(map(str, counts(text)))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option, default = parser.add_argument, Setting()
@@ -308,19 +312,19 @@ def _parser() -> argparse.ArgumentParser:
     option("--dim", type=counted, default=default.dim, help="of the two large tables")
     option("--batch-size", type=counted, default=default.batch_size, help="rows of a step, for each rank")
     option("--steps", type=counted, default=default.steps, help="that are measured")
-    option("--warmup-steps", type=int, default=default.warmup_steps, help="before that")
-    option("--apart-steps", type=int, default=default.apart_steps, help="after that, taken apart")
+    option("--warmup-steps", type=from_zero, default=default.warmup_steps, help="before that")
+    option("--apart-steps", type=counted, default=default.apart_steps, help="after that, taken apart")
     option("--trunk", choices=["mmoe", "ple", "shared_bottom", "single_task"], default=default.trunk)
     option("--experts", type=counted, default=default.experts, help="of MMoE; shared ones of PLE")
-    option("--expert-layers", default=default.expert_layers, metavar="W[,W…]", help="widths")
+    option("--expert-layers", type=_widths, default=default.expert_layers, metavar="W[,W…]", help="widths")
     option("--sharding", choices=["auto", *get_args(ShardingKind)], default=default.sharding)
     option("--table-optimizer", choices=["rowwise_adagrad", "adagrad", "sgd", "adam"], default=default.table_optimizer)
     option("--pipeline", choices=["sparse_dist", "base"], default=default.pipeline)
     option("--input", default=[default.input], type=lambda text: text.split(","), metavar="KIND[,KIND…]",
            help="memory: rows encoded once, what the model alone can do; generated: computed and encoded while "
            "training; parquet: written first, then read and encoded as a stream")  # fmt: skip
-    option("--rows", type=int, default=default.rows, help="of the training split; 0: as many as are trained on, in "
-           f"memory {MEMORY_ROWS:,} at most")  # fmt: skip
+    option("--rows", type=from_zero, default=default.rows, help="of the training split; 0: as many as are trained on, "
+           f"in memory {MEMORY_ROWS:,} at most")  # fmt: skip
     option("--window", type=counted, default=default.window, help="rows of a stream that are read at once")
     option("--workers", type=counted, default=default.workers, help="threads of each rank that read ahead of a stream")
     option("--device", choices=["auto", "cpu", "cuda"], default=default.device)

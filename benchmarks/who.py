@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,11 +75,6 @@ def _cpuinfo(*names: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
 
 
-def peak_rss() -> int:
-    """The most memory that this process has had, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
@@ -101,7 +95,9 @@ def commit() -> str | None:
 
     try:
         last = git("log", "-1", "--format=%h", "--abbrev=12").decode().strip()
-        changed = git("diff", "HEAD") + git("ls-files", "--others", "--exclude-standard")
+        changed = git("diff", "HEAD")
+        for name in git("ls-files", "--others", "--exclude-standard", "-z", "--full-name").split(b"\0")[:-1]:
+            changed += name + (root / os.fsdecode(name)).read_bytes()
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{last}-dirty-{hashlib.sha256(changed).hexdigest()[:8]}" if changed else last

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -185,15 +186,46 @@ def test_what_was_measured_is_not_replaced_by_nothing(tmp_path, capsys):
     assert (tmp_path / "b.json").read_text() == before
     # Whether something is missing of what is only looked at is not known, and all commands are told.
     with out.open("a") as file:
-        other = json.loads(before)["about"] | {"command": "python benchmarks/other.py"}
+        command = json.loads(before)["about"]["command"]
+        other = json.loads(before)["about"] | {"command": f"{command.split(' --')[0]} --other"}
         file.write(json.dumps({"what": {"n": 9}, "repeat": 0, "ms": 1.0, "about": other}))
     assert asked(measure, out, "--show", out) == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["complete"] is None
-    assert found["commands"] == [json.loads(before)["about"]["command"], "python benchmarks/other.py"]
+    assert found["commands"] == [command, other["command"]]
     section = script("tables").section(tmp_path / "b.json")
-    assert "`, `python benchmarks/other.py`: " in section
+    assert f"`, `{other['command']}`: " in section
     assert "Incomplete" not in section
+
+
+def test_measurements_of_two_scripts_or_of_two_runs_at_once_do_not_share_a_file(tmp_path, capsys, monkeypatch):
+    measure, out = script("measure"), tmp_path / "b.jsonl"
+
+    def refused(*options, path=out):
+        with pytest.raises(SystemExit) as ended:
+            asked(measure, path, *options, one=lambda what: pytest.fail("measured for nothing"))
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    def at_once(what):
+        assert f"{out}: another process measures into this file" in refused()
+        return {"ms": 1.0}
+
+    assert asked(measure, out, one=at_once) == 0
+    document = (tmp_path / "b.json").read_text()
+    assert f"--out {tmp_path / 'b.json'} is the name of the document beside" in refused(path=tmp_path / "b.json")
+    assert "would replace the measurements" in refused("--picture", out)
+    assert "--out /dev/zero is no file" in refused(path="/dev/zero")
+    assert f"--out {tmp_path} is no file" in refused(path=tmp_path)
+    (tmp_path / "notes").write_text("speed: good")
+    assert "holds no measurements (JSON lines)" in refused("--show", tmp_path / "notes")
+    assert "is the name of the document" in refused("--show", tmp_path / "b.json")
+    mine = Path(json.loads(document)["about"]["command"].split()[1]).name
+    monkeypatch.setattr(sys, "argv", ["/here/sequences.py"])
+    for options in ((), ("--show", out)):
+        assert f"{out} holds what {mine} has measured, and this is sequences.py" in refused(*options)
+    assert len(measure.read(out)) == 3
+    assert (tmp_path / "b.json").read_text() == document
 
 
 def test_where_nothing_can_be_written_is_said_before_it_is_measured(tmp_path, capsys):
@@ -216,6 +248,15 @@ def test_where_nothing_can_be_written_is_said_before_it_is_measured(tmp_path, ca
         ("scaling", "--ranks 1 64 --kind weak --device cuda", "--device cuda: 64 ranks need as many GPUs"),
         ("experts", "--sizes 2-8", "--sizes: '2-8' is no whole number"),
         ("memory", "--rows 0", "--rows: '0' is no whole number"),
+        ("input", "--rows 0", "--rows: '0' is no whole number"),
+        ("input", "--batch-size -1", "--batch-size: '-1' is no whole number"),
+        ("input", "--files 5by0", "'5by0' is not IDSxNUMBERS"),
+        ("input", "--files 0x0", "'0x0' is not IDSxNUMBERS with a column at least"),
+        ("input", "--rows 4096 --training", "training needs two steps of 4,096 rows at least"),
+        ("training", "--warmup-steps -1", "--warmup-steps: '-1' is no whole number"),
+        ("training", "--apart-steps 0", "--apart-steps: '0' is no whole number of at least 1"),
+        ("training", "--expert-layers 8,x", "--expert-layers: 'x' is no whole number"),
+        ("training", "--rows -7", "--rows: '-7' is no whole number"),
         ("load", "--clients 1,0", "--clients: '0' is no whole number"),
         ("training", "--vocabulary 100,many", "--vocabulary/--rows-per-table: 'many' is no whole number"),
         ("sequences", "--cap 0", "--cap: '0' is no whole number"),
@@ -296,6 +337,36 @@ def test_a_run_whose_training_was_broken_off_is_trained_anew(tmp_path, monkeypat
     assert serving.trained(tmp_path, 9).is_dir()
 
 
+def test_a_full_disk_leaves_no_half_of_an_input_file(tmp_path, monkeypatch):
+    reading = script("input")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reading.pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        reading.write(tmp_path / "rows.parquet", 10, 1, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_that_has_changed_is_another_commit_also_in_a_new_file(tmp_path, monkeypatch):
+    who, code = script("who"), tmp_path / "benchmarks"
+    code.mkdir()
+    (code / "old.py").write_text("old")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "feat: a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(who, "__file__", str(code / "who.py"))
+    commit, found = who.commit.__wrapped__, []
+    found.append(commit())
+    for name, text in (("new.py", "1"), ("new.py", "2"), ("old.py", "3"), ("README.md", "4")):
+        (code / name).write_text(text)
+        found.append(commit())
+    assert "dirty" not in found[0]
+    assert len(set(found[:4])) == 4  # text of a new file, and of an old one
+    assert found[4] == found[3]  # no code
+
+
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, monkeypatch):
     cases = script("peer_cases")
 
@@ -333,8 +404,33 @@ def test_a_suite_that_is_broken_off_says_what_is_left(tmp_path, monkeypatch, cap
     assert "1 of 3 done in 0 min; not done: memory, sequences; run it again to go on" in capsys.readouterr().out
     (tmp_path / "peers.json").write_text('{"benchmark": "pe')  # of a process that was killed
     assert not suite.measured(suite.SUITE[0], "quick", tmp_path)
-    with pytest.raises(SystemExit, match=r"peers.json is no JSON .*--show peers.jsonl"):
-        script("tables").section(tmp_path / "peers.json")
+    for shown in (
+        lambda: script("tables").section(tmp_path / "peers.json"),
+        lambda: script("headline").speed(tmp_path),
+    ):
+        with pytest.raises(SystemExit, match=r"peers.json is no JSON .*--show peers.jsonl"):
+            shown()
+
+
+def test_a_suite_refuses_folders_before_it_measures(tmp_path, monkeypatch, capsys):
+    suite = script("suite")
+    monkeypatch.setattr(suite, "carried_out", lambda *_, **__: pytest.fail("measured for nothing"))
+    monkeypatch.chdir(suite.HERE.parent)
+    (tmp_path / "file").touch()
+    for options, why in (
+        ("--tiny --results benchmarks/results", "--tiny needs --results FOLDER"),
+        (f"--results {tmp_path}/file", "File exists"),
+        (f"--results {tmp_path}/file/x", "Not a dir"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["suite.py", *options.split()])
+        with pytest.raises(SystemExit) as ended:
+            suite.main()
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err.splitlines()[-1]
+    for other in ("[]", "{}", '{"about": null}'):
+        (tmp_path / "memory.json").write_text(other)
+        [entry] = [entry for entry in suite.SUITE if entry.script == "memory"]
+        assert not suite.measured(entry, "quick", tmp_path)
 
 
 def test_what_was_started_ends_with_who_started_it(tmp_path):

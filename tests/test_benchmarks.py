@@ -282,6 +282,27 @@ def test_contenders_train_the_same(who, tiny_case):
     assert script("peers").log_loss(labels, ran.predictions) < (0.68 if who in ("rechub", "deepctr") else 0.58)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_optimizer_of_the_peers_is_adagrad_and_adam_in_their_fastest_form(sparse):
+    runs = script("peer_runs")
+    modules = [torch.nn.Sequential(torch.nn.Embedding(7, 3, sparse=sparse), torch.nn.Linear(3, 1)) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    ours = runs.Adagrads(modules[0], 7, sparse=sparse)
+    plain = [torch.optim.Adagrad(modules[1][0].parameters(), lr=runs.TABLE_LR, eps=runs.EPS),
+             torch.optim.Adam(modules[1][1].parameters(), lr=runs.DENSE_LR)]  # fmt: skip
+    assert (ours.tables, ours.dense) == (21, 4)
+    assert [bool(part.defaults["fused"]) for part in ours.parts] == [not sparse, True]
+    for _ in range(3):
+        for module, optimizers in zip(modules, ([ours], plain), strict=True):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            module(torch.tensor([1, 4, 4])).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for got, wanted in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def trained(who, case, files):
     return script("contenders").CONTENDERS[who](case, *files, 0)
 
@@ -410,6 +431,46 @@ def test_the_check_fails_outside_of_its_band_and_stores_nothing_half(tmp_path, c
     assert checked(now, "--store") == 0  # says what was there, and replaces it
     assert checked(now) == 0
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_what_the_marks_do_not_guard_is_named(tmp_path, capsys, checked):
+    now = {f"ratio {i}": 1.0 for i in range(3)}
+    assert checked(now, "--store") == 0
+    assert checked(now | {"ratio 1": 1.3, "ratio 2": 1.4, "ratio 9": 2.0}) == 0
+    said = capsys.readouterr().out
+    assert "NOT GUARDED: ratio 2: 1.00 before, 1.40 now; --store it" in said
+    assert "NOT GUARDED: ratio 9: no mark, 2.00 now; --store it" in said
+    assert "NOT GUARDED: ratio 1" not in said  # 25 % below 1.3 is still below the mark
+
+
+def test_what_cannot_be_stored_is_said_and_costs_no_mark(tmp_path, capsys, checked, monkeypatch):
+    kept, check = tmp_path / "ratios.json", script("check")
+    assert checked({"ratio 0": 1.0}, "--store") == 0
+    before = kept.read_text()
+
+    def refused(ratios, *options):
+        with pytest.raises(SystemExit) as ended:
+            checked(ratios, *options)
+        assert ended.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "nothing is stored: ratio 0 is nan, no ratio" in refused({"ratio 0": float("nan")}, "--store")
+    assert "nothing is stored: ratio 0 is 0.0, no ratio" in refused({"ratio 0": 0.0}, "--store")
+    assert kept.read_text() == before
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file" / "r.json", "File exists"), (tmp_path, "Is a directory")):
+        monkeypatch.setattr(check, "measured", lambda *_: pytest.fail("measured for nothing"))
+        monkeypatch.setattr(sys, "argv", ["check.py", "--store", "--ratios", str(path)])
+        with pytest.raises(SystemExit):
+            check.main()
+        assert why in capsys.readouterr().err.splitlines()[-1]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "measured", interrupted)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--ratios", str(kept)])
+    assert check.main() == 130
 
 
 def test_a_stored_file_that_was_tampered_with_or_is_of_elsewhere_is_told(tmp_path, capsys, checked, monkeypatch):

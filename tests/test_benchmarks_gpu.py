@@ -1,5 +1,6 @@
 """The benchmark for a GPU, on a CPU: that it runs, and that its figures fit together."""
 
+import ast
 import json
 import sys
 import warnings
@@ -10,6 +11,7 @@ import pytest
 import torch
 from test_benchmarks import script
 
+import mtcl_torchrec
 from mtcl_torchrec.training.sharding import ranks
 
 
@@ -74,6 +76,18 @@ def test_bytes_are_those_counted_by_hand():
     assert gpu._distinct(batch) == sum(len({*ids[start : start + 4]}) for start in (0, 4, 8))
 
 
+def test_what_the_profiler_does_after_the_steps_is_not_of_the_steps():
+    gpu = script("gpu")
+    with gpu.profile(activities=[gpu.ProfilerActivity.CPU]) as watched:
+        with gpu.record_function(gpu.WATCHED):
+            for _ in range(3):
+                torch.ones(4).cumsum(0)
+        torch.ones(4).cumsum(0)  # as its own wait for the device
+        torch.ones(4).sort()
+    assert {event.key: event.count for event in watched.key_averages()}["aten::cumsum"] == 4
+    assert gpu.counted_within(watched, ("aten::cumsum", "aten::sort")) == {"aten::cumsum": 3, "aten::sort": 0}
+
+
 def test_places_where_the_host_waits_are_told_by_their_line(monkeypatch):
     gpu, modes = script("gpu"), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -102,6 +116,18 @@ def test_a_form_that_cannot_be_compiled_costs_no_other_figure(dry, tmp_path, cap
     assert list(found["step_ms"]) == ["eager"]
     [table] = gpu.tables([{"what": what, "repeat": 0, **found, "about": {"gpu": None}}])
     assert "middle, 32: graphs failed: RuntimeError: no compiler." in table.note
+
+
+def test_it_needs_nothing_that_the_torchrec_of_an_older_torch_lacks():
+    """TorchRec 1.6, of torch 2.11, which GPU machines have: these modules are imported where they are used alone."""
+    lacking = {"torchrec.metrics.num_positive_samples", "torchrec.metrics.sum_weights"}
+    users = set()
+    for path in Path(mtcl_torchrec.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        wanted = {id(node) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module in lacking}
+        users |= {path.name} if wanted else set()
+        assert not wanted & {id(node) for node in tree.body}, path
+    assert users == {"rec_metrics.py"}
 
 
 def test_without_a_gpu_it_says_so_in_a_line(monkeypatch, tmp_path):

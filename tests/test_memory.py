@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from mtcl_torchrec.training import memory
+
 # As a step does: tensors of some MB, all let go of at its end.
 FAULTS = """
 import resource, sys, torch
@@ -41,3 +43,30 @@ def test_freed_memory_is_kept():
 
 def test_what_the_environment_says_stays():
     assert faults("keep", MALLOC_TRIM_THRESHOLD_="1000000")[0] == "False"
+
+
+STARTS_ANOTHER = """
+import subprocess, sys
+large = bytearray(b"x" * 300_000_000)
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+PEAK = """
+from mtcl_torchrec.training.memory import peak_memory
+before = peak_memory()
+gone = bytearray(b"x" * 100_000_000)
+del gone
+print(before, peak_memory())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others tell no better than ru_maxrss")
+def test_the_peak_is_of_this_process_alone_and_not_of_who_started_it():
+    done = subprocess.run([sys.executable, "-c", STARTS_ANOTHER, PEAK], capture_output=True, text=True, check=True)
+    before, peak = map(int, done.stdout.split())
+    assert 5_000_000 < before < 200_000_000  # no torch, and not the 300 MB of the program that started it
+    assert 100_000_000 < peak < before + 250_000_000
+
+
+def test_where_linux_does_not_tell_the_peak_it_is_that_of_the_accounts(monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    assert 5_000_000 < memory.peak_memory() < 100_000_000_000

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 from typing import Any
 
 import torch
 
 from mtcl_torchrec.models import MTCL
 from mtcl_torchrec.training.history import TrainingHistory
+from mtcl_torchrec.training.memory import peak_memory
 from mtcl_torchrec.training.sharding import Ranks
 
 
@@ -30,11 +29,10 @@ def cost_of(model: MTCL, history: TrainingHistory, rows_per_epoch: int, where: R
     """
     seconds = statistics.median(history.seconds) if history.seconds else 0.0
     on_gpu = where.device.type == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss; Linux counts in KiB
     return {
         "samples_per_second": rows_per_epoch / seconds if seconds > 0 else None,
         "waiting_for_data": statistics.median(history.waiting) if history.waiting else None,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
+        "peak_memory_gb": peak_memory() / 1e9,
         "peak_device_memory_gb": torch.cuda.max_memory_allocated(where.device) / 1e9 if on_gpu else None,
         "dense_parameters": dense_parameters(model),
         "device": torch.cuda.get_device_name(where.device) if on_gpu else "cpu",

@@ -1,9 +1,10 @@
-"""Memory that a step lets go of is kept for the next one."""
+"""Memory of the process: what a step lets go of is kept for the next one, and how much there was at most."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 
 # Of malloc.h; glibc's own largest threshold for what is mapped by itself, on 64 bits.
@@ -32,3 +33,22 @@ def keep_freed_memory() -> bool:
         return False
     mapped = mallopt(_M_MMAP_THRESHOLD, KEPT) or mallopt(_M_MMAP_THRESHOLD, _LARGEST_MAPPED)
     return bool(mapped and mallopt(_M_TRIM_THRESHOLD, KEPT))
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, bytes; what it shares with others counts, too.
+
+    Not ``ru_maxrss`` where Linux tells better: that begins, after fork and exec, with the peak of whoever started the
+    process, so that a small run that a large program starts seems to be large.
+
+    Example:
+        >>> peak_memory() > 1_000_000
+        True
+    """
+    try:
+        with open("/proc/self/status") as file:
+            peak = next(line.split()[1] for line in file if line.startswith("VmHWM:"))
+        return int(peak) * 1024
+    except (OSError, StopIteration):  # another system, or a sandbox that does not tell
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -18,9 +18,7 @@ from torchrec.metrics.metric_module import RecMetricModule
 from torchrec.metrics.metrics_config import RecComputeMode, RecTaskInfo
 from torchrec.metrics.mse import MSEMetric
 from torchrec.metrics.ne import NEMetric
-from torchrec.metrics.num_positive_samples import NumPositiveSamplesMetric
 from torchrec.metrics.rec_metric import RecMetric, RecMetricList
-from torchrec.metrics.sum_weights import SumWeightsMetric
 
 from mtcl_torchrec.config import TrainingMetricsConfig
 from mtcl_torchrec.data.batch import MTBatch
@@ -198,6 +196,10 @@ def _module(
     tasks: Sequence[Task], config: TrainingMetricsConfig, where: Ranks, least: int, grouped: bool
 ) -> RecMetricModule:
     """The tasks are called by their numbers, since names may hold anything."""
+    # Not at the top: TorchRec 1.6, the newest one for torch 2.11, lacks both, and trains without these metrics.
+    from torchrec.metrics.num_positive_samples import NumPositiveSamplesMetric
+    from torchrec.metrics.sum_weights import SumWeightsMetric
+
     infos = [
         RecTaskInfo(name=str(i), label_name=f"{i}/label", prediction_name=f"{i}/prediction", weight_name=f"{i}/weight")
         for i in range(len(tasks))
