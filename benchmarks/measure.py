@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from document import CONSOLE, Line, Table, median, said, written
+from document import CONSOLE, Line, Table, disturbed, median, said, written
 from pictures import figure, save
-from who import about, commit, peak_rss
+from who import about, commit, computed, cores_of_others, peak_rss
 
 __all__ = [
     "CONSOLE", "Line", "about", "alternate", "appended", "benchmark", "commit", "counted", "counts", "figure",
@@ -105,12 +105,15 @@ def sweep(
         for what in todo:
             if _key(what, repeat) in done:
                 continue
-            who, begun = about(*versions), time.perf_counter()
+            who, before, begun = about(*versions), computed(), time.perf_counter()
             result = measure(what)
             if result is None:
                 CONSOLE.print(f"FAILED: {what}", markup=False)
                 continue
             took = time.perf_counter() - begun
+            others = cores_of_others(before, computed(), took)
+            if not math.isnan(others):
+                who["cores_of_others"] = others
             appended(out, {"what": what, "repeat": repeat, **result, "took_s": took, "about": who})
     return kept(out, todo, repeats, since=started if again else "")
 
@@ -319,6 +322,11 @@ def benchmark(
     document = given.out.with_suffix(".json") if given.out else None
     try:
         shown(lines, tables, draw, picture=picture, document=document, complete=complete)
+    except KeyError:
+        others = {str(line["about"].get("command")) for line in lines if line.get("about")}
+        if not given.show or any(f"/{script.name}" in command for command in others):
+            raise
+        parser.error(f"--show {given.show}: was measured by something else: {', '.join(sorted(others)) or 'unknown'}")
     except OSError as error:
         raise SystemExit(
             f"{error.filename or document}: {error.strerror or error}; measurements are kept, "
@@ -362,6 +370,8 @@ def shown(
             table.print()
     if not markdown:
         CONSOLE.print(said(lines))
+        if warning := disturbed(lines):
+            CONSOLE.print(warning, markup=False)
     if picture and lines:
         draw(lines, picture)
     if document and lines:
