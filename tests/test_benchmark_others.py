@@ -118,3 +118,13 @@ def test_a_plan_that_fits_nowhere_is_a_picture_that_says_so(tmp_path, recwarn):
     close(drawn)
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert not [of for of in recwarn if "legend" in str(of.message)]
+
+
+def test_help_says_who_is_compared(monkeypatch, capsys):
+    peers, contenders = script("peers"), script("contenders")
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--help"])
+    with pytest.raises(SystemExit):
+        peers.main()
+    description = capsys.readouterr().out.partition("options:")[0]
+    told = {line.partition("  ")[0] for line in map(str.strip, description.splitlines())}  # a name, then what it is
+    assert {name for names in told for name in names.split(", ")} >= set(contenders.CONTENDERS)
