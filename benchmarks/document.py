@@ -19,6 +19,7 @@ from rich.console import Console
 from mtcl_torchrec.evaluation.plain_table import plain_table
 
 Line = dict[str, Any]
+DISTURBED = 0.15  # of the cores, at work for others
 CONSOLE = Console(highlight=False, soft_wrap=True, width=240)
 
 
@@ -136,10 +137,27 @@ def said(lines: Sequence[Line]) -> str:
     unknown = f"; of {len(lines) - len(abouts)} of {len(lines)} lines it was not kept" * (len(abouts) < len(lines))
     dates = sorted(of["date"] for of in abouts)
     load = statistics.median(of["load"][0] for of in abouts)
+    others = [of["cores_of_others"] for of in abouts if of.get("cores_of_others") is not None]
+    beside = f"; others meanwhile, median {statistics.median(others):.1f} cores" if others else ""
     versions = ", ".join(f"{name} {of}" for name, of in machine["versions"].items())
     return (
         f"{machine['gpu'] or machine['machine']}, {machine['cores']} cores, {machine['capability']}; {versions}; "
-        f"commit {commits}; {dates[0][:16]} to {dates[-1][:16]}; load before a measurement, median {load:.1f}{unknown}"
+        f"commit {commits}; {dates[0][:16]} to {dates[-1][:16]}; load before a measurement, median {load:.1f}"
+        f"{beside}{unknown}"
+    )
+
+
+def disturbed(lines: Sequence[Line]) -> str:
+    """A warning where others were at work while lines were measured; empty where not, and where it was not kept."""
+    found = [line["about"] for line in lines if (line.get("about") or {}).get("cores_of_others") is not None]
+    busy = [of for of in found if of["cores_of_others"] > DISTURBED * of["cores"]]
+    if not busy:
+        return ""
+    most, cores = max(of["cores_of_others"] for of in busy), busy[-1]["cores"]
+    return (
+        f"WARNING: during {len(busy)} of {len(lines)} measurements others kept cores at work, up to {most:.1f} of "
+        f"{cores}: times are too long then, and ratios are not those of an idle machine (threads that wait for one "
+        "that was held up lose the most); stop what else runs and measure with --again"
     )
 
 

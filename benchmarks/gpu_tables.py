@@ -7,6 +7,7 @@ from pathlib import Path
 from document import Table, median
 from measure import Line, figure, save
 from step_parts import PARTS
+from training_tables import stacked
 
 # Not `aten::_local_scalar_dense`: DDP and FBGEMM read some twenty numbers a step that lie in the host's memory.
 # One that lies in the device's shows as the first of these.
@@ -69,12 +70,9 @@ def draw(lines: list[Line], path: Path) -> None:
     groups = by_size(lines)
     drawn, (axis,) = figure(wide=7.5, high=4.2)
     names = [name.replace(", ", "\n") for name in groups]
-    below, longest = [0.0] * len(groups), max(line["apart_ms"]["step"] for line in lines)
-    for part in PARTS:
-        heights = [median([line["apart_ms"] for line in of], part) for of in groups.values()]
-        if max(heights) > 0.02 * longest:
-            axis.bar(names, heights, bottom=below, label=part, width=0.6)
-            below = [at + height for at, height in zip(below, heights, strict=True)]
+    apart = ([line["apart_ms"] for line in of] for of in groups.values())
+    stacked(axis, {name: {part: median(of, part) for part in ("step", *PARTS)}
+                   for name, of in zip(names, apart, strict=True)})  # fmt: skip
     fastest = [median([{"ms": min(line["step_ms"].values())} for line in of], "ms") for of in groups.values()]
     roofline = [median([{"ms": sum(line["roofline_ms"].values())} for line in of], "ms") for of in groups.values()]
     axis.plot(names, fastest, "k_", markersize=28, markeredgewidth=2, label="fastest form, overlapping")

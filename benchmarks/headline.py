@@ -123,7 +123,10 @@ def _ranks(results: Path) -> str:
     }
     if not {1, 2} <= speeds.keys():
         return ""
-    return f"Two ranks of a thread each are {speeds[2] / speeds[1]:.1f} times as fast as one."
+    return (
+        f"Two ranks of a thread each, which take twice the rows a step, are {speeds[2] / speeds[1]:.1f} times as fast "
+        "as one rank of one thread."
+    )
 
 
 def _memory(results: Path) -> str:

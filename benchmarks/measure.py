@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from document import CONSOLE, Line, Table, median, said, written
+from document import CONSOLE, Line, Table, disturbed, median, said, written
 from lines import appended, kept_alone, key, latest, read, wrong_file
 from pictures import figure, save
-from who import about, commit
+from who import about, commit, computed, cores_of_others
 
 from mtcl_torchrec.training.memory import peak_memory as peak_rss
 
@@ -72,12 +72,15 @@ def sweep(
         for what in todo:
             if key(what, repeat) in done:
                 continue
-            who, begun = about(*versions), time.perf_counter()
+            who, before, begun = about(*versions), computed(), time.perf_counter()
             result = measure(what)
             if result is None:
                 CONSOLE.print(f"FAILED: {what}", markup=False)
                 continue
             took = time.perf_counter() - begun
+            others = cores_of_others(before, computed(), took)
+            if not math.isnan(others):
+                who["cores_of_others"] = others
             appended(out, {"what": what, "repeat": repeat, **result, "took_s": took, "about": who})
     return kept(out, todo, repeats, since=started if again else "")
 
@@ -334,6 +337,8 @@ def shown(
             table.print()
     if not markdown:
         CONSOLE.print(said(lines))
+        if warning := disturbed(lines):
+            CONSOLE.print(warning, markup=False)
     if picture and lines:
         draw(lines, picture)
     if document and lines:

@@ -5,9 +5,16 @@
     python benchmarks/peers.py --show results/peers.jsonl
     python benchmarks/peers.py --case middle --rows 100_000 --contenders ours torchrec --repeats 1 --out try.jsonl
 
-One pass over a Parquet file, each contender in a process of its own, in turn (see `contenders.py` for who they are;
-`rechub` and `deepctr` are of the extra "bench").  Where the processor is fast in bf16, ours and the TorchRec loop are
-measured in it, too, and ours compiled where there is a C++ compiler.  The first steps do not count.
+One pass over a Parquet file, each contender in a process of its own, in turn.  All train an MMoE of the same sizes, by
+Adagrad on tables and Adam on everything else (more in `contenders.py`).  The first steps do not count.
+
+    ours                the training loop of `mtcl train`, fp32
+    torchrec            the same model by hand on TorchRec, fp32: fused optimizer, TrainPipelineSparseDist
+    pytorch             the same by hand on nn.Embedding(sparse=True), fp32
+    torchrec_bf16       the loop by hand under bf16 autocast, where the processor is fast in it
+    rechub, deepctr     the MMoE of torch-rechub and of deepctr-torch, fp32 (the extra "bench")
+    ours_bf16           ours with `training.precision: bf16`, where the processor is fast in it
+    ours_bf16_compiled  the same with `training.compile: dense`, where there is a C++ compiler
 
 "ours is … times as fast" comes first: the median of the repeats' ratios (least–most), each of two processes that ran
 one after the other, reading included.  `log-loss` of held-out rows shows that a contender has learnt, `parameters` that

@@ -119,13 +119,13 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.plot(numbers, [median([{"r": r} for r in ratios(of[n], of[numbers[0]], "samples_per_s")], "r")
                             for n in numbers], marker="o", label="measured")  # fmt: skip
         number, name = _processors(of[numbers[0]][0])
-        axis.axvline(number, color="black", linewidth=0.6)
-        axis.set_title(f"{kind}; {number} {name}", fontsize=9)
+        axis.axvline(number, color="black", linewidth=0.6, linestyle="--", label=f"as many as {name}")
+        axis.set_title(f"{kind} scaling, {number} {name}", fontsize=9)
         axis.set_xticks(numbers)
         axis.set_ylim(0, None)
         axis.set_xlabel("ranks", fontsize=8)
         axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("samples/s, times those of the fewest", fontsize=8)
+    axes[0].set_ylabel("samples/s over those of the fewest ranks", fontsize=8)
     save(drawn, path)
 
 

@@ -90,8 +90,13 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.set_title(f"ON PAPER: {Path(plan).stem}, {device}", fontsize=9)
         axis.set_xlabel("GPUs", fontsize=8)
         axis.tick_params(labelsize=8)
-    axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0].set_ylabel("embedding part of a step, estimated ms", fontsize=8)
+    if not groups:
+        tried = ", ".join(f"{line['what']['world_size']:,} × {line['what']['device']}" for line in lines)
+        axes[0].text(0.5, 0.5, f"ON PAPER: fits on none of {tried}", ha="center", transform=axes[0].transAxes)
+        axes[0].set_axis_off()
+    else:
+        axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axes[0].set_ylabel("embedding part of a step, estimated ms", fontsize=8)
     save(drawn, path)
 
 

@@ -5,7 +5,9 @@ One setting, on one rank or under torchrun:
     python benchmarks/training.py --vocabulary 1_000_000
     torchrun --nproc_per_node 2 benchmarks/training.py --vocabulary 1_000_000 --trunk ple --json two.json
 
-Lists of settings and of numbers of ranks: each runs in processes of its own, in turn, as often as --repeats says.
+Lists of settings and of numbers of ranks: each runs in processes of its own, in turn, as often as --repeats says.  Each
+rank then has one thread, unless --threads says more: one rank of one thread is not what a machine of several cores can
+do.  All is in fp32.
 
     python benchmarks/training.py --ranks 1,2,4 --vocabulary 100_000,1_000_000,30_000_000 --out results/training.jsonl
     python benchmarks/training.py --show results/training.jsonl

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from document import Table, median, ranged, ratios
 from measure import Line, figure, save
@@ -50,6 +51,23 @@ def tables(lines: list[Line]) -> list[Table]:
     return found
 
 
+def stacked(axis: Any, bars: Mapping[str, Mapping[str, float]]) -> None:
+    """A bar of each step that was taken apart, as high as the step; parts too small to be seen are one, at its top.
+
+    Args:
+        bars: name -> ``step`` and each of `PARTS`, ms.
+    """
+    names, steps = list(bars), [of["step"] for of in bars.values()]
+    below = [0.0] * len(bars)
+    for part in PARTS:
+        heights = [of[part] for of in bars.values()]
+        if part != "other" and max(heights) > 0.02 * max(steps):
+            axis.bar(names, heights, bottom=below, label=part, width=0.6)
+            below = [at + height for at, height in zip(below, heights, strict=True)]
+    rest = [max(step - at, 0.0) for step, at in zip(steps, below, strict=True)]
+    axis.bar(names, rest, bottom=below, label="all others", width=0.6, color="lightgrey")
+
+
 def draw(lines: list[Line], path: Path) -> None:
     """Samples a second by the size of the tables, and each setting's step taken apart, a bar for each setting."""
     drawn, (speeds, parts) = figure(wide=9.6, high=3.8, columns=2)
@@ -65,12 +83,7 @@ def draw(lines: list[Line], path: Path) -> None:
         f"{size:,}\n{n} rank{'s' * (n > 1)}" + f"\n{source}" * several: [line["apart_ms"] for line in repeated]
         for (source, size), of in groups.items() for n, repeated in of.items()
     }  # fmt: skip
-    below, longest = [0.0] * len(bars), max(median(of, "step") for of in bars.values())
-    for part in PARTS:
-        heights = [median(of, part) for of in bars.values()]
-        if max(heights) > 0.02 * longest:
-            parts.bar(list(bars), heights, bottom=below, label=part, width=0.6)
-            below = [at + height for at, height in zip(below, heights, strict=True)]
+    stacked(parts, {name: {part: median(of, part) for part in ("step", *PARTS)} for name, of in bars.items()})
     parts.set_ylabel("ms of a step, nothing overlapping")
     parts.tick_params(axis="x", labelsize=8)
     handles, names = parts.get_legend_handles_labels()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -73,6 +75,29 @@ def _cpuinfo(*names: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in names), "")
+
+
+def computed() -> tuple[float, float]:
+    """Seconds that all processors have computed since the machine started, and those of this process and of its
+    children that are over; NaN where the system does not tell."""
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own = sum(of.ru_utime + of.ru_stime for of in used)
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return math.nan, own
+    idle = sum(ticks[3:5])  # and waiting for a disk; the last is what other guests of the same host took
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), own
+
+
+def cores_of_others(before: tuple[float, float], after: tuple[float, float], seconds: float) -> float:
+    """How many cores others kept at work between two looks at `computed`.
+
+    Example:
+        >>> cores_of_others((100.0, 10.0), (118.0, 19.0), 10.0)  # 18 s in all, 9 of them ours
+        0.9
+    """
+    return max((after[0] - before[0] - (after[1] - before[1])) / seconds, 0.0)
 
 
 def _version(distribution: str) -> str | None:

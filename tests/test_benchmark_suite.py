@@ -530,7 +530,7 @@ def test_what_the_front_page_says_of_speed_is_computed_from_results(tmp_path):
     assert said.index("this package, bf16") < said.index("this package, fp32")
     assert "is 3.0 and 2.0 times as fast as torch-rechub and deepctr-torch in fp32, 6.0 and 4.0 times in bf16." in said
     assert "With tables of 99 rows a step takes 1.25 times as long as with 10." in said
-    assert "Two ranks of a thread each are 1.7 times as fast as one." in said
+    assert "which take twice the rows a step, are 1.7 times as fast as one rank of one thread." in said
     assert "100,000 generated rows stream through 10.00 GB of memory, 1,000 through 0.10." in said
 
 

@@ -69,7 +69,7 @@ def state_of(folder):
     tensors = {n: t for n, t in tensors.items() if not n.startswith("random.")}
     read_tensors(tensors, newest, alone=True)
     about = read_about(newest)
-    for of_clock in ("seconds", "waiting"):
+    for of_clock in ("seconds", "samples_per_second", "first_step", "waiting"):
         about["history"].pop(of_clock)
     return tensors, about
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -100,6 +100,9 @@ def compare(
             f"value@k: what happened to the rows that are shown, worth {shown}, for all runs: {whose}.\n",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+    for run in there:
+        if speed := _speed(run):
+            console.print(f"{run}: {speed}", highlight=False, markup=False, soft_wrap=True)
     if write is not None:
         content = {run: [asdict(difference) for difference in of] for run, of in found.items()}
         replace_file(write, json.dumps(finite({"a": str(there[0]), "split": split, "against": content}), indent=1))
@@ -111,11 +114,29 @@ def compare(
 
 def _doubts(run: Path) -> list[str]:
     """What training has found that puts a run's figures in doubt."""
+    return list(_of_metrics(run, "doubts") or [])
+
+
+def _speed(run: Path) -> str:
+    """How fast a run was trained, with what speed depends on; empty where its metrics do not tell."""
+    cost = _of_metrics(run, "cost") or {}
+    if cost.get("samples_per_second") is None or "threads" not in cost:
+        return ""
+    ranks, threads = cost["ranks"], cost["threads"]
+    compiled = "" if cost["compile"] == "none" else f", compiled in a first step of {cost['first_step_s']:.1f} s"
+    return (
+        f"trained {cost['samples_per_second']:,.0f} samples/s on {cost['device']} with {ranks} rank{'s' * (ranks > 1)} "
+        f"of {threads} thread{'s' * (threads > 1)}, {cost['precision']}, batches of {cost['batch_size']:,}{compiled}"
+    )
+
+
+def _of_metrics(run: Path, key: str) -> Any:
+    """What a run's metrics hold under a key; None where there are none."""
     path = run / METRICS
     if not path.is_file():
-        return []
+        return None
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")).get("doubts", []))
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged ({error})") from None
 

@@ -188,6 +188,7 @@ def cost_tables(run: RunContents) -> list[Table]:
         rows.append(["seconds per epoch", ", ".join(number(s, 1) for s in _some(seconds))])
     for key, label, digits, unit in (
         ("samples_per_second", "samples per second", 0, ""),
+        ("first_step_s", "first step, not counted in them", 1, " s"),
         ("peak_memory_gb", "peak memory of a rank", 2, " GB"),
         ("peak_device_memory_gb", "peak memory of its GPU", 2, " GB"),
         ("dense_parameters", "dense parameters", 0, ""),
@@ -196,7 +197,11 @@ def cost_tables(run: RunContents) -> list[Table]:
             rows.append([label, number(cost[key], digits) + unit])
     if cost.get("device"):
         ranks = int(cost.get("ranks") or 1)
-        rows.append(["ran on", f"{ranks} rank{'s' * (ranks > 1)} on {cost['device']}"])
+        threads = f" of {cost['threads']} thread{'s' * (cost['threads'] > 1)}" if cost.get("threads") else ""
+        rows.append(["ran on", f"{ranks} rank{'s' * (ranks > 1)}{threads} on {cost['device']}"])
+    if cost.get("precision"):
+        compiled = "" if cost.get("compile", "none") == "none" else ", compiled"
+        rows.append(["computed", f"{cost['precision']}{compiled}, batches of {cost['batch_size']:,} rows a rank"])
     if sizes:
         total = sum(r * d for r, d in sizes.values())
         rows.append(["embedding tables", f"{len(sizes)} with {sum(r for r, _ in sizes.values()):,} rows"])

@@ -21,6 +21,9 @@ class TrainingHistory:
         best_auc: its mean validation AUC.
         best_step: the step after which it was evaluated.
         seconds: of each epoch's training, without evaluation.
+        samples_per_second: of each epoch's training after its first step, all ranks together (`pace.Pace`); None where
+            an epoch has no second one.
+        first_step: seconds that each epoch's first step took, in which a compiled run compiles.
         waiting: share of each epoch's training in which the rank that reads slowest waited for its data.
         stopped_early: whether patience ran out, or every task is frozen.
         frozen: task -> the first epoch in which it was frozen.
@@ -37,6 +40,8 @@ class TrainingHistory:
     best_auc: float | None = None
     best_step: NonNegativeInt = 0
     seconds: list[float] = field(default_factory=list)
+    samples_per_second: list[float | None] = field(default_factory=list)
+    first_step: list[float | None] = field(default_factory=list)
     waiting: list[float] = field(default_factory=list)
     stopped_early: bool = False
     frozen: dict[str, NonNegativeInt] = field(default_factory=dict)

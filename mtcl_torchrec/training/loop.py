@@ -31,6 +31,7 @@ from mtcl_torchrec.training.compiling import compiled, eagerly
 from mtcl_torchrec.training.freezing import all_frozen, freeze_stalled
 from mtcl_torchrec.training.history import TrainingHistory
 from mtcl_torchrec.training.optimizers import build_optimizer, check_tables, fuse_table_optimizer, is_fused
+from mtcl_torchrec.training.pace import Pace, epoch_speed
 from mtcl_torchrec.training.progress import TrainingProgress
 from mtcl_torchrec.training.rec_metrics import TrainingMetrics
 from mtcl_torchrec.training.sharding import Ranks, shard, tables_of
@@ -174,10 +175,12 @@ def fit(
             and not all_frozen(state.history, plain.tasks)
         ):
             started = time.perf_counter()
-            waited = _train_epoch(
+            waited, pace = _train_epoch(
                 pipeline, state, rows, config, where, clock=clock, save=save, progress=progress, metrics=metrics
             )
             state.history.seconds.append(time.perf_counter() - started)
+            state.history.samples_per_second.append(pace.samples_per_second)
+            state.history.first_step.append(pace.first_step_s)
             state.history.waiting.append(share_waited(waited, state.history.seconds[-1], where))
             _let_go(pipeline)
             if state.items is not None and keep_items is not None:
@@ -221,8 +224,9 @@ def _train_epoch(
     save: SaveState,
     progress: TrainingProgress,
     metrics: TrainingMetrics | None,
-) -> float:
-    """From the state's position to the end of its epoch; the seconds that this rank waited for batches."""
+) -> tuple[float, Pace]:
+    """From the state's position to the end of its epoch; the seconds this rank waited for batches, and its speed."""
+    pace = Pace()
     epoch, cut = state.position.epoch, {"world_size": where.world_size, "batch_size": config.batch_size}
     if not (state.random_restored and state.position.taken):
         # Ranks draw different dropout masks; epoch and step are part of the seed, so that no two stretches share them.
@@ -260,13 +264,14 @@ def _train_epoch(
             metrics.add(logits, labels, train_module.loss.found_inf)
             readings = metrics.read() if metrics.due(state.step) or left == 0 else None
         scalars = state.history.balance.scalars() if read else None
+        pace.step(taken)
         progress.step(epoch=epoch, step=state.step, rows=taken, losses=losses, scalars=scalars, metrics=readings)
         if left > 0 and clock.due(state.step, overdue):  # the end of an epoch has a checkpoint of its own
             save(state, on_the_way=True)
             clock.saved_at = time.monotonic()
     if next(batches, None) is not None:
         raise AssertionError("the training rows had more batches than they said")
-    return timed.seconds
+    return timed.seconds, pace
 
 
 def _judge_epoch(
@@ -368,4 +373,5 @@ def _epoch_line(
             shown.append(f"{name} {label_of(key)} {cell(of[key])}")
     found = f"validation: {', '.join(shown)}" if shown else "no task has a label in the validation rows"
     mean = "" if np.isnan(value) else f"; mean {value:.4f}"
-    return f"epoch {epoch}/{epochs} in {history.seconds[-1]:.1f} s; {found}{mean}{' (best so far)' if best else ''}"
+    speed = epoch_speed(history.seconds[-1], history.samples_per_second[-1], history.first_step[-1])
+    return f"epoch {epoch}/{epochs} {speed}; {found}{mean}{' (best so far)' if best else ''}"

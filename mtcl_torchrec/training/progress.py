@@ -56,7 +56,8 @@ class TrainingProgress:
                 "no TensorBoard scalars: pip install 'mtcl_torchrec[tensorboard]' to have them", markup=False
             )
         self._started = self._last_line = time.perf_counter()
-        self._rows, self._done = 0, done
+        self._rows, self._counted_from = 0, done
+        self._under_way = False
         self._metrics: dict[str, dict[str, float]] = {}
         self._bar: _BarAndLosses | None = None
         self._bar_task: TaskID | None = None
@@ -98,7 +99,10 @@ class TrainingProgress:
         """
         if not self.active:
             return
-        self._rows += rows
+        if self._under_way:
+            self._rows += rows
+        else:  # the first step starts everything, and compiles: it says nothing of those to come
+            self._under_way, self._started, self._counted_from = True, time.perf_counter(), step
         if metrics is not None:
             self._metrics = metrics
             if self.writer is not None:
@@ -114,13 +118,15 @@ class TrainingProgress:
                 self._bar.info = self._info(losses)
         elif losses is not None and time.perf_counter() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.perf_counter()
-            left = (self._last_line - self._started) / (step - self._done) * (self.total_steps - step)
-            self.line(f"epoch {epoch} step {step}/{self.total_steps} {self._info(losses)} {left / 60:.1f} min left")
+            done, spent = step - self._counted_from, self._last_line - self._started
+            left = f" {spent / done * (self.total_steps - step) / 60:.1f} min left" if done else ""
+            self.line(f"epoch {epoch} step {step}/{self.total_steps} {self._info(losses)}{left}")
 
     def _info(self, losses: dict[str, float] | None) -> str:
-        speed = self._rows / max(time.perf_counter() - self._started, 1e-9)
         parts = " ".join(f"{name} {value:.4f}{self._metric_of(name)}" for name, value in (losses or {}).items())
-        return f"{speed:,.0f} samples/s {parts}"
+        if not self._rows:
+            return parts
+        return f"{self._rows / max(time.perf_counter() - self._started, 1e-9):,.0f} samples/s {parts}"
 
     def _metric_of(self, task: str) -> str:
         """The one that says most, in brackets behind the task's loss."""

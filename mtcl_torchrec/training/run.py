@@ -31,7 +31,7 @@ from mtcl_torchrec.training.checkpoint.store import (
     CheckpointStore,
     best_checkpoint,
 )
-from mtcl_torchrec.training.cost import cost_of, dense_parameters
+from mtcl_torchrec.training.cost import cost_of, dense_parameters, runs_on
 from mtcl_torchrec.training.counted_items import keep_popularity, totals_of
 from mtcl_torchrec.training.diagnosis import diagnose
 from mtcl_torchrec.training.directory import (
@@ -195,7 +195,7 @@ def _train(
     )  # fmt: skip
     say("\n".join(["diagnosis:", *(f"  - {line}" for line in diagnosis)]))
     if where.first:
-        cost = cost_of(plain_model(state.model), history, splits.train.rows_per_epoch, where)
+        cost = cost_of(plain_model(state.model), history, run.training, where)
         write_metrics(folder / "metrics.json", history, evaluations, diagnosis, calibration, cost, doubts)
     where.barrier()
     return RunResult(folder, history, evaluations, diagnosis, calibration)
@@ -361,7 +361,7 @@ def _describe(run: RunConfig, model: MTCL, preprocessor: Preprocessor, where: Ra
     return (
         f"{len(tables)} embedding tables with {rows:,} rows, "
         f"{len(preprocessor.encoder.dense_groups)} dense inputs, {dense:,} dense parameters, {len(model.tasks)} tasks; "
-        f"{where.world_size} rank{'s' if where.world_size > 1 else ''} on {where.device.type}, {model.tower.precision}"
+        f"{runs_on(run.training, where)}"
     )
 
 
