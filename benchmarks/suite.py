@@ -67,7 +67,7 @@ SUITE = (
     Entry("sequences", "--repeats 1", "--repeats 3", "--encoders mean --rows 16 --rounds 1 --repeats 1", 0.6, 3),
     Entry("experts", "--rows 4096 --sizes 4x256 64x32 --eager --repeats 1", "--rows 512 4096 --repeats 3",
           "--rows 16 --sizes 2x8 --rounds 1 --eager --repeats 1", 0.5, 25),
-    Entry("surgery_cost", "--steps 10 --cases upgrad/trunk,upgrad/tables", "--steps 40 --repeats 3",
+    Entry("surgery_cost", "--steps 10 --cases upgrad/trunk,upgrad/embeddings,upgrad/tables", "--steps 40 --repeats 3",
           "--steps 2 --warmup-steps 1 --batch-size 32 --rows 50 --features 3 --cases upgrad/trunk", 0.5, 10),
     Entry("training", "--ranks 1,2 --vocabulary 100_000 --steps 20", "--ranks 1,2 --repeats 3 "
           "--vocabulary 100_000,1_000_000,30_000_000",
