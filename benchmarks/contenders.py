@@ -48,6 +48,7 @@ def our_run(case: Case, train: Path, val: Path, seed: int, **training: Any) -> A
         for c in case.columns
     ]
     trunk = {"kind": "mmoe", "num_experts": case.experts, "expert_layers": list(case.expert_layers)}
+    trunk |= {} if case.normed else {"norm": "none"}
     raw = {
         "data": {"train": [str(train)], "val": [str(val)], "stream": True, "window": 65_536},
         "schema": {"features": features, "tasks": [{"name": t, "kind": "binary"} for t in case.labels]},
@@ -123,7 +124,7 @@ class MMoE(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         width = case.features * case.dim
-        self.experts = nn.ModuleList(_mlp(width, case.expert_layers) for _ in range(case.experts))
+        self.experts = nn.ModuleList(_mlp(width, case.expert_layers, case.normed) for _ in range(case.experts))
         self.gates = nn.ModuleList(nn.Linear(width, case.experts, bias=False) for _ in range(case.tasks))
         self.towers = nn.ModuleList(_mlp(case.expert_layers[-1], case.tower_layers) for _ in range(case.tasks))
         self.heads = nn.ModuleList(nn.Linear(case.tower_layers[-1], 1) for _ in range(case.tasks))
@@ -137,10 +138,10 @@ class MMoE(nn.Module):
         return torch.cat(logits, 1)
 
 
-def _mlp(width: int, layers: tuple[int, ...]) -> nn.Sequential:
+def _mlp(width: int, layers: tuple[int, ...], normed: bool = True) -> nn.Sequential:
     parts: list[nn.Module] = []
     for out in layers:
-        parts += [nn.Linear(width, out), nn.LayerNorm(out), nn.SiLU()]
+        parts += [nn.Linear(width, out), *([nn.LayerNorm(out)] if normed else []), nn.SiLU()]
         width = out
     return nn.Sequential(*parts)
 

@@ -25,6 +25,7 @@ class Case:
         table_rows: of each feature's table.
         dim: of all tables.
         warmup_steps: that do not count.
+        normed: whether experts normalise what they compute.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     tower_layers: tuple[int, ...]
     batch_size: int = 4096
     warmup_steps: int = 10
+    normed: bool = True
 
     @property
     def columns(self) -> list[str]:
@@ -65,6 +67,8 @@ CASES = {
         # As the census-income data that the multi-task literature begins with.
         Case("small", 200_000, 30, 100, 8, 2, 8, (16,), (8,), batch_size=1024),
         Case("middle", 1_000_000, 5, 150_000, 16, 3, 4, (256, 128, 64), (32,)),
+        # Products and little else, of which bf16 has most.
+        Case("plain", 1_000_000, 5, 150_000, 16, 3, 4, (256, 128, 64), (32,), normed=False),
         # One table of 10 million rows and little else: whoever touches all of it in a step shows.
         Case("large", 100_000, 1, 10_000_000, 64, 3, 4, (256, 128, 64), (32,), warmup_steps=4),
         # The middle one with fewer tables, so that they may be of any size; see GROWING.

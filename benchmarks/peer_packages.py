@@ -58,7 +58,7 @@ def deepctr(case: Case, train: Path, val: Path, seed: int) -> Ran:
     columns = [SparseFeat(c, vocabulary_size=case.table_rows, embedding_dim=case.dim) for c in case.columns]
     model = MMOE(
         columns, num_experts=case.experts, expert_dnn_hidden_units=case.expert_layers, gate_dnn_hidden_units=(),
-        tower_dnn_hidden_units=case.tower_layers, l2_reg_linear=0, l2_reg_embedding=0, dnn_use_bn=True,
+        tower_dnn_hidden_units=case.tower_layers, l2_reg_linear=0, l2_reg_embedding=0, dnn_use_bn=case.normed,
         task_types=["binary"] * case.tasks, task_names=case.labels, seed=seed,
     )  # fmt: skip
     optimizer = Adagrads(model, case.table_rows)

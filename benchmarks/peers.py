@@ -22,7 +22,8 @@ all trained as many; `peak GB` is the most memory that its process had.  `sample
 contender's loader costs it; `from file` counts what it reads before it trains, too.  `cpu` is the processor time of a
 step, of all threads, which other programs on the machine disturb less than the rest.
 
-The cases: `small` is of the size of census-income; `middle` has 5 tables of 150,000 rows; `large` one of 10 million;
+The cases: `small` is of the size of census-income; `middle` has 5 tables of 150,000 rows; `plain` is the middle one
+without normalisation in the experts (torch-rechub's have it always); `large` has one table of 10 million rows;
 `growing` is ours alone, the middle one with two tables of 100,000 to 30 million rows.
 """
 
@@ -107,12 +108,20 @@ def todo(given: argparse.Namespace) -> list[Line]:
         case = CASES[name].sized(given.rows)
         sizes = (given.table_rows,) if given.table_rows else GROWING if name == "growing" else (case.table_rows,)
         for size in sizes:
-            contenders = given.contenders or (["ours"] if name == "growing" else [*DEFAULT, *faster()])
+            contenders = given.contenders or by_default(name)
             found += [
                 {"case": name, "rows": case.rows, "table_rows": size, "contender": who, "threads": given.threads}
                 for who in contenders
             ]
     return found
+
+
+def by_default(case: str) -> list[str]:
+    """Who is measured in a case."""
+    if case == "growing":
+        return ["ours"]
+    always_normed = ("rechub",) if case == "plain" else ()
+    return [who for who in (*DEFAULT, *faster()) if who not in always_normed]
 
 
 def faster() -> tuple[str, ...]:
