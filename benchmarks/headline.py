@@ -28,7 +28,7 @@ def speed(results: Path) -> str:
     """The table and the sentences; what was not measured is left out."""
     peers = _read(results / "peers.json")
     parts = [_beside_others(peers)] if peers else []
-    sentences = [_small(peers) if peers else "", _growing(peers) if peers else "", _ranks(results), _memory(results)]
+    sentences = [*(of(peers) for of in (_small, _large, _growing) if peers), _ranks(results), _memory(results)]
     return "\n\n".join([*parts, " ".join(filter(None, sentences))]).strip() or "Not measured yet."
 
 
@@ -102,6 +102,22 @@ def _small(peers: dict[str, Any]) -> str:
     )
 
 
+def _large(peers: dict[str, Any]) -> str:
+    """The case in which whoever touches a whole table in each step shows."""
+    found = {
+        result["what"]["contender"]: result["figures"]["from_file_per_s"]["median"]
+        for result in peers["results"]
+        if result["what"]["case"] == "large"
+    }
+    others = [(name, who) for who, name in (("torchrec", "TorchRec by hand"), ("rechub", "torch-rechub"),
+                                            ("deepctr", "deepctr-torch")) if who in found]  # fmt: skip
+    if "ours" not in found or not others:
+        return ""
+    case = CASES["large"]
+    times = ", ".join(f"{found['ours'] / found[who]:.1f} times as fast as {name}" for name, who in others)
+    return f"With one table of {case.table_rows:,} rows of dim {case.dim} it is, in fp32, {times}."
+
+
 def _growing(peers: dict[str, Any]) -> str:
     grown = {
         result["what"]["table_rows"]: result["figures"]["step_ms"]["median"]
@@ -130,17 +146,12 @@ def _ranks(results: Path) -> str:
 
 
 def _memory(results: Path) -> str:
-    """Of the document that has gone through the most rows."""
-    peaks: dict[int, float] = {}
-    for name in ("memory", "memory_stream"):
-        document = _read(results / f"{name}.json")
-        found = {
-            result["what"]["rows"]: result["figures"]["peak_rss_bytes"]["median"] / 1e9
-            for result in (document["results"] if document else ())
-            if result["what"]["case"] == "stream"
-        }
-        if max(found, default=0) > max(peaks, default=0):
-            peaks = found
+    document = _read(results / "memory.json")
+    peaks = {
+        result["what"]["rows"]: result["figures"]["peak_rss_bytes"]["median"] / 1e9
+        for result in (document["results"] if document else ())
+        if result["what"]["case"] == "stream"
+    }
     if len(peaks) < 2:
         return ""
     few, many = min(peaks), max(peaks)
