@@ -203,18 +203,21 @@ def draw(lines: list[Line], path: Path) -> None:
     for axis, size in zip(axes, bars, strict=False):
         of = groups[size]
         values = {who: median(repeated, "from_file_per_s") for who, repeated in of.items()}
-        placed = axis.bar(list(values), list(values.values()), color=[COLOURS.get(who, "#b0b0b0") for who in values])
-        axis.bar_label(placed, [f"{v / 1000:,.1f} k" if v < 1e5 else f"{v / 1000:,.0f} k" for v in values.values()],
-                       fontsize=8)  # fmt: skip
+        placed = axis.barh(list(values), list(values.values()), color=[COLOURS.get(who, "#b0b0b0") for who in values])
+        axis.bar_label(placed, [f"{v / 1000:,.1f}" for v in values.values()], fontsize=8, padding=2)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * max(values.values()))
         axis.set_title(f"{size[0]}: tables of {size[2]:,} rows", fontsize=9)
-        axis.tick_params(axis="x", labelsize=8, rotation=25)
-        axis.tick_params(axis="y", labelsize=8)
+        axis.set_xlabel("thousand samples/s, reading included", fontsize=8)
+        axis.xaxis.set_major_formatter(lambda of, _: f"{of / 1000:.0f}")
+        axis.tick_params(labelsize=8)
     if grown:
         axes[-1].plot(*zip(*grown, strict=True), marker="o", color=COLOURS["ours"])
         axes[-1].set(xscale="log", ylim=(0, 1.15 * max(speed for _, speed in grown)))
         axes[-1].set_title("ours, as tables grow (rows of a table)", fontsize=9)
         axes[-1].tick_params(labelsize=8)
-    axes[0].set_ylabel("samples/s, reading included", fontsize=8)
+        axes[-1].set_ylabel("thousand samples/s", fontsize=8)
+        axes[-1].yaxis.set_major_formatter(lambda of, _: f"{of / 1000:.0f}")
     save(drawn, path)
 
 

@@ -68,6 +68,12 @@ def stacked(axis: Any, bars: Mapping[str, Mapping[str, float]]) -> None:
     axis.bar(names, rest, bottom=below, label="all others", width=0.6, color="lightgrey")
 
 
+def _short(size: int) -> str:
+    """Such as 30 M."""
+    unit, name = next(((unit, name) for unit, name in ((1_000_000, " M"), (1_000, " k")) if size >= unit), (1, ""))
+    return f"{size / unit:g}{name}"
+
+
 def draw(lines: list[Line], path: Path) -> None:
     """Samples a second by the size of the tables, and each setting's step taken apart, a bar for each setting."""
     drawn, (speeds, parts) = figure(wide=9.6, high=3.8, columns=2)
@@ -80,7 +86,7 @@ def draw(lines: list[Line], path: Path) -> None:
     speeds.legend(fontsize=8, frameon=False, loc="lower right")
     several = len({source for source, _ in groups}) > 1
     bars = {
-        f"{size:,}\n{n} rank{'s' * (n > 1)}" + f"\n{source}" * several: [line["apart_ms"] for line in repeated]
+        f"{_short(size)}\n{n} rank{'s' * (n > 1)}" + f"\n{source}" * several: [line["apart_ms"] for line in repeated]
         for (source, size), of in groups.items() for n, repeated in of.items()
     }  # fmt: skip
     stacked(parts, {name: {part: median(of, part) for part in ("step", *PARTS)} for name, of in bars.items()})
