@@ -48,7 +48,7 @@ class Entry:
 
 SUITE = (
     Entry("peers", "--case small middle --repeats 1", "--case all --repeats 3",
-          "--case small --rows 3000 --table-rows 50 --contenders ours pytorch --repeats 1", 5.7, 100),
+          "--case small --rows 3000 --table-rows 50 --contenders ours pytorch --repeats 1", 5.7, 50),
     Entry("scaling", "--ranks 1 2 4 --kind weak --vocabulary 100_000 --steps 10 --repeats 1",
           "--ranks 1 2 4 --repeats 3",
           "--ranks 1 2 --kind weak --vocabulary 300 --batch-size 32 --steps 2 --warmup-steps 1 --apart-steps 1 "
@@ -56,7 +56,7 @@ SUITE = (
     Entry("scaling_paper", "--world-size 8 64 1024 --planning-s 20", "--planning-s 60",
           "--world-size 8 --planning-s 1", 0.8, 10),
     Entry("input", "--rows 1_000_000 --training --repeats 1", "--training --repeats 3",
-          "--rows 3000 --files 2x1 --ways pyarrow batches --batch-size 256 --repeats 1", 1.7, 15),
+          "--rows 3000 --files 2x1 --ways pyarrow batches --batch-size 256 --repeats 1", 2.6, 15),
     Entry("serving", "--tables int8 --times 60 --repeats 1", "--repeats 3",
           "--train-rows 3000 --tables fp32 --compiled no --candidates 20 --times 5 --repeats 1", 2.2, 12),
     Entry("load", "--clients 1,4 --seconds 4", "--repeats 3",
