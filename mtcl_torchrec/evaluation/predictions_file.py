@@ -26,6 +26,7 @@ def write_predictions(path: str | Path, table: PredictionsTable) -> None:
 
     Example:
         >>> import tempfile
+        >>> import pandas as pd
         >>> frame = pd.DataFrame({"label.click": [1.0], "p.click": [0.5]}, dtype="float32")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_predictions(f"{folder}/test.parquet", PredictionsTable(frame, (Task.binary("click"),)))
